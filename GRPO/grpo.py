@@ -1,0 +1,97 @@
+"""GRPO: settings and start. `python grpo.py`; any setting can be overridden: `python grpo.py --learning_rate 2e-6`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from common.cli import parse_config, report, run_script
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+
+SETTINGS = GRPOConfig(
+    # What to train, on what
+    model="Qwen/Qwen2.5-1.5B-Instruct",
+    task="countdown",
+    dataset="Jiayi-Pan/Countdown-Tasks-3to4",
+    dataset_split="train",
+    num_eval_prompts=500,
+    rewards=None,  # every reward of the task; file.py:function for one of your own
+    reward_weights=None,
+    # Steps
+    num_steps=500,
+    prompts_per_step=32,
+    num_generations=8,
+    num_minibatches=1,
+    num_update_epochs=1,
+    # Sampling
+    sampler="vllm",
+    temperature=1.0,
+    max_prompt_length=256,
+    max_completion_length=1024,
+    # GRPO
+    scale_by_std=True,  # False: Dr. GRPO
+    average_over="rows",  # "tokens": DAPO; "constant": Dr. GRPO
+    clip_range=0.2,
+    clip_range_high=None,  # as clip_range; 0.28: DAPO
+    kl_coef=0.001,
+    kl_estimator="k3",
+    kl_place="loss",
+    whiten_advantages=False,  # the group is the baseline already
+    mask_truncated=False,
+    sparse=False,
+    keep_per_group=False,
+    # Optimizer
+    learning_rate=1e-5,  # ten times what full training takes, as usual with LoRA
+    lr_scheduler="cosine",
+    warmup_steps=10,
+    min_lr_ratio=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    # LoRA
+    use_lora=True,
+    lora_r=64,
+    lora_alpha=64,
+    lora_target_modules="all-linear",
+    # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
+    max_tokens_per_microbatch=16384,
+    gradient_checkpointing=True,
+    offload="auto",
+    dtype="auto",
+    attn_implementation="sdpa",
+    vllm_memory_share=0.4,
+    vllm_sleep_level=1,
+    vllm_enforce_eager=False,
+    vllm_max_num_seqs=256,
+    # Evaluation on the held-out prompts
+    eval_every=25,
+    eval_temperature=1.0,
+    eval_top_p=1.0,
+    eval_top_k=0,
+    eval_num_samples=1,
+    early_stopping_patience=0,
+    # The run
+    preset="auto",  # without a GPU: cpu, the embedded default
+    output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
+    resume="auto",
+    save_every=50,
+    save_total_limit=2,
+    push_to_hub=None,
+    report_to=None,  # ["wandb"], say
+    samples_every=5,
+    progress=True,
+    seed=0,
+)
+
+# What the embedded default (common/presets/cpu.yaml) needs besides: all completions weigh by their tokens.
+EMBEDDED = {"average_over": "tokens"}
+
+
+def main() -> None:
+    """Train with the settings above."""
+    report(GRPOTrainer(parse_config(SETTINGS, embedded=EMBEDDED)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,160 @@
+"""How a script reads its settings and how it tells a user what is wrong with them.
+
+Class default < SETTINGS on top of the script < preset < YAML file (--config) < command line.
+"""
+
+import difflib
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import yaml
+from trl import TrlParser
+
+from common.checkpoints import FINAL_FOLDER
+from common.config import RLConfig
+from common.metrics import METRICS_FILE
+from common.plots import CURVES_FILE
+from common.trainer import OnPolicyTrainer
+
+PRESETS = Path(__file__).parent / "presets"
+ROOT = Path(__file__).parent.parent
+
+Config = TypeVar("Config", bound=RLConfig)
+
+
+class _Parser(TrlParser):
+    """TrlParser whose errors are ValueErrors rather than a page of usage."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}. See --help for every setting.")
+
+
+def parse_config(settings: Config, *, embedded: dict | None = None, args: list[str] | None = None) -> Config:
+    """Combine the script's settings, the preset, the YAML file and the command line.
+
+    Args:
+        settings: the literal on top of the script.
+        embedded: what the algorithm wants to be different when preset "cpu" applies.
+        args: command line without the program's name; None: sys.argv.
+
+    Returns:
+        Settings of the same class, checked.
+
+    Raises:
+        ValueError: for an unknown setting (naming the nearest), preset or file, and for what RLConfig refuses.
+    """
+    args = _split_equals(sys.argv[1:] if args is None else args)
+    names = [field.name for field in fields(settings)]
+    _refuse_unknown([arg[2:] for arg in args if arg.startswith("--")], names, "on the command line")
+    yaml_settings = _read_yaml(args, names)
+    preset = yaml_settings.get("preset", settings.preset)
+    if "--preset" in args[:-1]:
+        preset = args[args.index("--preset") + 1]
+    preset, preset_settings = _preset(preset)
+    if preset == "cpu":
+        preset_settings |= embedded or {}
+    parser = _Parser(type(settings), allow_abbrev=False)
+    parser.set_defaults_with_config(**(asdict(settings) | preset_settings))
+    (config,) = parser.parse_args_and_config(args)
+    config.preset = preset
+    return config
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Call `main`; a ValueError of this project's own code is a message to the user, not a traceback.
+
+    Raises:
+        SystemExit: with status 2 after printing such a message.
+    """
+    try:
+        main()
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not raised_in.is_relative_to(ROOT) or raised_in.is_relative_to(sys.prefix):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def report(trainer: OnPolicyTrainer) -> None:
+    """Train, and print where the run is, how good the policy was before and after, and where its curves are.
+
+    Args:
+        trainer: ready to train.
+    """
+    folder = trainer.run.folder
+    say = print if trainer.accelerator.is_main_process else _say_nothing
+    begun = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
+    say(f"run: {folder} ({begun})")
+    if trainer.prompts.num_dropped:
+        say(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")
+    trainer.train()
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    name = "eval/accuracy" if any("eval/accuracy" in line for line in lines) else "eval/score"
+    evaluations = [line for line in lines if name in line]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        prompts = f"{len(trainer.eval_prompts)} held-out prompts"
+        say(f"{name} on {prompts}: {first[name]:.3f} before (step {first['step']})", end="")
+        say(f", {last[name]:.3f} after step {last['step']}")
+    say(f"curves: {folder / CURVES_FILE}")
+    say(f"model: {folder / FINAL_FOLDER}")
+
+
+def _say_nothing(*_: object, **__: object) -> None:
+    """What processes other than the main one print."""
+
+
+def _preset(name: str) -> tuple[str, dict]:
+    """Resolve "auto" and read the preset's settings."""
+    if name == "auto":
+        name = "none" if torch.cuda.is_available() else "cpu"
+    if name == "none":
+        return name, {}
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+        raise ValueError(
+            f"preset={name!r}: there is no such preset. Pass --preset with one of {', '.join(known)}, none."
+        )
+    return name, yaml.safe_load(path.read_text())
+
+
+def _read_yaml(args: list[str], names: list[str]) -> dict:
+    if "--config" not in args:
+        return {}
+    path = Path((args + [""])[args.index("--config") + 1])
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file. Pass the path of a YAML file of settings.")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not readable as YAML: {error}. Mend the file.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path}: need lines of the form `setting: value`. Mend the file.")
+    _refuse_unknown(list(settings), names, f"in {path}")
+    return settings
+
+
+def _split_equals(args: list[str]) -> list[str]:
+    """TrlParser knows `--config FILE` only in two words: split --key=value everywhere."""
+    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg])]
+
+
+def _refuse_unknown(given: list[str], names: list[str], where: str) -> None:
+    for name in given:
+        plain = name.replace("-", "_")
+        if plain in {*names, "config", "help"} or (plain.startswith("no_") and plain[3:] in names):
+            continue
+        near = difflib.get_close_matches(plain, names, n=1)
+        advice = f"Did you mean {near[0]}?" if near else "See --help for every setting."
+        raise ValueError(f"unknown setting {name!r} {where}: nothing reads it. {advice}")

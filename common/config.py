@@ -1,0 +1,262 @@
+"""The settings all algorithms share and the checks between them.
+
+Every check runs before any model is loaded. How a script reads its settings is in common/cli.py.
+"""
+
+import math
+import types
+import typing
+from dataclasses import dataclass, fields
+
+from common.losses import AVERAGES
+
+SCHEDULERS = ("constant", "linear", "cosine")
+OFFLOADS = ("auto", "always", "never")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(kw_only=True)
+class RLConfig:
+    """Settings every algorithm has. Counts are totals over all processes; lengths are in tokens.
+
+    The groups are those of the scripts. Only the memory group may be changed without changing the result of a run.
+    """
+
+    # What to train, on what
+    model: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    """Hub id or folder of the policy; "tiny" is the embedded one, built on this machine without a download."""
+    task: str = "countdown"
+    """Module of common/tasks that gives prompts, answer columns and rewards."""
+    dataset: str | None = None
+    """Hub id or local .jsonl, .json or .parquet file in place of the task's own data."""
+    dataset_split: str = "train"
+    """Split or slice of it, such as "train[:10%]"."""
+    num_eval_prompts: int = 256
+    """Prompts held out for evaluation, never trained on."""
+    rewards: list[str] | None = None
+    """Names of the task's rewards, or file.py:function. None: all rewards of the task."""
+    reward_weights: list[float] | None = None
+    """One weight per reward; the score is their weighted sum. None: the task's weights."""
+
+    # Steps
+    num_steps: int = 200
+    """Rollout-and-update iterations."""
+    prompts_per_step: int = 64
+    """Prompts sampled in one step."""
+    num_generations: int = 8
+    """Completions per prompt, G."""
+    num_minibatches: int = 1
+    """Optimizer steps per pass over the rollouts of a step."""
+    num_update_epochs: int = 1
+    """Passes over the rollouts of a step."""
+
+    # Sampling. Training samples from the policy itself (temperature only): with top-p or top-k the policy's
+    # log-probs would not be those of the distribution that was sampled from.
+    sampler: str = "vllm"
+    """"vllm", or "transformers" for machines without it."""
+    temperature: float = 1.0
+    """Above 0; log-probs are taken at the same temperature."""
+    max_prompt_length: int = 512
+    """Longer prompts are dropped and counted."""
+    max_completion_length: int = 1024
+    """Longer completions are cut off."""
+
+    # Loss
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference; 0 loads no reference."""
+    average_over: str = "tokens"
+    """What the loss is a mean over: "tokens", "rows" or "constant" (max_completion_length x rows)."""
+    whiten_advantages: bool = False
+    """Scale the advantages of a step to mean 0 and variance 1 over all tokens."""
+    mask_truncated: bool = False
+    """Leave completions that the length limit stopped out of the loss."""
+
+    # Optimizer
+    learning_rate: float = 1e-6
+    lr_scheduler: str = "constant"
+    """"constant", "linear" or "cosine"; falls to min_lr_ratio at the last step."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate over the highest one, for "linear" and "cosine"."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+
+    # LoRA
+    use_lora: bool = False
+    """Train low-rank adapters; the reference is then the policy with its adapter off."""
+    lora_r: int = 64
+    lora_alpha: int = 64
+    lora_target_modules: str = "all-linear"
+    """"all-linear" or names of modules with commas between."""
+
+    # Memory and speed: nothing here changes the result
+    max_tokens_per_microbatch: int = 16384
+    """Padded tokens per forward pass; larger is faster and needs more memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a third slower, much less memory."""
+    offload: str = "auto"
+    """What leaves the device while others need it: "auto" (what the memory plan asks for), "always" or "never"."""
+    dtype: str = "auto"
+    """Precision of forward passes: "auto" is bfloat16 on CUDA and float32 on the CPU. Trained weights stay float32."""
+    attn_implementation: str = "sdpa"
+    """Attention of transformers: "sdpa", "eager", "flash_attention_2"."""
+    vllm_memory_share: float = 0.4
+    """Share of the GPU's memory that vLLM may use for its weights and its cache."""
+    vllm_sleep_level: int = 1
+    """What vLLM gives back while others work: 0 nothing, 1 its cache (weights to the CPU), 2 weights too."""
+    vllm_enforce_eager: bool = False
+    """Do not capture CUDA graphs: starts faster, samples slower."""
+    vllm_max_num_seqs: int = 256
+    """Completions that vLLM samples at the same time."""
+
+    # Evaluation on the held-out prompts
+    eval_every: int = 25
+    """Steps between evaluations; one more before the first step and one after the last. 0: never."""
+    eval_temperature: float = 1.0
+    """0 is greedy."""
+    eval_top_p: float = 1.0
+    eval_top_k: int = 0
+    """0: off."""
+    eval_num_samples: int = 1
+    """Completions per held-out prompt; more than one gives pass@k too."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations without a new best; 0: never."""
+
+    # The run
+    preset: str = "auto"
+    """Settings of common/presets: a name, "none", or "auto": cpu without a CUDA GPU, none with one."""
+    output_dir: str | None = None
+    """The run's folder. None: runs/<algorithm>-<task>-seed<seed>-<hash of the settings>."""
+    resume: str = "auto"
+    """"auto" continues the run in output_dir if there is one; "never" refuses an existing folder."""
+    save_every: int = 50
+    """Steps between checkpoints; 0: only the final model."""
+    save_total_limit: int = 2
+    """Checkpoints kept, besides the best one."""
+    push_to_hub: str | None = None
+    """Hub id that the final model is uploaded to."""
+    report_to: list[str] | None = None
+    """Trackers of Accelerate besides metrics.jsonl, such as wandb or tensorboard."""
+    samples_every: int = 5
+    """Steps between entries in samples.jsonl; 0: never."""
+    progress: bool = True
+    """Show a progress bar."""
+    seed: int = 0
+    """Everything random is a function of (seed, step, row)."""
+
+    def __post_init__(self) -> None:
+        """Check each setting and the settings against each other.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        self._check_types()
+        self._check_ranges()
+        self._check_choices()
+        self._check_batch()
+
+    @property
+    def completions_per_step(self) -> int:
+        """Rows of a step over all processes."""
+        return self.prompts_per_step * self.num_generations
+
+    @property
+    def trains_on_policy(self) -> bool:
+        """True when each rollout makes one optimizer step: the ratio is then 1 by definition."""
+        return self.num_minibatches * self.num_update_epochs == 1
+
+    def _check_types(self) -> None:
+        """YAML reads 2e-6 as text and 1 as an integer: turn what is meant into what is declared, or say so."""
+        # Not field.type: HfArgumentParser takes the None out of it.
+        for field in fields(self):
+            value, declared = getattr(self, field.name), typing.get_type_hints(type(self))[field.name]
+            options = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+            if float in options and (isinstance(value, str) or (isinstance(value, int) and value is not True)):
+                value = _number(field.name, value)
+                setattr(self, field.name, value)
+            plain = tuple(typing.get_origin(option) or option for option in options)
+            if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
+                names = " or ".join(option.__name__ for option in plain)
+                raise ValueError(
+                    f"{field.name}={value!r} ({type(value).__name__}): need {names}. Pass --{field.name} with such a "
+                    "value, or mend it in the YAML file."
+                )
+
+    def _check_ranges(self) -> None:
+        at_least_one = (
+            "num_steps prompts_per_step num_generations num_minibatches num_update_epochs max_prompt_length "
+            "max_completion_length max_tokens_per_microbatch lora_r lora_alpha save_total_limit eval_num_samples "
+            "vllm_max_num_seqs"
+        )
+        not_negative = (
+            "num_eval_prompts kl_coef warmup_steps min_lr_ratio weight_decay max_grad_norm eval_every eval_temperature "
+            "eval_top_k early_stopping_patience save_every samples_every learning_rate"
+        )
+        for name in at_least_one.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: need at least 1. Pass --{name} 1 or more.")
+        for name in not_negative.split():
+            if not getattr(self, name) >= 0 or math.isinf(getattr(self, name)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: need a finite number, 0 or more. Pass --{name} 0, say."
+                )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature}: training divides logits by it and needs random completions, so it "
+                "must be above 0. Pass --temperature 1.0; greedy decoding is for evaluation: --eval_temperature 0."
+            )
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: need a number in [0, 1). Pass --{name} 0.9, say.")
+        for name in ("eval_top_p", "vllm_memory_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it is a share in (0, 1]. Pass --{name} 0.9, say.")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "sampler": ("vllm", "transformers"),
+            "lr_scheduler": SCHEDULERS,
+            "average_over": AVERAGES,
+            "offload": OFFLOADS,
+            "dtype": DTYPES,
+            "resume": ("auto", "never"),
+            "vllm_sleep_level": (0, 1, 2),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                shown = ", ".join(map(str, allowed))
+                raise ValueError(f"{name}={getattr(self, name)!r}: need one of {shown}. Pass --{name} {allowed[0]}.")
+        if self.reward_weights is not None and self.rewards is None:
+            raise ValueError(
+                f"reward_weights={self.reward_weights} without rewards: each weight belongs to a named reward. "
+                "Pass --rewards too, in the same order."
+            )
+        if self.rewards is not None and len(self.reward_weights or self.rewards) != len(self.rewards):
+            raise ValueError(
+                f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards: need one weight for each "
+                f"of {', '.join(self.rewards)}. Pass as many weights as rewards."
+            )
+        if self.early_stopping_patience and not (self.eval_every and self.num_eval_prompts):
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} without evaluation: it counts evaluations "
+                "without a new best. Pass --eval_every 25 and --num_eval_prompts 256, say."
+            )
+
+    def _check_batch(self) -> None:
+        if self.completions_per_step % self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches} with {self.prompts_per_step} prompts x "
+                f"{self.num_generations} completions = {self.completions_per_step} rows: mini-batches must be equal, "
+                "so that each optimizer step weighs the same. Pass a divisor of the number of rows."
+            )
+
+
+def _number(name: str, value: str | int) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: need a number. Pass --{name} 1e-6, say.") from None

@@ -1,0 +1,82 @@
+"""What concerns the whole process: environment variables, random state, and putting back what others changed.
+
+No heavy import at the top: the environment has to be prepared before torch is imported.
+"""
+
+import logging
+import os
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+_ENVIRONMENT = {
+    # Idle threads of libgomp spin. On cores that are shared, two threads are then up to 25 times slower than one.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Lengths change at every step; without it memory fragments. vLLM 0.25 to 0.28, which have to switch it off for
+    # their own pool, read this name and not PYTORCH_ALLOC_CONF.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
+
+
+def prepare_environment() -> None:
+    """Set the environment variables that torch and vLLM read when they are imported; what is set already stays.
+
+    Warns when torch was imported before and its idle threads will therefore spin.
+    """
+    too_late = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if too_late and os.environ.get("OMP_NUM_THREADS") != "1":
+        warnings.warn(
+            "torch was imported before common: OMP_WAIT_POLICY=PASSIVE comes too late, and on a CPU that other "
+            "processes use too, torch can be many times slower. Import common first, or set OMP_WAIT_POLICY=PASSIVE "
+            "in the shell.",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """What runs inside does not change the random state of Python, numpy and torch."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def process_unchanged() -> Iterator[None]:
+    """Put back what importing vLLM and making an engine change in this process; warnings on the way are not shown."""
+    import torch
+
+    with ExitStack() as stack, preserved_random_state(), warnings.catch_warnings(action="ignore"):
+        stack.callback(logging.disable, logging.root.manager.disable)
+        if os.environ.get("VLLM_LOGGING_LEVEL") == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
+            logging.disable(logging.WARNING)
+        stack.callback(_restore_environment, dict(os.environ))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(setattr, torch, "set_num_threads", torch.set_num_threads)
+        stack.callback(setattr, torch.accelerator, "synchronize", torch.accelerator.synchronize)
+        stack.callback(setattr, torch.accelerator, "empty_cache", torch.accelerator.empty_cache)
+        yield
+
+
+def _restore_environment(environment: dict[str, str]) -> None:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)

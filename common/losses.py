@@ -1,0 +1,143 @@
+"""Losses and KL estimators as pure functions of per-token tensors.
+
+Nothing here reduces: every function returns one number per token, and the trainer multiplies by token weights and
+sums, so that no memory setting can change a gradient. float32 throughout.
+"""
+
+import torch
+from torch import Tensor
+
+# |log ratio| above this is cut before exp(): e^20 is 5e8, far beyond any clip range, and float32 stays finite.
+MAX_LOG_RATIO = 20.0
+
+AVERAGES = ("tokens", "rows", "constant")
+
+
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """Probability of each token now over its probability when it was sampled.
+
+    Args:
+        logprobs: (b, C) float32, with gradient.
+        old_logprobs: (b, C) float32 under the policy that sampled. None: that policy is the one being updated, so
+            the ratio is exactly 1 and only its gradient matters.
+
+    Returns:
+        (b, C) float32.
+    """
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float) -> Tensor:
+    """The clipped policy-gradient loss of PPO, equation 7 of huggingface.co/papers/1707.06347, one number per token.
+
+    loss = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range_high)). A wider upper side is DAPO's clip-higher
+    (huggingface.co/papers/2503.14476).
+
+    Args:
+        ratio: (b, C) float32.
+        advantages: (b, C) float32.
+        clip_range: in (0, 1), how far the ratio may fall.
+        clip_range_high: above 0, how far it may rise.
+
+    Returns:
+        (b, C) float32.
+    """
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range_high)
+    return torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+
+
+def clipped_tokens(ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float) -> Tensor:
+    """(b, C) float32: 1 where the clip takes the gradient away, 0 elsewhere. Arguments as clipped_surrogate's."""
+    risen = (advantages > 0) & (ratio > 1 + clip_range_high)
+    fallen = (advantages < 0) & (ratio < 1 - clip_range)
+    return (risen | fallen).float()
+
+
+def policy_metrics(ratio: Tensor, clipped: Tensor, entropy: Tensor, logprobs: Tensor, sampling_logprobs: Tensor):
+    """What every policy loss reports about each token, all without gradient.
+
+    Args:
+        ratio: (b, C) float32, from importance_ratio.
+        clipped: (b, C) float32, from clipped_tokens.
+        entropy: (b, C) float32, nats.
+        logprobs: (b, C) float32.
+        sampling_logprobs: (b, C) float32, what the sampler said.
+
+    Returns:
+        (b, C) tensors by metric name. Names under first/ are about the first optimizer step after sampling, when the
+        policy still is the one that sampled: the ratio must be 1 and both log-probs the same.
+    """
+    return {
+        "policy/ratio": ratio.detach(),
+        "policy/clip_fraction": clipped,
+        "entropy": entropy,
+        "first/policy/first_ratio": ratio.detach(),
+        "first/sampler/logprob_diff": (logprobs.detach() - sampling_logprobs).abs(),
+    }
+
+
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Estimate KL(policy || reference) at each sampled token (Schulman, joschu.net/blog/kl-approx.html).
+
+    With d = ref_logprobs - logprobs:  k1 = -d, unbiased, may be negative;  k2 = d^2 / 2, low bias;
+    k3 = exp(d) - d - 1, unbiased and never negative.
+
+    As a loss term their gradients differ from their values: k1 has gradient of mean zero, k2 that of
+    KL(policy || reference), k3 that of KL(reference || policy). In the reward any of them, usually k1, gives the
+    gradient of the KL that it estimates.
+
+    Args:
+        logprobs: (b, C) float32.
+        ref_logprobs: (b, C) float32.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        (b, C) float32.
+
+    Raises:
+        ValueError: for any other estimator.
+    """
+    difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2
+    if estimator == "k3":
+        return difference.exp() - difference - 1
+    raise ValueError(f"kl_estimator={estimator!r}: need one of k1, k2, k3. Pass --kl_estimator k3.")
+
+
+def token_weights(
+    mask: Tensor, *, average_over: str, num_rows: float, num_tokens: float, max_completion_length: int
+) -> Tensor:
+    """Weight of each token in the loss: what "the mean" means.
+
+    "tokens": 1 / all tokens of the mini-batch (DAPO). "rows": 1 / (tokens of its row x all rows) (GRPO).
+    "constant": 1 / (longest completion allowed x all rows) (Dr. GRPO, huggingface.co/papers/2503.20783).
+    The counts are over all processes, and over rows that were left out because their advantage is 0.
+
+    Args:
+        mask: (b, C) bool, tokens that count.
+        average_over: "tokens", "rows" or "constant".
+        num_rows: rows of the mini-batch on all processes.
+        num_tokens: their real tokens.
+        max_completion_length: the setting, in tokens.
+
+    Returns:
+        (b, C) float32, 0 at padding.
+
+    Raises:
+        ValueError: for any other average_over.
+    """
+    if average_over == "tokens":
+        weights = torch.full(mask.shape, 1 / max(num_tokens, 1))
+    elif average_over == "rows":
+        weights = (1 / (mask.sum(1, keepdim=True).clamp(min=1) * max(num_rows, 1))).expand(mask.shape)
+    elif average_over == "constant":
+        weights = torch.full(mask.shape, 1 / (max_completion_length * max(num_rows, 1)))
+    else:
+        raise ValueError(
+            f"average_over={average_over!r}: need one of {', '.join(AVERAGES)}. Pass --average_over rows."
+        )
+    return torch.where(mask, weights.float(), 0.0)  # (b, C)

@@ -1,0 +1,242 @@
+"""Rollouts: the batch every other module speaks about.
+
+Notation, used everywhere:
+    B completions on this process, P prompt columns, C completion columns, G completions per prompt,
+    b rows of a micro-batch, L columns of a prompt and its completion put together, V vocabulary.
+
+Masks: True = real token. Masked positions hold 0 (token 0, 0.0), and every reduction uses the mask. Rows of one
+prompt are adjacent. Everything lives on the CPU; only micro-batches travel to the device. No maths of any algorithm.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a sampler gives back for one completion.
+
+    Attributes:
+        token_ids: the sampled tokens, the end token included when it was sampled.
+        logprobs: log-probability of each of them under the distribution it was sampled from (after temperature).
+        truncated: True when the length limit stopped it.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    truncated: bool
+
+
+@dataclass(kw_only=True)
+class PromptBatch:
+    """The prompts of one step on this process.
+
+    Attributes:
+        step: the step they belong to; with `rows` it decides the sampling seeds.
+        rows: position of each prompt among all prompts of the step, over all processes.
+        prompt_ids: token ids of each prompt.
+        prompts: their text, for rewards and tables.
+        columns: the data set's other columns, one list each.
+    """
+
+    step: int
+    rows: list[int]
+    prompt_ids: list[list[int]]
+    prompts: list[str]
+    columns: dict[str, list]
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.rows)
+
+
+@dataclass(kw_only=True)
+class Rollouts:
+    """Prompts with their completions and everything that is later known about each token.
+
+    Attributes:
+        rows: (B,) int64, position of the row among all rows of the step, over all processes.
+        prompt_ids: (B, P) int64, left-padded.
+        prompt_mask: (B, P) bool.
+        completion_ids: (B, C) int64, right-padded; the end token counts as real.
+        completion_mask: (B, C) bool.
+        truncated: (B,) bool, stopped by the length limit.
+        step_lengths: completion tokens of every row of the step, over all processes and by row number, so that rows
+            that were left out still count in the means; not (B,), and the same in every part of the rollouts.
+        sampling_logprobs: (B, C) float32, as the sampler reported them.
+        prompts: B strings.
+        completions: B strings, special tokens removed.
+        columns: the data set's other columns, a list of B values each.
+        scores: (B,) float32, one number per completion.
+        old_logprobs: (B, C) float32 under the policy that sampled; None when that policy is the one being updated.
+        ref_logprobs: (B, C) float32 under the reference; None without a reference.
+        values: (B, C) float32; column t is the value of the state in which completion token t was chosen.
+        advantages: (B, C) float32.
+        returns: (B, C) float32.
+        token_weights: (B, C) float32, weight in the loss; sums to 1 over the mini-batch of all processes.
+    """
+
+    rows: Tensor
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    truncated: Tensor
+    sampling_logprobs: Tensor
+    step_lengths: Tensor | None = None
+    prompts: list[str] = field(default_factory=list)
+    completions: list[str] = field(default_factory=list)
+    columns: dict[str, list] = field(default_factory=dict)
+    scores: Tensor | None = None
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    token_weights: Tensor | None = None
+
+    @classmethod
+    def from_completions(
+        cls, prompts: PromptBatch, completions: Sequence[Completion], texts: list[str], *, num_generations: int
+    ) -> "Rollouts":
+        """Pad the sampler's lists into tensors.
+
+        Args:
+            prompts: the prompts that were sampled from.
+            completions: len(prompts) x num_generations, rows of one prompt adjacent.
+            texts: the completions decoded, same order.
+            num_generations: G.
+
+        Returns:
+            B = len(prompts) x G rows, padded to the longest prompt and completion of this batch only.
+        """
+        repeated = [index for index in range(len(prompts)) for _ in range(num_generations)]
+        prompt_ids, prompt_mask = _pad([prompts.prompt_ids[i] for i in repeated], torch.int64, left=True)
+        completion_ids, completion_mask = _pad([c.token_ids for c in completions], torch.int64)
+        sampling_logprobs, _ = _pad([c.logprobs for c in completions], torch.float32)
+        rows = [prompts.rows[i] * num_generations + g for i in range(len(prompts)) for g in range(num_generations)]
+        return cls(
+            rows=torch.tensor(rows, dtype=torch.int64),
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            completion_ids=completion_ids,
+            completion_mask=completion_mask,
+            truncated=torch.tensor([c.truncated for c in completions], dtype=torch.bool),
+            sampling_logprobs=sampling_logprobs,
+            prompts=[prompts.prompts[i] for i in repeated],
+            completions=texts,
+            columns={name: [values[i] for i in repeated] for name, values in prompts.columns.items()},
+        )
+
+    def __len__(self) -> int:
+        """B, the number of completions."""
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | slice) -> "Rollouts":
+        """The rows `index` names (an int64 tensor, a bool mask or a slice), as Rollouts of the same width."""
+        numbers = torch.arange(len(self))[index].tolist()
+        chosen = {}
+        for name, value in self._content():
+            if name == "step_lengths":
+                chosen[name] = value
+            elif isinstance(value, Tensor):
+                chosen[name] = value[index]
+            elif isinstance(value, dict):
+                chosen[name] = {column: [values[i] for i in numbers] for column, values in value.items()}
+            else:
+                chosen[name] = [value[i] for i in numbers] if value else value
+        return Rollouts(**chosen)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64, real completion tokens of each row."""
+        return self.completion_mask.sum(1)
+
+    @property
+    def total_lengths(self) -> Tensor:
+        """(B,) int64, real tokens of each row, prompt and completion."""
+        return self.prompt_mask.sum(1) + self.lengths
+
+    def spread(self, per_row: Tensor) -> Tensor:
+        """Give every real token of a row the row's number.
+
+        Args:
+            per_row: (B,) float.
+
+        Returns:
+            (B, C) float32, 0 at padding.
+        """
+        return torch.where(self.completion_mask, per_row.float()[:, None], 0.0)  # (B, C)
+
+    def trimmed(self) -> "Rollouts":
+        """The same rows without the columns in which all of them are padding."""
+        completion_width = max(int(self.lengths.max()), 1) if len(self) else 1
+        prompt_start = self.prompt_mask.shape[1] - (int(self.prompt_mask.sum(1).max()) if len(self) else 0)
+        return replace(
+            self,
+            **{
+                name: value[:, prompt_start:] if name.startswith("prompt") else value[:, :completion_width]
+                for name, value in self._content()
+                if isinstance(value, Tensor) and value.dim() == 2
+            },
+        )
+
+    def to(self, device: torch.device) -> "Rollouts":
+        """The same rows with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in self._content() if torch.is_tensor(value)
+        }
+        return replace(self, **moved)
+
+    def sequences(self) -> tuple[Tensor, Tensor]:
+        """Prompt and completion of each row put together without a gap, padded on the right.
+
+        With padding on the right only, a causal model needs neither an attention mask nor position ids: no real
+        token sees a padded one. So the same row gives the same numbers in any company.
+
+        Returns:
+            (b, L) int64 token ids, 0 at padding, and (b,) int64 lengths of the prompts.
+        """
+        prompt_lengths = self.prompt_mask.sum(1)  # (b,)
+        ids = torch.cat([self.prompt_ids, self.completion_ids], dim=1)
+        shift = self.prompt_mask.shape[1] - prompt_lengths  # left padding of each row
+        width = int(self.total_lengths.max()) if len(self) else 0
+        columns = torch.arange(width, device=ids.device)[None, :] + shift[:, None]  # (b, L)
+        sequence_ids = ids.gather(1, columns.clamp(max=ids.shape[1] - 1))
+        real = torch.arange(width, device=ids.device)[None, :] < self.total_lengths[:, None]
+        return torch.where(real, sequence_ids, 0), prompt_lengths
+
+    def _content(self) -> list[tuple[str, object]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
+
+
+def filler(like: Rollouts) -> Rollouts:
+    """One row that counts for nothing, for a process that has no rows left when others still have.
+
+    Args:
+        like: rollouts whose optional fields the filler must have too; may be empty.
+
+    Returns:
+        One row: a prompt of one token, one masked completion token, 0 in every other field.
+    """
+    fields_of_one_row = {
+        name: torch.zeros(1, *((1,) * (value.dim() - 1)), dtype=value.dtype)
+        for name, value in like._content()
+        if torch.is_tensor(value) and name != "step_lengths"
+    }
+    return Rollouts(**(fields_of_one_row | {"prompt_mask": torch.ones(1, 1, dtype=torch.bool)}))
+
+
+def _pad(rows: list[list], dtype: torch.dtype, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of unequal length as one (B, longest) tensor and its bool mask."""
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    width = max(int(lengths.max()), 1) if rows else 1
+    mask = torch.arange(width)[None, :] < lengths[:, None]
+    if left:
+        mask = mask.flip(1)
+    padded = torch.zeros(len(rows), width, dtype=dtype)
+    padded[mask] = torch.tensor([item for row in rows for item in row], dtype=dtype)
+    return padded, mask

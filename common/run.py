@@ -1,0 +1,207 @@
+"""Run: a run's folder, its log and its checkpoints, as the trainer sees them.
+
+What the files are is in metrics.py, checkpoints.py and plots.py; when they are written is here.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from common import checkpoints
+from common.config import RLConfig
+from common.learner import Learner
+from common.metrics import Progress, RunLog
+from common.models import save_model
+from common.plots import draw_curves
+from common.rollouts import Rollouts
+
+logger = logging.getLogger("nanorlhf")
+
+# Rows of each entry in samples.jsonl: enough to read, little enough to keep for every few steps.
+NUM_SAMPLES = 8
+
+
+class Run:
+    """The folder of one run, new or continued.
+
+    Args:
+        config: the run's settings.
+        accelerator: the main process writes, the others only read.
+        algorithm: its name, for the folder's name.
+
+    Attributes:
+        folder: where everything is.
+        checkpoint: what to continue from, None at the beginning.
+        first_step: the next step to do, from 1.
+        stopped_early: early stopping has ended the run.
+
+    Raises:
+        ValueError: if the folder is another run's, or a finished one.
+    """
+
+    def __init__(self, config: RLConfig, accelerator: Accelerator, *, algorithm: str) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = Path(config.output_dir or Path("runs") / default_name(config, algorithm))
+        if accelerator.is_main_process:
+            checkpoints.prepare_run_folder(self.folder, asdict(config), config.resume)
+        accelerator.wait_for_everyone()
+        self.checkpoint = checkpoints.latest_checkpoint(self.folder)
+        state = checkpoints.load_state(self.checkpoint) if self.checkpoint else {"step": 0}
+        self.first_step = state["step"] + 1
+        self.best: dict | None = state.get("best")
+        self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
+        self._num_tokens: int = state.get("tokens", 0)
+        self._learners: dict[str, tuple[Learner, nn.Module]] = {}
+        self._log: RunLog | None = None
+        self._progress: Progress | None = None
+
+    @property
+    def stopped_early(self) -> bool:
+        """True once as many evaluations as the setting says brought no new best."""
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self._evaluations_since_best >= patience
+
+    def __enter__(self) -> "Run":
+        """Open log and progress bar; lines that a killed run wrote after its last checkpoint go."""
+        is_main, config = self.accelerator.is_main_process, self.config
+        self._log = RunLog(self.folder, self.accelerator, asdict(config))
+        self._log.rewind(self.first_step - 1 if self.checkpoint else -1)
+        self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Close them; the curves show what there is, also after an error."""
+        self._progress.close()
+        self._log.close()
+        if self.accelerator.is_main_process:
+            draw_curves(self.folder)
+
+    def restore(self, learner: Learner, module: nn.Module) -> None:
+        """Keep a learner in every checkpoint from now on, and give it its state of the one to continue from.
+
+        The policy's own weights are loaded with the policy; every other module's are here.
+        """
+        self._learners[learner.name] = (learner, module)
+        if self.checkpoint is None:
+            return
+        learner.optimizer.load_state_dict(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
+        if learner.name != "policy":
+            module.load_state_dict(load_file(self.checkpoint / f"{learner.name}.safetensors"))
+
+    def count_tokens(self, tokens: int) -> None:
+        """Add completion tokens that were sampled for training, over all processes."""
+        self._num_tokens += tokens
+
+    def add_samples(self, step: int, split: str, rollouts: Rollouts, parts: dict[str, Tensor]) -> None:
+        """Write the first few rows of a batch to samples.jsonl.
+
+        Args:
+            step: the step.
+            split: "train" or "eval".
+            rollouts: scored.
+            parts: (B,) raw rewards by name.
+        """
+        rows = [
+            {
+                "split": split,
+                "prompt": rollouts.prompts[row],
+                "completion": rollouts.completions[row],
+                "score": float(rollouts.scores[row]),
+                "parts": {name: float(part[row]) for name, part in parts.items()},
+                "length": int(rollouts.lengths[row]),
+                "truncated": bool(rollouts.truncated[row]),
+            }
+            for row in range(min(NUM_SAMPLES, len(rollouts)))
+        ]
+        self._log.samples(step, rows)
+
+    def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
+        """Write the step's line, and on evaluation steps note whether it is the best so far.
+
+        Args:
+            step: the step that has ended; 0 before training.
+            metrics: global values.
+            timings: time and memory of this process.
+        """
+        counts = {"episodes": step * self.config.completions_per_step, "tokens": self._num_tokens}
+        self._log.log(step, counts | metrics | timings)
+        self._progress.update(step, metrics)
+        metric = "eval/accuracy" if "eval/accuracy" in metrics else "eval/score"
+        if metric in metrics:
+            best = checkpoints.better_checkpoint(self.best, step, metric, metrics[metric])
+            self._evaluations_since_best = 0 if best != self.best else self._evaluations_since_best + 1
+            self.best = best
+            if self.accelerator.is_main_process:
+                draw_curves(self.folder)
+
+    def save_if_due(self, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Save a checkpoint every save_every steps, and one of every new best; after the step's line is written."""
+        every = self.config.save_every
+        is_new_best = self.best is not None and self.best["checkpoint"] == f"checkpoint-{step}"
+        if not every or step == 0 or not (step % every == 0 or is_new_best):
+            return
+        if self.accelerator.is_main_process:
+            state = {
+                "best": self.best,
+                "evaluations_since_best": self._evaluations_since_best,
+                "tokens": self._num_tokens,
+            }
+            checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
+            checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write final/, and send it to the hub if asked."""
+        if self.accelerator.is_main_process:
+            policy = self._learners["policy"][1]
+            checkpoints.save_final(
+                self.folder,
+                step,
+                fill=lambda folder: save_model(policy, tokenizer, folder),
+                stopped_early=self.stopped_early,
+            )
+            if self.config.push_to_hub:
+                from huggingface_hub import HfApi
+
+                api = HfApi()
+                repository = api.create_repo(self.config.push_to_hub, exist_ok=True).repo_id
+                api.upload_folder(repo_id=repository, folder_path=self.folder / checkpoints.FINAL_FOLDER)
+        self.accelerator.wait_for_everyone()
+
+    def _writers(self, tokenizer: PreTrainedTokenizerBase) -> dict:
+        writers = {}
+        for name, (learner, module) in self._learners.items():
+            writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
+                learner.optimizer.state_dict(), path
+            )
+            if name == "policy":
+                writers[name] = lambda path, module=module: _save_trainable(module, tokenizer, path)
+            else:
+                writers[f"{name}.safetensors"] = lambda path, module=module: save_file(
+                    {key: value.contiguous() for key, value in module.state_dict().items()}, path
+                )
+        return writers
+
+
+def default_name(config: RLConfig, algorithm: str) -> str:
+    """Name of a run's folder: the same settings have the same folder, so that the same command continues a run."""
+    science = {name: value for name, value in asdict(config).items() if name not in checkpoints.MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{algorithm.lower()}-{config.task}-seed{config.seed}-{digest}"
+
+
+def _save_trainable(module: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """The policy as transformers or peft load it; of a LoRA model the adapter alone."""
+    with torch.no_grad():
+        module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,60 @@
+"""Tasks: each module gives prompts with their answer columns, and the rewards that go with them.
+
+A task is a module with `load(config, tokenizer) -> Task`; its name is the value of `--task`. No list to edit.
+"""
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from common.config import RLConfig
+from common.rewards import RewardFunction
+
+
+@dataclass(kw_only=True)
+class Task:
+    """What to learn.
+
+    Attributes:
+        train: rows to train on: {"prompt": text or a list of chat messages, **columns}.
+        eval: rows held out, same form.
+        rewards: the task's reward functions by name.
+        reward_weights: weight of each in the score.
+        accuracy: the reward whose value 1 means a right answer; None if no reward says so.
+    """
+
+    train: list[dict]
+    eval: list[dict]
+    rewards: dict[str, RewardFunction]
+    reward_weights: dict[str, float]
+    accuracy: str | None
+
+
+def load_task(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Load the task that `config.task` names.
+
+    Args:
+        config: task, dataset, dataset_split and num_eval_prompts are read.
+        tokenizer: the policy's; tasks look whether it has a chat template.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: if there is no such task, or its data cannot be read.
+    """
+    check_task(config.task)
+    return importlib.import_module(f"common.tasks.{config.task}").load(config, tokenizer)
+
+
+def check_task(name: str) -> None:
+    """Refuse a task that is not there, before any model is loaded.
+
+    Raises:
+        ValueError: naming the tasks that are there.
+    """
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if name not in known:
+        raise ValueError(f"task={name!r}: there is no such task. Pass --task with one of {', '.join(known)}.")

@@ -1,0 +1,142 @@
+"""Exact value of an arithmetic expression that a model wrote: ``+ - * /``, unary minus, parentheses, decimal numbers.
+
+The text is untrusted. It is never handed to Python's own evaluator; there is no power operator, and length, nesting
+and size of numbers are bounded, so that every input is answered within a millisecond: with a value or a ValueError.
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+# Generous for Countdown (six numbers of a few digits need under 60 characters), small enough to be harmless.
+MAX_CHARACTERS = 200
+MAX_DIGITS = 15
+MAX_DEPTH = 20
+
+_TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)?|[-+*/()]")
+_SPACE = " \t\r\n"
+
+
+class Arithmetic(NamedTuple):
+    """An evaluated expression.
+
+    Attributes:
+        value: its exact value.
+        numbers: the numbers that stand in it, in order of appearance, without their signs.
+    """
+
+    value: Fraction
+    numbers: list[Fraction]
+
+
+def evaluate(expression: str) -> Arithmetic:
+    """Evaluate an expression by recursive descent, with exact fractions.
+
+    ::
+
+        sum     := product (("+" | "-") product)*
+        product := factor (("*" | "/") factor)*
+        factor  := "-"* (number | "(" sum ")")
+
+    Args:
+        expression: any text; ASCII digits only, white space is allowed between tokens.
+
+    Returns:
+        The value and the numbers used.
+
+    Raises:
+        ValueError: the text is no such expression, is too long or too deep, or divides by zero.
+    """
+    if len(expression) > MAX_CHARACTERS:
+        raise ValueError(f"The expression has {len(expression)} characters; at most {MAX_CHARACTERS} are evaluated.")
+    return _Parser(_tokens(expression)).parse()
+
+
+def _tokens(expression: str) -> list[str]:
+    """The numbers, operators and parentheses of an expression."""
+    tokens, position = [], 0
+    while position < len(expression):
+        if expression[position] in _SPACE:
+            position += 1
+            continue
+        match = _TOKEN.match(expression, position)
+        if match is None:
+            raise ValueError(f"{expression[position]!r} at position {position} is not part of an expression.")
+        if len(match.group()) > MAX_DIGITS:
+            raise ValueError(f"A number has {len(match.group())} digits; at most {MAX_DIGITS} are evaluated.")
+        tokens.append(match.group())
+        position = match.end()
+    return tokens
+
+
+class _Parser:
+    """Recursive descent over a list of tokens; each method consumes what it evaluates."""
+
+    def __init__(self, tokens: list[str]):
+        self.tokens = tokens
+        self.position = 0
+        self.depth = 0
+        self.numbers: list[Fraction] = []
+
+    def parse(self) -> Arithmetic:
+        """Evaluate all of the tokens."""
+        value = self.sum()
+        if self.position < len(self.tokens):
+            raise ValueError(f"{self.tokens[self.position]!r} follows a complete expression.")
+        return Arithmetic(value, self.numbers)
+
+    def next_is(self, *tokens: str) -> bool:
+        """Whether the next token is one of these."""
+        return self.position < len(self.tokens) and self.tokens[self.position] in tokens
+
+    def take(self) -> str:
+        """Consume the next token."""
+        if self.position == len(self.tokens):
+            raise ValueError("The expression ends where a number or a parenthesis is needed.")
+        self.position += 1
+        return self.tokens[self.position - 1]
+
+    def sum(self) -> Fraction:
+        """Products joined by plus and minus."""
+        value = self.product()
+        while self.next_is("+", "-"):
+            if self.take() == "+":
+                value += self.product()
+            else:
+                value -= self.product()
+        return value
+
+    def product(self) -> Fraction:
+        """Factors joined by times and divided by."""
+        value = self.factor()
+        while self.next_is("*", "/"):
+            if self.take() == "*":
+                value *= self.factor()
+                continue
+            divisor = self.factor()
+            if divisor == 0:
+                raise ValueError("The expression divides by zero.")
+            value /= divisor
+        return value
+
+    def factor(self) -> Fraction:
+        """A number or a sum in parentheses, with any number of minus signs in front."""
+        sign = 1
+        while self.next_is("-"):
+            self.take()
+            sign = -sign
+        token = self.take()
+        if token[0].isdigit():
+            self.numbers.append(Fraction(token))
+            return sign * self.numbers[-1]
+        if token != "(":
+            raise ValueError(f"{token!r} stands where a number or an opening parenthesis is needed.")
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"Parentheses are nested more than {MAX_DEPTH} deep.")
+        value = self.sum()
+        if not self.next_is(")"):
+            raise ValueError("A parenthesis is not closed.")
+        self.take()
+        self.depth -= 1
+        return sign * value

@@ -1,0 +1,265 @@
+"""Countdown: combine the given numbers, each exactly once, with + - * / to reach a target.
+
+Problems are generated here (small enough for the tiny policy), or read from a hub data set or a local file in the
+schema of Jiayi-Pan/Countdown-Tasks-3to4. The rewards are two rules: one for the shape of the completion, one for the
+equation. Policies and their training are elsewhere; common/tiny.py builds its lessons from `problems` and `tries`.
+"""
+
+import re
+from functools import cache, partial
+from itertools import combinations_with_replacement, permutations, product
+from typing import NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from common.config import RLConfig
+from common.tasks import Task
+from common.tasks.arithmetic import evaluate
+from common.tasks.sources import read_rows
+
+SPLIT_SEED = 42  # of the published Countdown results, whatever the seed of the run
+NUM_HELD_OUT = 256  # generated problems that neither the tiny policy's warm start nor RL ever sees
+TOLERANCE = 1e-5
+
+OPERATORS = "+-*"
+NUMBERS = range(1, 10)
+RESULTS = range(1, 51)
+TARGETS = range(10, 51)
+
+SYSTEM_TEXT = "You are a careful assistant. You think a problem through before you give your answer."
+USER_TEXT = (
+    "Reach {target} with the numbers {nums}. You may add, subtract, multiply and divide (+, -, *, /), and each number "
+    "must be used exactly once. Think it through inside <think> </think> tags. On the next line give the finished "
+    "expression, without an equals sign, inside <answer> </answer> tags, for example <answer>(1 + 2) / 3</answer>."
+)
+ASSISTANT_START = "Let me solve this step by step.\n<think>"
+
+_ARITHMETIC = re.compile(r"[0-9+\-*/().\s]+", re.ASCII)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Give Countdown prompts, held-out prompts and the two rewards.
+
+    Args:
+        config: `dataset` (None for generated problems), `dataset_split` and `num_eval_prompts` are read.
+        tokenizer: with a chat template, prompts are chat messages that end in a begun assistant turn; without one
+            they are the one line that the tiny policy knows.
+
+    Raises:
+        ValueError: the data cannot be read, or has too few rows for `num_eval_prompts`.
+    """
+    if config.dataset is None:
+        train, held_out = problems()
+        if config.num_eval_prompts > len(held_out):
+            raise ValueError(
+                f"num_eval_prompts={config.num_eval_prompts}: of the generated Countdown problems {len(held_out)} are "
+                f"held out, since the tiny policy was warm-started on the others. Pass --num_eval_prompts "
+                f"{len(held_out)} or fewer, or a data set with --dataset."
+            )
+        held_out = held_out[: config.num_eval_prompts]
+    else:
+        rows = read_problems(config.dataset, config.dataset_split)
+        train, held_out = split_held_out(rows, config.num_eval_prompts)
+    write_prompt = compact_prompt if tokenizer.chat_template is None else chat_prompt
+    return Task(
+        train=[{"prompt": write_prompt(**row), **row} for row in train],
+        eval=[{"prompt": write_prompt(**row), **row} for row in held_out],
+        rewards={"format": partial(format_reward, eos_token=tokenizer.eos_token), "equation": equation_reward},
+        reward_weights={"format": 1.0, "equation": 1.0},
+        accuracy="equation",
+    )
+
+
+def compact_prompt(nums: list[int], target: int) -> str:
+    """The prompt of the tiny policy: ``3 5 6 make 48`` and a line break."""
+    return f"{' '.join(map(str, nums))} make {target}\n"
+
+
+def chat_prompt(nums: list[int], target: int) -> list[dict[str, str]]:
+    """System and user message, and the beginning of the assistant's turn with the think tag already open."""
+    return [
+        {"role": "system", "content": SYSTEM_TEXT},
+        {"role": "user", "content": USER_TEXT.format(nums=", ".join(map(str, nums)), target=target)},
+        {"role": "assistant", "content": ASSISTANT_START},
+    ]
+
+
+# Rewards
+
+
+def format_reward(
+    prompts: list[str], completions: list[str], *, eos_token: str | None = None, **columns: list
+) -> list[float]:
+    """1.0 for one think block, a line break and one answer block that holds only arithmetic; 0.5 if it holds more.
+
+    Anything before, between, inside (nested tags) or after the blocks gives 0. A think tag that the prompt already
+    opened counts as part of the completion. Whether the answer is right plays no role.
+
+    Args:
+        prompts: B prompts.
+        completions: B completions, with or without the end token at their end.
+        eos_token: text of the end token.
+        columns: not used.
+
+    Returns:
+        B rewards.
+    """
+    rows = zip(prompts, completions, strict=True)
+    return [_format_score(prompt, completion, eos_token) for prompt, completion in rows]
+
+
+def _format_score(prompt: str, completion: str, eos_token: str | None) -> float:
+    text = completion.removesuffix(eos_token) if eos_token else completion
+    if prompt.rstrip().endswith("<think>"):
+        text = "<think>" + text
+    if not (text.startswith("<think>") and text.endswith("</answer>")):
+        return 0.0
+    blocks = text.removeprefix("<think>").removesuffix("</answer>")
+    thought, boundary, answer = blocks.partition("</think>\n<answer>")
+    nested = "<think>" in thought or "</think>" in thought or any(tag in answer for tag in _TAGS)
+    if not boundary or nested:
+        return 0.0
+    return 1.0 if _ARITHMETIC.fullmatch(answer) else 0.5
+
+
+def equation_reward(
+    prompts: list[str], completions: list[str], *, nums: list[list[int]], target: list[int], **columns: list
+) -> list[float]:
+    """1.0 if the first answer on one line uses exactly the given numbers, each once, and reaches the target; else 0.
+
+    Args:
+        prompts: not used.
+        completions: B completions.
+        nums: B lists of the numbers to use.
+        target: B values to reach, within 1e-5.
+        columns: not used.
+
+    Returns:
+        B rewards.
+    """
+    rows = zip(completions, nums, target, strict=True)
+    return [_equation_score(completion, numbers, goal) for completion, numbers, goal in rows]
+
+
+def _equation_score(completion: str, nums: list[int], target: int) -> float:
+    answer = _first_answer(completion)
+    if answer is None:
+        return 0.0
+    try:
+        value, used = evaluate(answer)
+    except ValueError:
+        return 0.0
+    return float(sorted(used) == sorted(nums) and abs(value - target) < TOLERANCE)
+
+
+def _first_answer(completion: str) -> str | None:
+    """Text of the first answer block that begins and ends on one line; one pass, however many tags there are."""
+    for line in completion.split("\n"):
+        _, opening, rest = line.partition("<answer>")
+        answer, closing, _ = rest.partition("</answer>")
+        if opening and closing:
+            return answer
+    return None
+
+
+# Problems
+
+
+class Try(NamedTuple):
+    """One way to combine three numbers in two operations.
+
+    Attributes:
+        steps: both operations with their results, as on the tape of a calculator: ``3+5=8 *6=48``.
+        value: what comes out.
+        expression: the same as one expression: ``(3+5)*6``.
+    """
+
+    steps: str
+    value: int
+    expression: str
+
+
+@cache
+def tries(nums: tuple[int, ...]) -> list[Try]:
+    """All distinct ways to combine three numbers, two first, whose intermediate and final results are within 1 to 50.
+
+    Taking the combination of two away from the third is left out: it stays below 10 and reaches no target.
+    """
+    found = []
+    for (left, right, last), first, second in product(sorted(set(permutations(nums))), OPERATORS, OPERATORS):
+        middle = _apply(left, first, right)
+        value = _apply(middle, second, last)
+        if middle in RESULTS and value in RESULTS:
+            steps = f"{left}{first}{right}={middle} {second}{last}={value}"
+            found.append(Try(steps, value, f"({left}{first}{right}){second}{last}"))
+    return found
+
+
+def _apply(a: int, operator: str, b: int) -> int:
+    return {"+": a + b, "-": a - b, "*": a * b}[operator]
+
+
+@cache
+def problems() -> tuple[list[dict], list[dict]]:
+    """All generated problems, as rows for training and rows that are held out; the same on every call and machine.
+
+    Three numbers from 1 to 9 and a target from 10 to 50 that `tries` reaches: 1020 problems, 256 of them held out.
+    """
+    rows = []
+    for nums in combinations_with_replacement(NUMBERS, 3):
+        reachable = sorted({attempt.value for attempt in tries(nums) if attempt.value in TARGETS})
+        rows += [{"nums": list(nums), "target": target} for target in reachable]
+    return split_held_out(rows, NUM_HELD_OUT)
+
+
+def problem_key(nums: list[int], target: int) -> tuple[tuple[int, ...], int]:
+    """What makes two problems the same: the numbers in any order, and the target."""
+    return tuple(sorted(nums)), target
+
+
+def split_held_out(rows: list[dict], num_held_out: int) -> tuple[list[dict], list[dict]]:
+    """Shuffle rows and hold some out; no held-out problem stays among the training rows, in any order of its numbers.
+
+    The shuffle is that of `datasets.Dataset.train_test_split(seed=42)`, so that on Countdown-Tasks-3to4 with 500 rows
+    held out, results can be compared with those published on that split.
+
+    Args:
+        rows: `nums` and `target` each.
+        num_held_out: number of rows to hold out.
+
+    Returns:
+        Training rows and held-out rows.
+
+    Raises:
+        ValueError: no row would be left to train on.
+    """
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows)).tolist()
+    held_out = [rows[index] for index in order[:num_held_out]]
+    seen = {problem_key(**row) for row in held_out}
+    train = [rows[index] for index in order[num_held_out:] if problem_key(**rows[index]) not in seen]
+    if not train:
+        raise ValueError(
+            f"num_eval_prompts={num_held_out}: the data has {len(rows)} problems, and none would be left to train on "
+            f"that is not also held out. Pass a smaller --num_eval_prompts or more data."
+        )
+    return train, held_out
+
+
+def read_problems(source: str, split: str) -> list[dict]:
+    """Read `nums` and `target` of every row of a local file or of a hub data set.
+
+    Raises:
+        ValueError: the source cannot be read or lacks a column (see `read_rows`), or a value has another type.
+    """
+    rows = read_rows(source, split, ["nums", "target"])
+    for number, row in enumerate(rows, start=1):
+        nums, target = row["nums"], row["target"]
+        integers = isinstance(nums, list) and nums and all(type(value) is int for value in [target, *nums])
+        if not integers:
+            raise ValueError(
+                f"dataset={source}: row {number} has nums={nums!r:.80} and target={target!r:.80}; Countdown needs a "
+                f"list of integers and an integer. Correct or remove the row."
+            )
+    return rows

@@ -1,0 +1,96 @@
+"""Rows of a task's data: from a local .jsonl, .json or .parquet file, or from the hub.
+
+What the columns mean, and which rows are held out, is each task's affair.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+
+def read_rows(source: str, split: str, columns: list[str]) -> list[dict]:
+    """Read the named columns of all rows.
+
+    Args:
+        source: path of a .jsonl (one row per line), .json (a list of rows) or .parquet file, or a hub id.
+        split: split of a hub data set, slices such as ``train[:1000]`` included; local files have no splits.
+        columns: the columns that the task needs; others are left out.
+
+    Returns:
+        The rows, at least one.
+
+    Raises:
+        ValueError: the source is missing, unreadable or empty, or a row lacks a column.
+    """
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    reader = readers.get(Path(source).suffix)
+    if reader is None:
+        rows = _read_hub(source, split)
+    elif Path(source).is_file():
+        rows = reader(source)
+    else:
+        raise ValueError(f"dataset={source}: there is no such file. Give --dataset an existing one.")
+    if not rows:
+        raise ValueError(f"dataset={source}: it has no rows; at least one is needed. Give --dataset one with rows.")
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in columns if column not in row] if isinstance(row, dict) else columns
+        if missing:
+            found = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise ValueError(
+                f"dataset={source}: row {number} holds {found or 'nothing'}; the task needs the columns "
+                f"{', '.join(columns)}. Add or rename {', '.join(missing)}."
+            )
+    return [{column: row[column] for column in columns} for row in rows]
+
+
+def _read_jsonl(source: str) -> list[Any]:
+    rows = []
+    with open(source, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"dataset={source}: line {number} is not JSON ({error.msg}); every line must be one row. "
+                    f"Correct or remove the line."
+                ) from error
+    return rows
+
+
+def _read_json(source: str) -> list[Any]:
+    try:
+        rows = json.loads(Path(source).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"dataset={source}: not JSON (line {error.lineno}: {error.msg}); a list of rows is needed. "
+            f"Correct the file, or name it .jsonl if each of its lines is a row."
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"dataset={source}: holds one JSON {type(rows).__name__}; a list of rows is needed. "
+            f"Put the rows in [...], or name the file .jsonl if each of its lines is a row."
+        )
+    return rows
+
+
+def _read_parquet(source: str) -> list[dict]:
+    try:
+        return pyarrow.parquet.read_table(source).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"dataset={source}: no readable parquet file ({error}). Write or fetch it again.") from error
+
+
+def _read_hub(source: str, split: str) -> list[dict]:
+    try:
+        return datasets.load_dataset(source, split=split).to_list()
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"dataset={source}, dataset_split={split}: neither a local .jsonl, .json or .parquet file nor a data set "
+            f"that the hub gives ({error}). Check the name, the split and the network."
+        ) from error

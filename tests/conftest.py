@@ -1,0 +1,48 @@
+"""Fixtures that several test modules share. `common` comes first: it prepares the environment before torch loads."""
+
+import common  # noqa: F401, I001
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.rollouts import Completion, PromptBatch, Rollouts
+from common.tiny import build_tokenizer, save_untrained
+
+
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained policy of two layers with its tokenizer."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return save_untrained(folder, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The embedded policy's tokenizer."""
+    return build_tokenizer()
+
+
+@pytest.fixture
+def rollouts() -> Rollouts:
+    """Three prompts of 2, 5 and 3 tokens with two completions of different lengths each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(2, 60, (count,), generator=generator).tolist()
+
+    prompts = PromptBatch(
+        step=1,
+        rows=[0, 1, 2],
+        prompt_ids=[tokens(2), tokens(5), tokens(3)],
+        prompts=["a", "b", "c"],
+        columns={"answer": [1, 2, 3]},
+    )
+    lengths = [4, 1, 7, 3, 2, 5]
+    completions = [Completion(tokens(length), [-1.0] * length, truncated=length == 7) for length in lengths]
+    batch = Rollouts.from_completions(prompts, completions, [f"text {i}" for i in range(6)], num_generations=2)
+    batch.step_lengths = batch.lengths
+    return batch

@@ -1,0 +1,51 @@
+"""One gradient of the toy run, started by torchrun on any number of processes. Not a test: test_distributed.py is.
+
+Arguments: model folder, run folder, file for the result, and how many of the 4 groups have nothing to teach.
+"""
+
+import sys
+from pathlib import Path
+
+import common  # noqa: F401, I001
+import torch
+
+from common.advantages import group_relative, rows_with_signal, whiten
+from tests.toy import toy_trainer
+
+
+def main() -> None:
+    """Take one step of plain gradient descent with a learning rate of 1 and save the change of the weights."""
+    model, folder, result, num_dead = sys.argv[1:5]
+    settings = {"learning_rate": 1.0, "max_grad_norm": 0.0, "num_minibatches": 2, "kl_coef": 0.1}
+    trainer = toy_trainer(Path(model), Path(folder), **settings)
+    trainer.policy.optimizer = torch.optim.SGD(trainer.policy.parameters, lr=1.0)
+    trainer.current_step = 1
+    before = [p.detach().clone() for p in trainer.policy.parameters]
+    rollouts = trainer.sample(trainer._next_prompts(), num_generations=4)
+    # The last groups of the step are the dead ones: with two of four they are all on the second process.
+    rollouts.scores = torch.where(rollouts.rows >= 4 * (4 - int(num_dead)), 0.5, trainer.score(rollouts))
+    advantages = group_relative(rollouts.scores, 4)
+    rollouts.advantages = rollouts.spread(advantages)
+    trainer.describe(rollouts, rollouts.advantages)
+    whitened = whiten(
+        rollouts.advantages, rollouts.completion_mask, sum_over_processes=trainer.passes.sum_over_processes
+    )
+    moments = trainer.passes.sum_over_processes(
+        torch.stack([whitened.sum(), whitened.square().sum(), rollouts.completion_mask.sum().float()])
+    )
+    rollouts = rollouts[rows_with_signal(rollouts.scores, 4)]
+    num_rows = torch.zeros(trainer.accelerator.num_processes)
+    num_rows[trainer.accelerator.process_index] = len(rollouts)
+    num_rows = trainer.passes.sum_over_processes(num_rows)
+    rollouts.old_logprobs = trainer.logprobs("policy", rollouts)
+    rollouts.ref_logprobs = trainer.logprobs("ref", rollouts)
+    trainer.update(trainer.policy, rollouts, trainer.loss, average_over="tokens")
+    metrics = trainer.shares.reduce(trainer.accelerator)
+    if trainer.accelerator.is_main_process:
+        step = torch.cat([(p.detach() - b).flatten() for p, b in zip(trainer.policy.parameters, before, strict=True)])
+        content = {"step": step, "metrics": metrics, "moments": moments, "num_rows": num_rows}
+        torch.save(content, result)
+
+
+if __name__ == "__main__":
+    main()

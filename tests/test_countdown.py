@@ -1,0 +1,326 @@
+"""Countdown: the arithmetic is safe and exact, the rewards judge what they say, held-out problems stay held out."""
+
+import json
+import re
+import time
+from dataclasses import replace
+from fractions import Fraction
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.config import RLConfig
+from common.tasks import load_task
+from common.tasks.arithmetic import evaluate
+from common.tasks.countdown import (
+    compact_prompt,
+    equation_reward,
+    format_reward,
+    problem_key,
+    problems,
+    split_held_out,
+    tries,
+)
+from common.tiny import build_tokenizer
+
+
+def formats(completion, prompt="3 5 6 make 48\n", **options):
+    return format_reward([prompt], [completion], **options)[0]
+
+
+def solves(answer, nums=(3, 5, 6), target=48):
+    return equation_reward(
+        ["p"], [f"<think>a</think>\n<answer>{answer}</answer>"], nums=[list(nums)], target=[target]
+    )[0]
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("1+2*3", 7),
+        ("(1+2)*3", 9),
+        ("10-4-3", 3),
+        ("48/4/2", 6),
+        ("1/3*3", 1),
+        ("1/3", Fraction(1, 3)),
+        (" 2 *\t( 3+4 )\n", 14),
+        ("-(2+3)", -5),
+        ("3--5", 8),
+        ("2.5*4", 10),
+        ("0.1+0.2", Fraction(3, 10)),
+    ],
+)
+def test_expressions_have_their_exact_value(expression, value):
+    assert evaluate(expression).value == value
+
+
+def test_numbers_are_listed_as_they_stand_in_the_expression():
+    assert evaluate("(8-3)*2.5+8").numbers == [8, 3, Fraction(5, 2), 8]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("", " ", "2*", "+3", "(1+2", "1+2)", "()", "2 3", "2(3)", "2**3", "1//2", "1/(3-3)"),
+        *("1..2", ".5", "1.", "1,5", "1e3", "0x10", "1_0", "a", "__import__('os')", "3+\u0665", "\u00b2", "3\u2003+5"),
+        *("1" * 16, "(" * 21 + "1" + ")" * 21, "1+" * 100 + "1"),
+    ],
+)
+def test_what_is_no_bounded_expression_is_refused(expression):
+    with pytest.raises(ValueError):
+        evaluate(expression)
+
+
+expressions = st.recursive(
+    st.integers(0, 999).map(str),
+    lambda inner: (
+        st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda parts: f"({''.join(parts)})")
+        | inner.map(lambda part: f"-{part}")
+    ),
+    max_leaves=8,
+)
+
+
+@given(expressions)
+def test_evaluation_agrees_with_python(expression):
+    fractions = re.sub(r"([0-9]+)", r"Fraction(\1)", expression)
+    try:
+        expected = eval(fractions, {"Fraction": Fraction})
+    except ZeroDivisionError:
+        with pytest.raises(ValueError):
+            evaluate(expression)
+    else:
+        assert evaluate(expression).value == expected
+
+
+@given(st.text(alphabet="0123456789+-*/(). \t\n\u0663e", max_size=300))
+@settings(max_examples=500)
+def test_any_text_gives_a_value_or_a_value_error(text):
+    try:
+        evaluate(text)
+    except ValueError as error:
+        assert str(error)
+
+
+# Rewards
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("<think>3+5=8\n8*6=48</think>\n<answer>(3+5)*6</answer>", 1.0),
+        ("<think></think>\n<answer> 3.5 / 2\n</answer>", 1.0),
+        ("<think>a < b</think>\n<answer>(3+5)*6 = 48</answer>", 0.5),
+        ("<think>a</think>\n<answer>forty-eight</answer>", 0.5),
+        ("<think>a</think>\n<answer>\u0663</answer>", 0.5),
+        ("<think>a</think>\n<answer></answer>", 0.5),
+        ("<think>a</think><answer>1</answer>", 0.0),
+        ("<think>a</think>\n\n<answer>1</answer>", 0.0),
+        ("<think>a</think> \n<answer>1</answer>", 0.0),
+        ("<think>a</think>\n<answer>1</answer> ", 0.0),
+        ("<think>a</think>\n<answer>1</answer>\n", 0.0),
+        (" <think>a</think>\n<answer>1</answer>", 0.0),
+        ("<think>a<think>b</think>\n<answer>1</answer>", 0.0),
+        ("<think>a</think>b</think>\n<answer>1</answer>", 0.0),
+        ("<think>a</think>\n<answer>1</answer><answer>2</answer>", 0.0),
+        ("<think>a</think>\n<answer>1<answer>2</answer>", 0.0),
+        ("<think>a</think>\n<answer>1", 0.0),
+        ("<answer>1</answer>", 0.0),
+        ("<think></answer>", 0.0),
+        ("a</think>\n<answer>1</answer>", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format_reward_wants_one_think_block_a_line_break_and_one_answer_block(completion, reward):
+    assert formats(completion) == reward
+
+
+def test_a_think_tag_opened_by_the_prompt_counts_as_part_of_the_completion():
+    completion = "a</think>\n<answer>1</answer>"
+    assert formats(completion, prompt="Let me see.\n<think>") == 1.0
+    assert formats(completion, prompt="Let me see.\n<think>\n") == 1.0
+    assert formats("<think>" + completion, prompt="Let me see.\n<think>") == 0.0
+
+
+def test_an_end_token_at_the_end_changes_no_format_reward():
+    completion = "<think>a</think>\n<answer>1</answer>"
+    assert formats(completion + "<eos>", eos_token="<eos>") == 1.0
+    assert formats(completion, eos_token="<eos>") == 1.0
+    assert formats(completion + "<eos>") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [
+        ("(3+5)*6", 1.0),
+        (" 6 * (5 + 3) ", 1.0),
+        ("6*(5+3", 0.0),
+        ("6*8", 0.0),
+        ("48", 0.0),
+        ("(3+5)*6*1", 0.0),
+        ("(3+5)*6+3-3", 0.0),
+        ("3+5*6", 0.0),
+        ("(3+5)*6=48", 0.0),
+        ("3**5*6", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_equation_reward_wants_each_number_once_and_the_target(answer, reward):
+    assert solves(answer) == reward
+
+
+def test_a_number_given_twice_must_be_used_twice():
+    assert solves("8*8+3", nums=(3, 8, 8), target=67) == 1.0
+    assert solves("8+3", nums=(3, 8, 8), target=11) == 0.0
+
+
+def test_fractions_on_the_way_are_exact_and_near_misses_fail():
+    assert solves("8/(3-8/3)", nums=(3, 3, 8, 8), target=24) == 1.0
+    assert solves("1/3", nums=(1, 3), target=0) == 0.0
+    assert solves("1/99999", nums=(1, 99_999), target=0) == 0.0
+    assert solves("1/100001", nums=(1, 100_001), target=0) == 1.0
+
+
+def test_digits_of_a_decimal_are_not_two_numbers():
+    assert solves("2.5*4", nums=(2, 4, 5), target=10) == 0.0
+
+
+def test_equation_reward_reads_the_first_answer_on_one_line_whatever_the_format():
+    def judge(completion):
+        return equation_reward(["p"], [completion], nums=[[1, 2]], target=[3])
+
+    assert judge("no tags at all <answer>1+2</answer> and more") == [1.0]
+    assert judge("<answer>1\n+2</answer> <answer>1+2</answer>") == [1.0]
+    assert judge("<answer>2-1</answer><answer>1+2</answer>") == [0.0]
+    assert judge("1+2") == [0.0]
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<answer>" * 12_500,
+        "<think>" * 14_000,
+        "<think>" + "<" * 100_000,
+        "<answer>" + "(" * 100_000 + "</answer>",
+        "<answer>" + "9" * 100_000 + "</answer>",
+        "<answer>" + "-" * 190 + "1</answer>",
+        "<answer>9**9**9**9</answer>",
+        "<answer>" + "*".join(["999999999999999"] * 12) + "</answer>",
+        "<think>" + "</think>\n<answer>" * 6_000 + "</answer>",
+        "<answer>\n" * 11_000 + "</answer>",
+        "<think>a</think>\n<answer>" + "1+" * 50_000 + "</answer>",
+        "\x00\ud800\u0663\u00b2\u2028" * 20_000,
+    ],
+)
+def test_hostile_completions_are_judged_at_once(completion):
+    start = time.perf_counter()
+    rewards = [formats(completion), *equation_reward(["p"], [completion], nums=[[1, 2]], target=[3])]
+    assert time.perf_counter() - start < 0.5
+    assert all(reward in (0.0, 0.5, 1.0) for reward in rewards) and rewards[1] == 0.0
+
+
+# Data
+
+
+def test_the_generated_problems_are_1020_and_all_can_be_solved():
+    train, held_out = problems()
+    assert (len(train), len(held_out)) == (764, 256)
+    for problem in train + held_out:
+        assert sorted(problem["nums"]) == problem["nums"] and 10 <= problem["target"] <= 50
+        hits = [attempt for attempt in tries(tuple(problem["nums"])) if attempt.value == problem["target"]]
+        assert hits
+        for attempt in hits:
+            assert solves(attempt.expression, **problem) == 1.0
+
+
+def test_no_held_out_problem_is_trained_on_even_with_its_numbers_in_another_order():
+    rows = [{"nums": nums, "target": 6} for nums in ([1, 2, 3], [3, 2, 1], [2, 1, 3], [6, 1, 1], [2, 2, 2], [1, 5, 1])]
+    for num_held_out in range(1, 4):
+        train, held_out = split_held_out(rows, num_held_out)
+        assert len(held_out) == num_held_out
+        assert not {problem_key(**row) for row in train} & {problem_key(**row) for row in held_out}
+
+
+def test_the_split_is_that_of_the_published_results():
+    rows = [{"nums": [1, number], "target": number + 1} for number in range(40)]
+    published = datasets.Dataset.from_list(rows).train_test_split(test_size=7, seed=42)
+    train, held_out = split_held_out(rows, 7)
+    assert train == published["train"].to_list() and held_out == published["test"].to_list()
+
+
+def config(**changes):
+    return replace(RLConfig(task="countdown", model="tiny", num_eval_prompts=2), **changes)
+
+
+def test_without_a_data_set_the_task_has_generated_problems_in_the_compact_form():
+    task = load_task(config(num_eval_prompts=256), build_tokenizer())
+    assert (len(task.train), len(task.eval)) == (764, 256)
+    row = task.train[0]
+    assert row["prompt"] == compact_prompt(row["nums"], row["target"])
+    assert task.rewards.keys() == task.reward_weights.keys() == {"format", "equation"}
+    assert task.accuracy == "equation"
+
+
+def test_fewer_evaluation_prompts_leave_the_training_problems_as_they_are():
+    few, many = (load_task(config(num_eval_prompts=number), build_tokenizer()) for number in (10, 256))
+    assert few.eval == many.eval[:10] and few.train == many.train
+
+
+def test_more_evaluation_prompts_than_are_held_out_are_refused():
+    with pytest.raises(ValueError, match="num_eval_prompts=257"):
+        load_task(config(num_eval_prompts=257), build_tokenizer())
+
+
+def test_with_a_chat_template_the_prompt_ends_in_a_begun_assistant_turn():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }};{% endfor %}"
+    row = load_task(config(), tokenizer).train[0]
+    system, user, assistant = row["prompt"]
+    assert [system["role"], user["role"], assistant["role"]] == ["system", "user", "assistant"]
+    assert all(str(number) in user["content"] for number in [*row["nums"], row["target"]])
+    assert assistant["content"].endswith("\n<think>")
+
+
+ROWS = [{"nums": [1, 2, number], "target": number + 3, "note": "x"} for number in range(9)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_local_files_of_each_kind_give_the_same_task(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        path.write_text(json.dumps(ROWS) if suffix == "json" else "\n".join(map(json.dumps, ROWS)) + "\n\n")
+    task = load_task(config(dataset=str(path)), build_tokenizer())
+    assert (len(task.train), len(task.eval)) == (7, 2)
+    assert sorted(row["target"] for row in task.train + task.eval) == list(range(3, 12))
+    assert task.train[0].keys() == {"prompt", "nums", "target"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", None, "no such file"),
+        ("a.jsonl", "", "no rows"),
+        ("a.jsonl", '{"nums": [1], "target": 1}\n{"nums": [1], "targ', "line 2 is not JSON"),
+        ("a.jsonl", '{"nums": [1]}', "columns nums, target. Add or rename target"),
+        ("a.jsonl", "[1, 2]", "row 1 holds a list"),
+        ("a.jsonl", '{"nums": [1], "target": 1}\n{"nums": [1.5], "target": 1}', "row 2 has nums="),
+        ("a.jsonl", '{"nums": [1], "target": true}', "row 1 has nums="),
+        ("a.jsonl", '{"nums": [1], "target": 1}', "none would be left"),
+        ("a.json", '{"nums": [1], "target": 1}', "a list of rows is needed"),
+        ("a.json", "[1,", "not JSON"),
+        ("a.parquet", "PAR1", "no readable parquet"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_task(config(dataset=str(tmp_path / name)), build_tokenizer())
+    assert name in str(caught.value) or "num_eval_prompts" in str(caught.value)

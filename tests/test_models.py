@@ -1,0 +1,242 @@
+"""Log-probs of completions: the one place they come from."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+from common import models
+from common.config import RLConfig
+from common.models import end_token_ids, load_policy, load_reference, resolve_model, save_model, token_logprobs
+from common.rollouts import Completion, PromptBatch, Rollouts
+
+T = 0.7
+
+
+def rows(prompts: list[list[int]], completions: list[list[int]]) -> Rollouts:
+    """One row per pair; sampling log-probs are not needed here."""
+    batch = PromptBatch(
+        step=1, rows=list(range(len(prompts))), prompt_ids=prompts, prompts=[""] * len(prompts), columns={}
+    )
+    sampled = [Completion(ids, [0.0] * len(ids), False) for ids in completions]
+    return Rollouts.from_completions(batch, sampled, [""] * len(prompts), num_generations=1)
+
+
+def one_by_one(model, prompt: list[int], completion: list[int], temperature: float) -> torch.Tensor:
+    """The definition: the token's log-softmax given everything before it, each prefix in a pass of its own."""
+    found = []
+    for t, token in enumerate(completion):
+        logits = model(torch.tensor([prompt + completion[:t]])).logits[0, -1].double()
+        found.append(float(F.log_softmax(logits / temperature, dim=-1)[token]))
+    return torch.tensor(found)
+
+
+@pytest.fixture
+def policy(tiny_folder):
+    return load_policy(str(tiny_folder), RLConfig(temperature=T), dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_each_token_is_scored_by_what_precedes_it(policy):
+    prompts, completions = [[5, 9], [7, 3, 8, 2, 6]], [[4, 11, 30, 1], [12]]
+    logprobs, entropy = token_logprobs(policy, rows(prompts, completions), T)
+    for row in range(2):
+        expected = one_by_one(policy, prompts[row], completions[row], T)
+        torch.testing.assert_close(logprobs[row, : len(expected)], expected, atol=1e-5, rtol=0)
+    assert logprobs[1, 1:].eq(0).all() and entropy[1, 1:].eq(0).all()
+
+
+@torch.no_grad()
+def test_temperature_is_applied_once(policy):
+    batch = rows([[5, 9]], [[4]])
+    cold, _ = token_logprobs(policy, batch, T)
+    logits = policy(torch.tensor([[5, 9]])).logits[0, -1]
+    expected = F.log_softmax(logits / T, dim=-1)[4]
+    torch.testing.assert_close(cold[0, 0], expected, atol=1e-5, rtol=0)
+    warm, _ = token_logprobs(policy, batch, 1.0)
+    assert abs(cold - warm).max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_row_has_the_same_logprobs_in_any_company(policy, rollouts):
+    together, _ = token_logprobs(policy, rollouts, T)
+    for row in range(len(rollouts)):
+        alone, _ = token_logprobs(policy, rollouts[row : row + 1].trimmed(), T)
+        length = int(rollouts.lengths[row])
+        torch.testing.assert_close(alone[0, :length], together[row, :length], atol=2e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_the_pad_and_end_token_may_appear_in_a_text(policy):
+    end = policy.config.eos_token_id
+    completion = [4, 0, end, 7, 0]
+    logprobs, _ = token_logprobs(policy, rows([[end, 0, 5]], [completion]), T)
+    torch.testing.assert_close(logprobs[0], one_by_one(policy, [end, 0, 5], completion, T), atol=1e-5, rtol=0)
+
+
+def test_dropout_is_off_even_in_train_mode(tiny_folder, tmp_path, rollouts):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.config.attention_dropout = 0.5
+    model.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), RLConfig(), dtype=torch.float32)
+    assert policy.training
+    first, second = (token_logprobs(policy, rollouts, 1.0)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_passes_with_and_without_gradient_agree_to_the_last_bit(policy, rollouts):
+    with torch.no_grad():
+        without, _ = token_logprobs(policy, rollouts, T)
+    assert torch.equal(token_logprobs(policy, rollouts, T)[0], without)
+
+
+@torch.no_grad()
+def test_entropy_is_that_of_the_distribution(policy):
+    _, entropy = token_logprobs(policy, rows([[5, 9]], [[4]]), T)
+    p = torch.softmax(policy(torch.tensor([[5, 9]])).logits[0, -1].double() / T, dim=-1)
+    assert float(entropy[0, 0]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 1000])
+def test_chunking_the_head_changes_neither_values_nor_gradients(policy, rollouts, monkeypatch, chunk_tokens):
+    def result():
+        policy.zero_grad()
+        logprobs, _ = token_logprobs(policy, rollouts, T)
+        (logprobs * torch.linspace(-1, 1, logprobs.numel()).view_as(logprobs)).sum().backward()
+        return logprobs.detach(), [p.grad.clone() for p in policy.parameters()]
+
+    whole = result()
+    monkeypatch.setattr(models, "MAX_CHUNK_LOGITS", chunk_tokens * policy.config.vocab_size)
+    chunked = result()
+    torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_the_fused_head_agrees_with_the_plain_one_in_values_and_gradients(policy, rollouts):
+    ids, prompt_lengths = rollouts.sequences()
+    places = torch.arange(ids.shape[1])[None, :]
+    chosen = (places >= prompt_lengths[:, None]) & (places < rollouts.total_lengths[:, None])
+    results = []
+    for head in (models._plain, models._fused):
+        policy.zero_grad()
+        logprobs, entropy = head(policy, ids, chosen, T)
+        (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
+        results.append((logprobs.detach(), entropy.detach(), [p.grad.clone() for p in policy.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_model_with_capped_logits_is_scored_with_the_cap(tmp_path):
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=0.5,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), RLConfig(attn_implementation="eager"), dtype=torch.float32)
+    logprobs, _ = token_logprobs(policy, rows([[5, 9]], [[4, 11, 30]]), 1.0)
+    expected = one_by_one(policy, [5, 9], [4, 11, 30], 1.0)
+    torch.testing.assert_close(logprobs[0], expected, atol=1e-5, rtol=0)
+
+
+def test_reference_is_frozen_and_equal_to_the_policy_at_first(tiny_folder, rollouts):
+    config = RLConfig(kl_coef=0.1)
+    policy = load_policy(str(tiny_folder), config, dtype=torch.float32)
+    reference = load_reference(str(tiny_folder), config)
+    scored, _ = token_logprobs(reference, rollouts, 1.0)
+    assert not scored.requires_grad
+    ours, _ = token_logprobs(policy, rollouts, 1.0)
+    assert ours.requires_grad and torch.equal(ours.detach(), scored)
+
+
+def test_lora_reference_is_the_policy_with_its_adapter_off(tiny_folder, rollouts):
+    config = RLConfig(use_lora=True, lora_r=4, lora_alpha=8)
+    base = load_policy(str(tiny_folder), RLConfig(), dtype=torch.float32)
+    expected = token_logprobs(base, rollouts, 1.0)[0].detach()
+    policy = load_policy(str(tiny_folder), config, dtype=torch.float32)
+    assert isinstance(policy, PeftModel)
+    assert torch.equal(token_logprobs(policy, rollouts, 1.0)[0].detach(), expected)  # a new adapter adds nothing
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+    moved = token_logprobs(policy, rollouts, 1.0)[0].detach()
+    assert abs(moved - expected).max() > 1e-3
+    with pytest.raises(RuntimeError, match="in the pass"), policy.disable_adapter():
+        torch.testing.assert_close(token_logprobs(policy, rollouts, 1.0)[0].detach(), expected, atol=1e-6, rtol=0)
+        raise RuntimeError("in the pass")
+    assert torch.equal(token_logprobs(policy, rollouts, 1.0)[0].detach(), moved)  # on again after an error
+
+
+def test_lora_starts_the_same_for_the_same_seed_and_leaves_the_global_generator_alone(tiny_folder):
+    config = RLConfig(use_lora=True, lora_r=4, lora_alpha=8, seed=3)
+    before = torch.get_rng_state()
+    first, second = (load_policy(str(tiny_folder), config, dtype=torch.float32) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_folder, rollouts):
+    gradients = []
+    for checkpointing in (False, True):
+        config = RLConfig(gradient_checkpointing=checkpointing)
+        policy = load_policy(str(tiny_folder), config, dtype=torch.float32)
+        assert policy.is_gradient_checkpointing is checkpointing
+        token_logprobs(policy, rollouts, 1.0)[0].sum().backward()
+        gradients.append([p.grad.clone() for p in policy.parameters()])
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-6)
+
+
+def test_bfloat16_trains_float32_weights(tiny_folder, rollouts):
+    policy = load_policy(str(tiny_folder), RLConfig(), dtype=torch.bfloat16)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    exact, _ = token_logprobs(policy, rollouts, 1.0)
+    with models.forward_context(torch.device("cpu"), torch.bfloat16):
+        rounded, _ = token_logprobs(policy, rollouts, 1.0)
+    assert rounded.dtype == torch.float32
+    assert 0 < abs(rounded - exact).max() < 0.05
+    # A LoRA base only serves forward passes, so it is held in their precision.
+    lora = load_policy(str(tiny_folder), RLConfig(use_lora=True), dtype=torch.bfloat16)
+    assert {(p.requires_grad, p.dtype) for p in lora.parameters()} == {(False, torch.bfloat16), (True, torch.float32)}
+
+
+def test_end_tokens_are_those_of_generation_config_and_tokenizer(policy, tokenizer):
+    policy.generation_config.eos_token_id = [7, 5]
+    assert end_token_ids(policy, tokenizer) == tuple(sorted({7, 5, tokenizer.eos_token_id}))
+    policy.generation_config.eos_token_id = None
+    nameless = copy.deepcopy(tokenizer)
+    nameless.eos_token = None
+    with pytest.raises(ValueError, match="end token"):
+        end_token_ids(policy, nameless)
+
+
+def test_a_model_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match=r"model='no/such-model'.*--model"):
+        resolve_model("no/such-model")
+    with pytest.raises(ValueError, match="config.json"):
+        resolve_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@torch.no_grad()
+def test_a_saved_policy_loads_in_plain_transformers(tiny_folder, tmp_path, tokenizer, rollouts, use_lora):
+    policy = load_policy(str(tiny_folder), RLConfig(use_lora=use_lora, lora_r=4), dtype=torch.float32)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.01)
+    save_model(policy, tokenizer, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight  # still tied
+    ids = torch.tensor([[5, 9, 4, 11]])
+    torch.testing.assert_close(plain(ids).logits, policy.eval()(ids).logits, atol=1e-5, rtol=0)
+    assert (tmp_path / "tokenizer_config.json").exists()
+    assert (tmp_path / "adapter").exists() is use_lora

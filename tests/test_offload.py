@@ -1,0 +1,150 @@
+"""ModelPool on the CPU: with offload="always" its moves are real copies here too."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from common.offload import ModelPool
+
+
+def make_pool(offload: str = "always") -> tuple[ModelPool, nn.Linear, nn.Linear, torch.optim.Optimizer]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy, ref = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+    pool = ModelPool(torch.device("cpu"), offload)
+    pool.add("policy", policy, optimizer=optimizer)
+    pool.add("ref", ref)
+    return pool, policy, ref, optimizer
+
+
+def train(pool: ModelPool, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for step in range(steps):
+        with pool.use("ref") as ref:
+            target = ref(torch.full((1, 4), float(step)))
+        with pool.use("policy", train=True) as policy:
+            (policy(torch.ones(1, 4)) - target).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("offload", ["auto", "never", "always"])
+def test_training_gives_the_same_bits_whatever_moves(offload):
+    expected = make_pool("never")
+    train(expected[0], expected[3], steps=3)
+    pool, policy, _, optimizer = make_pool(offload)
+    pool.plan(sampler_bytes=0)
+    train(pool, optimizer, steps=3)
+    pool.evict()
+    for ours, theirs in zip(policy.parameters(), expected[1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        for key, moment in optimizer.state[ours].items():
+            assert torch.equal(moment, expected[3].state[theirs][key])
+
+
+def test_one_tenant_at_a_time():
+    pool, *_ = make_pool()
+    with pool.use("policy"):
+        assert pool.resident == {"policy"}
+    with pool.use("ref"):
+        assert pool.resident == {"ref"}
+    pool.evict()
+    assert pool.resident == set()
+
+
+def test_without_offload_everybody_stays():
+    pool, policy, *_ = make_pool("never")
+    before = policy.weight.data_ptr()
+    with pool.use("policy"), pool.use("ref"):
+        assert pool.resident == {"policy", "ref"}
+    pool.evict()
+    assert pool.resident == {"policy", "ref"} and policy.weight.data_ptr() == before
+
+
+def test_a_frozen_model_is_dropped_from_the_device_not_copied_back():
+    pool, _, ref, _ = make_pool()
+    home, value = ref.weight.data_ptr(), ref.weight.clone()
+    with pool.use("ref") as model:
+        assert model.weight.data_ptr() != home
+        model.weight.data.zero_()
+    pool.evict()
+    assert ref.weight.data_ptr() == home and torch.equal(ref.weight, value)
+
+
+def test_trained_weights_and_moments_come_home_to_the_same_place():
+    pool, policy, _, optimizer = make_pool()
+    home = policy.weight.data_ptr()
+    train(pool, optimizer, steps=1)
+    on_device = policy.weight.clone()
+    moment = optimizer.state[policy.weight]["exp_avg"]
+    on_device_moment, place = moment.clone(), moment.data_ptr()
+    pool.evict()
+    assert policy.weight.data_ptr() == home and torch.equal(policy.weight, on_device)
+    assert moment.data_ptr() != place and torch.equal(moment, on_device_moment)
+    moment_home = moment.data_ptr()
+    train(pool, optimizer, steps=1)
+    pool.evict()
+    assert optimizer.state[policy.weight]["exp_avg"].data_ptr() == moment_home
+
+
+def test_moments_stay_home_when_the_model_only_looks():
+    pool, policy, _, optimizer = make_pool()
+    train(pool, optimizer, steps=1)
+    pool.evict()
+    home = optimizer.state[policy.weight]["exp_avg"].data_ptr()
+    with pool.use("policy"):
+        assert optimizer.state[policy.weight]["exp_avg"].data_ptr() == home
+
+
+def test_looking_first_and_training_then_brings_the_moments_too():
+    pool, policy, _, optimizer = make_pool()
+    train(pool, optimizer, steps=1)
+    pool.evict()
+    moment = optimizer.state[policy.weight]["exp_avg"]
+    home = moment.data_ptr()
+    with pool.use("policy"), pool.use("policy", train=True):
+        assert moment.data_ptr() != home
+
+
+def test_tied_weights_stay_tied():
+    embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    pool = ModelPool(torch.device("cpu"), "always")
+    pool.add("model", nn.ModuleList([embedding, head]))
+    with pool.use("model"):
+        assert head.weight is embedding.weight
+    pool.evict()
+    assert head.weight is embedding.weight
+
+
+def test_a_view_is_its_owner_inside_its_context():
+    inside = []
+
+    @contextmanager
+    def adapter_off():
+        inside.append("off")
+        try:
+            yield
+        finally:
+            inside.append("on")
+
+    pool, policy, *_ = make_pool()
+    pool.add_view("other", of="policy", context=adapter_off)
+    assert "other" in pool
+    with pytest.raises(RuntimeError, match="inside"), pool.use("other") as model:
+        assert model is policy and inside == ["off"]
+        assert pool.resident == {"policy"}
+        raise RuntimeError("inside")
+    assert inside == ["off", "on"]
+
+
+def test_the_plan_counts_weights_gradients_and_moments():
+    pool, *_ = make_pool("auto")
+    plan = pool.plan(sampler_bytes=3_000)
+    weights = 2 * (16 + 4) * 4
+    assert plan["weights"] == pytest.approx(weights / 1e9)
+    assert plan["training"] == pytest.approx(3 * (16 + 4) * 4 / 1e9)
+    assert plan["sampler"] == pytest.approx(3e-6)
+    assert pool.offload == "never"

@@ -1,0 +1,107 @@
+"""The picture of a run is drawn from whatever is in metrics.jsonl, and never stops a run."""
+
+import json
+import math
+import os
+import time
+
+import numpy as np
+import pytest
+
+from common.plots import Curves, _panels, _running_mean, draw_curves
+
+
+def metrics_of(step, num_steps):
+    progress = 1 - math.exp(-3 * step / num_steps)
+    noise = math.sin(step * 12.9898)
+    row = {"step": step}
+    if step % 10 == 0:
+        row |= {"eval/accuracy": 0.28 + 0.3 * progress, "eval/accuracy_ci95": 0.06}
+    if step:
+        row |= {"score": 0.35 + 0.3 * progress + 0.05 * noise, "length": 60 + 40 * progress + 3 * noise, "kl": 0.01}
+        row |= {"reward/format": 0.84, "reward/equation": 0.3 + 0.3 * progress, "entropy": 1 - 0.2 * progress}
+        row |= {"time/sample": 1.2, "time/update": 2.0 + 0.1 * noise, "time/push": 0.05, "time/step": 3.6}
+    return row
+
+
+def write_metrics(folder, rows, end="\n"):
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + end)
+
+
+def test_curves_are_drawn_complete_with_nothing_left_beside_them(tmp_path, recwarn):
+    write_metrics(tmp_path, [metrics_of(step, 50) for step in range(51)])
+    draw_curves(tmp_path)
+    picture = (tmp_path / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert picture.endswith(b"IEND\xaeB`\x82")
+    assert sorted(os.listdir(tmp_path)) == ["curves.png", "metrics.jsonl"]
+    assert not recwarn.list
+
+
+def test_a_thousand_steps_are_drawn_in_less_than_a_second(tmp_path):
+    write_metrics(tmp_path, [metrics_of(step, 1000) for step in range(1001)])
+    draw_curves(tmp_path)  # imports matplotlib
+    start = time.process_time()
+    draw_curves(tmp_path)
+    assert time.process_time() - start < 0.7
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 12])
+def test_the_first_steps_of_a_run_are_drawn_without_a_warning(num_rows, tmp_path, recwarn):
+    write_metrics(tmp_path, [metrics_of(step, 50) for step in range(num_rows)])
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+    assert not recwarn.list
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    write_metrics(tmp_path, [metrics_of(step, 50) for step in range(5)], end='\n{"step": 5, "score": 0.')
+    assert len(Curves(tmp_path / "metrics.jsonl").rows) == 5
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_only_panels_with_something_to_show_are_drawn(tmp_path):
+    def titles(rows):
+        write_metrics(tmp_path, rows)
+        return list(_panels(Curves(tmp_path / "metrics.jsonl")))
+
+    assert titles([{"step": 1, "score": 0.5, "kl": None}]) == ["score"]
+    assert titles([{"step": 0, "eval/score": 0.5}]) == ["held-out score"]
+    full = titles([metrics_of(10, 50)])
+    assert full == [
+        "score",
+        "held-out accuracy",
+        "completion length (tokens)",
+        "KL to the reference",
+        "reward parts",
+        "time per step (s)",
+    ]
+    without_kl = {name: value for name, value in metrics_of(10, 50).items() if name != "kl"}
+    assert "entropy" in titles([without_kl])
+
+
+def test_a_run_without_a_step_yet_has_no_picture_and_no_warning(tmp_path, recwarn):
+    write_metrics(tmp_path, [])
+    draw_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+    assert not recwarn.list
+
+
+def test_what_cannot_be_drawn_is_a_warning_and_leaves_the_old_picture(tmp_path):
+    write_metrics(tmp_path, [metrics_of(step, 50) for step in range(5)])
+    draw_curves(tmp_path)
+    before = (tmp_path / "curves.png").read_bytes()
+    write_metrics(tmp_path, [{"step": 1, "score": "high"}])
+    with pytest.warns(UserWarning, match=r"could not be drawn \(ValueError.*The run goes on"):
+        draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes() == before
+
+
+def test_the_running_mean_keeps_a_constant_and_a_line_and_removes_noise():
+    np.testing.assert_allclose(_running_mean(np.full(50, 3.0)), 3.0)
+    line = np.arange(200.0)
+    np.testing.assert_allclose(_running_mean(line)[30:-30], line[30:-30])
+    noise = np.random.default_rng(0).normal(size=1000)
+    assert _running_mean(noise).std() < 0.15
+    assert _running_mean(np.array([1.0])).tolist() == [1.0]

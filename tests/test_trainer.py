@@ -1,0 +1,260 @@
+"""The outer loop: what every run does, whatever the algorithm."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.cli import parse_config
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+from tests.toy import toy_config, toy_task, toy_trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what a clock or the machine decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """A short run with everything on, and its trainer."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    settings = {"num_steps": 4, "eval_every": 2, "save_every": 2, "kl_coef": 0.05, "num_minibatches": 2}
+    trainer = toy_trainer(tiny_folder, folder, **settings)
+    trainer.train()
+    return folder, trainer
+
+
+def test_a_run_leaves_the_files_it_promises(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-2", "checkpoint-4", "final"
+    }  # fmt: skip
+    assert [line["step"] for line in metrics_of(folder)] == [0, 1, 2, 3, 4]
+
+
+def test_every_step_reports_the_same_names(finished):
+    folder, _ = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    step = lines[1]
+    expected = """step episodes tokens score reward/digits reward/sum kl entropy length truncated zero_advantage
+        policy/loss policy/grad_norm policy/clip_fraction policy/ratio policy/first_ratio lr sampler/logprob_diff
+        time/sample time/score time/logprobs time/update time/offload time/step memory/peak_gb memory/host_gb"""
+    assert set(expected.split()) <= set(step)
+    assert {name for name in lines[2] if name.startswith("eval/")} == {
+        "eval/score", "eval/accuracy", "eval/accuracy_ci95", "eval/length", "eval/truncated"
+    }  # fmt: skip
+    assert not any(name.startswith("eval/") for name in lines[3] if lines[3]["step"] == 3)
+    assert step["episodes"] == 16 and lines[4]["episodes"] == 64
+    assert lines[4]["tokens"] == pytest.approx(sum(16 * line["length"] for line in lines[1:]))
+
+
+def test_the_ratio_before_the_first_optimizer_step_is_exactly_one(finished):
+    for line in metrics_of(finished[0])[1:]:
+        assert line["policy/first_ratio"] == 1.0
+        assert line["sampler/logprob_diff"] < 1e-4
+
+
+def test_the_parts_of_a_step_add_up_to_its_time(finished):
+    for line in [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()][2:]:
+        parts = sum(value for name, value in line.items() if name.startswith("time/") and name != "time/step")
+        assert parts <= line["time/step"]
+        assert parts > 0.8 * line["time/step"]  # a toy step takes milliseconds; a real one is held to 95 %
+
+
+def test_samples_show_prompt_completion_score_and_parts(finished):
+    rows = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
+    assert {row["split"] for row in rows} == {"train", "eval"}
+    assert {row["step"] for row in rows if row["split"] == "eval"} == {0, 2, 4}
+    row = rows[0]
+    assert row["score"] == pytest.approx(row["parts"]["digits"] + 0.5 * row["parts"]["sum"])
+    assert "make" in row["prompt"]
+
+
+def test_the_final_model_is_the_trained_policy_in_plain_transformers(finished):
+    folder, trainer = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    with trainer.models.use("policy") as policy:
+        for (name, ours), (_, theirs) in zip(model.named_parameters(), policy.named_parameters(), strict=True):
+            assert torch.equal(ours, theirs.cpu()), name
+    assert AutoTokenizer.from_pretrained(folder / "final").decode([5]) == trainer.tokenizer.decode([5])
+    assert not torch.equal(
+        model.lm_head.weight, AutoModelForCausalLM.from_pretrained(trainer.config.model).lm_head.weight
+    )
+
+
+def test_config_yaml_repeats_the_run(finished, tmp_path):
+    folder, trainer = finished
+    arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path), "--preset", "none"]
+    config = parse_config(GRPOConfig(), args=arguments)
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    assert {name: vars(config)[name] for name in stored} == stored | {"output_dir": str(tmp_path), "preset": "none"}
+    assert "torch" in (folder / "config.yaml").read_text()
+
+
+def test_the_same_settings_give_the_same_metrics_and_another_seed_others(tiny_folder, tmp_path):
+    runs = {}
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        toy_trainer(tiny_folder, tmp_path / name, seed=seed, eval_every=1).train()
+        runs[name] = metrics_of(tmp_path / name)
+    assert runs["a"] == runs["b"]
+    assert runs["a"][1]["score"] != runs["c"][1]["score"]
+
+
+def test_the_global_generators_decide_nothing_and_stay_as_they_were(tiny_folder, tmp_path):
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        toy_trainer(tiny_folder, tmp_path / str(seed), use_lora=True, lora_r=4).train()
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
+        results.append(metrics_of(tmp_path / str(seed)))
+    assert results[0] == results[1]
+
+
+def test_evaluation_changes_nothing_but_the_metrics(tiny_folder, tmp_path):
+    lines = {}
+    for every in (0, 1):
+        toy_trainer(tiny_folder, tmp_path / str(every), num_steps=3, eval_every=every).train()
+        lines[every] = [
+            {k: v for k, v in line.items() if not k.startswith("eval/")}
+            for line in metrics_of(tmp_path / str(every))
+            if line["step"]
+        ]
+    assert lines[0] == lines[1]
+
+
+def test_evaluation_happens_before_every_few_steps_and_at_the_end(tiny_folder, tmp_path):
+    toy_trainer(tiny_folder, tmp_path / "run", num_steps=3, eval_every=2).train()
+    evaluated = [line["step"] for line in metrics_of(tmp_path / "run") if "eval/score" in line]
+    assert evaluated == [0, 2, 3]
+
+
+def test_several_samples_per_held_out_prompt_give_pass_at_k(tiny_folder, tmp_path):
+    task = toy_task()
+    task.rewards["sum"] = lambda prompts, completions, **columns: [float(i % 3 == 0) for i in range(len(completions))]
+    config = toy_config(tiny_folder, tmp_path / "run", eval_num_samples=3, eval_every=2)
+    GRPOTrainer(config, task=task).train()
+    line = metrics_of(tmp_path / "run")[0]
+    assert line["eval/accuracy"] == pytest.approx(1 / 3) and line["eval/pass@3"] == 1.0
+    assert line["eval/accuracy_ci95"] == pytest.approx(0.0, abs=1e-6)  # every prompt has one of three right
+
+
+def test_early_stopping_counts_evaluations_without_a_new_best(tiny_folder, tmp_path):
+    task = toy_task()
+    task.rewards["sum"] = lambda prompts, completions, **columns: [0.0] * len(completions)
+    config = toy_config(
+        tiny_folder, tmp_path / "run", num_steps=9, eval_every=1, early_stopping_patience=2, save_every=5
+    )
+    GRPOTrainer(config, task=task).train()
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2]
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_the_best_checkpoint_survives_rotation(tiny_folder, tmp_path):
+    task = toy_task()
+    accuracies = iter([0.1, 0.2, 1.0, 0.3, 0.2, 0.1, 0.1])
+
+    def scripted(prompts, completions, **columns):
+        if len(completions) != 4:  # a training batch
+            return [0.0] * len(completions)
+        return [float(i < round(4 * accuracy)) for accuracy in [next(accuracies)] for i in range(4)]
+
+    task.rewards["sum"] = scripted
+    config = toy_config(tiny_folder, tmp_path / "run", num_steps=6, eval_every=1, save_every=1, save_total_limit=1)
+    GRPOTrainer(config, task=task).train()
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-6"]
+
+
+RUN_TOY = """
+import sys
+from pathlib import Path
+import common
+from tests.toy import toy_trainer
+model, folder, steps = sys.argv[1:4]
+toy_trainer(Path(model), Path(folder), num_steps=int(steps), eval_every=2, save_every=2, kl_coef=0.05,
+            num_minibatches=2, use_lora=len(sys.argv) > 4, lora_r=4).train()
+"""
+
+
+def run_toy(tiny_folder: Path, folder: Path, steps: int, *extra: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", RUN_TOY, str(tiny_folder), str(folder), str(steps), *extra]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [[], ["lora"]], ids=["full", "lora"])
+def test_a_killed_run_continues_as_if_nothing_had_happened(tiny_folder, tmp_path, extra):
+    assert run_toy(tiny_folder, tmp_path / "whole", 6, *extra).wait() == 0
+    for kill_at in (1, 3, 5):
+        # Killed as soon as the line of that step is written: step 1 before any checkpoint, the others after one, and
+        # at an odd step with lines that the continued run must write anew.
+        process = run_toy(tiny_folder, tmp_path / "killed", 6, *extra)
+        while process.poll() is None:
+            path = tmp_path / "killed" / "metrics.jsonl"
+            if path.exists() and f'"step": {kill_at},' in path.read_text():
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        process.wait()
+    assert run_toy(tiny_folder, tmp_path / "killed", 6, *extra).wait() == 0
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
+    for name in ("samples.jsonl",):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_finished_run_can_be_made_longer(tiny_folder, tmp_path):
+    toy_trainer(tiny_folder, tmp_path / "short", num_steps=2, save_every=1).train()
+    toy_trainer(tiny_folder, tmp_path / "short", num_steps=4, save_every=1).train()
+    toy_trainer(tiny_folder, tmp_path / "long", num_steps=4, save_every=1).train()
+    assert metrics_of(tmp_path / "short") == metrics_of(tmp_path / "long")
+
+
+def test_other_settings_in_the_same_folder_are_refused_before_a_model_is_loaded(tiny_folder, tmp_path):
+    toy_trainer(tiny_folder, tmp_path / "run", save_every=1).train()
+    with pytest.raises(ValueError, match="learning_rate"):
+        toy_trainer(tiny_folder, tmp_path / "run", learning_rate=2e-3, num_steps=3)
+    with pytest.raises(ValueError, match="resume=never"):
+        toy_trainer(tiny_folder, tmp_path / "run", resume="never", num_steps=3)
+
+
+def test_a_start_that_failed_leaves_no_folder_in_the_way(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="max_prompt_length=1"):
+        toy_trainer(tiny_folder, tmp_path / "run", max_prompt_length=1)
+    toy_trainer(tiny_folder, tmp_path / "run")
+
+
+def test_twenty_steps_leak_no_memory(tiny_folder, tmp_path):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", num_steps=30, samples_every=0)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    host = [line["memory/host_gb"] for line in lines]
+    assert host[-1] - host[9] < 0.03  # 20 steps, less than 30 MB
+
+
+def test_a_reward_function_that_raises_ends_the_run_with_its_row(tiny_folder, tmp_path):
+    task = toy_task()
+
+    def broken(prompts, completions, total, **columns):
+        return [1 / (t - 4) for t in total]
+
+    task.rewards["sum"] = broken
+    with pytest.raises(ValueError, match=r"reward 'sum' raised ZeroDivisionError.*row \d+ of"):
+        GRPOTrainer(toy_config(tiny_folder, tmp_path / "run", num_steps=9), task=task).train()
+    assert (tmp_path / "run" / "config.yaml").exists()
