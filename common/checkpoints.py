@@ -36,8 +36,7 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 _LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|[a-z]+\.(yaml|jsonl|png))\.tmp-.*")
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
-# Open for as long as this process lives, which is what keeps its run folders locked.
-_held_locks: list[int] = []
+_held_locks: list[int] = []  # open for as long as this process lives, which keeps its run folders locked
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -94,10 +93,8 @@ def _is_leftover(path: Path) -> bool:
 
 def _remove_leftovers(folder: Path) -> None:
     for path in filter(_is_leftover, folder.iterdir()):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove = shutil.rmtree if path.is_dir() else os.unlink
+        remove(path)
 
 
 def save_checkpoint(
@@ -113,8 +110,7 @@ def save_checkpoint(
             back bit-equal.
 
     Returns:
-        The checkpoint's folder. A complete checkpoint of this step that is already there stays as it is: everything is
-        a function of (seed, step, row), so it holds the same.
+        The checkpoint's folder. A complete one that is already there stays: by (seed, step, row) it holds the same.
     """
 
     def fill(aside: Path) -> None:
@@ -136,9 +132,8 @@ def save_final(folder: Path, step: int, *, fill: Callable[[Path], None], stopped
         fill: receives an empty folder and writes model and tokenizer into it.
         stopped_early: the run ended before num_steps because evaluations did not get better.
     """
-    target = Path(folder) / FINAL_FOLDER
-    _write_folder(target, fill, {"step": step, "stopped_early": stopped_early})
-    return target
+    _write_folder(Path(folder) / FINAL_FOLDER, fill, {"step": step, "stopped_early": stopped_early})
+    return Path(folder) / FINAL_FOLDER
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -216,7 +211,7 @@ def prepare_run_folder(
     may_change: Collection[str] = MAY_CHANGE,
     may_grow: Collection[str] = MAY_GROW,
 ) -> Path | None:
-    """Creates the folder of a new run, or finds out where an interrupted one goes on. Nothing that counts is deleted.
+    """Creates the folder of a new run, or finds where an interrupted one goes on; deletes nothing that counts.
 
     Args:
         output_dir: the run's folder.
@@ -226,12 +221,11 @@ def prepare_run_folder(
         may_grow: settings that a resumed run may have larger.
 
     Returns:
-        The checkpoint to resume from; None when the run starts at its beginning, also when an interrupted run had not
-        saved any yet.
+        The checkpoint to resume from; None when the run starts at its beginning, as before its first checkpoint.
 
     Raises:
-        ValueError: the folder holds something other than a run, a run with other settings, a finished run, any run and
-            resume is "never", or a run that another process is working on.
+        ValueError: the folder holds something else, a run with other settings, a finished run, a run that another
+            process is working on, or any run and resume is "never".
     """
     folder = Path(output_dir)
     settings = yaml.safe_load(yaml.safe_dump(settings))  # as a file gives them back, so that both sides compare
@@ -249,12 +243,7 @@ def prepare_run_folder(
         )
     header, stored = _read_config(folder)
     grown = {name for name in may_grow if name in stored and name in settings and settings[name] >= stored[name]}
-    if differences := _differences(stored, settings, grown.union(may_change)):
-        raise ValueError(
-            f"output_dir={folder}: the run there was started with other settings: {', '.join(differences)}. A resumed "
-            "run goes on exactly as the interrupted one would have. Pass the stored settings (--config "
-            f"{folder / CONFIG_FILE}) to go on with it, or another --output_dir for a new run."
-        )
+    _check_same_run(folder, stored, settings, grown.union(may_change))
     _lock(folder)
     _remove_leftovers(folder)
     checkpoint = latest_checkpoint(folder)
@@ -265,22 +254,22 @@ def prepare_run_folder(
     return checkpoint
 
 
+def _content(folder: Path) -> set[str]:
+    """What lies in a folder, apart from the lock and from what a kill left behind."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path.name for path in paths if path.name != LOCK_FILE and not _is_leftover(path)}
+
+
 def _has_begun(folder: Path) -> bool:
-    """True when a run wrote more than its settings; a start that failed leaves those alone, and nothing to protect."""
-    names = {path.name for path in folder.iterdir() if not _is_leftover(path)} if folder.is_dir() else set()
-    return CONFIG_FILE in names and bool(names - {CONFIG_FILE, LOCK_FILE})
+    """True when a run lies there that wrote more than its settings; a start that failed left nothing to protect."""
+    content, config = _content(folder), folder / CONFIG_FILE
+    return CONFIG_FILE in content and (len(content) > 1 or not config.read_text("utf-8").startswith(_HEADER))
 
 
 def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ValueError(
-            f"output_dir={folder}: this is a file, and a run needs a folder of its own. Pass another --output_dir."
-        )
-    content = folder.iterdir() if folder.exists() else []
-    foreign = sorted(
-        path.name for path in content if path.name not in (CONFIG_FILE, LOCK_FILE) and not _is_leftover(path)
-    )
-    if foreign:
+        raise ValueError(f"output_dir={folder}: it is a file, and a run needs a folder. Pass another --output_dir.")
+    if foreign := sorted(_content(folder) - {CONFIG_FILE}):
         raise ValueError(
             f"output_dir={folder}: the folder holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''} but no "
             f"{CONFIG_FILE}, so it is not a run's. A run writes only into a new or empty folder, to destroy nothing. "
@@ -304,11 +293,16 @@ def _lock(folder: Path) -> None:
     _held_locks.append(descriptor)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> list[str]:
-    """What differs between two sets of settings, one string for each setting that may not."""
-    names = sorted(name for name in before.keys() | now.keys() if name not in may_change)
-    pairs = {name: [repr(side[name]) if name in side else "absent" for side in (before, now)] for name in names}
-    return [f"{name} (stored {old}, now {new})" for name, (old, new) in pairs.items() if old != new]
+def _check_same_run(folder: Path, stored: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> None:
+    names = sorted(name for name in stored.keys() | now.keys() if name not in may_change)
+    pairs = {name: [repr(side[name]) if name in side else "absent" for side in (stored, now)] for name in names}
+    differences = [f"{name} (stored {old}, now {new})" for name, (old, new) in pairs.items() if old != new]
+    if differences:
+        raise ValueError(
+            f"output_dir={folder}: the run there was started with other settings: {', '.join(differences)}. A resumed "
+            "run goes on exactly as the interrupted one would have. Pass the stored settings (--config "
+            f"{folder / CONFIG_FILE}) to go on with it, or another --output_dir for a new run."
+        )
 
 
 def _check_unfinished(folder: Path, checkpoint: Path | None, num_steps: int) -> None:
@@ -316,12 +310,12 @@ def _check_unfinished(folder: Path, checkpoint: Path | None, num_steps: int) -> 
     if not final.exists():
         return
     state = load_state(final)
-    longer = state["step"] < num_steps and not state["stopped_early"]
+    early = "early, " if state["stopped_early"] else ""
+    longer = state["step"] < num_steps and not early
     if longer and checkpoint is not None:
         return
-    how = "early, " if state["stopped_early"] else ""
     raise ValueError(
-        f"output_dir={folder}: the run there has finished ({how}after step {state['step']} of {num_steps}). "
+        f"output_dir={folder}: the run there has finished ({early}after step {state['step']} of {num_steps}). "
         f"{'It kept no checkpoint to go on from' if longer else 'Nothing is left to do'}; its model is in {final}. "
         "Pass another --output_dir for a new run, or a larger --num_steps to go on with one that kept its checkpoint."
     )
@@ -345,7 +339,7 @@ def _read_config(folder: Path) -> tuple[list[str], dict[str, Any]]:
 
 def _write_config(folder: Path, settings: dict[str, Any], header: list[str]) -> None:
     body = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    write_file(folder / CONFIG_FILE, ("\n".join(header) + "\n" + body).encode())
+    write_file(folder / CONFIG_FILE, "\n".join([*header, body]).encode())
 
 
 def _versions() -> str:

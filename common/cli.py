@@ -5,6 +5,7 @@ Class default < SETTINGS on top of the script < preset < YAML file (--config) < 
 
 import difflib
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import TypeVar
 
 import torch
 import yaml
+from huggingface_hub.utils import enable_progress_bars
+from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 from common.checkpoints import FINAL_FOLDER
@@ -72,6 +75,11 @@ def run_script(main: Callable[[], None]) -> None:
     Raises:
         SystemExit: with status 2 after printing such a message.
     """
+    # Bars for loading and saving would come between the lines of a run's own bar; those of downloads stay.
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("nanorlhf").setLevel(logging.INFO)
     try:
         main()
     except ValueError as error:
@@ -132,7 +140,7 @@ def _preset(name: str) -> tuple[str, dict]:
 def _read_yaml(args: list[str], names: list[str]) -> dict:
     if "--config" not in args:
         return {}
-    path = Path((args + [""])[args.index("--config") + 1])
+    path = Path([*args, ""][args.index("--config") + 1])
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file. Pass the path of a YAML file of settings.")
     try:

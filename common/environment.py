@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On cores that are shared, two threads are then up to 25 times slower than one.
@@ -70,6 +69,7 @@ def process_unchanged() -> Iterator[None]:
         stack.callback(_restore_environment, dict(os.environ))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        stack.callback(setattr, sys, "excepthook", sys.excepthook)
         stack.callback(setattr, torch, "set_num_threads", torch.set_num_threads)
         stack.callback(setattr, torch.accelerator, "synchronize", torch.accelerator.synchronize)
         stack.callback(setattr, torch.accelerator, "empty_cache", torch.accelerator.empty_cache)

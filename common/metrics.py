@@ -208,7 +208,7 @@ class RunLog:
 
     Args:
         folder: the run's folder, which exists; its name is the run's name.
-        accelerator: made with `log_with=choose_trackers(...)` and `project_dir=folder`.
+        accelerator: made with `log_with=choose_trackers(...)` and any `project_dir`, which tensorboard insists on.
         settings: shown by the trackers.
     """
 
@@ -218,6 +218,7 @@ class RunLog:
         if accelerator.log_with:
             shown = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
             options = {"wandb": {"name": self.folder.name, "dir": str(self.folder)}}
+            accelerator.project_configuration.logging_dir = str(self.folder)
             accelerator.init_trackers("nanoRLHF", config=shown, init_kwargs=options)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -320,7 +321,7 @@ class Progress:
             file=self._file,
             disable=not enabled or self._plain,
             dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} |{bar:20}| {desc} [{elapsed}<{remaining}]",
+            bar_format="{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}",
         )
 
     def update(self, step: int, metrics: dict[str, float]) -> None:

@@ -53,7 +53,9 @@ class Run:
         self.accelerator = accelerator
         self.folder = Path(config.output_dir or Path("runs") / default_name(config, algorithm))
         if accelerator.is_main_process:
-            checkpoints.prepare_run_folder(self.folder, asdict(config), config.resume)
+            # With a schedule that ends at num_steps a longer run is another run from its first step on.
+            may_grow = checkpoints.MAY_GROW if config.lr_scheduler == "constant" else ()
+            checkpoints.prepare_run_folder(self.folder, asdict(config), config.resume, may_grow=may_grow)
         accelerator.wait_for_everyone()
         self.checkpoint = checkpoints.latest_checkpoint(self.folder)
         state = checkpoints.load_state(self.checkpoint) if self.checkpoint else {"step": 0}
@@ -103,7 +105,7 @@ class Run:
         self._num_tokens += tokens
 
     def add_samples(self, step: int, split: str, rollouts: Rollouts, parts: dict[str, Tensor]) -> None:
-        """Write the first few rows of a batch to samples.jsonl.
+        """Write the first few rows of a batch to samples.jsonl; outside `with run:` nothing is written.
 
         Args:
             step: the step.
@@ -111,6 +113,8 @@ class Run:
             rollouts: scored.
             parts: (B,) raw rewards by name.
         """
+        if self._log is None:
+            return
         rows = [
             {
                 "split": split,

@@ -63,7 +63,7 @@ class OnPolicyTrainer:
         self.config = config
         if task is None:
             check_task(config.task)
-        self.accelerator = Accelerator(log_with=choose_trackers(config.report_to) or None)
+        self.accelerator = Accelerator(log_with=choose_trackers(config.report_to) or None, project_dir="runs")
         self._check_processes()
         path = resolve_model(config.model)
         self.tokenizer = load_tokenizer(path)
@@ -103,6 +103,7 @@ class OnPolicyTrainer:
         """
         config = self.config
         metrics = {}
+        self.watch.read_and_reset()  # loading is no part of the first step
         with self.run as run:
             if self.current_step == 0 and self._evaluates_at(0):
                 self.evaluate()

@@ -405,8 +405,22 @@ def test_a_resume_under_other_versions_is_noted_with_its_step(tmp_path):
 
 def test_resume_never_refuses_an_existing_run(tmp_path):
     prepare_run_folder(tmp_path / "run", SETTINGS, "never")
+    (tmp_path / "run" / "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=r"resume=never: a run lies there.*another --output_dir"):
         prepare_run_folder(tmp_path / "run", SETTINGS, "never")
+
+
+def test_after_a_start_that_failed_the_folder_takes_other_settings(tmp_path):
+    prepare_run_folder(tmp_path / "run", SETTINGS | {"model": "misspelt"})
+    assert prepare_run_folder(tmp_path / "run", SETTINGS, "never") is None
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()) == SETTINGS
+
+
+def test_settings_that_a_user_wrote_into_the_folder_are_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1  # my favourite\n")
+    with pytest.raises(ValueError, match=r"seed \(stored 1, now 0\)"):
+        prepare_run_folder(tmp_path, SETTINGS)
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1  # my favourite\n"
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_as_it_is(tmp_path):
@@ -414,7 +428,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_as_it_is(tmp_path):
     with pytest.raises(ValueError, match=r"holds thesis\.tex but no config\.yaml.*Pass another --output_dir"):
         prepare_run_folder(tmp_path, SETTINGS)
     assert os.listdir(tmp_path) == ["thesis.tex"]
-    with pytest.raises(ValueError, match=r"thesis\.tex: this is a file"):
+    with pytest.raises(ValueError, match=r"thesis\.tex: it is a file"):
         prepare_run_folder(tmp_path / "thesis.tex", SETTINGS)
 
 

@@ -310,9 +310,9 @@ def test_wandb_without_an_account_works_offline_and_silently(tmp_path, monkeypat
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     trackers = choose_trackers(["wandb"])
-    log = RunLog(
-        tmp_path, Accelerator(cpu=True, log_with=trackers, project_dir=tmp_path), {"seed": 1, "rewards": None}
-    )
+    accelerator = Accelerator(cpu=True, log_with=trackers, project_dir="elsewhere")
+    log = RunLog(tmp_path, accelerator, {"seed": 1, "rewards": None})
+    assert accelerator.logging_dir == str(tmp_path)
     log.samples(1, [{"prompt": "1 2 3", "completion": "1+2", "score": 0.5}])
     log.log(1, {"score": 0.5, "kl": math.nan})
     log.close()
@@ -359,7 +359,7 @@ def test_a_terminal_sees_one_line_that_is_rewritten():
     shown = run_progress(Terminal(), 10)
     assert shown.count("\n") == 1
     *_, last = shown.strip().split("\r")
-    assert re.fullmatch(r"10/10 \|[█#]+\| score 1\.000, eval/accuracy 0\.500 \[00:00<00:00\]", last.strip())
+    assert re.fullmatch(r"10/10 \|[█#]+\| 00:00 left, score 1\.000, eval/accuracy 0\.500", last.strip())
     assert "5/10" in shown
     assert "score 0.500, eval/accuracy 0.250" in shown
 

@@ -65,7 +65,7 @@ def run(*commands: list) -> None:
         ]
         exit_codes = [process.wait() for process in processes]
     if any(exit_codes):
-        print("failed. The end of its output:", *LOG.read_text().splitlines()[-15:], sep="\n")
+        print("failed. The end of its output:", *LOG.read_text().splitlines()[-15:], sep="\n", flush=True)
         sys.exit(f"The set-up is not complete; {LOG} has all of its output. Mend the cause, then: make install")
 
 

@@ -1,0 +1,243 @@
+"""Advantages: each completion against its own group, noise is no signal, statistics over real tokens everywhere."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.advantages import group_relative, maybe_whiten, rows_with_signal, whiten
+from GRPO.grpo_trainer import GRPOConfig
+
+NAN = float("nan")
+
+
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over one process."""
+    return tensor
+
+
+def on_processes(parts: list[tuple[torch.Tensor, torch.Tensor]], **options: bool) -> list[torch.Tensor]:
+    """whiten() in one thread per (values, mask), with a sum that really waits for all of them."""
+    barrier, shares, results = threading.Barrier(len(parts), timeout=10), {}, [None] * len(parts)
+
+    def run(process: int) -> None:
+        def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+            shares[process] = tensor
+            barrier.wait()
+            total = torch.stack([shares[i] for i in range(len(parts))]).sum(0)
+            barrier.wait()
+            return total
+
+        results[process] = whiten(*parts[process], sum_over_processes=sum_over_processes, **options)
+
+    threads = [threading.Thread(target=run, args=(process,)) for process in range(len(parts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+# Groups
+
+
+def test_advantages_by_hand():
+    """Groups (0, 1) and (2, 6): half the difference, in units of the group's standard deviation 0.7071 and 2.8284."""
+    scores = torch.tensor([0.0, 1.0, 2.0, 6.0])
+    assert group_relative(scores, 2, scale_by_std=False).tolist() == [-0.5, 0.5, -2.0, 2.0]
+    by_hand = torch.tensor([-0.7070068, 0.7070068, -0.7070818, 0.7070818])
+    torch.testing.assert_close(group_relative(scores, 2), by_hand, atol=1e-6, rtol=0)
+
+
+def test_a_group_is_the_rows_beside_each_other():
+    """Three groups of three: taking every third row instead would have the same shape and other numbers."""
+    scores = torch.tensor([0.0, 3.0, 6.0, 10.0, 10.0, 10.0, -1.0, -1.0, 2.0])
+    expected = [-3.0, 0.0, 3.0, 0.0, 0.0, 0.0, -1.0, -1.0, 2.0]
+    assert group_relative(scores, 3, scale_by_std=False).tolist() == expected
+
+
+def test_the_better_completion_has_the_larger_advantage():
+    advantages = group_relative(torch.tensor([0.1, 0.9, 0.5, 0.4]), 4)
+    assert advantages.argsort().tolist() == [0, 3, 2, 1] and advantages[1] > 0 > advantages[0]
+
+
+def test_without_scaling_hard_and_easy_prompts_keep_their_own_size():
+    """One right of four against two of four: the standard deviation would give the rarer case the larger step."""
+    scores = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
+    plain, scaled = group_relative(scores, 4, scale_by_std=False), group_relative(scores, 4)
+    assert plain[[0, 4]].tolist() == [0.75, 0.5]
+    assert scaled[0].item() == pytest.approx(1.5, abs=1e-3) and scaled[4].item() == pytest.approx(0.866, abs=1e-3)
+
+
+@pytest.mark.parametrize("scale_by_std", [True, False])
+@pytest.mark.parametrize("score", [0.0, 0.1, 1 / 3, -7.7, 12345.678])
+def test_equal_scores_give_exactly_zero(score, scale_by_std):
+    scores = torch.full((8,), score)
+    assert group_relative(scores, 8, scale_by_std=scale_by_std).tolist() == [0.0] * 8
+    assert rows_with_signal(scores, 8).tolist() == []
+
+
+def test_float_noise_is_not_a_difference_in_quality():
+    noisy = torch.tensor([0.1 + 0.2, 0.3, 0.3 + 1e-9, 0.3], dtype=torch.float64)
+    assert group_relative(noisy, 4).abs().max() < 1e-3
+    nearly = torch.tensor([0.3, 0.3 + 3e-6, 0.3, 0.3])  # above the tolerance, and far below any real reward
+    assert group_relative(nearly, 4).abs().max() < 0.1
+
+
+def test_float_noise_of_large_scores_is_not_a_difference_in_quality():
+    """The next float32 after 1000.1 is 6e-5 away."""
+    scores = torch.tensor([1000.1, 1000.1, 1000.1, 1000.1])
+    scores[1] = torch.nextafter(scores[1], torch.tensor(2000.0))
+    assert group_relative(scores, 4).abs().max() < 1e-3
+    assert rows_with_signal(scores, 4).tolist() == []
+
+
+def test_a_small_real_difference_is_kept():
+    assert group_relative(torch.tensor([0.50, 0.51]), 2).tolist() == pytest.approx([-0.7, 0.7], abs=0.02)
+    assert rows_with_signal(torch.tensor([0.50, 0.51]), 2).tolist() == [0, 1]
+
+
+scores_of_groups = st.lists(
+    st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0, -2.0]), min_size=4, max_size=4), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scores_of_groups, st.booleans(), st.randoms(use_true_random=False))
+def test_advantages_follow_their_sample_through_any_shuffle_of_groups_and_within_them(groups, scale_by_std, random):
+    scores = torch.tensor(groups)
+    order = random.sample(range(len(groups)), len(groups))
+    within = torch.tensor([random.sample(range(4), 4) for _ in groups])
+    before = group_relative(scores.reshape(-1), 4, scale_by_std=scale_by_std).reshape(-1, 4)
+    shuffled = scores[order].gather(1, within)
+    after = group_relative(shuffled.reshape(-1), 4, scale_by_std=scale_by_std).reshape(-1, 4)
+    torch.testing.assert_close(after, before[order].gather(1, within), atol=1e-6, rtol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(scores_of_groups, st.floats(-5, 5), st.floats(0.5, 20))
+def test_a_groups_advantages_add_up_to_nothing_and_ignore_where_its_zero_is(groups, shift, scale):
+    scores = torch.tensor(groups)
+    plain = group_relative(scores.reshape(-1), 4, scale_by_std=False)
+    assert plain.reshape(-1, 4).sum(1).abs().max() < 1e-5
+    torch.testing.assert_close(
+        group_relative((scores * scale + shift).reshape(-1), 4, scale_by_std=False), plain * scale, atol=1e-3, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        group_relative((scores * scale + shift).reshape(-1), 4), group_relative(scores.reshape(-1), 4),
+        atol=1e-2, rtol=1e-2,
+    )  # fmt: skip
+
+
+@settings(max_examples=50, deadline=None)
+@given(scores_of_groups)
+def test_rows_with_signal_are_those_whose_advantage_is_not_zero_with_their_whole_group(groups):
+    scores = torch.tensor(groups).reshape(-1)
+    kept = rows_with_signal(scores, 4)
+    assert kept.dtype == torch.int64 and kept.tolist() == sorted(kept.tolist())
+    assert kept.tolist() == [4 * g + i for g, group in enumerate(groups) if len(set(group)) > 1 for i in range(4)]
+    left_out = torch.ones(len(scores), dtype=torch.bool)
+    left_out[kept] = False
+    assert (group_relative(scores, 4)[left_out] == 0).all()
+
+
+@pytest.mark.parametrize("compare", [group_relative, rows_with_signal])
+@pytest.mark.parametrize(
+    ("shape", "num_generations"), [((4,), 1), ((4,), 0), ((5,), 2), ((4, 1), 2), ((2, 2), 2)], ids=str
+)
+def test_what_makes_no_groups_is_refused(compare, shape, num_generations):
+    with pytest.raises(ValueError, match=rf"num_generations={num_generations}.*at least 2.*--num_generations"):
+        compare(torch.zeros(shape), num_generations)
+
+
+# Whitening
+
+
+def test_whitening_by_hand():
+    """Real values 1, 3, 5, 7 have mean 4 and variance 5."""
+    values = torch.tensor([[1.0, 3.0, 99.0], [5.0, 7.0, NAN]])
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    by_hand = torch.tensor([[-1.3416408, -0.4472136, 0.0], [0.4472136, 1.3416408, 0.0]])
+    torch.testing.assert_close(whiten(values, mask, sum_over_processes=alone), by_hand)
+
+
+def test_whitening_without_shifting_only_scales_around_the_mean():
+    values, mask = torch.tensor([[1.0, 3.0, 99.0], [5.0, 7.0, NAN]]), torch.tensor([[True, True, False]] * 2)
+    scaled = whiten(values, mask, sum_over_processes=alone, shift_mean=False)
+    assert scaled[mask].mean().item() == pytest.approx(4.0)
+    assert scaled[0, 0].item() == pytest.approx(4 - 1.3416408)
+    assert scaled[~mask].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("garbage", [NAN, float("inf"), 1e9], ids=str)
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_whitening_leaves_garbage_in_padding_out_and_padding_at_zero(garbage, shift_mean):
+    generator = torch.Generator().manual_seed(0)
+    values, mask = torch.randn(4, 6, generator=generator), torch.rand(4, 6, generator=generator) < 0.6
+    options = {"sum_over_processes": alone, "shift_mean": shift_mean}
+    clean = whiten(torch.where(mask, values, 0.0), mask, **options)
+    dirty = whiten(torch.where(mask, values, garbage), mask, **options)
+    assert torch.equal(clean, dirty) and (dirty[~mask] == 0).all() and dirty[mask].abs().min() > 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-100, 100, width=32), st.booleans()), min_size=2, max_size=24),
+    st.floats(-1e3, 1e3),
+)
+def test_whitened_real_tokens_have_mean_zero_and_variance_one(tokens, shift):
+    mask = torch.tensor([[real for _, real in tokens]])
+    values = torch.tensor([[value for value, _ in tokens]], dtype=torch.float64)
+    whitened = whiten(values + shift, mask, sum_over_processes=alone)
+    assert whitened.dtype == torch.float32 and whitened.isfinite().all()
+    real = whitened[mask].double()
+    if len(real) > 1 and values[mask].std() > 0.1:
+        assert real.mean().abs() < 1e-5
+        assert real.var(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+        # It keeps the order: whitening is an increasing map.
+        assert (real[values[mask].argsort()].diff() >= 0).all()
+
+
+@pytest.mark.parametrize("num_real", [0, 1, 5])
+def test_whitening_values_that_do_not_differ_gives_zero(num_real):
+    mask = torch.arange(6)[None, :] < num_real
+    assert whiten(torch.full((1, 6), 3.3), mask, sum_over_processes=alone).tolist() == [[0.0] * 6]
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("borders", [[2], [1, 3], [0, 5]], ids=["two", "three", "one without rows"])
+def test_whitening_on_several_processes_equals_whitening_on_one(borders, shift_mean):
+    generator = torch.Generator().manual_seed(1)
+    values, mask = torch.randn(6, 5, generator=generator) + 2, torch.rand(6, 5, generator=generator) < 0.7
+    mask[:2] = mask[:2] & (torch.arange(5) < 2)  # unequal counts of tokens
+    whole = whiten(values, mask, sum_over_processes=alone, shift_mean=shift_mean)
+    parts = zip(values.tensor_split(borders), mask.tensor_split(borders), strict=True)
+    torch.testing.assert_close(torch.cat(on_processes(list(parts), shift_mean=shift_mean)), whole)
+
+
+def test_whitening_is_exact_for_a_mean_far_from_zero():
+    values = 1e4 + torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    expected = whiten(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.ones(1, 4, dtype=torch.bool), sum_over_processes=alone)
+    whitened = whiten(values, torch.ones(1, 4, dtype=torch.bool), sum_over_processes=alone)
+    torch.testing.assert_close(whitened, expected, atol=1e-4, rtol=0)
+
+
+def test_whitening_does_not_change_its_input():
+    values, mask = torch.tensor([[1.0, 3.0, NAN]]), torch.tensor([[True, True, False]])
+    whiten(values, mask, sum_over_processes=alone)
+    assert values[0, :2].tolist() == [1.0, 3.0] and values[0, 2].isnan()
+
+
+def test_whitening_happens_only_where_it_is_enabled():
+    advantages, mask = torch.tensor([[0.5, 0.5, 0.0], [-0.5, 0.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    off = maybe_whiten(advantages, mask, enabled=False, sum_over_processes=alone)
+    assert torch.equal(off, torch.tensor([[0.5, 0.5, 0.0], [-0.5, 0.0, 0.0]]))
+    on = maybe_whiten(advantages, mask, enabled=True, sum_over_processes=alone)
+    assert on[mask].mean().item() == pytest.approx(0, abs=1e-6) and not torch.equal(on, advantages)
+
+
+def test_grpo_which_brings_a_baseline_does_not_whiten_unless_asked():
+    assert GRPOConfig().whiten_advantages is False
+    assert GRPOConfig(whiten_advantages=True).whiten_advantages is True

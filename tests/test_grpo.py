@@ -1,0 +1,222 @@
+"""GRPO as a whole: it learns, and each of its settings acts."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+from tests.toy import toy_config, toy_task, toy_trainer
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained_weights(trainer: GRPOTrainer) -> torch.Tensor:
+    trainer.train()
+    with trainer.models.use("policy") as policy:
+        return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 8, "lora_alpha": 32}], ids=["full", "lora"])
+def test_it_learns_to_write_digits(tiny_folder, tmp_path, seed, settings):
+    task = toy_task()
+    config = toy_config(
+        tiny_folder,
+        tmp_path / "run",
+        seed=seed,
+        num_steps=25,
+        prompts_per_step=8,
+        learning_rate=2e-2,
+        rewards=["digits"],
+        eval_every=25,
+        **settings,
+    )
+    GRPOTrainer(config, task=task).train()
+    lines = lines_of(tmp_path / "run")
+    assert lines[0]["eval/score"] < 0.5
+    assert lines[-1]["eval/score"] > 0.85
+
+
+def test_the_kl_before_the_first_update_is_exactly_zero(tiny_folder, tmp_path):
+    for name, settings in {"full": {}, "lora": {"use_lora": True, "lora_r": 4}}.items():
+        toy_trainer(tiny_folder, tmp_path / name, kl_coef=0.1, num_steps=3, **settings).train()
+        kl = [line["kl"] for line in lines_of(tmp_path / name)]
+        assert kl[0] == 0.0 and kl[1] > 0 and kl[2] > 0
+
+
+def test_no_reference_is_loaded_when_no_kl_is_wanted(tiny_folder, tmp_path):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run")
+    assert "ref" not in trainer.models
+    trainer.train()
+    assert "kl" not in lines_of(tmp_path / "run")[0]
+
+
+def test_with_lora_the_reference_stays_the_base_model(tiny_folder, tmp_path, rollouts):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", kl_coef=0.1, use_lora=True, lora_r=4, num_steps=10)
+    before = trainer.logprobs("ref", rollouts)
+    assert torch.equal(trainer.logprobs("policy", rollouts), before)
+    trainer.train()
+    assert torch.equal(trainer.logprobs("ref", rollouts), before)
+    assert not torch.equal(trainer.logprobs("policy", rollouts), before)
+
+
+def test_several_minibatches_and_epochs_start_at_ratio_one_and_then_clip(tiny_folder, tmp_path):
+    settings = {"num_minibatches": 2, "num_update_epochs": 4, "learning_rate": 1e-2, "clip_range": 0.05}
+    toy_trainer(tiny_folder, tmp_path / "run", **settings).train()
+    for line in lines_of(tmp_path / "run"):
+        assert line["policy/first_ratio"] == 1.0
+        assert line["policy/ratio"] != 1.0
+        assert line["policy/clip_fraction"] > 0
+
+
+def test_sparse_ends_at_the_same_weights_without_the_rows_that_teach_nothing(tiny_folder, tmp_path):
+    trainers = {sparse: toy_trainer(tiny_folder, tmp_path / str(sparse), sparse=sparse) for sparse in (True, False)}
+    passes = {True: 0, False: 0}
+    for sparse, trainer in trainers.items():
+        # With the sum alone as reward most groups of an untrained policy score 0 all over; two of four are made to.
+        trainer.scorer.functions = {"digits": lambda prompts, completions, total, **columns: [
+            0.5 if t % 2 else len(text) for t, text in zip(total, completions, strict=True)
+        ]}  # fmt: skip
+        whole = trainer.loss
+
+        def counted(policy, minibatch, whole=whole, sparse=sparse):
+            passes[sparse] += len(minibatch)
+            return whole(policy, minibatch)
+
+        trainer.loss = counted
+    torch.testing.assert_close(trained_weights(trainers[True]), trained_weights(trainers[False]), atol=1e-5, rtol=1e-4)
+    assert 0 < passes[True] < passes[False] == 32
+
+
+def test_a_step_in_which_all_groups_are_equal_changes_no_weight(tiny_folder, tmp_path):
+    for sparse in (True, False):
+        trainer = toy_trainer(tiny_folder, tmp_path / str(sparse), sparse=sparse, weight_decay=0.1, num_steps=3)
+        scores = iter([None, 0.5, 0.5])
+        task_reward = trainer.scorer.functions["digits"]
+
+        def reward(prompts, completions, scores=scores, task_reward=task_reward, **columns):
+            constant = next(scores)
+            return task_reward(prompts, completions) if constant is None else [constant] * len(completions)
+
+        trainer.scorer.functions = {"digits": reward}
+        snapshots = []
+        step = trainer.step
+
+        def recorded(prompts, step=step, trainer=trainer, snapshots=snapshots):
+            step(prompts)
+            snapshots.append([p.detach().clone() for p in trainer.policy.parameters])
+
+        trainer.step = recorded
+        trainer.train()
+        for later in snapshots[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(snapshots[0], later, strict=True))
+        assert lines_of(tmp_path / str(sparse))[1]["zero_advantage"] == 1.0
+
+
+def test_keep_per_group_trains_on_one_row_of_each_group(tiny_folder, tmp_path):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", keep_per_group=True, num_steps=1)
+    seen = []
+    whole = trainer.loss
+    trainer.loss = lambda policy, minibatch: seen.append(minibatch) or whole(policy, minibatch)
+    trainer.train()
+    rows = torch.cat([minibatch.rows for minibatch in seen])
+    assert sorted(rows.tolist()) == [0, 1, 2, 3]  # numbered by group
+    weights = torch.cat([minibatch.token_weights.sum(1) for minibatch in seen])
+    torch.testing.assert_close(weights, torch.full((4,), 0.25))  # "rows": the four that are left are all there are
+
+
+def test_kl_in_the_reward_lowers_the_score_of_completions_the_reference_would_not_write(tiny_folder, tmp_path):
+    settings = {"kl_coef": 0.5, "kl_estimator": "k1", "num_steps": 6, "learning_rate": 1e-2}
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", kl_place="reward", **settings)
+    seen = []
+    whole = trainer.loss
+    trainer.loss = lambda policy, minibatch: seen.append(minibatch.ref_logprobs) or whole(policy, minibatch)
+    trainer.train()
+    assert all(reference is None for reference in seen)  # nothing of it is left for the loss
+    kl = [line["kl"] for line in lines_of(tmp_path / "run")]
+    assert kl[0] == 0.0 and kl[-1] != 0.0
+    # And it acts: without it the same run goes elsewhere.
+    free = toy_trainer(tiny_folder, tmp_path / "free", **(settings | {"kl_coef": 0.0}))
+    free.train()
+    assert lines_of(tmp_path / "free")[-1]["score"] != lines_of(tmp_path / "run")[-1]["score"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale_by_std": False},
+        {"average_over": "tokens"},
+        {"average_over": "constant"},
+        {"whiten_advantages": True},
+        {"mask_truncated": True},
+        {"kl_coef": 1.0},
+        {"temperature": 0.7},
+        {"max_grad_norm": 1e-9},
+        {"weight_decay": 0.5},
+        {"warmup_steps": 2},
+        {"adam_beta1": 0.0, "adam_beta2": 0.5},
+        {"lr_scheduler": "linear"},
+        {"reward_weights": [0.0, 1.0], "rewards": ["digits", "sum"]},
+        {"rewards": ["sum"]},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_setting_of_the_loss_and_the_optimizer_acts(tiny_folder, tmp_path, settings):
+    plain = trained_weights(toy_trainer(tiny_folder, tmp_path / "plain"))
+    changed = trained_weights(toy_trainer(tiny_folder, tmp_path / "changed", **settings))
+    assert not torch.equal(plain, changed)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"clip_range": 0.01},
+        {"clip_range_high": 0.9},
+        {"kl_coef": 1.0, "kl_estimator": "k1"},
+        {"kl_coef": 1.0, "kl_estimator": "k2"},
+        {"num_minibatches": 1},
+        {"num_update_epochs": 1},
+    ],
+    ids=str,
+)
+def test_every_setting_of_several_optimizer_steps_acts(tiny_folder, tmp_path, settings):
+    common = {"num_minibatches": 2, "num_update_epochs": 3, "learning_rate": 1e-2, "num_steps": 1}
+    base = common | ({"kl_coef": 1.0} if "kl_coef" in settings else {})
+    plain = trained_weights(toy_trainer(tiny_folder, tmp_path / "plain", **base))
+    changed = trained_weights(toy_trainer(tiny_folder, tmp_path / "changed", **(base | settings)))
+    assert not torch.equal(plain, changed)
+
+
+def test_truncated_completions_can_be_left_out_of_gradient_and_mean(tiny_folder, tmp_path):
+    # An untrained policy hardly ever ends: nearly every completion is cut off, so nearly nothing is left.
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", mask_truncated=True, num_steps=1, average_over="tokens")
+    weights = []
+    whole = trainer.loss
+    trainer.loss = lambda policy, minibatch: weights.append(minibatch) or whole(policy, minibatch)
+    trainer.train()
+    for minibatch in weights:
+        assert minibatch.token_weights[minibatch.truncated].eq(0).all()
+    total = sum(float(minibatch.token_weights.sum()) for minibatch in weights)
+    assert total == pytest.approx(1.0) or all(bool(minibatch.truncated.all()) for minibatch in weights)
+    assert all(line["policy/loss"] == line["policy/loss"] for line in lines_of(tmp_path / "run"))  # no NaN
+
+
+def test_sparse_with_a_kl_in_the_loss_warns_that_it_is_not_exact():
+    with pytest.warns(UserWarning, match="KL"):
+        GRPOConfig(sparse=True, kl_coef=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GRPOConfig(sparse=True, kl_coef=0.0)
+        GRPOConfig(sparse=True, kl_coef=0.1, kl_place="reward")
+
+
+def test_correct_use_warns_of_nothing(tiny_folder, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy_trainer(tiny_folder, tmp_path / "run", kl_coef=0.1, eval_every=1, save_every=1, use_lora=True).train()
