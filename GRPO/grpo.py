@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli import parse_config, report, run_script
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer

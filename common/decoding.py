@@ -18,7 +18,7 @@ class SamplingSettings:
     """The distribution completions are drawn from, and where they end.
 
     Attributes:
-        temperature: 0 is greedy.
+        temperature: 0, which is greedy, or between 0.01 and 2.
         top_p: least probability of the set of most likely tokens that are kept, above 0; 1 keeps all.
         top_k: how many of the most likely tokens are kept; 0 keeps all.
         max_tokens: where completions are cut off.
@@ -32,10 +32,11 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        # Below 0.01 vLLM would silently take 0.01.
-        if self.temperature != 0 and self.temperature < 0.01:
+        # vLLM takes 0.01 for what is below, and refuses what is above 2.
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
             raise ValueError(
-                f"temperature={self.temperature}: need 0, which is greedy, or at least 0.01. Pass 0.7, say."
+                f"temperature={self.temperature}: need 0, which is greedy, or between 0.01 and 2, the range of vLLM. "
+                "Pass 0.7, say."
             )
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(

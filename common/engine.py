@@ -9,6 +9,7 @@ Works with vLLM 0.25 to 0.32. vllm is imported inside functions: it takes second
 
 import gc
 import importlib
+import logging
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -191,8 +192,8 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
 def abort_requests(engine: Engine) -> None:
     """Drop unfinished requests, which stay in the engine after an exception and would return with the next call."""
     core = engine.llm.llm_engine
-    unfinished = [*core.output_processor.parent_requests, *core.output_processor.request_states]
-    core.abort_request(unfinished, internal=True)
+    core.abort_request(list(core.output_processor.request_states), internal=True)
+    core.output_processor.parent_requests.clear()
     while core.has_unfinished_requests():
         core.step()
 
@@ -265,6 +266,8 @@ def _avoid_side_effects() -> None:
 
     # Destroys every process group of the process, also the trainer's; `_shut_down` destroys vLLM's own.
     core.cleanup_dist_env_and_memory = _do_nothing
+    # Prints the whole state of the engine, 30 kB, when a user presses Ctrl-C.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     # Hides all objects alive now from the garbage collector for ever, after a second of collecting.
     core.freeze_gc_heap = _do_nothing
     if current_platform.is_cpu():

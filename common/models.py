@@ -18,7 +18,8 @@ from trl.trainer.utils import add_fused_lm_head
 from common.batching import hashed_seed
 from common.config import RLConfig
 from common.rollouts import Rollouts
-from common.tiny import tiny_policy
+from common.tiny import build_tokenizer, tiny_policy
+from common.weights import policy_weights
 
 # Logits of one chunk of the plain path: 2^25 float32 are 128 MiB.
 MAX_CHUNK_LOGITS = 2**25
@@ -33,20 +34,17 @@ _LOGIT_SETTINGS = (
 )
 
 
-def resolve_model(model: str) -> str:
-    """Turn the setting `model` into what transformers and vLLM load.
+def check_model(model: str) -> None:
+    """Refuse a model that is not there, before anything is loaded or built.
 
     Args:
-        model: hub id, folder, or "tiny", which is built on first use.
-
-    Returns:
-        Hub id or folder.
+        model: hub id, folder, or "tiny".
 
     Raises:
         ValueError: if there is no such model.
     """
     if model == "tiny":
-        return str(tiny_policy())
+        return
     try:
         AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -55,12 +53,16 @@ def resolve_model(model: str) -> str:
             f"model={model!r}: cannot be loaded: {reason}. Need a folder with a config.json or a hub id that this "
             "machine can reach. Pass --model with one, or --model tiny for the embedded policy."
         ) from error
-    return model
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer beside the model; a missing pad token is nothing to mend, since masks mark padding here."""
-    return AutoTokenizer.from_pretrained(path)
+def resolve_model(model: str) -> str:
+    """Hub id or folder that transformers and vLLM load; "tiny" is built on first use, which takes a minute or two."""
+    return str(tiny_policy()) if model == "tiny" else model
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; a missing pad token is nothing to mend, since masks mark padding here."""
+    return build_tokenizer() if model == "tiny" else AutoTokenizer.from_pretrained(model)
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -199,7 +201,7 @@ def _changes_logits(model: PreTrainedModel) -> bool:
 
 
 def _fused(model: PreTrainedModel, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """trl's fused head: the logits never exist. Returns both (completion tokens,)."""
+    """Trl's fused head: the logits never exist. Returns both (completion tokens,)."""
     assert model.fused_temperature == temperature
     labels = torch.where(is_completion, ids, -100)
     output = model(input_ids=ids, labels=labels, fused_lm_head=True)
@@ -239,8 +241,6 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
         folder: made if it is not there.
     """
     if isinstance(model, PeftModel):
-        from common.weights import policy_weights
-
         model.save_pretrained(folder / "adapter")
         weights = {name: tensor.detach().cpu().clone() for name, tensor in policy_weights(model)}
         model.get_base_model().save_pretrained(folder, state_dict=weights)

@@ -81,7 +81,7 @@ class ModelPool:
             fits = weights + training + sampler_bytes + reserve <= device
             self.offload = "never" if fits or self.device.type == "cpu" else "always"
         plan = {"weights": weights, "training": training, "sampler": sampler_bytes, "reserve": reserve}
-        return {name: size / 1e9 for name, size in (plan | {"device": device}).items()}
+        return {name: round(size / 1e9, 3) for name, size in (plan | {"device": device}).items()}
 
     @contextmanager
     def use(self, name: str, *, train: bool = False) -> Iterator[nn.Module]:

@@ -83,6 +83,16 @@ class Sampler(Protocol):
         ...
 
 
+def check_sampler(config: RLConfig) -> None:
+    """Refuse a sampler that is not installed.
+
+    Raises:
+        ValueError: saying how to install it.
+    """
+    if config.sampler == "vllm":
+        engine.check_installed()
+
+
 def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: torch.device, pool: ModelPool) -> Sampler:
     """The sampler the settings name.
 

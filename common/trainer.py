@@ -18,6 +18,7 @@ from common.evaluation import evaluation_shares, is_correct, with_confidence_int
 from common.learner import Learner
 from common.metrics import MetricShares, Stopwatch, choose_trackers
 from common.models import (
+    check_model,
     compute_dtype,
     end_token_ids,
     load_policy,
@@ -31,9 +32,9 @@ from common.passes import Passes, weighted_loss
 from common.rewards import make_scorer
 from common.rollouts import PromptBatch, Rollouts
 from common.run import Run
-from common.sampling import SamplingSettings, make_sampler, sampling_seed
+from common.sampling import SamplingSettings, check_sampler, make_sampler, sampling_seed
 from common.sanity import check_first_step
-from common.tasks import Task, check_task, load_task
+from common.tasks import Task, load_task
 from common.weights import policy_weights
 
 logger = logging.getLogger("nanorlhf")
@@ -61,20 +62,12 @@ class OnPolicyTrainer:
 
     def __init__(self, config: RLConfig, *, task: Task | None = None) -> None:
         self.config = config
-        if task is None:
-            check_task(config.task)
+        check_sampler(config)
+        check_model(config.model)
         self.accelerator = Accelerator(log_with=choose_trackers(config.report_to) or None, project_dir="runs")
         self._check_processes()
-        path = resolve_model(config.model)
-        self.tokenizer = load_tokenizer(path)
-        task = task or load_task(config, self.tokenizer)
-        self.scorer = make_scorer(
-            task.rewards, task.reward_weights, names=config.rewards, weights=config.reward_weights
-        )
-        self.accuracy = task.accuracy
-        prompts = {"max_prompt_length": config.max_prompt_length, "seed": config.seed}
-        self.prompts = PromptSet(task.train, self.tokenizer, **prompts)
-        self.eval_prompts = PromptSet(task.eval, self.tokenizer, **prompts) if task.eval else None
+        self.tokenizer = load_tokenizer(config.model)
+        self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=type(self).__name__.removesuffix("Trainer"))
 
         self.shares, self.watch = MetricShares(), Stopwatch(self.accelerator.device)
@@ -82,9 +75,9 @@ class OnPolicyTrainer:
         self.passes = Passes(config, self.accelerator, self.dtype)
         self.models = ModelPool(self.accelerator.device, config.offload, self.watch)
         self.current_step = self.run.first_step - 1
-        self._load_models(path)
         self._sampler_is_stale = True
         self._parts: dict[str, Tensor] = {}
+        self._load_models()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
 
@@ -257,8 +250,17 @@ class OnPolicyTrainer:
 
     # ------------------------------------------------------------------------------------------------------ inside
 
-    def _load_models(self, path: str) -> None:
+    def _load_data(self, task: Task) -> None:
         config = self.config
+        self.accuracy = task.accuracy
+        chosen = {"names": config.rewards, "weights": config.reward_weights}
+        self.scorer = make_scorer(task.rewards, task.reward_weights, **chosen)
+        limits = {"max_prompt_length": config.max_prompt_length, "seed": config.seed}
+        self.prompts = PromptSet(task.train, self.tokenizer, **limits)
+        self.eval_prompts = PromptSet(task.eval, self.tokenizer, **limits) if task.eval else None
+
+    def _load_models(self) -> None:
+        config, path = self.config, resolve_model(self.config.model)
         module = load_policy(
             path, config, dtype=self.dtype, checkpoint=self.run.checkpoint and self.run.checkpoint / "policy"
         )
@@ -271,8 +273,7 @@ class OnPolicyTrainer:
         self.sampler = make_sampler(config, path, dtype=self.dtype, device=self.models.device, pool=self.models)
         plan = self.models.plan(sampler_bytes=self.sampler.resident_bytes)
         if self.models.device.type == "cuda":
-            parts = ", ".join(f"{name} {size:.1f}" for name, size in plan.items())
-            logger.info("memory plan in GB: %s; offload %s", parts, self.models.offload)
+            logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
     def _generate(
         self, prompts: PromptBatch, settings: SamplingSettings, *, num_generations: int, stream: str
@@ -280,11 +281,9 @@ class OnPolicyTrainer:
         seeds = [sampling_seed(self.config.seed, prompts.step, row, stream) for row in prompts.rows]
         self._refresh_sampler()
         with self.watch("sample"):
+            seeds = seeds if settings.temperature else None
             completions = self.sampler.generate(
-                prompts.prompt_ids,
-                settings,
-                num_generations=num_generations,
-                seeds=seeds if settings.temperature else None,
+                prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
             )
             self.sampler.sleep()
             texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)

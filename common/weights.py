@@ -44,7 +44,8 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             )
         if isinstance(tensor, nn.Parameter):  # not merged tensors: they would all stay alive
             known.add(tensor)
-        yield name, tensor.detach()
+            tensor = tensor.detach()
+        yield name, tensor
 
 
 def checkpoint_shapes(model: str) -> dict[str, tuple[int, ...]]:

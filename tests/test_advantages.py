@@ -123,7 +123,10 @@ def test_a_groups_advantages_add_up_to_nothing_and_ignore_where_its_zero_is(grou
     plain = group_relative(scores.reshape(-1), 4, scale_by_std=False)
     assert plain.reshape(-1, 4).sum(1).abs().max() < 1e-5
     torch.testing.assert_close(
-        group_relative((scores * scale + shift).reshape(-1), 4, scale_by_std=False), plain * scale, atol=1e-3, rtol=1e-4
+        group_relative((scores * scale + shift).reshape(-1), 4, scale_by_std=False),
+        plain * scale,
+        atol=1e-3,
+        rtol=1e-4,
     )
     torch.testing.assert_close(
         group_relative((scores * scale + shift).reshape(-1), 4), group_relative(scores.reshape(-1), 4),
@@ -219,7 +222,9 @@ def test_whitening_on_several_processes_equals_whitening_on_one(borders, shift_m
 
 def test_whitening_is_exact_for_a_mean_far_from_zero():
     values = 1e4 + torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    expected = whiten(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.ones(1, 4, dtype=torch.bool), sum_over_processes=alone)
+    expected = whiten(
+        torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.ones(1, 4, dtype=torch.bool), sum_over_processes=alone
+    )
     whitened = whiten(values, torch.ones(1, 4, dtype=torch.bool), sum_over_processes=alone)
     torch.testing.assert_close(whitened, expected, atol=1e-4, rtol=0)
 

@@ -17,7 +17,11 @@ def one_step(model: Path, folder: Path, *, num_processes: int, num_dead: int) ->
     arguments = [str(model), str(folder / "run"), str(folder / "result.pt"), str(num_dead)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, "-m", "tests.distributed_step", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "-m", "tests.distributed_step", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "result.pt")

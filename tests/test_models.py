@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from common import models
 from common.config import RLConfig
-from common.models import end_token_ids, load_policy, load_reference, resolve_model, save_model, token_logprobs
+from common.models import check_model, end_token_ids, load_policy, load_reference, save_model, token_logprobs
 from common.rollouts import Completion, PromptBatch, Rollouts
 
 T = 0.7
@@ -221,9 +221,9 @@ def test_end_tokens_are_those_of_generation_config_and_tokenizer(policy, tokeniz
 def test_a_model_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match=r"model='no/such-model'.*--model"):
-        resolve_model("no/such-model")
+        check_model("no/such-model")
     with pytest.raises(ValueError, match="config.json"):
-        resolve_model(str(tmp_path))
+        check_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("use_lora", [False, True])

@@ -1,6 +1,6 @@
 """ModelPool on the CPU: with offload="always" its moves are real copies here too."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -142,9 +142,10 @@ def test_a_view_is_its_owner_inside_its_context():
 
 def test_the_plan_counts_weights_gradients_and_moments():
     pool, *_ = make_pool("auto")
-    plan = pool.plan(sampler_bytes=3_000)
-    weights = 2 * (16 + 4) * 4
-    assert plan["weights"] == pytest.approx(weights / 1e9)
-    assert plan["training"] == pytest.approx(3 * (16 + 4) * 4 / 1e9)
-    assert plan["sampler"] == pytest.approx(3e-6)
+    pool.add("big", nn.Linear(5_000, 5_000, bias=False).requires_grad_(False))  # 0.1 GB
+    trained = nn.Linear(5_000, 5_000, bias=False)
+    pool.add("trained", trained, optimizer=torch.optim.AdamW(trained.parameters()))
+    pool.add_view("same", of="trained", context=nullcontext)
+    plan = pool.plan(sampler_bytes=3_000_000_000)
+    assert (plan["weights"], plan["training"], plan["sampler"]) == (0.2, 0.3, 3.0)
     assert pool.offload == "never"

@@ -164,7 +164,9 @@ def test_spreading_lets_no_garbage_into_padding():
 
 
 def test_trimming_drops_the_columns_that_are_padding_in_every_row(rollouts):
-    trimmed = with_every_field(rollouts)[torch.tensor([0, 1])].trimmed()  # a prompt of 2 tokens, completions of 4 and 1
+    trimmed = with_every_field(rollouts)[
+        torch.tensor([0, 1])
+    ].trimmed()  # a prompt of 2 tokens, completions of 4 and 1
     assert trimmed.prompt_ids.shape == (2, 2) and trimmed.completion_ids.shape == (2, 4)
     assert trimmed.advantages.shape == trimmed.sampling_logprobs.shape == trimmed.token_weights.shape == (2, 4)
     assert trimmed.prompt_mask.all()

@@ -1,5 +1,5 @@
+import math
 import os
-import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -119,11 +119,13 @@ def test_tokens_come_as_often_as_their_probability_says(make_sampler):
     torch.testing.assert_close(frequencies, values.softmax(-1), atol=0.03, rtol=0)
 
 
-def test_vllm_never_draws_a_token_beyond_the_vocabulary(vllm_sampler):
-    hot = SamplingSettings(temperature=50.0, max_tokens=64, stop_token_ids=())
-    drawn = tokens(vllm_sampler.generate(PROMPTS, hot, num_generations=8, seeds=seeds_of(0, 4)))
-    assert max(map(max, drawn)) < VOCABULARY
-    assert len({token for row in drawn for token in row}) > VOCABULARY / 2
+def test_vllm_never_draws_a_token_beyond_the_vocabulary(make_vllm_sampler):
+    uniform = untrained_model(0)
+    torch.nn.init.zeros_(uniform.lm_head.weight)
+    settings = SamplingSettings(temperature=1.0, max_tokens=64, stop_token_ids=())
+    completions = make_vllm_sampler(uniform).generate(PROMPTS, settings, num_generations=16, seeds=seeds_of(0, 4))
+    assert {token for completion in completions for token in completion.token_ids} == set(range(VOCABULARY))
+    assert completions[0].logprobs == pytest.approx([-math.log(VOCABULARY)] * 64)
 
 
 # ------------------------------------------------------------------------------------------------------------ seeds
@@ -253,7 +255,15 @@ def test_requests_that_do_not_go_together_are_refused(sampler, problem, prompts,
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"temperature": -1.0}, {"temperature": 0.001}, {"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}],
+    [
+        {"temperature": -1.0},
+        {"temperature": 0.001},
+        {"temperature": 2.1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"max_tokens": 0},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match="="):
@@ -277,25 +287,25 @@ def test_vllm_does_not_sample_while_it_sleeps(vllm_sampler):
     assert tokens(vllm_sampler.generate(PROMPTS, GREEDY)) == before
 
 
-def test_an_interrupted_generation_leaves_nothing_behind(vllm_sampler):
-    class Interrupted(Exception):
+def test_a_generation_that_fails_midway_leaves_nothing_behind(vllm_sampler, capfd):
+    class Interrupted(BaseException):  # like KeyboardInterrupt
         pass
 
-    def interrupt(number, frame):
-        raise Interrupted
+    passes = []
 
-    long = SamplingSettings(temperature=1.0, max_tokens=400, stop_token_ids=())
+    def fail_in_the_third_pass(module, inputs, output):
+        passes.append(1)
+        if len(passes) == 3:
+            raise Interrupted
+
     before = tokens(vllm_sampler.generate(PROMPTS, GREEDY))
-    previous = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
-    try:
-        with pytest.raises(Interrupted):
-            vllm_sampler.generate(PROMPTS * 8, long, num_generations=8, seeds=seeds_of(0, 32))
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+    [hook] = vllm_sampler._engine.llm.apply_model(lambda model: model.register_forward_hook(fail_in_the_third_pass))
+    with pytest.raises(Interrupted):
+        vllm_sampler.generate(PROMPTS, SAMPLED, num_generations=8, seeds=seeds_of(0, 4))
+    hook.remove()
     vllm_sampler.push(policy_weights(untrained_model(0)))
     assert tokens(vllm_sampler.generate(PROMPTS, GREEDY)) == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_vllm_the_message_says_what_to_do(monkeypatch):

@@ -1,0 +1,65 @@
+"""Generation through the sampler against vLLM called bare, with the same requests and the same engine."""
+
+from itertools import chain
+
+from vllm import SamplingParams
+
+from benchmarks.timing import comparison, seconds_in_turns
+from common.decoding import SamplingSettings
+from common.sampling import sampling_seed
+from common.trainer import OnPolicyTrainer
+
+
+def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
+    """Completion tokens per second of both.
+
+    Args:
+        trainer: with vLLM as its sampler, which has its weights.
+        rounds: how often each of them is timed.
+
+    Raises:
+        AssertionError: if the two do not sample the same tokens.
+    """
+    config, sampler = trainer.config, trainer.sampler
+    prompts = trainer.prompts.batch(1, num_prompts=config.prompts_per_step)
+    seeds = [sampling_seed(config.seed, 1, row, "benchmark") for row in prompts.rows]
+    settings = SamplingSettings(
+        temperature=config.temperature,
+        max_tokens=config.max_completion_length,
+        stop_token_ids=trainer.end_token_ids,
+    )
+    # The engine is private to the sampler: nothing but this comparison goes past it.
+    llm = sampler._engine.llm
+    sampled: dict[str, list[list[int]]] = {}
+
+    def through_sampler() -> None:
+        completions = sampler.generate(
+            prompts.prompt_ids, settings, num_generations=config.num_generations, seeds=seeds
+        )
+        sampled["sampler"] = [completion.token_ids for completion in completions]
+
+    def bare() -> None:
+        params = [
+            SamplingParams(
+                n=config.num_generations,
+                seed=seed,
+                temperature=config.temperature,
+                max_tokens=config.max_completion_length,
+                stop_token_ids=list(trainer.end_token_ids),
+                ignore_eos=True,
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        requests = [{"prompt_token_ids": ids} for ids in prompts.prompt_ids]
+        outputs = llm.generate(requests, params, use_tqdm=False)
+        sampled["vllm"] = [list(sample.token_ids) for output in outputs for sample in output.outputs]
+
+    sampler.wake()
+    seconds = seconds_in_turns({"sampler": through_sampler, "vllm": bare}, rounds=rounds)
+    sampler.sleep()
+    assert sampled["sampler"] == sampled["vllm"], "sampler and bare vLLM drew different tokens from the same seeds"
+    tokens = len(list(chain.from_iterable(sampled["sampler"])))
+    return comparison(seconds, tokens=tokens, of="sampler", to="vllm")

@@ -1,0 +1,61 @@
+"""Models with the sizes of published ones and random weights: as slow as those, without a download."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from common.tiny import build_tokenizer
+
+# After the config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-1.5B. "mini" has a vocabulary that is large for its
+# size, as theirs are, and is small enough for a CPU.
+SHAPES = {
+    "mini": {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 32768,
+    },
+    "0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+}
+
+
+def save_shape(name: str, folder: Path) -> Path:
+    """Write a model of random bfloat16 weights with the embedded policy's tokenizer, which knows few of its tokens.
+
+    Args:
+        name: key of SHAPES.
+        folder: where to; made if it is not there.
+
+    Returns:
+        The folder.
+    """
+    tokenizer = build_tokenizer()
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen2Config(
+        **SHAPES[name], **ends, bos_token_id=None, tie_word_embeddings=True, max_position_embeddings=32768
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

