@@ -1,52 +1,65 @@
-"""Peak memory of the update and of the bare loop, each in a process of its own that has never had another peak."""
+"""Peak memory of the update and of the bare loop, each in a process of its own: a process keeps what it once had."""
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from transformers.utils import logging as transformers_logging
 
-from benchmarks.updates import BareLoop, budget_microbatches, update
-from common.metrics import memory_report
+from benchmarks.updates import BareLoop, BareMicrobatch, update
+from common.metrics import GB, memory_report
 from common.rollouts import Rollouts
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 
-def compare_memory(config: GRPOConfig, rollouts: Rollouts) -> dict:
-    """GB of 2^30 bytes by way, "update" and "bare".
+def compare_memory(config: GRPOConfig, rollouts: Rollouts, microbatches: list[BareMicrobatch]) -> dict:
+    """What one update needs beyond the model, in GB of 2^30 bytes: gradients, optimizer state and activations.
+
+    Args:
+        config: with a folder as model.
+        rollouts: with advantages.
+        microbatches: those of the update, on the CPU.
 
     Returns:
-        By way: peak_gb, the highest allocation (on the CPU resident memory); weights_gb, what there was of it when
-        the model was loaded; and update_gb, the difference: gradients, optimizer state and activations. And ratio,
-        that of the two differences.
+        By way, "update" and "bare": loaded, what is allocated with the model loaded (on the CPU resident memory), peak
+        and their difference, growth. And ratio, growth of the update over that of the bare loop.
     """
-    peaks = {}
-    for way in ("update", "bare"):
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as process:
-            peaks[way] = process.submit(_peak, way, config, rollouts).result()
-    return {**peaks, "ratio": peaks["update"]["update_gb"] / peaks["bare"]["update_gb"]}
+    gigabytes = {
+        "update": _in_new_process(_peak_of_update, config, rollouts),
+        "bare": _in_new_process(_peak_of_bare_loop, config, microbatches),
+    }
+    return {**gigabytes, "ratio": gigabytes["update"]["growth"] / gigabytes["bare"]["growth"]}
 
 
-def _peak(way: str, config: GRPOConfig, rollouts: Rollouts) -> dict[str, float]:
+def _in_new_process(measure: Callable, *arguments: object) -> dict[str, float]:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=transformers_logging.disable_progress_bar) as process:
+        return process.submit(measure, *arguments).result()
+
+
+def _peak_of_update(config: GRPOConfig, rollouts: Rollouts) -> dict[str, float]:
     with TemporaryDirectory() as folder:
-        # A sampler without weights of its own: nothing but what is measured is on the device.
-        config = replace(config, sampler="transformers", output_dir=str(Path(folder) / "run"))
-        trainer = GRPOTrainer(config)
+        # A sampler without weights of its own: nothing but the policy is on the device.
+        trainer = GRPOTrainer(replace(config, sampler="transformers", output_dir=str(Path(folder) / "run")))
         trainer.current_step = 1
-        device = trainer.models.device
-        if way == "update":
-            with trainer.models.use("policy"):  # brings it to the device
-                run = lambda: update(trainer, rollouts)  # noqa: E731
-        else:
-            bare = BareLoop(config.model, dtype=trainer.dtype, device=device, temperature=config.temperature)
-            microbatches = budget_microbatches(trainer, rollouts)
-            run = lambda: bare.update(microbatches)  # noqa: E731
-        _first_operations(device)
-        memory_report(device)  # begins a new peak on a GPU
-        before = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else memory_report(device)["memory/host_gb"]
-        run()
-        peak = memory_report(device)["memory/peak_gb"]
-        return {"peak_gb": peak, "weights_gb": before, "update_gb": peak - before}
+        with trainer.models.use("policy"):  # brings it to the device, where it stays
+            pass
+        return _peak(trainer.models.device, lambda: update(trainer, rollouts))
+
+
+def _peak_of_bare_loop(config: GRPOConfig, microbatches: list[BareMicrobatch]) -> dict[str, float]:
+    bare = BareLoop(config)
+    return _peak(bare.device, lambda: bare.update([microbatch.to(bare.device) for microbatch in microbatches]))
+
+
+def _peak(device: torch.device, work: Callable[[], None]) -> dict[str, float]:
+    earlier = memory_report(device)  # on a GPU begins a new peak
+    loaded = torch.cuda.memory_allocated() / GB if device.type == "cuda" else earlier["memory/host_gb"]
+    work()
+    peak = memory_report(device)["memory/peak_gb"]
+    assert device.type == "cuda" or peak > earlier["memory/peak_gb"], "loading needed more memory than the update"
+    return {"loaded": loaded, "peak": peak, "growth": peak - loaded}

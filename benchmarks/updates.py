@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.timing import comparison, seconds_in_turns
 from common.batching import hashed_seed
-from common.models import forward_context
-from common.rollouts import Completion, PromptBatch, Rollouts
+from common.config import RLConfig
+from common.models import compute_dtype, forward_context, resolve_model
+from common.rollouts import Completion, Rollouts
 from common.trainer import OnPolicyTrainer
 
 # Gradients of both ways are sums in another order, and in bfloat16 from another head.
@@ -37,22 +38,28 @@ class BareMicrobatch:
     targets: Tensor
     weights: Tensor
 
+    def to(self, device: torch.device) -> "BareMicrobatch":
+        """The same on `device`."""
+        return BareMicrobatch(
+            ids=self.ids.to(device), targets=self.targets.to(device), weights=self.weights.to(device)
+        )
+
 
 class BareLoop:
     """Forward, backward and optimizer step without anything around them.
 
     Args:
-        folder: of the model.
-        dtype: of forward passes; weights are float32.
-        device: where it is trained.
-        temperature: logits are divided by it.
+        config: model, precision and temperature are read.
     """
 
-    def __init__(self, folder: str, *, dtype: torch.dtype, device: torch.device, temperature: float) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+    def __init__(self, config: RLConfig) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.temperature = config.temperature
+        self._dtype = compute_dtype(config, self.device)
+        folder = resolve_model(config.model)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).train()
+        # The learning rate of the benchmark's settings is 0 too: every update starts from the same weights.
         self.optimizer = AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
-        self.temperature = temperature
-        self._device, self._dtype = device, dtype
 
     def update(self, microbatches: list[BareMicrobatch]) -> None:
         """One optimizer step."""
@@ -63,7 +70,7 @@ class BareLoop:
     def backward(self, microbatches: list[BareMicrobatch]) -> None:
         """Add up the gradient of all micro-batches."""
         for microbatch in microbatches:
-            with forward_context(self._device, self._dtype):
+            with forward_context(self.device, self._dtype):
                 logits = self.model(input_ids=microbatch.ids, use_cache=False).logits[:, :-1]  # (b, L - 1, V)
                 logprobs = torch.log_softmax(logits.float() / self.temperature, dim=-1)
                 logprobs = logprobs.gather(2, microbatch.targets[:, :, None]).squeeze(2)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Scores of a group that differ by less than this are float noise (0.1 + 0.2 against 0.3), not a difference in
-# quality; dividing by their standard deviation would blow the noise up to full-size advantages.
+# Scores of a group that differ by less than this (of their size, where they are above 1) are float noise (0.1 + 0.2
+# against 0.3), not a difference in quality; dividing by their deviation would blow noise up to full-size advantages.
 SCORE_TOLERANCE = 1e-6
 
 
@@ -105,4 +105,5 @@ def _groups(scores: Tensor, num_generations: int) -> Tensor:
 
 def _undecided(groups: Tensor) -> Tensor:
     """(B / G, 1) bool: all scores of the group are equal."""
-    return groups.amax(dim=1, keepdim=True) - groups.amin(dim=1, keepdim=True) < SCORE_TOLERANCE
+    size = groups.abs().amax(dim=1, keepdim=True).clamp(min=1)
+    return groups.amax(dim=1, keepdim=True) - groups.amin(dim=1, keepdim=True) < SCORE_TOLERANCE * size

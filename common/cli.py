@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,19 +53,21 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
     Raises:
         ValueError: for an unknown setting (naming the nearest), preset or file, and for what RLConfig refuses.
     """
-    args = _split_equals(sys.argv[1:] if args is None else args)
+    args = _in_plain_words(sys.argv[1:] if args is None else args, settings)
     names = [field.name for field in fields(settings)]
-    _refuse_unknown([arg[2:] for arg in args if arg.startswith("--")], names, "on the command line")
-    yaml_settings = _read_yaml(args, names)
-    preset = yaml_settings.get("preset", settings.preset)
-    if "--preset" in args[:-1]:
-        preset = args[args.index("--preset") + 1]
-    preset, preset_settings = _preset(preset)
+    given = [arg[2:] for arg in args if arg.startswith("--")]
+    _refuse_unknown(given, [*names, "config", "help"], "on the command line")
+    args, yaml_settings = _take_yaml(args, names)
+    presets = [yaml_settings.get("preset", settings.preset)]
+    presets += [value for name, value in pairwise(args) if name == "--preset"]
+    preset, preset_settings = _preset(presets[-1])
     if preset == "cpu":
         preset_settings |= embedded or {}
     parser = _Parser(type(settings), allow_abbrev=False)
-    parser.set_defaults_with_config(**(asdict(settings) | preset_settings))
-    (config,) = parser.parse_args_and_config(args)
+    parser.set_defaults_with_config(**(asdict(settings) | preset_settings | yaml_settings))
+    config, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
+    if unread:
+        raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
     config.preset = preset
     return config
 
@@ -137,10 +140,12 @@ def _preset(name: str) -> tuple[str, dict]:
     return name, yaml.safe_load(path.read_text())
 
 
-def _read_yaml(args: list[str], names: list[str]) -> dict:
+def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], dict]:
+    """The arguments without `--config FILE`, and the settings in that file."""
     if "--config" not in args:
-        return {}
-    path = Path([*args, ""][args.index("--config") + 1])
+        return args, {}
+    place = args.index("--config")
+    path = Path([*args, ""][place + 1])
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file. Pass the path of a YAML file of settings.")
     try:
@@ -149,19 +154,28 @@ def _read_yaml(args: list[str], names: list[str]) -> dict:
         raise ValueError(f"--config {path}: not readable as YAML: {error}. Mend the file.") from None
     if not isinstance(settings, dict):
         raise ValueError(f"--config {path}: need lines of the form `setting: value`. Mend the file.")
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     _refuse_unknown(list(settings), names, f"in {path}")
-    return settings
+    return args[:place] + args[place + 2 :], settings
 
 
-def _split_equals(args: list[str]) -> list[str]:
-    """TrlParser knows `--config FILE` only in two words: split --key=value everywhere."""
-    return [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") and "=" in arg else [arg])]
+def _in_plain_words(args: list[str], settings: RLConfig) -> list[str]:
+    """Write --name=value in two words and --no_name as --name false: the parser has that only for some names."""
+    switches = {f"no_{name}": f"--{name}" for name, value in vars(settings).items() if isinstance(value, bool)}
+    words = []
+    for arg in args:
+        switch = switches.get(arg.removeprefix("--").replace("-", "_")) if arg.startswith("--") else None
+        if switch:
+            words += [switch, "false"]
+        else:
+            words += arg.split("=", 1) if arg.startswith("--") else [arg]
+    return words
 
 
 def _refuse_unknown(given: list[str], names: list[str], where: str) -> None:
     for name in given:
         plain = name.replace("-", "_")
-        if plain in {*names, "config", "help"} or (plain.startswith("no_") and plain[3:] in names):
+        if plain in names:
             continue
         near = difflib.get_close_matches(plain, names, n=1)
         advice = f"Did you mean {near[0]}?" if near else "See --help for every setting."

@@ -171,20 +171,9 @@ class RLConfig:
 
     def _check_types(self) -> None:
         """YAML reads 2e-6 as text and 1 as an integer: turn what is meant into what is declared, or say so."""
-        # Not field.type: HfArgumentParser takes the None out of it.
+        declared = typing.get_type_hints(type(self))  # not field.type: HfArgumentParser takes the None out of it
         for field in fields(self):
-            value, declared = getattr(self, field.name), typing.get_type_hints(type(self))[field.name]
-            options = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
-            if float in options and (isinstance(value, str) or (isinstance(value, int) and value is not True)):
-                value = _number(field.name, value)
-                setattr(self, field.name, value)
-            plain = tuple(typing.get_origin(option) or option for option in options)
-            if not isinstance(value, plain) or (isinstance(value, bool) and bool not in plain):
-                names = " or ".join(option.__name__ for option in plain)
-                raise ValueError(
-                    f"{field.name}={value!r} ({type(value).__name__}): need {names}. Pass --{field.name} with such a "
-                    "value, or mend it in the YAML file."
-                )
+            setattr(self, field.name, _as_declared(field.name, getattr(self, field.name), declared[field.name]))
 
     def _check_ranges(self) -> None:
         at_least_one = (
@@ -193,8 +182,8 @@ class RLConfig:
             "vllm_max_num_seqs"
         )
         not_negative = (
-            "num_eval_prompts kl_coef warmup_steps min_lr_ratio weight_decay max_grad_norm eval_every eval_temperature "
-            "eval_top_k early_stopping_patience save_every samples_every learning_rate"
+            "num_eval_prompts kl_coef warmup_steps min_lr_ratio weight_decay max_grad_norm eval_every "
+            "eval_temperature eval_top_k early_stopping_patience save_every samples_every learning_rate"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -235,7 +224,17 @@ class RLConfig:
                 f"reward_weights={self.reward_weights} without rewards: each weight belongs to a named reward. "
                 "Pass --rewards too, in the same order."
             )
-        if self.rewards is not None and len(self.reward_weights or self.rewards) != len(self.rewards):
+        if self.rewards == []:
+            raise ValueError(
+                "rewards=[]: completions need a score, so at least one reward. Pass --rewards with names, or leave it "
+                "out for all rewards of the task."
+            )
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            raise ValueError(
+                f"reward_weights={self.reward_weights}: need finite numbers, since the score is a sum of them. Pass "
+                "--reward_weights with one number for each reward."
+            )
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
             raise ValueError(
                 f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards: need one weight for each "
                 f"of {', '.join(self.rewards)}. Pass as many weights as rewards."
@@ -253,6 +252,22 @@ class RLConfig:
                 f"{self.num_generations} completions = {self.completions_per_step} rows: mini-batches must be equal, "
                 "so that each optimizer step weighs the same. Pass a divisor of the number of rows."
             )
+
+
+def _as_declared(name: str, value: object, declared: type | types.UnionType) -> object:
+    """The value as the declared type, entries of lists too."""
+    options = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+    plain = {typing.get_origin(option) or option: typing.get_args(option) for option in options}
+    if isinstance(value, list) and list in plain:
+        return [_as_declared(name, entry, *plain[list]) for entry in value]
+    if float in plain and isinstance(value, str | int) and not isinstance(value, bool):
+        return _number(name, value)
+    if not isinstance(value, tuple(plain)) or (isinstance(value, bool) and bool not in plain):
+        names = " or ".join("null" if option is types.NoneType else option.__name__ for option in plain)
+        raise ValueError(
+            f"{name}={value!r}: need {names}. Pass --{name} with such a value, or mend it in the YAML file."
+        )
+    return value
 
 
 def _number(name: str, value: str | int) -> float:

@@ -49,7 +49,7 @@ class PromptSet:
         num_dropped: prompts that were too long.
 
     Raises:
-        ValueError: if a row has no prompt, or none is short enough.
+        ValueError: if a row has no prompt or an empty one, or none is short enough.
     """
 
     def __init__(
@@ -57,6 +57,11 @@ class PromptSet:
     ) -> None:
         self.seed = seed
         texts, ids = _encode(rows, tokenizer)
+        if not all(ids):
+            raise ValueError(
+                f"row {ids.index([])} has a prompt without tokens: there is nothing to continue. Remove the row, or "
+                "give its prompt some text."
+            )
         kept = [i for i in range(len(rows)) if len(ids[i]) <= max_prompt_length]
         self.num_dropped = len(rows) - len(kept)
         if not kept:

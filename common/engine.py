@@ -8,7 +8,7 @@ Works with vLLM 0.25 to 0.32. vllm is imported inside functions: it takes second
 """
 
 import gc
-import importlib
+import importlib.util
 import logging
 import os
 import weakref
@@ -83,28 +83,25 @@ def create_engine(settings: EngineSettings) -> Engine:
     with process_unchanged():
         # Engine and trainer in one process: weights are handed over by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm import LLM
-
+        # In a thread of its own: a module of vLLM keeps an exception, which keeps every frame that was on the stack
+        # when it was imported, and thereby whatever the trainer has in its local variables.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            LLM = thread.submit(lambda: importlib.import_module("vllm").LLM).result()
         _avoid_side_effects()
         owns_group = not torch.distributed.is_initialized()
         llm = LLM(**_engine_arguments(settings))
+    # After an exception it would print the state of the engine, 30 kB of it. LLM() configures the parent logger.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     return Engine(llm, checkpoint_shapes(settings.model), owns_group=owns_group)
 
 
 def check_installed() -> None:
-    """Raises a ValueError if vLLM is not installed."""
-    try:
-        # In a thread of its own: a module of vLLM keeps an exception, which keeps every frame that was on the stack
-        # when it was imported, and thereby whatever the trainer has in its local variables.
-        with process_unchanged(), ThreadPoolExecutor(max_workers=1) as thread:
-            thread.submit(lambda: importlib.import_module("vllm").LLM).result()
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
+    """Raises a ValueError if vLLM is not installed; imports nothing."""
+    if importlib.util.find_spec("vllm") is None:
         raise ValueError(
             "sampler=vllm, but the package vllm is not installed: completions are sampled by vLLM unless told "
             "otherwise. Run `make install`, or pass --sampler transformers."
-        ) from None
+        )
 
 
 def generate(
@@ -266,8 +263,6 @@ def _avoid_side_effects() -> None:
 
     # Destroys every process group of the process, also the trainer's; `_shut_down` destroys vLLM's own.
     core.cleanup_dist_env_and_memory = _do_nothing
-    # Prints the whole state of the engine, 30 kB, when a user presses Ctrl-C.
-    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     # Hides all objects alive now from the garbage collector for ever, after a second of collecting.
     core.freeze_gc_heap = _do_nothing
     if current_platform.is_cpu():

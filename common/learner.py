@@ -66,7 +66,7 @@ class Learner:
         return norm
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step (from 1): linear warm-up, then constant, or falling to its floor at the last step."""
+        """Learning rate of a step, from 1: linear warm-up, then constant, or falling to its floor at the last step."""
         config = self.config
         if step <= config.warmup_steps:
             return self.peak_rate * step / config.warmup_steps
@@ -78,11 +78,12 @@ class Learner:
 
 
 def _sum_over_processes(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    if accelerator.num_processes == 1:
-        return
+    # On one process too: AdamW leaves a parameter without gradient alone, and decays one whose gradient is 0.
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
     flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
     flat = accelerator.reduce(flat, "sum")
     for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):

@@ -84,8 +84,8 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     k3 = exp(d) - d - 1, unbiased and never negative.
 
     As a loss term their gradients differ from their values: k1 has gradient of mean zero, k2 that of
-    KL(policy || reference), k3 that of KL(reference || policy). In the reward any of them, usually k1, gives the
-    gradient of the KL that it estimates.
+    KL(policy || reference), k3 that of KL(reference || policy). In the reward only k1 gives the gradient of
+    KL(policy || reference): near the reference those of k2 and k3 vanish, because their values are of second order.
 
     Args:
         logprobs: (b, C) float32.
@@ -98,12 +98,13 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     Raises:
         ValueError: for any other estimator.
     """
-    difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    difference = ref_logprobs - logprobs
     if estimator == "k1":
         return -difference
     if estimator == "k2":
         return difference.square() / 2
     if estimator == "k3":
+        difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return difference.exp() - difference - 1
     raise ValueError(f"kl_estimator={estimator!r}: need one of k1, k2, k3. Pass --kl_estimator k3.")
 

@@ -6,6 +6,7 @@ Reward models and time limits are not here yet: a rule reward runs in the traini
 import importlib.util
 import math
 import reprlib
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -79,8 +80,9 @@ class Scorer:
                 f"reward {name!r} raised {type(error).__name__}: {error}; {row}. A reward function must give a number "
                 "for any text a model may write. Mend the function, or return None where it has no say."
             ) from error
-        if not isinstance(rewards, (list, tuple, Tensor)) or len(rewards) != len(completions):
-            given = f"{len(rewards)} values" if isinstance(rewards, (list, tuple, Tensor)) else f"{rewards!r}"
+        is_list = isinstance(rewards, list | tuple) or (isinstance(rewards, Tensor) and rewards.dim() == 1)
+        if not is_list or len(rewards) != len(completions):
+            given = f"{len(rewards)} values" if is_list else _SHORTEN.repr(rewards)
             raise ValueError(
                 f"reward {name!r} returned {given} for {len(completions)} completions: need a list with one number "
                 "each, in the same order. Mend the function."
@@ -93,12 +95,13 @@ class Scorer:
             return math.nan
         try:
             value = float(reward)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             value = math.nan
-        if not math.isfinite(value):
+        if not abs(value) <= torch.finfo(torch.float32).max:
             raise ValueError(
-                f"reward {name!r} returned {reward!r} in row {row} for {_SHORTEN.repr(completion)}: need a finite "
-                "number, since one such value would spoil the whole batch. Mend the function, or return None there."
+                f"reward {name!r} returned {_SHORTEN.repr(reward)} in row {row} for {_SHORTEN.repr(completion)}: need "
+                "a finite float32 number, since one such value would spoil the whole batch. Mend the function, or "
+                "return None there."
             )
         return value
 
@@ -172,14 +175,19 @@ def load_reward(where: str) -> RewardFunction:
     """
     file, _, name = where.rpartition(":")
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"rewards={where!r}: there is no file {file}. Pass --rewards path/to/file.py:function.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if name not in vars(module):
+    if not path.is_file() or path.suffix != ".py":
         raise ValueError(
-            f"rewards={where!r}: {file} defines no {name!r}. Pass the name of a function in it: "
+            f"rewards={where!r}: there is no file {file}, or it does not end in .py. Pass --rewards "
+            "path/to/file.py:function."
+        )
+    # Registered, since a dataclass in the file looks its own module up, and under a name that hides no other module.
+    spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    if not callable(vars(module).get(name)):
+        raise ValueError(
+            f"rewards={where!r}: {file} defines no function {name!r}. Pass the name of a function in it: "
             f"{', '.join(key for key, value in vars(module).items() if callable(value) and not key.startswith('_'))}."
         )
     return vars(module)[name]

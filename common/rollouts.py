@@ -29,6 +29,10 @@ class Completion:
     logprobs: list[float]
     truncated: bool
 
+    def __post_init__(self) -> None:
+        """A token without a log-prob was not sampled, and must not get into the loss."""
+        assert len(self.token_ids) == len(self.logprobs)
+
 
 @dataclass(kw_only=True)
 class PromptBatch:

@@ -76,7 +76,7 @@ class TinySettings:
     num_key_value_heads: int = 2
     initializer_range: float = 0.06
     max_position_embeddings: int = 512
-    num_lessons: int = 22_000
+    num_lessons: int = 24_000
     share_hindsight: float = 0.5
     share_patient: float = 0.25
     patience_low: float = 0.6

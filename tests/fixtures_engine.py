@@ -1,6 +1,7 @@
 """One vLLM engine for the whole test session, and the untrained models it is compared with."""
 
 import gc
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -87,9 +88,12 @@ def make_vllm_sampler(model_folders: dict[bool, str], session_samplers: dict[boo
 
     def make(model: torch.nn.Module, *, tied: bool = True) -> VLLMSampler:
         if tied not in session_samplers:
+            excepthook = sys.excepthook
             session_samplers[tied] = VLLMSampler(
                 model_folders[tied], dtype="float32", max_model_len=512, max_num_seqs=64
             )
+            # torch.distributed, which vLLM initializes where the trainer did not, puts "[rank0]:" before each line.
+            assert sys.excepthook is excepthook
         sampler = session_samplers[tied]
         sampler.wake()
         sampler.push(policy_weights(model))

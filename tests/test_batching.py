@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -51,9 +52,7 @@ def test_seeds_fill_56_bits():
 def test_seeds_of_neighbouring_steps_rows_and_runs_have_nothing_in_common():
     seeds = {hashed_seed(seed, step, row) for seed in range(5) for step in range(40) for row in range(40)}
     assert len(seeds) == 5 * 40 * 40
-    assert (
-        min(abs(a - b) for a, b in zip(sorted(seeds), sorted(seeds)[1:], strict=False)) > 1024
-    )  # seed + i stays free
+    assert min(abs(a - b) for a, b in pairwise(sorted(seeds))) > 1024  # seed + i stays free
 
 
 def test_where_one_part_ends_and_the_next_begins_matters():
@@ -125,14 +124,14 @@ def test_no_two_neighbouring_micro_batches_would_fit_into_one_and_rows_of_simila
     lengths, max_tokens
 ):
     parts = microbatch_rows(torch.tensor(lengths, dtype=torch.int64), max_tokens)
-    for rows, next_rows in zip(parts, parts[1:], strict=False):
+    for rows, next_rows in pairwise(parts):
         width = max(lengths[row] for row in rows.tolist())
         assert (len(rows) + 1) * width > max_tokens
         assert min(lengths[row] for row in rows.tolist()) >= max(lengths[row] for row in next_rows.tolist())
 
 
 def test_micro_batches_by_hand():
-    """A budget of 20: two rows of 9; three of 5, 5 and 2 with room left for neither 30 nor 9; 30 has a pass of its own."""
+    """A budget of 20: 30 has a pass of its own, two rows of 9 fit, and then 5, 5 and 2."""
     parts = microbatch_rows(torch.tensor([2, 9, 5, 30, 9, 5]), 20)
     assert [rows.tolist() for rows in parts] == [[3], [1, 4], [2, 5, 0]]
 

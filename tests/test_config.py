@@ -10,6 +10,16 @@ from common.config import RLConfig
 from GRPO.grpo_trainer import GRPOConfig
 
 NAN, INF = float("nan"), float("inf")
+AT_LEAST_ONE = [
+    *("num_steps", "prompts_per_step", "num_generations", "num_minibatches", "num_update_epochs", "max_prompt_length"),
+    *("max_completion_length", "max_tokens_per_microbatch", "lora_r", "lora_alpha", "save_total_limit"),
+    *("eval_num_samples", "vllm_max_num_seqs"),
+]
+NOT_NEGATIVE = [
+    *("num_eval_prompts", "kl_coef", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "eval_every"),
+    *("eval_temperature", "eval_top_k", "early_stopping_patience", "save_every", "samples_every", "learning_rate"),
+]
+CHOICES = ["sampler", "lr_scheduler", "average_over", "offload", "dtype", "resume"]
 
 
 def refused(config_class, **settings) -> str:
@@ -24,21 +34,17 @@ def refused(config_class, **settings) -> str:
 @pytest.mark.parametrize(
     "settings",
     [
-        *({name: 0} for name in """num_steps prompts_per_step num_generations num_minibatches num_update_epochs
-            max_prompt_length max_completion_length max_tokens_per_microbatch lora_r lora_alpha save_total_limit
-            eval_num_samples vllm_max_num_seqs""".split()),
-        *({name: -1} for name in """num_eval_prompts kl_coef warmup_steps min_lr_ratio weight_decay max_grad_norm
-            eval_every eval_temperature eval_top_k early_stopping_patience save_every samples_every
-            learning_rate""".split()),
+        *({name: 0} for name in AT_LEAST_ONE),
+        *({name: -1} for name in NOT_NEGATIVE),
         *({name: value} for name in ("learning_rate", "kl_coef", "max_grad_norm") for value in (NAN, INF)),
         *({"temperature": value} for value in (0.0, -1.0, NAN, INF)),
         *({name: value} for name in ("adam_beta1", "adam_beta2") for value in (-0.1, 1.0, NAN)),
         *({name: value} for name in ("eval_top_p", "vllm_memory_share") for value in (0.0, 1.1, NAN)),
-        *({name: "nonsense"} for name in "sampler lr_scheduler average_over offload dtype resume".split()),
+        *({name: "nonsense"} for name in CHOICES),
         {"vllm_sleep_level": 3},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_setting_out_of_its_range_is_refused_and_the_message_says_what_to_pass(settings):
     ((name, value),) = settings.items()
     message = refused(RLConfig, **settings)
@@ -92,7 +98,7 @@ def test_what_grpo_cannot_do_is_refused(settings, fragments):
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_a_kl_in_the_reward_is_refused_with_an_estimator_that_would_not_pull_there(estimator):
-    """In the reward only k1 gives the gradient of the KL (test_losses): near the reference k2 and k3 pull at nothing."""
+    """In the reward only k1 gives the gradient of the KL: near the reference k2 and k3 pull at next to nothing."""
     message = refused(GRPOConfig, kl_coef=0.1, kl_place="reward", kl_estimator=estimator)
     assert "--kl_estimator k1" in message
 

@@ -229,7 +229,7 @@ def test_k1_in_the_reward_pulls_like_the_kl_of_the_policy_to_the_reference():
 
 
 def test_k3_in_the_reward_pulls_like_the_difference_of_the_two_kls():
-    """Near the reference the two are equal to second order, so that as a penalty in the reward k3 does next to nothing."""
+    """Near the reference the two KLs are the same to second order: in the reward k3 does next to nothing."""
     to_reference, from_reference = true_gradients()
     torch.testing.assert_close(expected_gradient_in_reward("k3"), to_reference - from_reference, atol=1e-12, rtol=1e-9)
 
@@ -350,7 +350,7 @@ def test_weights_sum_to_one_over_the_minibatch_and_are_zero_at_padding(lengths, 
 @settings(max_examples=60, deadline=None)
 @given(lengths_of_rows, st.sampled_from(["tokens", "rows", "constant"]), st.randoms(use_true_random=False))
 def test_no_split_of_a_minibatch_changes_its_gradient(lengths, average_over, random):
-    """Over 1, 2, 4 or all micro-batches or processes, in any order: the counts are the mini-batch's in each of them."""
+    """Over 1, 2, 4 or all micro-batches or processes, in any order: each uses the counts of the mini-batch."""
     mask = mask_of(lengths, 6)
     values = torch.linspace(-2, 3, mask.numel(), dtype=torch.float64).reshape(mask.shape)
     counts = {"num_rows": len(lengths), "num_tokens": sum(lengths)}

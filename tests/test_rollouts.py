@@ -32,7 +32,8 @@ def with_every_field(rollouts: Rollouts) -> Rollouts:
     """The same with every optional field filled, each number different."""
     shape = rollouts.completion_ids.shape
     rollouts.scores = torch.arange(float(len(rollouts)))
-    for offset, name in enumerate("old_logprobs ref_logprobs values advantages returns token_weights".split()):
+    names = ["old_logprobs", "ref_logprobs", "values", "advantages", "returns", "token_weights"]
+    for offset, name in enumerate(names):
         setattr(rollouts, name, torch.arange(float(rollouts.completion_ids.numel())).reshape(shape) + 1000 * offset)
     return rollouts
 

@@ -1,3 +1,5 @@
+import gc
+import logging
 import math
 import os
 import subprocess
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from common.engine import check_installed
-from common.sampling import SamplingSettings, TransformersSampler, sampling_seed
+from common.sampling import SamplingSettings, TransformersSampler, VLLMSampler, sampling_seed
 from common.weights import policy_weights
 from tests.fixtures_engine import (
     VOCABULARY,
@@ -287,25 +289,39 @@ def test_vllm_does_not_sample_while_it_sleeps(vllm_sampler):
     assert tokens(vllm_sampler.generate(PROMPTS, GREEDY)) == before
 
 
-def test_a_generation_that_fails_midway_leaves_nothing_behind(vllm_sampler, capfd):
-    class Interrupted(BaseException):  # like KeyboardInterrupt
-        pass
-
+@pytest.mark.parametrize("problem", [KeyboardInterrupt, MemoryError])
+def test_a_generation_that_fails_midway_leaves_nothing_behind(vllm_sampler, caplog, problem):
     passes = []
 
     def fail_in_the_third_pass(module, inputs, output):
         passes.append(1)
         if len(passes) == 3:
-            raise Interrupted
+            raise problem
 
+    logging.getLogger("vllm").addHandler(caplog.handler)  # its records do not reach the root logger
     before = tokens(vllm_sampler.generate(PROMPTS, GREEDY))
-    [hook] = vllm_sampler._engine.llm.apply_model(lambda model: model.register_forward_hook(fail_in_the_third_pass))
-    with pytest.raises(Interrupted):
+    llm = vllm_sampler._engine.llm
+    [hook] = llm.collective_rpc(
+        lambda worker: worker.model_runner.sampler.register_forward_hook(fail_in_the_third_pass)
+    )
+    with pytest.raises(problem):
         vllm_sampler.generate(PROMPTS, SAMPLED, num_generations=8, seeds=seeds_of(0, 4))
     hook.remove()
     vllm_sampler.push(policy_weights(untrained_model(0)))
     assert tokens(vllm_sampler.generate(PROMPTS, GREEDY)) == before
-    assert capfd.readouterr() == ("", "")
+    logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert not caplog.records
+    assert not llm.llm_engine.output_processor.parent_requests
+
+
+def test_deleting_one_engine_leaves_the_other_alone(vllm_sampler, model_folders):
+    before = tokens(vllm_sampler.generate(PROMPTS, GREEDY))
+    other = VLLMSampler(model_folders[True], dtype="float32", max_model_len=64, max_num_seqs=4)
+    other.push(policy_weights(untrained_model(1)))
+    assert tokens(other.generate(PROMPTS, GREEDY)) != before
+    del other
+    gc.collect()
+    assert tokens(vllm_sampler.generate(PROMPTS, GREEDY)) == before
 
 
 def test_without_vllm_the_message_says_what_to_do(monkeypatch):
