@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -246,7 +247,9 @@ def train_policy(policy: Qwen2ForCausalLM, settings: TinySettings) -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
-    progress = tqdm(batches, desc="Warm start of the tiny policy", unit="batch")
+    # In a file or pipe every update is a new line: one in ten seconds there.
+    pause = 0.1 if sys.stderr.isatty() else 10.0
+    progress = tqdm(batches, desc="Warm start of the tiny policy", unit="batch", mininterval=pause, maxinterval=pause)
     for step, (ids, weights) in enumerate(progress):
         rise = min(1.0, (step + 1) / settings.warmup_steps)
         fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
@@ -261,7 +264,7 @@ def train_policy(policy: Qwen2ForCausalLM, settings: TinySettings) -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         if step % 50 == 49:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def lesson_batches(settings: TinySettings) -> list[tuple[torch.Tensor, torch.Tensor]]:

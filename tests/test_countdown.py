@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from common.config import RLConfig
 from common.tasks import load_task
-from common.tasks.arithmetic import evaluate
+from common.arithmetic import evaluate
 from common.tasks.countdown import (
     compact_prompt,
     equation_reward,

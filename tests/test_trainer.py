@@ -98,7 +98,7 @@ def test_the_final_model_is_the_trained_policy_in_plain_transformers(finished):
 
 
 def test_config_yaml_repeats_the_run(finished, tmp_path):
-    folder, trainer = finished
+    folder, _ = finished
     arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path), "--preset", "none"]
     config = parse_config(GRPOConfig(), args=arguments)
     stored = yaml.safe_load((folder / "config.yaml").read_text())

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from common.config import RLConfig
 from common.tasks import Task
-from common.tasks.arithmetic import evaluate
-from common.tasks.sources import read_rows
+from common.arithmetic import evaluate
+from common.sources import read_rows
 
 SPLIT_SEED = 42  # of the published Countdown results, whatever the seed of the run
 NUM_HELD_OUT = 256  # generated problems that neither the tiny policy's warm start nor RL ever sees
