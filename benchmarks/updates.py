@@ -5,6 +5,7 @@ model is as transformers loads it, its micro-batches are padded and on the devic
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
@@ -191,7 +192,7 @@ def _check_same_gradient(
     assert difference < NORM_TOLERANCE[trainer.dtype], f"gradient norms differ: update {norm}, bare loop {expected}"
 
 
-def _minibatches(trainer: OnPolicyTrainer, rollouts: Rollouts):
+def _minibatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> Iterator[tuple[Tensor, Rollouts]]:
     return trainer.passes.minibatches(
         rollouts, step=trainer.current_step, epoch=0, average_over=trainer.config.average_over
     )

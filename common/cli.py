@@ -102,7 +102,7 @@ def report(trainer: OnPolicyTrainer) -> None:
     Args:
         trainer: ready to train.
     """
-    folder = trainer.run.folder
+    folder = trainer.run.folder.resolve()
     say = print if trainer.accelerator.is_main_process else _say_nothing
     begun = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
     say(f"run: {folder} ({begun})")

@@ -27,8 +27,9 @@ from common.environment import preserved_random_state, process_unchanged
 from common.rollouts import Completion
 from common.weights import checkpoint_shapes, complete_weights
 
-# Tokens of a block of the cache on the CPU.
-_CPU_BLOCK = 128
+# Tokens of a block of the cache on the CPU, the fewest it takes. Completions of one prompt share its full blocks: with
+# vLLM's 128, prompts shorter than that would be computed once for each of their completions.
+_CPU_BLOCK = 32
 # Prompt tokens of one forward pass on the CPU; more gains nothing, and activations grow with it.
 _CPU_BATCHED_TOKENS = 16384
 
@@ -235,6 +236,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         }
     return arguments | {
         "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
+        "block_size": _CPU_BLOCK,
         "enforce_eager": True,  # compiling takes 26 s and gains nothing
         # A prompt cut in two makes vLLM turn back the request's random generator, which the CPU's cannot do:
         # "CPU Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py, still so in 0.32).

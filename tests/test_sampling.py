@@ -20,7 +20,8 @@ from tests.fixtures_engine import (
     untrained_model,
 )
 
-PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15, 16], [17, 18]]
+# The third one is longer than two blocks of vLLM's cache, which its completions share.
+PROMPTS = [[5, 6, 7], [8], [9 + i % 100 for i in range(70)], [17, 18]]
 GREEDY = SamplingSettings(temperature=0, max_tokens=16, stop_token_ids=())
 SAMPLED = SamplingSettings(temperature=1.0, max_tokens=16, stop_token_ids=())
 
@@ -64,7 +65,7 @@ def test_vllm_is_greedy_like_a_policy_whose_head_is_not_its_embeddings(make_vllm
 
 
 def test_a_push_replaces_the_weights_and_everything_cached_under_the_old_ones(make_vllm_sampler):
-    # Two blocks of vLLM's cache: without a reset they would be found again after the push.
+    # Without a reset, the blocks of the cache with this prompt would be found again after the push.
     prompt = [3 + i % 100 for i in range(300)]
     for seed in (2, 3):
         model = untrained_model(seed)
@@ -225,7 +226,7 @@ def test_end_tokens_in_the_prompt_do_not_count(sampler):
 
 def test_the_limit_truncates(sampler):
     settings = SamplingSettings(temperature=0, max_tokens=1, stop_token_ids=(1,))
-    for completion in sampler.generate([p for p in PROMPTS if p != [1]], settings):
+    for completion in sampler.generate(PROMPTS, settings):
         assert len(completion.token_ids) == 1
         assert completion.truncated == (completion.token_ids != [1])
 
@@ -316,7 +317,7 @@ def test_a_generation_that_fails_midway_leaves_nothing_behind(vllm_sampler, capl
 
 def test_deleting_one_engine_leaves_the_other_alone(vllm_sampler, model_folders):
     before = tokens(vllm_sampler.generate(PROMPTS, GREEDY))
-    other = VLLMSampler(model_folders[True], dtype="float32", max_model_len=64, max_num_seqs=4)
+    other = VLLMSampler(model_folders[True], dtype="float32", max_model_len=128, max_num_seqs=4)
     other.push(policy_weights(untrained_model(1)))
     assert tokens(other.generate(PROMPTS, GREEDY)) != before
     del other
