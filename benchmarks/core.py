@@ -18,6 +18,7 @@ from benchmarks.shapes import SHAPES, save_shape
 from benchmarks.timing import machine
 from benchmarks.updates import BareLoop, budget_microbatches, compare_batching, compare_update, sampled_rollouts
 from common.cli import parse_config, run_script
+from common.models import resolve_model
 from GRPO.grpo import EMBEDDED, SETTINGS
 from GRPO.grpo_trainer import GRPOTrainer
 
@@ -46,10 +47,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
         folder: for models and runs that are thrown away.
     """
     arguments = _arguments(options, _model(options, folder))
-    phases = split_of_step(arguments, folder / "phases")
     config = parse_config(SETTINGS, embedded=EMBEDDED, args=arguments)
     config.learning_rate = 0.0  # every round starts from the same weights
     config.output_dir = str(folder / "run")
+    phases = split_of_step(arguments, folder / "phases")
     trainer = GRPOTrainer(config)
     trainer.current_step = 1
     rollouts = sampled_rollouts(trainer)
@@ -105,13 +106,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--completion-length", type=int, default=240, help="longest completion (default: 240)")
     parser.add_argument("--tokens", type=int, default=8192, help="padded tokens of a micro-batch (default: 8192)")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 1:
+        raise ValueError(f"rounds={options.rounds}: need at least one to take a median of. Pass --rounds 5.")
+    return options
 
 
 def _model(options: argparse.Namespace, folder: Path) -> str:
     """What the settings take; a folder by its absolute path, since the script runs in another one."""
     if options.shape:
         return str(save_shape(options.shape, folder / "model"))
+    resolve_model(options.model)  # says at once if there is no such model
     return str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
 
 

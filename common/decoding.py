@@ -54,7 +54,18 @@ def decode(
     num_generations: int,
     noise: Tensor | None,
 ) -> list[Completion]:
-    """Continue each prompt num_generations times, one token per pass; rows are prompts x num_generations."""
+    """Continue each prompt several times, one token per pass.
+
+    Args:
+        model: in evaluation mode, without gradients.
+        prompt_ids: token ids of each prompt, at least one prompt.
+        settings: for all prompts.
+        num_generations: completions per prompt.
+        noise: (rows, C) in [0, 1) with rows = prompts x num_generations and C = max_tokens; None: greedy.
+
+    Returns:
+        One completion per row, those of a prompt adjacent.
+    """
     device = next(model.parameters()).device
     width = max(map(len, prompt_ids))
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompt_ids], device=device)  # (prompts, P)

@@ -66,11 +66,10 @@ class Engine:
     Deleting it frees its memory and leaves the process groups of the trainer alone.
     """
 
-    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]], *, owns_group: bool) -> None:
+    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         self.llm = llm
         self.shapes = shapes
         _Groups.users += 1
-        _Groups.owned |= owns_group
         weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
 
 
@@ -89,11 +88,11 @@ def create_engine(settings: EngineSettings) -> Engine:
         with ThreadPoolExecutor(max_workers=1) as thread:
             LLM = thread.submit(lambda: importlib.import_module("vllm").LLM).result()
         _avoid_side_effects()
-        owns_group = not torch.distributed.is_initialized()
+        _Groups.owned |= not torch.distributed.is_initialized()
         llm = LLM(**_engine_arguments(settings))
     # After an exception it would print the state of the engine, 30 kB of it. LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
-    return Engine(llm, checkpoint_shapes(settings.model), owns_group=owns_group)
+    return Engine(llm, checkpoint_shapes(settings.model))
 
 
 def check_installed() -> None:

@@ -23,6 +23,9 @@ from common.rollouts import Completion
 def sampling_seed(seed: int, step: int, row: int, stream: str) -> int:
     """The seed of a prompt's completions: 56 bits of a hash, so that no step and no prompt repeats another's noise.
 
+    On the CPU torch takes the last 32 of them: two of 32 prompts then share noise about once in half a
+    million steps.
+
     Args:
         seed: of the run.
         step: of the run.
@@ -118,8 +121,6 @@ def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: tor
 
 class VLLMSampler:
     """vLLM in this process, with a copy of the weights that `push` replaces.
-
-    On the CPU the seed of a stream counts by its last 32 bits only: those are all that torch's generator there takes.
 
     Args:
         model_path: hub id or folder; its weights are not read.

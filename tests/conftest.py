@@ -11,6 +11,9 @@ from common.rollouts import Completion, PromptBatch, Rollouts
 from common.tiny import build_tokenizer, save_untrained
 
 
+pytest_plugins = ["tests.fixtures_engine"]
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained policy of two layers with its tokenizer."""

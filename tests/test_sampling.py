@@ -94,6 +94,20 @@ def test_logprobs_are_those_of_the_policy_at_the_temperature(make_sampler, tempe
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
+def test_the_policy_is_sampled_in_the_precision_of_its_passes():
+    model = untrained_model(5)
+    sampler = on_the_policy(model, dtype=torch.bfloat16)
+    completions = sampler.generate(PROMPTS, SAMPLED, num_generations=2, seeds=seeds_of(0, 4))
+    errors = torch.cat(
+        [
+            torch.tensor(completion.logprobs)
+            - completion_logprobs(model, PROMPTS[row // 2], completion.token_ids, 1.0)
+            for row, completion in enumerate(completions)
+        ]
+    ).abs()
+    assert 1e-4 < errors.mean() < 0.1
+
+
 @pytest.mark.parametrize("kept", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8}])
 def test_logprobs_of_a_cut_distribution_are_renormalised_over_what_is_kept(make_sampler, kept):
     model = untrained_model(5)

@@ -1,11 +1,12 @@
 import copy
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from common.sampling import SamplingSettings, sampling_seed
+from common.sampling import SamplingSettings, TransformersSampler, sampling_seed
 from common.weights import checkpoint_shapes, policy_weights
 from tests.fixtures_engine import completion_logprobs, greedy_by_full_passes, untrained_model
 
@@ -134,6 +135,12 @@ def test_vllm_samples_from_the_policy_with_its_adapter(make_vllm_sampler):
     for row, completion in enumerate(completions):
         expected = completion_logprobs(model, PROMPTS[row // 4], completion.token_ids, 0.7)
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_the_policy_itself_is_sampled_with_its_adapter():
+    model = with_adapter(1)
+    sampler = TransformersSampler(lambda: nullcontext(model), device=torch.device("cpu"))
+    assert greedy(sampler) == expected_greedy(model) != expected_greedy(untrained_model(1))
 
 
 def test_vllm_follows_the_adapter_from_push_to_push(make_vllm_sampler):
