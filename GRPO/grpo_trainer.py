@@ -29,8 +29,8 @@ class GRPOConfig(RLConfig):
     """How far a token's probability ratio may fall below 1 before its gradient stops."""
     clip_range_high: float | None = None
     """How far it may rise above 1; None: clip_range. DAPO's clip-higher uses 0.28."""
-    kl_estimator: str = "k3"
-    """"k1", "k2" or "k3"."""
+    kl_estimator: str | None = None
+    """"k1", "k2" or "k3"; None: the paper's k3 in the loss, k1 in the reward, where only its gradient is right."""
     kl_place: str = "loss"
     """"loss", or "reward": the completion's KL is taken from its score before groups are compared."""
     sparse: bool = False
@@ -56,15 +56,21 @@ class GRPOConfig(RLConfig):
                 "[1 - clip_range, 1 + clip_range_high], so the first must be in (0, 1) and the second above 0. Pass "
                 "--clip_range 0.2."
             )
-        if self.kl_estimator not in KL_ESTIMATORS or self.kl_place not in ("loss", "reward"):
+        if self.kl_estimator not in (None, *KL_ESTIMATORS) or self.kl_place not in ("loss", "reward"):
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
                 f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
             )
+        if self.kl_coef and self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
+            warnings.warn(
+                f"kl_estimator={self.kl_estimator} in the reward: only k1's gradient is that of the KL there; k2's "
+                "and k3's are small and may point away from the reference. Pass --kl_estimator k1 or --kl_place loss.",
+                stacklevel=2,
+            )
         if self.sparse and self.kl_coef and self.kl_place == "loss":
             warnings.warn(
-                f"sparse with kl_coef={self.kl_coef}: groups of equal scores also miss their KL term, so the gradient is "
-                "not that of plain GRPO. Pass --kl_coef 0 or --sparse false for equality.",
+                f"sparse with kl_coef={self.kl_coef}: groups of equal scores also miss their KL term, so the gradient "
+                "is not that of plain GRPO. Pass --kl_coef 0 or --sparse false for equality.",
                 stacklevel=2,
             )
         if self.sparse and self.whiten_advantages:
@@ -77,6 +83,11 @@ class GRPOConfig(RLConfig):
                 f"keep_per_group leaves {self.prompts_per_step} rows for num_minibatches={self.num_minibatches}: "
                 "mini-batches must be equal. Pass a divisor of prompts_per_step."
             )
+
+    @property
+    def estimator(self) -> str:
+        """kl_estimator, None resolved by kl_place."""
+        return self.kl_estimator or ("k1" if self.kl_place == "reward" else "k3")
 
 
 class GRPOTrainer(OnPolicyTrainer):
@@ -112,8 +123,8 @@ class GRPOTrainer(OnPolicyTrainer):
             rollouts = rollouts[rows_with_signal(scores, group_size)]
         if config.keep_per_group:
             rollouts = keep_one_per_group(rollouts, group_size, seed=config.seed, step=prompts.step)
-        # 4. What the sampling policy and the reference thought of these tokens. With one optimizer step per rollout the
-        #    sampling policy is the one being updated, so its pass would only repeat the update's own.
+        # 4. What the sampling policy and the reference thought of these tokens. With one optimizer step per rollout
+        #    the sampling policy is the one being updated: its pass would only repeat the update's own.
         if not config.trains_on_policy:
             rollouts.old_logprobs = self.logprobs("policy", rollouts)
         if config.kl_coef and config.kl_place == "loss":
@@ -140,7 +151,7 @@ class GRPOTrainer(OnPolicyTrainer):
         clipped = clipped_tokens(ratio, minibatch.advantages, clip_range, clip_range_high)
         metrics = policy_metrics(ratio, clipped, entropy, logprobs, minibatch.sampling_logprobs)
         if minibatch.ref_logprobs is not None:
-            kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator)
+            kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.estimator)
             loss = loss + config.kl_coef * kl
             metrics["kl"] = kl.detach()
         return loss, metrics
@@ -149,7 +160,7 @@ class GRPOTrainer(OnPolicyTrainer):
     def sequence_kl(self, rollouts: Rollouts) -> Tensor:
         """(B,) float32: estimated KL to the reference, summed over each completion."""
         logprobs = self.logprobs("policy", rollouts)
-        kl = kl_estimate(logprobs, self.logprobs("ref", rollouts), self.config.kl_estimator)
+        kl = kl_estimate(logprobs, self.logprobs("ref", rollouts), self.config.estimator)
         kl = torch.where(rollouts.completion_mask, kl, 0.0)
         self.shares.add("kl", kl.sum(), rollouts.completion_mask.sum())
         return kl.sum(1)

@@ -3,13 +3,15 @@
 Class default < SETTINGS on top of the script < preset < YAML file (--config) < command line.
 """
 
+import ast
 import difflib
+import inspect
 import json
 import logging
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -63,8 +65,13 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
     preset, preset_settings = _preset(presets[-1])
     if preset == "cpu":
         preset_settings |= embedded or {}
+    defaults = asdict(settings) | preset_settings
+    if "rewards" in yaml_settings or "--rewards" in args:
+        defaults["reward_weights"] = None  # weights belong to the rewards they were written for
     parser = _Parser(type(settings), allow_abbrev=False)
-    parser.set_defaults_with_config(**(asdict(settings) | preset_settings | yaml_settings))
+    parser.set_defaults_with_config(**(defaults | yaml_settings))
+    if "--help" in args:
+        _add_descriptions(parser, type(settings))
     config, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
     if unread:
         raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
@@ -72,8 +79,25 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
     return config
 
 
+def _add_descriptions(parser: _Parser, config_class: type[RLConfig]) -> None:
+    """Show the text under each field of the settings classes in --help."""
+    descriptions = {}
+    for cls in reversed([cls for cls in config_class.__mro__ if is_dataclass(cls)]):
+        body = ast.parse(inspect.getsource(cls)).body[0].body
+        for field, text in pairwise(body):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            ):
+                descriptions[field.target.id] = text.value.value
+    for action in parser._actions:
+        if action.dest in descriptions:
+            action.help = descriptions[action.dest].replace("%", "%%") + " (default: %(default)s)"
+
+
 def run_script(main: Callable[[], None]) -> None:
-    """Call `main`; a ValueError of this project's own code is a message to the user, not a traceback.
+    """Call `main`; a ValueError that this project raises is a message to the user, not a traceback.
 
     Raises:
         SystemExit: with status 2 after printing such a message.
@@ -86,8 +110,10 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if not raised_in.is_relative_to(ROOT) or raised_in.is_relative_to(sys.prefix):
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        is_ours = Path(origin.filename).is_relative_to(ROOT) and not Path(origin.filename).is_relative_to(sys.prefix)
+        # Python's own functions raise ValueErrors too; those have no frame, and end in a line that calls them.
+        if not is_ours or not (origin.line or "").startswith("raise "):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -105,6 +131,9 @@ def report(trainer: OnPolicyTrainer) -> None:
     folder = trainer.run.folder.resolve()
     say = print if trainer.accelerator.is_main_process else _say_nothing
     begun = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
+    if trainer.config.preset == "cpu":
+        why = "asked for" if torch.cuda.is_available() else "there is no CUDA GPU"
+        say(f"preset cpu ({why}): the embedded default; common/presets/cpu.yaml replaces settings of the script")
     say(f"run: {folder} ({begun})")
     if trainer.prompts.num_dropped:
         say(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")

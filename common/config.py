@@ -14,6 +14,10 @@ SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
 
+# vLLM silently raises lower temperatures to this, which would make its log-probs others than the trainer's.
+LOWEST_TEMPERATURE = 0.01
+HIGHEST_TEMPERATURE = 2.0
+
 
 @dataclass(kw_only=True)
 class RLConfig:
@@ -193,10 +197,16 @@ class RLConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)}: need a finite number, 0 or more. Pass --{name} 0, say."
                 )
-        if not 0 < self.temperature < math.inf:
+        if not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
             raise ValueError(
                 f"temperature={self.temperature}: training divides logits by it and needs random completions, so it "
-                "must be above 0. Pass --temperature 1.0; greedy decoding is for evaluation: --eval_temperature 0."
+                f"must be in [{LOWEST_TEMPERATURE}, {HIGHEST_TEMPERATURE}], which is what vLLM takes. Pass "
+                "--temperature 1.0; greedy decoding is for evaluation: --eval_temperature 0."
+            )
+        if self.eval_temperature and not LOWEST_TEMPERATURE <= self.eval_temperature <= HIGHEST_TEMPERATURE:
+            raise ValueError(
+                f"eval_temperature={self.eval_temperature}: need 0 (greedy) or a number in [{LOWEST_TEMPERATURE}, "
+                f"{HIGHEST_TEMPERATURE}], which is what vLLM takes. Pass --eval_temperature 1.0, say."
             )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -238,6 +248,11 @@ class RLConfig:
             raise ValueError(
                 f"{len(self.reward_weights)} reward_weights for {len(self.rewards)} rewards: need one weight for each "
                 f"of {', '.join(self.rewards)}. Pass as many weights as rewards."
+            )
+        if self.eval_num_samples > 1 and self.eval_temperature == 0:
+            raise ValueError(
+                f"eval_num_samples={self.eval_num_samples} with eval_temperature=0: greedy completions of a prompt "
+                "are all the same, so more than one says nothing. Pass --eval_temperature 1.0 or --eval_num_samples 1."
             )
         if self.early_stopping_patience and not (self.eval_every and self.num_eval_prompts):
             raise ValueError(

@@ -73,6 +73,11 @@ class PromptSet:
         self.texts = [texts[i] for i in kept]
         self.ids = [ids[i] for i in kept]
         names = [name for name in rows[0] if name != "prompt"]
+        if taken := {"prompts", "completions"}.intersection(names):
+            raise ValueError(
+                f"columns {', '.join(sorted(taken))}: a reward function gets every column by its name, and these "
+                "names are those of its own arguments. Rename the columns."
+            )
         self.columns = {name: [rows[i][name] for i in kept] for name in names}
 
     def __len__(self) -> int:

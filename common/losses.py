@@ -54,7 +54,9 @@ def clipped_tokens(ratio: Tensor, advantages: Tensor, clip_range: float, clip_ra
     return (risen | fallen).float()
 
 
-def policy_metrics(ratio: Tensor, clipped: Tensor, entropy: Tensor, logprobs: Tensor, sampling_logprobs: Tensor):
+def policy_metrics(
+    ratio: Tensor, clipped: Tensor, entropy: Tensor, logprobs: Tensor, sampling_logprobs: Tensor
+) -> dict[str, Tensor]:
     """What every policy loss reports about each token, all without gradient.
 
     Args:

@@ -24,7 +24,7 @@ from common.weights import policy_weights
 # Logits of one chunk of the plain path: 2^25 float32 are 128 MiB.
 MAX_CHUNK_LOGITS = 2**25
 
-# Settings of model configurations that change logits after the head. The fused head knows them, the plain one does not.
+# Settings of model configurations that change logits after the head: the fused head knows them, the plain one not.
 _LOGIT_SETTINGS = (
     "final_logit_softcapping",
     "logit_scale",

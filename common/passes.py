@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.batching import microbatch_rows, minibatch_rows
 from common.config import RLConfig

@@ -71,6 +71,8 @@ def draw_curves(run_folder: Path) -> None:
         run_folder: holds metrics.jsonl; the folder's name is the title.
     """
     run_folder = Path(run_folder)
+    if not (run_folder / "metrics.jsonl").exists():
+        return
     try:
         curves = Curves(run_folder / "metrics.jsonl")
         if picture := _picture(curves, run_folder.resolve().name):

@@ -184,7 +184,12 @@ def load_reward(where: str) -> RewardFunction:
     spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file may raise
+        raise ValueError(
+            f"rewards={where!r}: {file} cannot be imported: {type(error).__name__}: {error}. Mend the file."
+        ) from error
     if not callable(vars(module).get(name)):
         raise ValueError(
             f"rewards={where!r}: {file} defines no function {name!r}. Pass the name of a function in it: "

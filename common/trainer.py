@@ -240,7 +240,7 @@ class OnPolicyTrainer:
             max_tokens=config.max_completion_length,
             stop_token_ids=self.end_token_ids,
         )
-        num_samples = config.eval_num_samples if config.eval_temperature else 1
+        num_samples = config.eval_num_samples
         with self.watch("eval"):
             rollouts = self._generate(prompts, settings, num_generations=num_samples, stream="eval")
             rollouts.scores, parts = self.scorer(rollouts.prompts, rollouts.completions, rollouts.columns)

@@ -6,9 +6,9 @@ Arguments: model folder, run folder, file for the result, and how many of the 4 
 import sys
 from pathlib import Path
 
-import common  # noqa: F401, I001
 import torch
 
+import common  # noqa: F401
 from common.advantages import group_relative, rows_with_signal, whiten
 from tests.toy import toy_trainer
 

@@ -52,7 +52,10 @@ def test_without_vllm_the_message_says_what_to_install(tmp_path):
 
 
 def test_an_error_of_our_own_keeps_its_traceback(tmp_path):
-    done = run_grpo("--help", before="import sys; sys.path.insert(0, '..'); import common.cli; common.cli.parse_config = lambda *a, **k: 1 / 0")
+    done = run_grpo(
+        "--help",
+        before="import sys; sys.path.insert(0, '..'); import common.cli as c; c.parse_config = lambda *a, **k: 1 / 0",
+    )
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.arithmetic import evaluate
 from common.config import RLConfig
 from common.tasks import load_task
-from common.arithmetic import evaluate
 from common.tasks.countdown import (
     compact_prompt,
     equation_reward,

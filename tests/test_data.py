@@ -190,3 +190,9 @@ def test_evaluation_has_every_prompt_once_over_all_processes(num_processes):
 def test_evaluation_is_the_same_at_any_time_and_with_any_seed():
     assert numbered(5, seed=1).share().prompts == numbered(5, seed=2).share().prompts == [f"w{i}" for i in range(5)]
     assert numbered(5).share().step == 0
+
+
+def test_a_column_with_the_name_of_an_argument_of_reward_functions_is_refused(tokenizer):
+    rows = [{"prompt": "1 2 make 3\n", "completions": "x"}]
+    with pytest.raises(ValueError, match=r"columns completions.*Rename"):
+        PromptSet(rows, tokenizer, max_prompt_length=10, seed=0)

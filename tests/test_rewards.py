@@ -269,3 +269,10 @@ def test_a_file_that_is_no_python_is_refused(tmp_path):
     (tmp_path / "rewards.txt").write_text("def short(**columns): ...")
     with pytest.raises(ValueError, match=r"rewards\.txt.*\.py"):
         load_reward(f"{tmp_path / 'rewards.txt'}:short")
+
+
+def test_a_file_that_cannot_be_imported_is_named_with_the_reason(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def reward(:\n")
+    with pytest.raises(ValueError, match=r"broken.py cannot be imported: SyntaxError.*Mend"):
+        load_reward(f"{path}:reward")

@@ -47,7 +47,10 @@ def test_runs_with_vllm_repeat_and_resume(model, tmp_path):
             trainer = toy_trainer(model, tmp_path / name, sampler="vllm", num_steps=num_steps, save_every=2)
             trainer.train()
     numbers = [
-        [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines_of(tmp_path / name)]
+        [
+            {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
+            for line in lines_of(tmp_path / name)
+        ]
         for name in ("whole", "parts")
     ]
     assert numbers[0] == numbers[1]

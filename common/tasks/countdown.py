@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.config import RLConfig
-from common.tasks import Task
 from common.arithmetic import evaluate
+from common.config import RLConfig
 from common.sources import read_rows
+from common.tasks import Task
 
 SPLIT_SEED = 42  # of the published Countdown results, whatever the seed of the run
 NUM_HELD_OUT = 256  # generated problems that neither the tiny policy's warm start nor RL ever sees
