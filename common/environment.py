@@ -58,6 +58,19 @@ def preserved_random_state() -> Iterator[None]:
 
 
 @contextmanager
+def num_threads(count: int | None) -> Iterator[None]:
+    """Torch works with so many threads inside, None: with as many as before; afterwards as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def process_unchanged() -> Iterator[None]:
     """Put back what importing vLLM and making an engine change in this process; warnings on the way are not shown."""
     import torch

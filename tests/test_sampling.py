@@ -472,3 +472,13 @@ def test_an_environment_prepared_too_late_says_what_will_be_slow():
     late = "import torch; from common.environment import prepare_environment; prepare_environment()"
     assert "OMP_WAIT_POLICY=PASSIVE comes too late" in run_python(late).stderr
     assert run_python(late, OMP_WAIT_POLICY="PASSIVE").stderr == ""
+
+
+def test_sampling_leaves_the_number_of_threads_alone(vllm_sampler):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        vllm_sampler.generate([[5, 6, 7]], SAMPLED, seeds=[1])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
