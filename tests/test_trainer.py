@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,7 @@ def test_the_best_checkpoint_survives_rotation(tiny_folder, tmp_path):
 RUN_TOY = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import common
 from tests.toy import toy_trainer
 model, folder, steps = sys.argv[1:4]
@@ -258,3 +260,19 @@ def test_a_reward_function_that_raises_ends_the_run_with_its_row(tiny_folder, tm
     with pytest.raises(ValueError, match=r"reward 'sum' raised ZeroDivisionError.*row \d+ of"):
         GRPOTrainer(toy_config(tiny_folder, tmp_path / "run", num_steps=9), task=task).train()
     assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_the_final_model_goes_to_the_hub_if_asked(tiny_folder, tmp_path, monkeypatch):
+    uploads = []
+
+    class Hub:  # the network's end; what is sent to it is what is tested
+        def create_repo(self, name, exist_ok):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path):
+            uploads.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    toy_trainer(tiny_folder, tmp_path / "run", push_to_hub="countdown").train()
+    ((repository, names),) = uploads
+    assert repository == "me/countdown" and {"model.safetensors", "config.json", "tokenizer.json"} <= set(names)
