@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: tools/gpu_check.sh [OUT]
+# The GPU suite, then the benchmarks on Qwen2.5's shapes with random weights, then a short run of the embedded policy.
+# Numbers go to OUT (default: gpu-results) as JSON; a table comes last. Needs the environment of `make install`, or a
+# PYTHON in which the packages of pyproject.toml can be imported.
+set -u
+cd "$(dirname "$0")/.."
+OUT=$(realpath -m "${1:-gpu-results}")
+PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+mkdir -p "$OUT"
+"$PYTHON" -m pytest -m gpu tests/gpu tests/test_metrics.py -q 2>&1 | tee "$OUT/pytest.txt" | tail -20
+for shape in ${SHAPES:-0.5b 1.5b}; do
+    "$PYTHON" -m benchmarks.core --shape "$shape" --dtype "${DTYPE:-bfloat16}" --out "$OUT/core-$shape-gpu.json" 2>&1 |
+        tee "$OUT/core-$shape.txt"
+done
+(cd GRPO && "$PYTHON" grpo.py --preset cpu --num_steps 20 --output_dir "$OUT/embedded" --no_progress)
