@@ -5,6 +5,7 @@ differs between algorithms is in the algorithm's file, what does not is here. No
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import final
 
@@ -43,7 +44,7 @@ logger = logging.getLogger("nanorlhf")
 LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Tensor]]]
 
 
-class OnPolicyTrainer:
+class OnPolicyTrainer(ABC):
     """Sample, score, update, again.
 
     Args:
@@ -81,9 +82,9 @@ class OnPolicyTrainer:
 
     # ------------------------------------------------------------------------------------------------ the algorithm
 
+    @abstractmethod
     def step(self, prompts: PromptBatch) -> None:
         """One iteration, written out by each algorithm: sample, score, advantages, update."""
-        raise NotImplementedError(f"{type(self).__name__} must define step(prompts)")
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -94,14 +95,13 @@ class OnPolicyTrainer:
         Returns:
             The metrics of the last step.
         """
-        config = self.config
         metrics = {}
         self.watch.read_and_reset()  # loading is no part of the first step
         with self.run as run:
             if self.current_step == 0 and self._evaluates_at(0):
                 self.evaluate()
                 metrics = self._end_step()
-            while self.current_step < config.num_steps and not run.stopped_early:
+            while self.current_step < self.config.num_steps and not run.stopped_early:
                 self.current_step += 1
                 self.step(self._next_prompts())
                 if self._evaluates_at(self.current_step):
@@ -134,7 +134,7 @@ class OnPolicyTrainer:
         rollouts = self._generate(prompts, settings, num_generations=num_generations, stream=stream)
         if not greedy:
             rollouts.step_lengths = self.passes.step_lengths(rollouts, config.prompts_per_step * num_generations)
-            self.run.count_tokens(int(rollouts.step_lengths.sum()))
+            self.run.count_tokens(int(self.passes.sum_over_processes(rollouts.lengths.sum())))
         return rollouts
 
     @final
