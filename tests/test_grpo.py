@@ -225,3 +225,19 @@ def test_correct_use_warns_of_nothing(tiny_folder, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         toy_trainer(tiny_folder, tmp_path / "run", kl_coef=0.1, eval_every=1, save_every=1, use_lora=True).train()
+
+
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+def test_in_bfloat16_too_the_ratio_starts_at_one_and_the_kl_at_zero(tiny_folder, tmp_path, use_lora):
+    settings = {"dtype": "bfloat16", "kl_coef": 0.1, "num_minibatches": 2, "num_update_epochs": 2, "lora_r": 4}
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", use_lora=use_lora, **settings)
+    trainer.train()
+    first, second = lines_of(tmp_path / "run")
+    assert first["policy/first_ratio"] == second["policy/first_ratio"] == 1.0
+    assert second["kl"] > 0
+    assert first["sampler/logprob_diff"] < 0.05  # the sampler goes token by token, the trainer does not
+
+
+def test_with_one_optimizer_step_the_first_kl_is_zero_in_bfloat16_too(tiny_folder, tmp_path):
+    toy_trainer(tiny_folder, tmp_path / "run", dtype="bfloat16", kl_coef=0.1, num_steps=1).train()
+    assert lines_of(tmp_path / "run")[0]["kl"] == 0.0
