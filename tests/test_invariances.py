@@ -68,6 +68,7 @@ def test_padding_changes_no_gradient_even_if_it_holds_garbage(tiny_folder, tmp_p
     trainer = make_trainer(tiny_folder, tmp_path)
     rollouts = sampled(trainer)
     clean = step_taken(trainer, rollouts)
+    clean_loss = trainer.shares.reduce(trainer.accelerator)["policy/loss"]
     wide = trainer.sample(trainer._next_prompts(), num_generations=4)
     for name in ("completion_ids", "completion_mask", "sampling_logprobs", "advantages"):
         value = getattr(rollouts, name)
@@ -78,6 +79,7 @@ def test_padding_changes_no_gradient_even_if_it_holds_garbage(tiny_folder, tmp_p
     for name in ("advantages", "sampling_logprobs"):
         getattr(wide, name)[~wide.completion_mask] = float("nan")
     torch.testing.assert_close(step_taken(trainer, wide), clean, atol=1e-6, rtol=1e-5)
+    assert trainer.shares.reduce(trainer.accelerator)["policy/loss"] == pytest.approx(clean_loss, abs=1e-6)
 
 
 def test_the_order_of_rows_changes_no_gradient(tiny_folder, tmp_path):
