@@ -72,7 +72,7 @@ def test_an_error_of_our_own_keeps_its_traceback(tmp_path):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(tiny_folder, tmp_path, monkeypatch, settings, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     loaded = []
     monkeypatch.setattr("common.trainer.load_policy", lambda *args, **kwargs: loaded.append(args))
     config = toy_config(**({"model": tiny_folder, "output_dir": tmp_path / "run"} | settings))

@@ -219,7 +219,7 @@ def test_end_tokens_are_those_of_generation_config_and_tokenizer(policy, tokeniz
 
 
 def test_a_model_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"model='no/such-model'.*--model"):
         check_model("no/such-model")
     with pytest.raises(ValueError, match=r"config\.json"):

@@ -68,6 +68,6 @@ def test_every_setting_is_on_top_of_the_script():
 
 
 def test_links_lead_somewhere():
-    for page in (README, (ROOT / "GRPO" / "README.md").read_text()):
-        for target in re.findall(r"\]\(([^)#]+)\)", page):
-            assert target.startswith("https://") or (ROOT / target).exists(), target
+    for page in [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page}: {target}"
