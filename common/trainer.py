@@ -65,7 +65,9 @@ class OnPolicyTrainer(ABC):
         self.config = config
         check_sampler(config)
         check_model(config.model)
-        self.accelerator = Accelerator(log_with=choose_trackers(config.report_to) or None, project_dir="runs")
+        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not know of each other.
+        on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
+        self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         self._check_processes()
         self.tokenizer = load_tokenizer(config.model)
         self._load_data(task or load_task(config, self.tokenizer))
@@ -125,13 +127,9 @@ class OnPolicyTrainer(ABC):
             B = len(prompts) x G rows, rows of one prompt adjacent.
         """
         config = self.config
-        settings = SamplingSettings(
-            temperature=0.0 if greedy else config.temperature,
-            max_tokens=config.max_completion_length,
-            stop_token_ids=self.end_token_ids,
-        )
-        stream = "" if greedy else "train"
-        rollouts = self._generate(prompts, settings, num_generations=num_generations, stream=stream)
+        temperature, limit = 0.0 if greedy else config.temperature, config.max_completion_length
+        settings = SamplingSettings(temperature=temperature, max_tokens=limit, stop_token_ids=self.end_token_ids)
+        rollouts = self._generate(prompts, settings, num_generations=num_generations, stream="train")
         if not greedy:
             rollouts.step_lengths = self.passes.step_lengths(rollouts, config.prompts_per_step * num_generations)
             self.run.count_tokens(int(self.passes.sum_over_processes(rollouts.lengths.sum())))
