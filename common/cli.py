@@ -70,7 +70,7 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
         defaults["reward_weights"] = None  # weights belong to the rewards they were written for
     parser = _Parser(type(settings), allow_abbrev=False)
     parser.set_defaults_with_config(**(defaults | yaml_settings))
-    if "--help" in args:
+    if {"-h", "--help"}.intersection(args):
         _add_descriptions(parser, type(settings))
     config, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
     if unread:

@@ -71,10 +71,11 @@ def draw_curves(run_folder: Path) -> None:
         run_folder: holds metrics.jsonl; the folder's name is the title.
     """
     run_folder = Path(run_folder)
-    if not (run_folder / "metrics.jsonl").exists():
+    metrics = run_folder / "metrics.jsonl"
+    if not metrics.exists():
         return
     try:
-        curves = Curves(run_folder / "metrics.jsonl")
+        curves = Curves(metrics)
         if picture := _picture(curves, run_folder.resolve().name):
             write_file(run_folder / CURVES_FILE, picture)
     except Exception as error:

@@ -276,10 +276,11 @@ class OnPolicyTrainer(ABC):
     def _generate(
         self, prompts: PromptBatch, settings: SamplingSettings, *, num_generations: int, stream: str
     ) -> Rollouts:
-        seeds = [sampling_seed(self.config.seed, prompts.step, row, stream) for row in prompts.rows]
+        seeds = None  # greedy completions draw nothing
+        if settings.temperature:
+            seeds = [sampling_seed(self.config.seed, prompts.step, row, stream) for row in prompts.rows]
         self._refresh_sampler()
         with self.watch("sample"):
-            seeds = seeds if settings.temperature else None
             completions = self.sampler.generate(
                 prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
             )

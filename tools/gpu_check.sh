@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command: tools/gpu_check.sh [OUT]
 # The GPU suite, then the benchmarks on Qwen2.5's shapes with random weights, then a short run of the embedded policy.
-# Numbers go to OUT (default: gpu-results) as JSON; a table comes last. Needs the environment of `make install`, or a
-# PYTHON in which the packages of pyproject.toml can be imported.
+# Numbers go to OUT (default: gpu-results) as JSON; each benchmark prints its table. Needs the environment of
+# `make install`, or a PYTHON in which the packages of pyproject.toml can be imported.
 set -u
 cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${1:-gpu-results}")
