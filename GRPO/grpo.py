@@ -1,4 +1,4 @@
-"""GRPO: settings and start. `python grpo.py`; any setting can be overridden: `python grpo.py --learning_rate 2e-6`."""
+"""GRPO: settings and start. Any setting can be overridden: `python grpo.py --learning_rate 2e-6`."""
 
 import sys
 from pathlib import Path
@@ -11,33 +11,35 @@ from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 SETTINGS = GRPOConfig(
     # What to train, on what
     model="Qwen/Qwen2.5-1.5B-Instruct",
-    task="countdown",
-    dataset="Jiayi-Pan/Countdown-Tasks-3to4",
+    task="hh_rlhf",
+    dataset=None,  # the task's own: Anthropic/hh-rlhf
     dataset_split="train",
-    num_eval_prompts=500,
-    rewards=None,  # every reward of the task; file.py:function for one of your own
+    num_eval_prompts=256,
+    rewards=None,  # the task's own; or names, reward models (hub id or folder), file.py:function
     reward_weights=None,
+    reward_format="text",
     # Steps
     num_steps=500,
-    prompts_per_step=32,
-    num_generations=8,
+    prompts_per_step=64,
+    num_generations=4,
     num_minibatches=1,
     num_update_epochs=1,
     # Sampling
     sampler="vllm",
     temperature=1.0,
-    max_prompt_length=256,
+    max_prompt_length=512,
     max_completion_length=1024,
     # GRPO
     scale_by_std=True,  # False: Dr. GRPO
     average_over="rows",  # "tokens": DAPO; "constant": Dr. GRPO
     clip_range=0.2,
     clip_range_high=None,  # as clip_range; 0.28: DAPO
-    kl_coef=0.001,
-    kl_estimator=None,  # k3 in the loss, k1 in the reward
-    kl_place="loss",
+    kl_coef=0.01,
+    kl_estimator="k3",
+    kl_place="loss",  # "reward": always k1
     whiten_advantages=False,  # the group is the baseline already
     mask_truncated=False,
+    missing_eos_penalty=0.0,
     sparse=False,
     keep_per_group=False,
     # Optimizer
@@ -70,6 +72,7 @@ SETTINGS = GRPOConfig(
     eval_top_p=1.0,
     eval_top_k=0,
     eval_num_samples=1,
+    eval_kl=False,
     early_stopping_patience=0,
     # The run
     preset="auto",  # without a GPU: cpu, the embedded default

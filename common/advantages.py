@@ -41,6 +41,110 @@ def group_relative(scores: Tensor, num_generations: int, *, scale_by_std: bool =
     return torch.where(_undecided(groups), 0.0, advantages).reshape(-1)
 
 
+def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
+    """Compare each completion with the mean of the other completions of its prompt.
+
+    advantage = score - mean of the other G - 1 scores, equation 8 of RLOO (huggingface.co/papers/2402.14740). That
+    baseline does not depend on the completion itself, so the policy gradient stays unbiased.
+
+    Args:
+        scores: (B,) float, rows of one prompt adjacent.
+        num_generations: G, at least 2; divides B.
+
+    Returns:
+        (B,) float32; exactly 0 in a group whose scores are all equal (to 1e-6).
+
+    Raises:
+        ValueError: if num_generations is below 2 or does not divide B.
+    """
+    groups = _groups(scores, num_generations)  # (B / G, G)
+    others = (groups.sum(dim=1, keepdim=True) - groups) / (num_generations - 1)
+    return torch.where(_undecided(groups), 0.0, groups - others).reshape(-1)
+
+
+def best_of_group(scores: Tensor, num_generations: int) -> Tensor:
+    """The row of each group with the highest score; of equal ones the first.
+
+    Args:
+        scores: (B,) float, rows of one prompt adjacent.
+        num_generations: K, at least 2; divides B.
+
+    Returns:
+        (B / K,) int64 row indices.
+
+    Raises:
+        ValueError: if num_generations is below 2 or does not divide B.
+    """
+    groups = _groups(scores, num_generations)
+    is_best = groups == groups.amax(dim=1, keepdim=True)
+    # argmax does not promise which of several maxima it gives.
+    first = is_best.int().cumsum(1).eq(0).sum(1)
+    return torch.arange(len(groups)) * num_generations + first
+
+
+def per_token_rewards(scores: Tensor, mask: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
+    """One reward per token: the KL is paid where it arises, the score comes with the last token.
+
+    reward_t = -kl_coef kl_t, plus the score at the end (huggingface.co/papers/1909.08593, equation 2).
+
+    Args:
+        scores: (B,) float.
+        mask: (B, C) bool.
+        kl: (B, C) float, estimated KL to the reference at each token; padding may hold anything.
+        kl_coef: weight of the KL, 0 or more.
+
+    Returns:
+        (B, C) float32, 0 at padding. Each row sums to score - kl_coef x its KL.
+    """
+    columns = torch.arange(mask.shape[1])[None, :]
+    is_last = columns == mask.sum(1, keepdim=True) - 1
+    return torch.where(mask, -kl_coef * kl.float(), 0.0) + torch.where(is_last, scores.float()[:, None], 0.0)
+
+
+def rewards_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """What each token can still influence: return_t = reward_t + gamma return_(t + 1).
+
+    Args:
+        rewards: (B, C) float; padding may hold anything.
+        mask: (B, C) bool.
+        gamma: discount in [0, 1].
+
+    Returns:
+        (B, C) float32, 0 at padding.
+    """
+    advantages, _ = generalized_advantages(rewards, torch.zeros(mask.shape), mask, gamma=gamma, gae_lambda=1.0)
+    return advantages
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation, equation 16 of huggingface.co/papers/1506.02438.
+
+    delta_t = reward_t + gamma value_(t + 1) - value_t;  advantage_t = delta_t + gamma gae_lambda advantage_(t + 1).
+    The value after the last token is 0, also where the length limit cut the completion off: it was scored as it is.
+
+    Args:
+        rewards: (B, C) float; padding may hold anything, in values too.
+        values: (B, C) float; column t is the value of the state in which token t was chosen.
+        mask: (B, C) bool.
+        gamma: discount in [0, 1].
+        gae_lambda: in [0, 1]; 1 trusts rewards alone (return - value), 0 the next value.
+
+    Returns:
+        advantages and returns = advantages + values, both (B, C) float32, 0 at padding.
+    """
+    rewards = torch.where(mask, rewards.float(), 0.0)
+    values = torch.where(mask, values.float(), 0.0)
+    advantages = torch.zeros_like(values)
+    next_advantage = next_value = torch.zeros(len(values))
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = advantages[:, t] = torch.where(mask[:, t], delta + gamma * gae_lambda * next_advantage, 0.0)
+        next_value = values[:, t]
+    return advantages, advantages + values
+
+
 def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:
     """Rows of the groups whose scores differ: the others have advantage 0 and need neither forward nor backward.
 
@@ -84,13 +188,6 @@ def whiten(
     if not shift_mean:
         whitened = torch.where(mask, whitened + mean, 0.0)
     return whitened.float()
-
-
-def maybe_whiten(
-    advantages: Tensor, mask: Tensor, *, enabled: bool, sum_over_processes: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Whiten if `enabled`, otherwise give the advantages back as they are. Arguments as whiten's."""
-    return whiten(advantages, mask, sum_over_processes=sum_over_processes) if enabled else advantages
 
 
 def _groups(scores: Tensor, num_generations: int) -> Tensor:

@@ -83,11 +83,13 @@ def keep_one_per_group(rollouts: Rollouts, num_generations: int, *, seed: int, s
         step: the step.
 
     Returns:
-        B / G rows, numbered anew: the rows that were dropped count no longer.
+        B / G rows, numbered anew: the rows that were dropped count no longer. What was computed of them in the passes
+        of all rows is taken off.
     """
     num_groups = len(rollouts.step_lengths) // num_generations
     generator = torch.Generator().manual_seed(hashed_seed(seed, step, "keep_per_group"))
     offsets = torch.randint(num_generations, (num_groups,), generator=generator)
     kept = torch.arange(num_groups) * num_generations + offsets  # (groups of the step,) row numbers
     chosen = rollouts[torch.isin(rollouts.rows, kept)]
-    return replace(chosen, rows=chosen.rows // num_generations, step_lengths=rollouts.step_lengths[kept])
+    step_lengths = rollouts.step_lengths[kept]
+    return replace(chosen, rows=chosen.rows // num_generations, step_lengths=step_lengths, old_logprobs=None)

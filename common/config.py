@@ -38,9 +38,12 @@ class RLConfig:
     num_eval_prompts: int = 256
     """Prompts held out for evaluation, never trained on."""
     rewards: list[str] | None = None
-    """Names of the task's rewards, or file.py:function. None: all rewards of the task."""
+    """Rewards of the task by name, reward models (hub id or folder), or file.py:function; on the command line also
+    `--reward NAME WEIGHT`, as often as needed. None: the task's own."""
     reward_weights: list[float] | None = None
     """One weight per reward; the score is their weighted sum. None: the task's weights."""
+    reward_format: str = "text"
+    """What reward functions from files get: "text", or "conversational" (chat messages, by trl's signature)."""
 
     # Steps
     num_steps: int = 200
@@ -74,6 +77,8 @@ class RLConfig:
     """Scale the advantages of a step to mean 0 and variance 1 over all tokens."""
     mask_truncated: bool = False
     """Leave completions that the length limit stopped out of the loss."""
+    missing_eos_penalty: float = 0.0
+    """Taken from the score of a completion without an end token, before anything is made of the score."""
 
     # Optimizer
     learning_rate: float = 1e-6
@@ -127,6 +132,8 @@ class RLConfig:
     """0: off."""
     eval_num_samples: int = 1
     """Completions per held-out prompt; more than one gives pass@k too."""
+    eval_kl: bool = False
+    """Measure the KL to the reference on the held-out completions too; needs a reference also with kl_coef 0."""
     early_stopping_patience: int = 0
     """Stop after so many evaluations without a new best; 0: never."""
 
@@ -186,8 +193,8 @@ class RLConfig:
             "vllm_max_num_seqs"
         )
         not_negative = (
-            "num_eval_prompts kl_coef warmup_steps min_lr_ratio weight_decay max_grad_norm eval_every "
-            "eval_temperature eval_top_k early_stopping_patience save_every samples_every learning_rate"
+            "num_eval_prompts kl_coef missing_eos_penalty warmup_steps min_lr_ratio weight_decay max_grad_norm "
+            "eval_every eval_temperature eval_top_k early_stopping_patience save_every samples_every learning_rate"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -223,6 +230,7 @@ class RLConfig:
             "offload": OFFLOADS,
             "dtype": DTYPES,
             "resume": ("auto", "never"),
+            "reward_format": ("text", "conversational"),
             "vllm_sleep_level": (0, 1, 2),
         }
         for name, allowed in choices.items():
@@ -267,6 +275,52 @@ class RLConfig:
                 f"{self.num_generations} completions = {self.completions_per_step} rows: mini-batches must be equal, "
                 "so that each optimizer step weighs the same. Pass a divisor of the number of rows."
             )
+
+
+@dataclass(kw_only=True)
+class ClippedConfig(RLConfig):
+    """The clip of PPO's surrogate, for the algorithms that take several optimizer steps on one rollout."""
+
+    clip_range: float = 0.2
+    """How far a probability ratio may fall below 1 before its gradient stops."""
+    clip_range_high: float | None = None
+    """How far it may rise above 1; None: clip_range. DAPO's clip-higher uses 0.28."""
+
+    def __post_init__(self) -> None:
+        """Check the clip after the shared settings.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        if not 0 < self.clip_range < 1 or (self.clip_range_high is not None and not self.clip_range_high > 0):
+            raise ValueError(
+                f"clip_range={self.clip_range}, clip_range_high={self.clip_range_high}: the ratio is kept in "
+                "[1 - clip_range, 1 + clip_range_high], so the first must be in (0, 1) and the second above 0. Pass "
+                "--clip_range 0.2."
+            )
+
+    @property
+    def clip_ranges(self) -> tuple[float, float]:
+        """How far the ratio may fall, and rise."""
+        return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+
+def check_discount(config: RLConfig, *names: str) -> None:
+    """Raise a ValueError for a discount, such as gamma, that is outside [0, 1]."""
+    for name in names:
+        value = vars(config)[name]
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value}: it discounts what comes later, so it is in [0, 1]. Pass --{name} 1.0.")
+
+
+def check_group(num_generations: int, reason: str) -> None:
+    """Raise a ValueError, with the algorithm's reason, for a single completion per prompt where they are compared."""
+    if num_generations < 2:
+        raise ValueError(
+            f"num_generations={num_generations}: {reason}, so it needs at least 2. Pass --num_generations 8, or use "
+            "an algorithm with another baseline."
+        )
 
 
 def _as_declared(name: str, value: object, declared: type | types.UnionType) -> object:

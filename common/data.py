@@ -71,6 +71,7 @@ class PromptSet:
                 "a larger --max_prompt_length, or other data."
             )
         self.texts = [texts[i] for i in kept]
+        self.raw = [rows[i]["prompt"] for i in kept]
         self.ids = [ids[i] for i in kept]
         names = [name for name in rows[0] if name != "prompt"]
         if taken := {"prompts", "completions"}.intersection(names):
@@ -122,6 +123,7 @@ class PromptSet:
             prompt_ids=[self.ids[i] for i in chosen],
             prompts=[self.texts[i] for i in chosen],
             columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},
+            raw_prompts=[self.raw[i] for i in chosen],
         )
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: sample, score, and say how sure the number is. Trains nothing."""
+"""What a batch of completions says about the policy, and how sure the numbers are. Trains nothing."""
 
 import math
 
@@ -7,6 +7,24 @@ from torch import Tensor
 
 from common.metrics import MetricShares
 from common.rollouts import Rollouts
+
+
+def rollout_shares(rollouts: Rollouts, advantages: Tensor, *, shares: MetricShares) -> None:
+    """Add this process's part of the means over what was sampled for training.
+
+    Args:
+        rollouts: B rows, scored.
+        advantages: (B,) or (B, C) float.
+        shares: where the parts go: score, length, truncated, zero_advantage (share of rows without any), and
+            reward/<name> (raw, over the rows in which that reward had a say).
+    """
+    rows = len(rollouts)
+    shares.add("score", rollouts.scores.sum(), rows)
+    shares.add("length", rollouts.lengths.sum(), rows)
+    shares.add("truncated", rollouts.truncated.sum(), rows)
+    shares.add("zero_advantage", (advantages.reshape(rows, -1) == 0).all(1).sum(), rows)
+    for name, part in rollouts.parts.items():
+        shares.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
 
 
 def evaluation_shares(

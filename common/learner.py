@@ -19,18 +19,16 @@ class Learner:
     Args:
         name: the model's name in the pool, and the prefix of its metrics.
         module: the model; parameters that require a gradient are trained.
-        config: optimizer settings.
-        learning_rate: highest learning rate; None: the setting `learning_rate`.
+        config: settings of the optimizer, of its schedule and of the steps per rollout.
     """
 
-    def __init__(self, name: str, module: nn.Module, config: RLConfig, learning_rate: float | None = None) -> None:
+    def __init__(self, name: str, module: nn.Module, config: RLConfig) -> None:
         self.name = name
         self.config = config
-        self.peak_rate = config.learning_rate if learning_rate is None else learning_rate
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = AdamW(
             self.parameters,
-            lr=self.peak_rate,
+            lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
         )
@@ -68,13 +66,13 @@ class Learner:
     def rate(self, step: int) -> float:
         """Learning rate of a step, from 1: linear warm-up, then constant, or falling to its floor at the last step."""
         config = self.config
-        if step <= config.warmup_steps:
-            return self.peak_rate * step / config.warmup_steps
+        if step < config.warmup_steps:
+            return config.learning_rate * step / config.warmup_steps
         if config.lr_scheduler == "constant":
-            return self.peak_rate
+            return config.learning_rate
         progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
         height = 1 - progress if config.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.peak_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+        return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
 
 
 def _sum_over_processes(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

@@ -7,10 +7,13 @@ sums, so that no memory setting can change a gradient. float32 throughout.
 import torch
 from torch import Tensor
 
+from common.rollouts import Rollouts
+
 # |log ratio| above this is cut before exp(): e^20 is 5e8, far beyond any clip range, and float32 stays finite.
 MAX_LOG_RATIO = 20.0
 
 AVERAGES = ("tokens", "rows", "constant")
+RATIO_LEVELS = ("token", "sequence")
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
@@ -26,6 +29,22 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
     """
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor) -> Tensor:
+    """Probability of each whole completion now over its probability when it was sampled, given to all its tokens.
+
+    Args:
+        logprobs: (b, C) float32, with gradient.
+        old_logprobs: (b, C) float32, or None as in importance_ratio.
+        mask: (b, C) bool.
+
+    Returns:
+        (b, C) float32, the same number in each row.
+    """
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).sum(1, keepdim=True)  # (b, 1)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().expand(mask.shape)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float) -> Tensor:
@@ -54,6 +73,30 @@ def clipped_tokens(ratio: Tensor, advantages: Tensor, clip_range: float, clip_ra
     return (risen | fallen).float()
 
 
+def clipped_policy_loss(
+    logprobs: Tensor, entropy: Tensor, minibatch: Rollouts, clip_ranges: tuple[float, float], *, level: str = "token"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate of a micro-batch with its metrics.
+
+    Args:
+        logprobs: (b, C) float32, with gradient.
+        entropy: (b, C) float32.
+        minibatch: b rows with advantages; old_logprobs None: the policy that sampled is the one being updated.
+        clip_ranges: how far the ratio may fall, and rise.
+        level: "token" or "sequence", whose probability the ratio is of.
+
+    Returns:
+        (b, C) loss, and (b, C) metrics by name.
+    """
+    if level == "sequence":
+        ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.completion_mask)  # (b, C)
+    else:
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
+    loss = clipped_surrogate(ratio, minibatch.advantages, *clip_ranges)
+    clipped = clipped_tokens(ratio, minibatch.advantages, *clip_ranges)
+    return loss, policy_metrics(ratio, clipped, entropy, logprobs, minibatch.sampling_logprobs)
+
+
 def policy_metrics(
     ratio: Tensor, clipped: Tensor, entropy: Tensor, logprobs: Tensor, sampling_logprobs: Tensor
 ) -> dict[str, Tensor]:
@@ -77,6 +120,30 @@ def policy_metrics(
         "first/policy/first_ratio": ratio.detach(),
         "first/sampler/logprob_diff": (logprobs.detach() - sampling_logprobs).abs(),
     }
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the values, kept from moving far from where they were (huggingface.co/papers/2006.05990).
+
+    loss = max((value - return)^2, (clip(value, old_value - clip_range, old_value + clip_range) - return)^2)
+
+    Args:
+        values: (b, C) float32, with gradient.
+        old_values: (b, C) float32, of the value model that the advantages were made with.
+        returns: (b, C) float32, the targets.
+        clip_range: above 0, in units of the score; None: the plain squared error.
+
+    Returns:
+        (b, C) float32 loss, and (b, C) float32 that is 1 where the clip takes the gradient away.
+    """
+    error = (values - returns).square()
+    if clip_range is None:
+        return error, torch.zeros_like(error)
+    kept = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    clipped_error = (kept - returns).square()
+    return torch.maximum(error, clipped_error), (clipped_error > error).float()
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

@@ -118,7 +118,7 @@ def load_policy(
     elif checkpoint is not None:
         model = PeftModel.from_pretrained(_load(path, config, dtype=dtype), checkpoint, is_trainable=True)
     else:
-        model = _add_adapter(_load(path, config, dtype=dtype), config)
+        model = add_adapter(_load(path, config, dtype=dtype), config, task_type="CAUSAL_LM")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
@@ -165,34 +165,54 @@ def forward_context(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _load(path: str, config: RLConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_without_dropout(
+    auto_class: type, path: str | Path, config: RLConfig, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load a model of transformers on the CPU.
+
+    Args:
+        auto_class: such as AutoModelForCausalLM.
+        path: hub id or folder.
+        config: attention is read.
+        dtype: of the weights.
+    """
     model_config = AutoConfig.from_pretrained(path)
     # Dropout would make two passes over the same tokens differ: the ratio would not be 1 where it must be.
     for name, value in model_config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(model_config, name, 0.0)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class.from_pretrained(
         path, config=model_config, dtype=dtype, attn_implementation=config.attn_implementation
     )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model
+
+
+def _load(path: str | Path, config: RLConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    model = load_without_dropout(AutoModelForCausalLM, path, config, dtype=dtype)
     add_fused_lm_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
     model.fused_temperature = config.temperature
     return model
 
 
-def _add_adapter(model: PreTrainedModel, config: RLConfig) -> PeftModel:
+def lora_config(config: RLConfig, *, task_type: str) -> LoraConfig:
+    """Peft's configuration for the LoRA settings."""
     targets = config.lora_target_modules
-    lora = LoraConfig(
+    return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         target_modules=targets if targets == "all-linear" else targets.split(","),
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
+
+
+def add_adapter(model: PreTrainedModel, config: RLConfig, *, task_type: str) -> PeftModel:
+    """Put a LoRA adapter, new and drawn from the seed, around a model whose own weights then rest."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "lora"))
-        return get_peft_model(model, lora)
+        return get_peft_model(model, lora_config(config, task_type=task_type))
 
 
 def _changes_logits(model: PreTrainedModel) -> bool:
@@ -241,7 +261,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
         folder: made if it is not there.
     """
     if isinstance(model, PeftModel):
-        model.save_pretrained(folder / "adapter")
+        model.save_pretrained(folder / "adapter", selected_adapters=["default"])
         weights = {name: tensor.detach().cpu().clone() for name, tensor in policy_weights(model)}
         model.get_base_model().save_pretrained(folder, state_dict=weights)
     else:

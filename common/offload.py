@@ -17,13 +17,33 @@ from torch.optim import Optimizer
 
 @dataclass(kw_only=True)
 class _Tenant:
-    """A model with its optimizer, where they live, and how often they moved."""
+    """A model with its optimizer, and where they live.
+
+    Attributes:
+        module: what is used.
+        tensors: parameters and buffers that are its own.
+        optimizer: trains some of them.
+        beside: the model whose tensors it uses too.
+        context: entered while the model is in use; for a reference that is the policy with its adapter off.
+        home: copies on the CPU of what is on the device.
+    """
 
     module: nn.Module
+    tensors: list[Tensor]
     optimizer: Optimizer | None = None
-    # Entered while the model is in use; for a reference that is the policy with its adapter off.
+    beside: str | None = None
     context: Callable[[], AbstractContextManager] = nullcontext
     home: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        return [] if self.optimizer is None else [p for g in self.optimizer.param_groups for p in g["params"]]
+
+    @property
+    def moments(self) -> list[Tensor]:
+        """Moments of the optimizer; its step counters stay on the CPU, where reading them costs nothing."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        return [value for state in states for value in state.values() if torch.is_tensor(value) and value.dim() > 0]
 
 
 class ModelPool:
@@ -31,7 +51,7 @@ class ModelPool:
 
     Args:
         device: where they are used.
-        offload: "always" or "never" move them; "auto" is settled by `plan` once all models are known.
+        offload: "always" or "never" move them; "auto" is settled by `plan`, and again when a model comes later.
         watch: charges the time of moves to the phase "offload".
 
     Attributes:
@@ -43,19 +63,39 @@ class ModelPool:
     ) -> None:
         self.device = device
         self._watch = watch
+        self._sampler_bytes = 0
+        self._is_auto = offload == "auto"
         self.offload = offload
         self.resident: set[str] = set()
         self._tenants: dict[str, _Tenant] = {}
-        self._sharing: dict[str, str] = {}
 
-    def add(self, name: str, module: nn.Module, *, optimizer: Optimizer | None = None) -> None:
-        """Take in a model that lives on the CPU."""
-        self._tenants[name] = _Tenant(module=module, optimizer=optimizer)
+    def add(
+        self,
+        name: str,
+        module: nn.Module,
+        *,
+        optimizer: Optimizer | None = None,
+        beside: str | None = None,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        """Take in a model that lives on the CPU; one of the same name gives way.
+
+        Args:
+            name: its name here.
+            module: the model. What it shares with `beside` stays that model's.
+            optimizer: its state travels with the model.
+            beside: a model that must be on the device too while this one is used, such as one it shares weights with.
+            context: entered while this one is used.
+        """
+        others = set(self._tenants[beside].tensors) if beside else set()
+        own = [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor not in others]
+        self._tenants[name] = _Tenant(module=module, tensors=own, optimizer=optimizer, beside=beside, context=context)
+        if self.offload != "auto":
+            self.plan(sampler_bytes=self._sampler_bytes)
 
     def add_view(self, name: str, of: str, context: Callable[[], AbstractContextManager]) -> None:
         """Give a model a second name under which it is used inside `context`, such as a policy without its adapter."""
-        self._tenants[name] = _Tenant(module=self._tenants[of].module, context=context)
-        self._sharing[name] = of
+        self.add(name, self._tenants[of].module, beside=of, context=context)
 
     def __contains__(self, name: str) -> bool:
         """True when there is a model of that name."""
@@ -70,14 +110,15 @@ class ModelPool:
         Returns:
             The plan in GB: weights, gradients and optimizer state, sampler, reserve for activations, device.
         """
-        owners = [tenant for name, tenant in self._tenants.items() if name not in self._sharing]
-        weights = sum(p.nbytes for tenant in owners for p in tenant.module.parameters())
+        self._sampler_bytes = sampler_bytes
+        tenants = self._tenants.values()
+        weights = sum(tensor.nbytes for tenant in tenants for tensor in tenant.tensors)
         # A gradient and two moments of Adam, as large as the float32 weight each.
-        training = 3 * sum(p.nbytes for t in owners if t.optimizer for p in t.module.parameters() if p.requires_grad)
+        training = 3 * sum(tensor.nbytes for tenant in tenants for tensor in tenant.trained)
         device = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
         # A quarter for activations and fragmentation: what a micro-batch needs is not known before it runs.
         reserve = device // 4
-        if self.offload == "auto":
+        if self._is_auto:
             fits = weights + training + sampler_bytes + reserve <= device
             self.offload = "never" if fits or self.device.type == "cpu" else "always"
         plan = {"weights": weights, "training": training, "sampler": sampler_bytes, "reserve": reserve}
@@ -94,14 +135,16 @@ class ModelPool:
         Yields:
             The model.
         """
-        owner = self._sharing.get(name, name)
+        tenant = self._tenants[name]
+        needed = {name, tenant.beside or name}
         with self._watch("offload"):
             if self.offload == "always":
-                for other in self.resident - {owner}:
+                for other in self.resident - needed:
                     self._leave(other)
-            self._arrive(owner, train=train)
-        with self._tenants[name].context():
-            yield self._tenants[name].module
+            for other in needed:
+                self._arrive(other, train=train and other == name)
+        with tenant.context():
+            yield tenant.module
 
     def evict(self) -> None:
         """Send every model home, before something else needs the whole device."""
@@ -112,7 +155,7 @@ class ModelPool:
     def _arrive(self, name: str, *, train: bool) -> None:
         tenant = self._tenants[name]
         self.resident.add(name)
-        for tensor in _tensors(tenant, with_optimizer=train):
+        for tensor in [*tenant.tensors, *(tenant.moments if train else ())]:
             if self.offload == "always" and tensor not in tenant.home:
                 tenant.home[tensor] = self._pinned(tensor.data)
                 # copy=True: with the CPU as device too the move is a real one, which tests can see.
@@ -122,12 +165,12 @@ class ModelPool:
 
     def _leave(self, name: str) -> None:
         tenant = self._tenants[name]
-        moments = _optimizer_tensors(tenant)
-        for tensor in moments:
-            if tensor not in tenant.home:  # made by the first optimizer step
+        changed = {*tenant.trained, *tenant.moments}
+        for tensor in [*tenant.tensors, *tenant.moments]:
+            if tensor not in tenant.home:  # a moment of the first optimizer step, or all models fitted until now
                 tenant.home[tensor] = self._pinned(torch.empty_like(tensor, device="cpu"))
-        trained = [p for p in tenant.module.parameters() if p.requires_grad and tenant.optimizer is not None]
-        for tensor in [*trained, *moments]:
+                changed.add(tensor)
+        for tensor in changed:
             tenant.home[tensor].copy_(tensor.data, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -139,16 +182,3 @@ class ModelPool:
     def _pinned(self, tensor: Tensor) -> Tensor:
         """Pinned memory makes copies fast and asynchronous; a tensor keeps its pinned buffer once it has one."""
         return tensor if self.device.type != "cuda" or tensor.is_pinned() else tensor.pin_memory()
-
-
-def _tensors(tenant: _Tenant, *, with_optimizer: bool) -> list[Tensor]:
-    tensors = [*tenant.module.parameters(), *tenant.module.buffers()]
-    return tensors + (_optimizer_tensors(tenant) if with_optimizer else [])
-
-
-def _optimizer_tensors(tenant: _Tenant) -> list[Tensor]:
-    """Moments of the optimizer; its step counters stay on the CPU, where reading them costs nothing."""
-    if tenant.optimizer is None:
-        return []
-    states = tenant.optimizer.state.values()
-    return [value for state in states for value in state.values() if torch.is_tensor(value) and value.dim() > 0]

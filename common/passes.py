@@ -4,8 +4,9 @@ Mini-batches are dealt out by the rows' numbers in the step, so that neither the
 out changes who is together; micro-batches by a token budget, which changes nothing but memory and speed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -46,8 +47,28 @@ class Passes:
         lengths[rollouts.rows] = torch.where(left_out, 0, rollouts.lengths)
         return self.sum_over_processes(lengths)
 
+    def one_of_each_group(self, rollouts: Rollouts, num_generations: int) -> Rollouts:
+        """Number rows anew by their group, so that the rows that were dropped count no longer.
+
+        Args:
+            rollouts: one row of each group of this process.
+            num_generations: rows that each group had, G.
+
+        Returns:
+            The same rows; what was computed of them in the passes of all rows is taken off.
+        """
+        rollouts = replace(rollouts, rows=rollouts.rows // num_generations, old_logprobs=None)
+        rollouts.step_lengths = self.step_lengths(rollouts, self.config.prompts_per_step)
+        return rollouts
+
     def minibatches(
-        self, rollouts: Rollouts, *, step: int, epoch: int, average_over: str = "tokens"
+        self,
+        rollouts: Rollouts,
+        *,
+        step: int,
+        epoch: int,
+        average_over: str = "tokens",
+        num_minibatches: int | None = None,
     ) -> Iterator[tuple[Tensor, Rollouts]]:
         """This process's rows of each mini-batch.
 
@@ -56,14 +77,14 @@ class Passes:
             step: the step; it decides the order together with the epoch.
             epoch: which pass over the rollouts, from 0.
             average_over: "tokens", "rows" or "constant", what the token weights make the mean over.
+            num_minibatches: None: the setting.
 
         Yields:
             int64 indices of the rows in `rollouts`, possibly none, and the rows with their token weights.
         """
         config = self.config
-        dealt = minibatch_rows(
-            len(rollouts.step_lengths), config.num_minibatches, seed=config.seed, step=step, epoch=epoch
-        )
+        num_minibatches = num_minibatches or config.num_minibatches
+        dealt = minibatch_rows(len(rollouts.step_lengths), num_minibatches, seed=config.seed, step=step, epoch=epoch)
         for numbers in dealt:
             rows = torch.isin(rollouts.rows, numbers).nonzero().squeeze(1)
             minibatch = rollouts[rows]
@@ -101,6 +122,47 @@ class Passes:
         for _ in range(num_passes - len(chosen)):
             yield None, filler(minibatch).to(self.device)
 
+    @torch.no_grad()
+    def for_each_token(self, rollouts: Rollouts, forward: Callable[[Rollouts], Tensor], *, step: int) -> Tensor:
+        """What a model says about each completion token, without gradient.
+
+        Args:
+            rollouts: B rows, with step_lengths.
+            forward: gives (b, C) float32 for a micro-batch.
+            step: the step.
+
+        Returns:
+            (B, C) float32 on the CPU, 0 at padding.
+        """
+        result = torch.zeros(rollouts.completion_ids.shape)
+        # The same passes as the first epoch of the update makes, so that its first ratio is 1 to the last bit.
+        for rows, minibatch in self.minibatches(rollouts, step=step, epoch=0):
+            for chosen, microbatch in self.microbatches(minibatch):
+                with self.forward_context():
+                    part = forward(microbatch)
+                if chosen is not None:
+                    result[rows[chosen], : part.shape[1]] = part.cpu()
+        return result
+
+    def backward(
+        self, minibatch: Rollouts, loss: Callable[[Rollouts], tuple[Tensor, dict[str, Tensor]]]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
+        """Add the gradient of one mini-batch to the parameters, micro-batch by micro-batch.
+
+        Args:
+            minibatch: rows of this process with their token weights, possibly none.
+            loss: per-token loss and metrics of a micro-batch.
+
+        Yields:
+            For each micro-batch its part of the loss, its (b, C) metrics by name, and its (b, C) mask.
+        """
+        for _, microbatch in self.microbatches(minibatch):
+            with self.forward_context():
+                per_token, token_metrics = loss(microbatch)
+            total = weighted_loss(per_token, microbatch)
+            total.backward()
+            yield total.detach(), token_metrics, microbatch.completion_mask
+
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast where passes are in less than float32."""
         return forward_context(self.device, self.dtype)
@@ -117,3 +179,17 @@ def weighted_loss(per_token: Tensor, microbatch: Rollouts) -> Tensor:
         Scalar.
     """
     return torch.where(microbatch.completion_mask, per_token * microbatch.token_weights, 0.0).sum()
+
+
+def check_processes(config: RLConfig, accelerator: Accelerator) -> None:
+    """Refuse a number of prompts that the processes cannot share equally.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    num_processes = accelerator.num_processes
+    if config.prompts_per_step % num_processes:
+        raise ValueError(
+            f"prompts_per_step={config.prompts_per_step} on {num_processes} processes: each samples the same "
+            f"number of prompts. Pass a multiple of {num_processes}, or start fewer processes."
+        )

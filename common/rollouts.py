@@ -44,6 +44,7 @@ class PromptBatch:
         prompt_ids: token ids of each prompt.
         prompts: their text, for rewards and tables.
         columns: the data set's other columns, one list each.
+        raw_prompts: the prompts as the data set has them, text or chat messages; empty: as `prompts`.
     """
 
     step: int
@@ -51,6 +52,7 @@ class PromptBatch:
     prompt_ids: list[list[int]]
     prompts: list[str]
     columns: dict[str, list]
+    raw_prompts: list[str | list[dict]] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -74,7 +76,9 @@ class Rollouts:
         prompts: B strings.
         completions: B strings, special tokens removed.
         columns: the data set's other columns, a list of B values each.
+        raw_prompts: B prompts as the data set has them, text or chat messages; empty: as `prompts`.
         scores: (B,) float32, one number per completion.
+        parts: (B,) float32 for each reward by name, raw; NaN where it had no say.
         old_logprobs: (B, C) float32 under the policy that sampled; None when that policy is the one being updated.
         ref_logprobs: (B, C) float32 under the reference; None without a reference.
         values: (B, C) float32; column t is the value of the state in which completion token t was chosen.
@@ -94,7 +98,9 @@ class Rollouts:
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
     columns: dict[str, list] = field(default_factory=dict)
+    raw_prompts: list[str | list[dict]] = field(default_factory=list)
     scores: Tensor | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
@@ -133,6 +139,7 @@ class Rollouts:
             prompts=[prompts.prompts[i] for i in repeated],
             completions=texts,
             columns={name: [values[i] for i in repeated] for name, values in prompts.columns.items()},
+            raw_prompts=[prompts.raw_prompts[i] for i in repeated] if prompts.raw_prompts else [],
         )
 
     def __len__(self) -> int:
@@ -148,6 +155,8 @@ class Rollouts:
                 chosen[name] = value
             elif isinstance(value, Tensor):
                 chosen[name] = value[index]
+            elif name == "parts":
+                chosen[name] = {part: values[index] for part, values in value.items()}
             elif isinstance(value, dict):
                 chosen[name] = {column: [values[i] for i in numbers] for column, values in value.items()}
             else:

@@ -6,12 +6,14 @@ What the files are is in metrics.py, checkpoints.py and plots.py; when they are 
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -64,6 +66,7 @@ class Run:
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
         self._num_tokens: int = state.get("tokens", 0)
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
+        self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
         self._progress: Progress | None = None
 
@@ -88,17 +91,26 @@ class Run:
         if self.accelerator.is_main_process:
             draw_curves(self.folder)
 
-    def restore(self, learner: Learner, module: nn.Module) -> None:
+    def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
         """Keep a learner in every checkpoint from now on, and give it its state of the one to continue from.
 
-        The policy's own weights are loaded with the policy; every other module's are here.
+        The policy's own weights are loaded with the policy; every other module's trained ones are here.
+
+        Args:
+            learner: what is trained.
+            module: its model.
+            save: writes the model into the folder final/<name>_model; None: it is not part of final/.
         """
         self._learners[learner.name] = (learner, module)
+        if save is not None:
+            self._exports[learner.name] = save
         if self.checkpoint is None:
             return
         learner.optimizer.load_state_dict(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
         if learner.name != "policy":
-            module.load_state_dict(load_file(self.checkpoint / f"{learner.name}.safetensors"))
+            weights = load_file(self.checkpoint / f"{learner.name}.safetensors")
+            _, unknown = module.load_state_dict(weights, strict=False)  # frozen weights are not in the file
+            assert not unknown and len(weights) == len(learner.parameters)
 
     def count_tokens(self, tokens: int) -> None:
         """Add completion tokens that were sampled for training, over all processes."""
@@ -168,12 +180,13 @@ class Run:
         """Write final/, and send it to the hub if asked."""
         if self.accelerator.is_main_process:
             policy = self._learners["policy"][1]
-            checkpoints.save_final(
-                self.folder,
-                step,
-                fill=lambda folder: save_model(policy, tokenizer, folder),
-                stopped_early=self.stopped_early,
-            )
+
+            def fill(folder: Path) -> None:
+                save_model(policy, tokenizer, folder)
+                for name, save in self._exports.items():
+                    save(folder / f"{name}_model")
+
+            checkpoints.save_final(self.folder, step, fill=fill, stopped_early=self.stopped_early)
             if self.config.push_to_hub:
                 from huggingface_hub import HfApi
 
@@ -191,8 +204,8 @@ class Run:
             if name == "policy":
                 writers[name] = lambda path, module=module: _save_trainable(module, tokenizer, path)
             else:
-                writers[f"{name}.safetensors"] = lambda path, module=module: save_file(
-                    {key: value.contiguous() for key, value in module.state_dict().items()}, path
+                writers[f"{name}.safetensors"] = lambda path, learner=learner, module=module: save_file(
+                    _trained_weights(learner, module), path
                 )
         return writers
 
@@ -204,8 +217,15 @@ def default_name(config: RLConfig, algorithm: str) -> str:
     return f"{algorithm.lower()}-{config.task}-seed{config.seed}-{digest}"
 
 
+def _trained_weights(learner: Learner, module: nn.Module) -> dict[str, Tensor]:
+    trained = set(learner.parameters)
+    named = module.named_parameters()
+    return {name: parameter.detach().contiguous() for name, parameter in named if parameter in trained}
+
+
 def _save_trainable(module: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The policy as transformers or peft load it; of a LoRA model the adapter alone."""
     with torch.no_grad():
-        module.save_pretrained(folder)
+        adapters = {"selected_adapters": ["default"]} if isinstance(module, PeftModel) else {}
+        module.save_pretrained(folder, **adapters)
     tokenizer.save_pretrained(folder)

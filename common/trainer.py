@@ -7,16 +7,22 @@ differs between algorithms is in the algorithm's file, what does not is here. No
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import final
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, final
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from common.advantages import per_token_rewards, whiten
 from common.config import RLConfig
 from common.data import PromptSet
-from common.evaluation import evaluation_shares, is_correct, with_confidence_interval
+from common.evaluation import evaluation_shares, is_correct, rollout_shares, with_confidence_interval
+from common.generation import Generation
 from common.learner import Learner
+from common.losses import kl_estimate
 from common.metrics import MetricShares, Stopwatch, choose_trackers
 from common.models import (
     check_model,
@@ -29,19 +35,22 @@ from common.models import (
     token_logprobs,
 )
 from common.offload import ModelPool
-from common.passes import Passes, weighted_loss
-from common.rewards import make_scorer
+from common.passes import Passes, check_processes
 from common.rollouts import PromptBatch, Rollouts
 from common.run import Run
-from common.sampling import SamplingSettings, check_sampler, make_sampler, sampling_seed
+from common.sampling import check_sampler
 from common.sanity import check_first_step
-from common.tasks import Task, load_task
-from common.weights import policy_weights
+from common.tasks import Task, load_task, task_scorer
+from common.updates import optimizer_steps
+from common.values import token_values
 
 logger = logging.getLogger("nanorlhf")
 
 # Loss of each completion token with its metrics; all (b, C).
-LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Tensor]]]
+Metrics = dict[str, Tensor]
+LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, Metrics]]
+TokenFunction = Callable[[nn.Module, Rollouts], Tensor]
+SaveModel = Callable[[Path], None]
 
 
 class OnPolicyTrainer(ABC):
@@ -52,7 +61,7 @@ class OnPolicyTrainer(ABC):
         task: prompts and rewards; None: the task the settings name.
 
     Attributes:
-        models: the pool with "policy" and, where a KL is wanted, "ref".
+        models: the pool with "policy", "ref" where a KL is wanted, and what the algorithm adds.
         policy: the learner of the policy.
         shares: the step's metrics so far; reduced over processes at its end.
         watch: seconds by phase.
@@ -68,7 +77,7 @@ class OnPolicyTrainer(ABC):
         # Without cpu=True, processes that torchrun starts on a machine without a GPU would not know of each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
-        self._check_processes()
+        check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=type(self).__name__.removesuffix("Trainer"))
@@ -78,8 +87,6 @@ class OnPolicyTrainer(ABC):
         self.passes = Passes(config, self.accelerator, self.dtype)
         self.models = ModelPool(self.accelerator.device, config.offload, self.watch)
         self.current_step = self.run.first_step - 1
-        self._sampler_is_stale = True
-        self._parts: dict[str, Tensor] = {}
         self._load_models()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
@@ -105,7 +112,7 @@ class OnPolicyTrainer(ABC):
                 metrics = self._end_step()
             while self.current_step < self.config.num_steps and not run.stopped_early:
                 self.current_step += 1
-                self.step(self._next_prompts())
+                self.step(self.training_prompts(self.current_step))
                 if self._evaluates_at(self.current_step):
                     self.evaluate()
                 metrics = self._end_step()
@@ -115,32 +122,65 @@ class OnPolicyTrainer(ABC):
     # --------------------------------------------------------------------------------------------------- the verbs
 
     @final
-    def sample(self, prompts: PromptBatch, *, num_generations: int = 1, greedy: bool = False) -> Rollouts:
+    def training_prompts(self, step: int) -> PromptBatch:
+        """This process's prompts of a step, from 1."""
+        accelerator, num_prompts = self.accelerator, self.config.prompts_per_step
+        share = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
+        return self.prompts.batch(step, num_prompts=num_prompts, **share)
+
+    @final
+    def sample(
+        self, prompts: PromptBatch, *, num_generations: int = 1, greedy: bool = False, stream: str = "train"
+    ) -> Rollouts:
         """Complete each prompt with the current policy, at the training temperature or greedily.
 
         Args:
             prompts: this process's prompts of the step.
             num_generations: completions per prompt, G; 1 if greedy.
             greedy: take the most likely token each time.
+            stream: completions of the same prompts in another stream are other ones.
 
         Returns:
             B = len(prompts) x G rows, rows of one prompt adjacent.
         """
-        config = self.config
-        temperature, limit = 0.0 if greedy else config.temperature, config.max_completion_length
-        settings = SamplingSettings(temperature=temperature, max_tokens=limit, stop_token_ids=self.end_token_ids)
-        rollouts = self._generate(prompts, settings, num_generations=num_generations, stream="train")
-        if not greedy:
-            rollouts.step_lengths = self.passes.step_lengths(rollouts, config.prompts_per_step * num_generations)
-            self.run.count_tokens(int(self.passes.sum_over_processes(rollouts.lengths.sum())))
+        rollouts = self.generation.sample(prompts, num_generations=num_generations, greedy=greedy, stream=stream)
+        rollouts.step_lengths = self.passes.step_lengths(rollouts, self.config.prompts_per_step * num_generations)
+        self.run.count_tokens(int(self.passes.sum_over_processes(rollouts.lengths.sum())))
         return rollouts
 
     @final
     def score(self, rollouts: Rollouts) -> Tensor:
-        """(B,) float32: the weighted sum of the rewards of each completion."""
-        with self.watch("score"):
-            scores, self._parts = self.scorer(rollouts.prompts, rollouts.completions, rollouts.columns)
-        return scores
+        """(B,) float32: the weighted sum of the rewards, less missing_eos_penalty where there is no end token."""
+        return self._rewards(rollouts) - self.config.missing_eos_penalty * rollouts.truncated
+
+    @final
+    def token_rewards(self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False) -> Tensor:
+        """A reward for each token: -kl_coef x its KL to the reference (k1), and the score with the last one.
+
+        Where there is a KL, rollouts.old_logprobs and ref_logprobs are set on the way.
+
+        Args:
+            rollouts: B rows.
+            scores: (B,) float32.
+            whitened: scale the rewards of the step to variance 1; their mean stays.
+
+        Returns:
+            (B, C) float32, 0 at padding.
+        """
+        mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
+        if self.config.kl_coef:
+            kl = self._add_kl(rollouts, "kl")
+        rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
+        if whitened:
+            rewards = whiten(rewards, mask, sum_over_processes=self.passes.sum_over_processes, shift_mean=False)
+        return rewards
+
+    @final
+    def maybe_whiten(self, advantages: Tensor, rollouts: Rollouts) -> Tensor:
+        """(B, C) float32: the advantages, over all processes of mean 0 and variance 1 if whiten_advantages is set."""
+        if not self.config.whiten_advantages:
+            return advantages
+        return whiten(advantages, rollouts.completion_mask, sum_over_processes=self.passes.sum_over_processes)
 
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
@@ -150,20 +190,13 @@ class OnPolicyTrainer(ABC):
             rollouts: all rows of this process, scored.
             advantages: (B,) or (B, C) float.
         """
-        rows, rate = len(rollouts), self.policy.rate(self.current_step)
-        self.shares.add("score", rollouts.scores.sum(), rows)
-        self.shares.add("length", rollouts.lengths.sum(), rows)
-        self.shares.add("truncated", rollouts.truncated.sum(), rows)
-        self.shares.add("zero_advantage", (advantages.reshape(rows, -1) == 0).all(1).sum(), rows)
-        self.shares.add("lr", rate, 1)
-        for name, part in self._parts.items():
-            self.shares.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
+        rollout_shares(rollouts, advantages, shares=self.shares)
+        self.shares.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
-            self.run.add_samples(self.current_step, "train", rollouts, self._parts)
+            self.run.add_samples(self.current_step, "train", rollouts, rollouts.parts)
 
     @final
-    @torch.no_grad()
     def logprobs(self, name: str, rollouts: Rollouts) -> Tensor:
         """What a model thinks of each completion token.
 
@@ -174,154 +207,127 @@ class OnPolicyTrainer(ABC):
         Returns:
             (B, C) float32, 0 at padding.
         """
-        logprobs = torch.zeros(rollouts.completion_ids.shape)
-        with self.watch("logprobs"), self.models.use(name) as model:
-            # The same passes as the first epoch of the update makes, so that its first ratio is 1 to the last bit.
-            for rows, minibatch in self.passes.minibatches(rollouts, step=self.current_step, epoch=0):
-                for chosen, microbatch in self.passes.microbatches(minibatch):
-                    with self.passes.forward_context():
-                        part, _ = token_logprobs(model, microbatch, self.config.temperature)
-                    if chosen is not None:
-                        logprobs[rows[chosen], : part.shape[1]] = part.cpu()
-        return logprobs
+        return self._for_each_token(name, rollouts, lambda *args: token_logprobs(*args, self.config.temperature)[0])
+
+    @final
+    def old_logprobs(self, rollouts: Rollouts) -> Tensor | None:
+        """What the policy that sampled thinks of each token.
+
+        Args:
+            rollouts: B rows; with old_logprobs already, these are given back.
+
+        Returns:
+            (B, C) float32, 0 at padding; None if each rollout makes one optimizer step: the policy that sampled is
+            then the one being updated, and its pass would only repeat the update's own.
+        """
+        if rollouts.old_logprobs is not None or self.config.trains_on_policy:
+            return rollouts.old_logprobs
+        return self.logprobs("policy", rollouts)
+
+    @final
+    def values(self, rollouts: Rollouts) -> Tensor:
+        """(B, C) float32: what the model "value" expects of the state each token was chosen in, 0 at padding."""
+        return self._for_each_token("value", rollouts, token_values)
 
     @final
     def update(self, learner: Learner, rollouts: Rollouts, loss: LossFunction, *, average_over: str) -> None:
         """Take num_update_epochs x num_minibatches optimizer steps.
 
         Args:
-            learner: whose model is trained.
+            learner: whose model is trained, by its own settings.
             rollouts: B rows; rows of the step that are missing here still count in the means.
             loss: per-token loss and metrics of a micro-batch; token weights make it a mean.
             average_over: "tokens", "rows" or "constant", what the mean is over.
         """
-        first = True
+        settings = {"passes": self.passes, "step": self.current_step, "average_over": average_over}
         with self.watch("update"), self.models.use(learner.name, train=True) as model:
-            for epoch in range(self.config.num_update_epochs):
-                for _, minibatch in self.passes.minibatches(
-                    rollouts, step=self.current_step, epoch=epoch, average_over=average_over
-                ):
-                    self._accumulate(learner, model, minibatch, loss, first=first)
-                    norm = learner.optimizer_step(self.current_step, self.accelerator)
-                    self.shares.add(f"{learner.name}/grad_norm", norm, 1)
-                    first = False
-        self._sampler_is_stale |= learner is self.policy
+            for share in optimizer_steps(learner, rollouts, partial(loss, model), **settings):
+                self.shares.add(*share)
+        self.shares.add_sum(f"{learner.name}/tokens", learner.config.num_update_epochs * rollouts.lengths.sum())
+        if learner is self.policy:
+            self.generation.policy_has_changed()
 
     @final
-    def add_learner(self, name: str, module: nn.Module, learning_rate: float | None = None) -> Learner:
+    def add_learner(
+        self, name: str, module: nn.Module, config: RLConfig, *, save: SaveModel | None = None, **place: Any
+    ) -> Learner:
         """Give a model of one's own a place in the pool, an optimizer and a place in every checkpoint.
 
         Args:
             name: its name in the pool and the prefix of its metrics.
-            module: the model, on the CPU; saved and loaded by its state_dict unless it is the policy.
-            learning_rate: None: the setting `learning_rate`.
+            module: the model, on the CPU; of its parameters those that require a gradient are trained and saved.
+            config: settings of its optimizer, epochs and mini-batches.
+            save: writes it into a folder of final/ that transformers loads.
+            place: what else ModelPool.add takes, for a model that shares weights with another one.
 
         Returns:
             What `update` takes.
         """
-        learner = Learner(name, module, self.config, learning_rate)
-        self.models.add(name, module, optimizer=learner.optimizer)
-        self.run.restore(learner, module)
+        with place.get("context", nullcontext)():  # which decides what requires a gradient
+            learner = Learner(name, module, config)
+        self.models.add(name, module, optimizer=learner.optimizer, **place)
+        self.run.restore(learner, module, save)
         return learner
 
     @final
     def evaluate(self) -> None:
         """Record the held-out score, accuracy and length of the current policy; changes nothing else."""
-        config = self.config
-        prompts = self.eval_prompts.share(
-            process=self.accelerator.process_index, num_processes=self.accelerator.num_processes
-        )
-        settings = SamplingSettings(
-            temperature=config.eval_temperature,
-            top_p=config.eval_top_p,
-            top_k=config.eval_top_k,
-            max_tokens=config.max_completion_length,
-            stop_token_ids=self.end_token_ids,
-        )
-        num_samples = config.eval_num_samples
+        process, num_samples = self.accelerator.process_index, self.config.eval_num_samples
+        prompts = self.eval_prompts.share(process=process, num_processes=self.accelerator.num_processes)
         with self.watch("eval"):
-            rollouts = self._generate(prompts, settings, num_generations=num_samples, stream="eval")
-            rollouts.scores, parts = self.scorer(rollouts.prompts, rollouts.completions, rollouts.columns)
-        correct = is_correct(parts, self.accuracy)
-        evaluation_shares(rollouts, rollouts.scores, correct, num_samples=num_samples, shares=self.shares)
-        self.run.add_samples(self.current_step, "eval", rollouts, parts)
+            rollouts = self.generation.sample_for_evaluation(prompts)
+            rollouts.scores = self._rewards(rollouts)
+            correct = is_correct(rollouts.parts, self.accuracy)
+            evaluation_shares(rollouts, rollouts.scores, correct, num_samples=num_samples, shares=self.shares)
+            if self.config.eval_kl:
+                rollouts.step_lengths = self.passes.step_lengths(rollouts, len(self.eval_prompts) * num_samples)
+                self._add_kl(rollouts, "eval/kl")
+        self.run.add_samples(self.current_step, "eval", rollouts, rollouts.parts)
 
     # ------------------------------------------------------------------------------------------------------ inside
 
     def _load_data(self, task: Task) -> None:
-        config = self.config
         self.accuracy = task.accuracy
-        chosen = {"names": config.rewards, "weights": config.reward_weights}
-        self.scorer = make_scorer(task.rewards, task.reward_weights, **chosen)
-        limits = {"max_prompt_length": config.max_prompt_length, "seed": config.seed}
+        self.scorer = task_scorer(task, self.config)
+        limits = {"max_prompt_length": self.config.max_prompt_length, "seed": self.config.seed}
         self.prompts = PromptSet(task.train, self.tokenizer, **limits)
         self.eval_prompts = PromptSet(task.eval, self.tokenizer, **limits) if task.eval else None
+        self.scorer.check_columns(list(self.prompts.columns))
 
     def _load_models(self) -> None:
         config, path = self.config, resolve_model(self.config.model)
-        module = load_policy(
-            path, config, dtype=self.dtype, checkpoint=self.run.checkpoint and self.run.checkpoint / "policy"
-        )
-        self.policy = self.add_learner("policy", module)
-        if config.kl_coef and config.use_lora:
+        checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
+        module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
+        self.policy = self.add_learner("policy", module, config)
+        if (config.kl_coef or config.eval_kl) and config.use_lora:
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
-        elif config.kl_coef:
+        elif config.kl_coef or config.eval_kl:
             self.models.add("ref", load_reference(path, config))
-        self.end_token_ids = end_token_ids(module, self.tokenizer)
-        self.sampler = make_sampler(config, path, dtype=self.dtype, device=self.models.device, pool=self.models)
-        plan = self.models.plan(sampler_bytes=self.sampler.resident_bytes)
+        self.scorer.load(self.models)
+        tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
+        self.generation = Generation(config, path, models=self.models, dtype=self.dtype, watch=self.watch, **tokens)
+        plan = self.models.plan(sampler_bytes=self.generation.sampler.resident_bytes)
         if self.models.device.type == "cuda":
             logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
-    def _generate(
-        self, prompts: PromptBatch, settings: SamplingSettings, *, num_generations: int, stream: str
-    ) -> Rollouts:
-        seeds = None  # greedy completions draw nothing
-        if settings.temperature:
-            seeds = [sampling_seed(self.config.seed, prompts.step, row, stream) for row in prompts.rows]
-        self._refresh_sampler()
-        with self.watch("sample"):
-            completions = self.sampler.generate(
-                prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
-            )
-            self.sampler.sleep()
-            texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
-            return Rollouts.from_completions(prompts, completions, texts, num_generations=num_generations)
+    def _for_each_token(self, name: str, rollouts: Rollouts, forward: TokenFunction) -> Tensor:
+        with self.watch("values" if name == "value" else "logprobs"), self.models.use(name) as model:
+            return self.passes.for_each_token(rollouts, partial(forward, model), step=self.current_step)
 
-    def _refresh_sampler(self) -> None:
-        """Give the sampler the policy's weights if they have changed since, and the device."""
-        if self.sampler.needs_push and (self._sampler_is_stale or not self.sampler.has_weights):
-            with self.watch("push"), self.models.use("policy") as model:
-                self.sampler.push(policy_weights(model))
-        self._sampler_is_stale = False
-        if self.sampler.needs_push:  # a sampler with weights of its own wants the device for itself
-            self.models.evict()
-        self.sampler.wake()
+    def _rewards(self, rollouts: Rollouts) -> Tensor:
+        """(B,) float32, the weighted sum of the rewards; each of them is kept in rollouts.parts."""
+        with self.watch("score"):
+            texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
+            scores, rollouts.parts = self.scorer(*texts, raw_prompts=rollouts.raw_prompts)
+        return scores
 
-    def _accumulate(
-        self, learner: Learner, model: nn.Module, minibatch: Rollouts, loss: LossFunction, *, first: bool
-    ) -> None:
-        """Add the gradient of one mini-batch, micro-batch by micro-batch, and record its metrics."""
-        # Every process counts the same mini-batches, so one of them says how many there were.
-        self.shares.add(f"{learner.name}/loss", 0.0, int(self.accelerator.is_main_process))
-        for _, microbatch in self.passes.microbatches(minibatch):
-            with self.passes.forward_context():
-                per_token, token_metrics = loss(model, microbatch)
-            total = weighted_loss(per_token, microbatch)
-            total.backward()
-            self.shares.add(f"{learner.name}/loss", total.detach(), 0)
-            mask = microbatch.completion_mask
-            for name, values in token_metrics.items():
-                if first or not name.startswith("first/"):
-                    self.shares.add(name.removeprefix("first/"), torch.where(mask, values, 0.0).sum(), mask.sum())
-
-    def _next_prompts(self) -> PromptBatch:
-        return self.prompts.batch(
-            self.current_step,
-            num_prompts=self.config.prompts_per_step,
-            process=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
+    def _add_kl(self, rollouts: Rollouts, metric: str) -> Tensor:
+        """(B, C) float32: k1 of the KL to the reference; recorded, and both log-probs are kept in the rollouts."""
+        rollouts.old_logprobs = self.logprobs("policy", rollouts)
+        rollouts.ref_logprobs = self.logprobs("ref", rollouts)
+        kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
+        self.shares.add(metric, kl.sum(), rollouts.completion_mask.sum())
+        return kl
 
     def _evaluates_at(self, step: int) -> bool:
         every = self.config.eval_every
@@ -339,11 +345,3 @@ class OnPolicyTrainer(ABC):
             self.run.end_step(step, metrics, timings)
             self.run.save_if_due(step, self.tokenizer)
         return metrics
-
-    def _check_processes(self) -> None:
-        num_processes = self.accelerator.num_processes
-        if self.config.prompts_per_step % num_processes:
-            raise ValueError(
-                f"prompts_per_step={self.config.prompts_per_step} on {num_processes} processes: each samples the same "
-                f"number of prompts. Pass a multiple of {num_processes}, or start fewer processes."
-            )

@@ -34,7 +34,7 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     head_weight = next(f"{name}.weight" for name, module in base.named_modules() if module is head)
     tied = base.config.get_text_config().tie_word_embeddings
     known: set[nn.Parameter] = set()
-    for name, tensor in _weights_below(base, ""):
+    for name, tensor in merged_weights(base):
         if tensor in known:
             continue
         if tied and name == head_weight:
@@ -81,12 +81,23 @@ def complete_weights(
         )
 
 
-def _weights_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """Weights of a module and its children, with what peft put around them taken off."""
+def merged_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Weights of a module and its children under their own names, active LoRA adapters merged.
+
+    Args:
+        module: a model, or a part of one inside peft.
+        prefix: put before each name.
+
+    Yields:
+        (name, tensor), tied weights as often as they occur.
+
+    Raises:
+        ValueError: if an adapter cannot be merged.
+    """
     if isinstance(module, ModulesToSaveWrapper):
         trained = [name for name in module.active_adapters if name in module.modules_to_save]
         use_trained = trained and not module.disable_adapters
-        yield from _weights_below(
+        yield from merged_weights(
             module.modules_to_save[trained[0]] if use_trained else module.original_module, prefix
         )
     elif isinstance(module, LoraLayer):
@@ -101,7 +112,7 @@ def _weights_below(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor
         for name, parameter in module.named_parameters(recurse=False):
             yield prefix + name, parameter
         for name, child in module.named_children():
-            yield from _weights_below(child, f"{prefix}{name}.")
+            yield from merged_weights(child, f"{prefix}{name}.")
 
 
 @torch.no_grad()

@@ -218,10 +218,8 @@ def test_weight_decay_takes_its_share_of_the_weight(accelerator):
 
 
 def test_a_learner_may_have_a_learning_rate_of_its_own_even_zero():
-    config = RLConfig(learning_rate=PEAK)
-    assert Learner("value", Weights(), config).rate(1) == PEAK
-    assert Learner("value", Weights(), config, 0.5).rate(1) == 0.5
-    assert Learner("value", Weights(), config, 0.0).rate(1) == 0.0
+    for peak in (PEAK, 0.5, 0.0):
+        assert Learner("value", Weights(), RLConfig(learning_rate=peak)).rate(1) == peak
 
 
 # The schedule

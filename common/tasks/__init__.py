@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from common.config import RLConfig
-from common.rewards import RewardFunction
+from common.rewards import RewardFunction, Scorer, make_scorer
 
 
 @dataclass(kw_only=True)
@@ -23,6 +23,7 @@ class Task:
         rewards: the task's reward functions by name.
         reward_weights: weight of each in the score.
         accuracy: the reward whose value 1 means a right answer; None if no reward says so.
+        default_rewards: what the setting `rewards` is if it is not given, also reward models; None: all of `rewards`.
     """
 
     train: list[dict]
@@ -30,6 +31,7 @@ class Task:
     rewards: dict[str, RewardFunction]
     reward_weights: dict[str, float]
     accuracy: str | None
+    default_rewards: list[str] | None = None
 
 
 def load_task(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -47,6 +49,22 @@ def load_task(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """
     check_task(config.task)
     return importlib.import_module(f"common.tasks.{config.task}").load(config, tokenizer)
+
+
+def task_scorer(task: Task, config: RLConfig) -> Scorer:
+    """The rewards that the settings name, or else the task's own.
+
+    Raises:
+        ValueError: for a reward that is not there.
+    """
+    return make_scorer(
+        task.rewards,
+        task.reward_weights,
+        names=config.rewards or task.default_rewards,
+        weights=config.reward_weights,
+        conversational=config.reward_format == "conversational",
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+    )
 
 
 def check_task(name: str) -> None:
