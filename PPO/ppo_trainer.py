@@ -1,0 +1,137 @@
+"""PPO: proximal policy optimization with a value model (huggingface.co/papers/1707.06347)."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from common.advantages import generalized_advantages
+from common.config import ClippedConfig, check_discount
+from common.losses import clipped_policy_loss, clipped_value_loss
+from common.models import token_logprobs
+from common.rollouts import PromptBatch, Rollouts
+from common.tasks import Task
+from common.trainer import OnPolicyTrainer
+from common.values import explained_variance, save_value_model, token_values
+from PPO.value_initializer import initialize_values, make_value_model
+
+
+@dataclass(kw_only=True)
+class PPOConfig(ClippedConfig):
+    """Settings of PPO besides those of every clipped algorithm."""
+
+    num_generations: int = 1
+    """Completions per prompt; the value model is the baseline, so one is enough."""
+    gamma: float = 1.0
+    """Discount of what comes later, in [0, 1]."""
+    gae_lambda: float = 0.95
+    """How far advantages trust rewards (1) rather than the next value (0)."""
+    whiten_rewards: bool = False
+    """Scale the token rewards of a step to variance 1."""
+    value_learning_rate: float = 1e-5
+    """Learning rate of the value model."""
+    value_clip_range: float | None = 0.2
+    """How far a value may move in one step before its gradient stops, in units of the score; None: any distance."""
+    value_loss_coef: float = 0.5
+    """Factor of the value loss. Adam is blind to it; what it shifts is when max_grad_norm acts."""
+    value_backbone: str = "own"
+    """"own": a second model; "shared", with LoRA: the policy's frozen base with an adapter and a head of its own."""
+    value_init: str = "fit"
+    """"none" (random head), "zero_head", "fit" (to returns of the untrained policy), or a model with a score."""
+    value_init_batches: int = 5
+    """Batches of a step's size sampled for the fit; one in five is held out."""
+    value_init_epochs: int = 8
+    """Most passes over them; the weights with the least held-out error are kept."""
+    value_init_minibatches: int = 8
+    """Optimizer steps per batch and pass."""
+    value_init_learning_rate: float = 1e-5
+    """Learning rate of the fit."""
+
+    def __post_init__(self) -> None:
+        """Check PPO's settings after the shared ones.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        check_discount(self, "gamma", "gae_lambda")
+        if self.value_clip_range is not None and not self.value_clip_range > 0:
+            raise ValueError(
+                f"value_clip_range={self.value_clip_range}: a value has to be able to move, so it must be above 0. "
+                "Pass --value_clip_range 0.2, or null for no clip."
+            )
+        if self.value_backbone not in ("own", "shared") or (self.value_backbone == "shared" and not self.use_lora):
+            raise ValueError(
+                f"value_backbone={self.value_backbone!r} with use_lora={self.use_lora}: need own, or shared with "
+                "LoRA, since only a frozen base can serve both models. Pass --value_backbone own or --use_lora true."
+            )
+        if self.value_backbone == "shared" and self.value_init not in ("none", "zero_head", "fit"):
+            raise ValueError(
+                f"value_init={self.value_init!r} with value_backbone='shared': that model would need a base of its "
+                "own. Pass --value_backbone own, or --value_init none, zero_head or fit."
+            )
+        if self.value_init_batches < 2 or self.value_init_epochs < 1:
+            raise ValueError(
+                f"value_init_batches={self.value_init_batches}, value_init_epochs={self.value_init_epochs}: need at "
+                "least 2 batches, one of them to judge the fit by, and 1 pass. Pass --value_init_batches 5."
+            )
+
+
+class PPOTrainer(OnPolicyTrainer):
+    """A value model foresees the score; what comes better than foreseen is made more likely."""
+
+    config: PPOConfig
+
+    def __init__(self, config: PPOConfig, *, task: Task | None = None) -> None:
+        super().__init__(config, task=task)
+        model, place = make_value_model(self)
+        if self.run.checkpoint is None:
+            initialize_values(self, model, place)
+        self.value = self.add_learner(
+            "value",
+            model,
+            replace(config, learning_rate=config.value_learning_rate),
+            save=partial(save_value_model, model, self.tokenizer),
+            **place,
+        )
+
+    def step(self, prompts: PromptBatch) -> None:
+        """One iteration of PPO.
+
+        Args:
+            prompts: this process's prompts.
+        """
+        config = self.config
+        # 1. Sample and score. Every token pays for leaving the reference, the last one brings the score.
+        rollouts = self.sample(prompts, num_generations=config.num_generations)
+        rollouts.scores = self.score(rollouts)
+        rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
+        # 2. What the value model expected in each state, and how much better or worse it went.
+        mask = rollouts.completion_mask
+        rollouts.values = self.values(rollouts)
+        advantages, rollouts.returns = generalized_advantages(
+            rewards, rollouts.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+        )
+        rollouts.advantages = self.maybe_whiten(advantages, rollouts)
+        self.describe(rollouts, rollouts.advantages)
+        explained = explained_variance(
+            rollouts.values, rollouts.returns, mask, sum_over_processes=self.passes.sum_over_processes
+        )
+        self.shares.add("value/explained_variance", explained, 1)
+        # 3. Clipped steps of the policy, then of the value model; one of them is on the device at a time.
+        rollouts.old_logprobs = self.old_logprobs(rollouts)
+        self.update(self.policy, rollouts, self.policy_loss, average_over=config.average_over)
+        self.update(self.value, rollouts, self.value_loss, average_over=config.average_over)
+
+    def policy_loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b, C) clipped surrogate, equation 7 of the paper, and (b, C) metrics by name."""
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
+        return clipped_policy_loss(logprobs, entropy, minibatch, self.config.clip_ranges)
+
+    def value_loss(self, value_model: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b, C) clipped squared error of the values, and (b, C) metrics by name."""
+        values = token_values(value_model, minibatch)
+        loss, clipped = clipped_value_loss(
+            values, minibatch.values, minibatch.returns, clip_range=self.config.value_clip_range
+        )
+        return self.config.value_loss_coef * loss, {"value/clip_fraction": clipped, "value/mean": values.detach()}

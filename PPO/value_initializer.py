@@ -1,0 +1,168 @@
+"""A value model that knows the policy's returns before PPO starts.
+
+With a fresh critic the first advantages are noise, and the policy pays for it. So the untrained policy completes some
+training prompts, and the value model is fitted to the returns that PPO would compute of them; rule rewards and reward
+models alike.
+"""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.advantages import rewards_to_go
+from common.learner import Learner
+from common.models import resolve_model
+from common.rollouts import Rollouts
+from common.trainer import OnPolicyTrainer
+from common.values import (
+    ValueModel,
+    explained_variance,
+    load_scored_value_model,
+    load_value_model,
+    share_backbone,
+    token_values,
+    value_adapter,
+)
+
+logger = logging.getLogger("nanorlhf")
+
+# Passes over the data without a smaller held-out error before the fit ends.
+PATIENCE = 2
+
+
+def make_value_model(trainer: OnPolicyTrainer) -> tuple[ValueModel, dict[str, Any]]:
+    """The value model that the settings ask for, before any fit.
+
+    Args:
+        trainer: with its policy loaded.
+
+    Returns:
+        The model on the CPU, and how it takes its place in the pool.
+
+    Raises:
+        ValueError: if value_init names a model that cannot be one.
+    """
+    config, dtype = trainer.config, trainer.dtype
+    zero_head = config.value_init != "none"
+    if config.value_backbone == "shared":
+        with trainer.models.use("policy") as policy:
+            model = share_backbone(policy, config, zero_head=zero_head)
+        return model, {"beside": "policy", "context": partial(value_adapter, policy)}
+    if config.value_init in ("none", "zero_head", "fit"):
+        return load_value_model(resolve_model(config.model), config, dtype=dtype, zero_head=zero_head), {}
+    return load_scored_value_model(config.value_init, config, dtype=dtype, tokenizer=trainer.tokenizer), {}
+
+
+def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[str, Any]) -> None:
+    """Fit the value model to returns of the untrained policy, and record how much of them it foresees.
+
+    A model from elsewhere has its head scaled and shifted to the returns instead, since its score may be another one.
+    Values of "none" and "zero_head" stay as they are. Policy, reference and random state stay as they were.
+
+    Args:
+        trainer: its sampler, rewards and passes are used.
+        model: trained in place.
+        place: from make_value_model.
+    """
+    config = trainer.config
+    if config.value_init in ("none", "zero_head"):
+        return
+    batches = [_returns(trainer, step) for step in range(1, config.value_init_batches + 1)]
+    num_held_out = max(len(batches) // 5, 1)
+    held_out, fitted = batches[:num_held_out], batches[num_held_out:]
+    settings = replace(
+        config,
+        learning_rate=config.value_init_learning_rate,
+        lr_scheduler="constant",
+        warmup_steps=0,
+        num_update_epochs=1,
+        num_minibatches=config.value_init_minibatches,
+    )
+    with place.get("context", nullcontext)():
+        learner = Learner("value", model, settings)
+    trainer.models.add("value", model, optimizer=learner.optimizer, **place)
+    before = _explained(trainer, held_out)
+    if config.value_init == "fit":
+        _fit(trainer, learner, fitted, held_out)
+    else:
+        _calibrate(trainer, model.head, fitted)
+    after = _explained(trainer, held_out)
+    trainer.models.evict()
+    trainer.shares.reduce(trainer.accelerator)  # what the fit recorded is no part of the first step
+    trainer.shares.add("value_init/explained_variance_before", before, 1)
+    trainer.shares.add("value_init/explained_variance_after", after, 1)
+    logger.info("value model: explained variance of held-out returns %.3f before, %.3f after", before, after)
+
+
+def _returns(trainer: OnPolicyTrainer, step: int) -> Rollouts:
+    """Completions of a step's prompts, other ones than the step itself will sample, with the returns PPO computes."""
+    config = trainer.config
+    rollouts = trainer.sample(
+        trainer.training_prompts(step), num_generations=config.num_generations, stream="value_init"
+    )
+    rollouts.scores = trainer.score(rollouts)
+    rewards = trainer.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
+    rollouts.returns = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
+    return rollouts
+
+
+def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: list[Rollouts]) -> None:
+    best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
+    for _ in range(trainer.config.value_init_epochs):
+        for rollouts in fitted:
+            trainer.update(learner, rollouts, _squared_error, average_over="tokens")
+        error = _error(trainer, held_out)
+        since_best += 1
+        if error < best:
+            best, best_weights, since_best = error, _copy(learner.parameters), 0
+        if since_best == PATIENCE:
+            break
+    with torch.no_grad(), trainer.models.use("value", train=True):
+        for parameter, weight in zip(learner.parameters, best_weights, strict=True):
+            parameter.copy_(weight)
+
+
+def _calibrate(trainer: OnPolicyTrainer, head: nn.Linear, fitted: list[Rollouts]) -> None:
+    """Scale and shift the head's values so that they have the least squared error."""
+    values, returns = _flat(trainer, fitted)
+    moments = torch.stack([torch.ones_like(values), values, returns, values.square(), values * returns]).sum(1)
+    count, value, target, square, product = trainer.passes.sum_over_processes(moments)
+    spread = square / count - (value / count).square()
+    scale = (product / count - value * target / count.square()) / spread if spread > 0 else torch.zeros(())
+    with torch.no_grad(), trainer.models.use("value", train=True):
+        head.weight.mul_(scale.float())
+        head.bias.copy_(head.bias * scale.float() + (target - scale * value) / count)
+
+
+def _explained(trainer: OnPolicyTrainer, batches: list[Rollouts]) -> float:
+    values, returns = _flat(trainer, batches)
+    everything = torch.ones(values.shape, dtype=torch.bool)
+    return explained_variance(values, returns, everything, sum_over_processes=trainer.passes.sum_over_processes)
+
+
+def _error(trainer: OnPolicyTrainer, batches: list[Rollouts]) -> float:
+    """Mean squared error over the tokens of all processes."""
+    values, returns = _flat(trainer, batches)
+    parts = torch.stack([(values - returns).square().sum(), torch.tensor(float(len(values)))])
+    total, count = trainer.passes.sum_over_processes(parts.double())
+    return float(total / count)
+
+
+def _flat(trainer: OnPolicyTrainer, batches: list[Rollouts]) -> tuple[Tensor, Tensor]:
+    """Values and returns of all tokens, (tokens,) float64 both."""
+    values = [trainer.values(rollouts)[rollouts.completion_mask] for rollouts in batches]
+    returns = [rollouts.returns[rollouts.completion_mask] for rollouts in batches]
+    return torch.cat(values).double(), torch.cat(returns).double()
+
+
+def _squared_error(model: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+    return (token_values(model, minibatch) - minibatch.returns).square(), {}
+
+
+def _copy(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().cpu().clone() for parameter in parameters]
