@@ -1,0 +1,1 @@
+"""RLOO: REINFORCE leave-one-out."""

@@ -1,0 +1,79 @@
+"""RLOO: REINFORCE leave-one-out (huggingface.co/papers/2402.14740)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from common.advantages import leave_one_out
+from common.batching import keep_one_per_group
+from common.config import ClippedConfig, check_group
+from common.losses import RATIO_LEVELS, clipped_policy_loss
+from common.models import token_logprobs
+from common.rollouts import PromptBatch, Rollouts
+from common.trainer import OnPolicyTrainer
+
+
+@dataclass(kw_only=True)
+class RLOOConfig(ClippedConfig):
+    """Settings of RLOO besides those of every clipped algorithm."""
+
+    average_over: str = "rows"
+    """With the ratio of whole completions, the mean over completions is the unbiased gradient."""
+    ratio_level: str = "sequence"
+    """"sequence": the ratio is of the whole completion, as in the paper; "token": of each token."""
+    whiten_rewards: bool = False
+    """Scale the token rewards of a step to variance 1 before they are added up to the completion's reward."""
+    keep_per_group: bool = False
+    """Train on 1 random completion of each group after all made the baseline, to save time."""
+
+    def __post_init__(self) -> None:
+        """Check RLOO's settings after the shared ones.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        check_group(self.num_generations, "RLOO's baseline is the mean of the prompt's other completions")
+        if self.ratio_level not in RATIO_LEVELS:
+            raise ValueError(
+                f"ratio_level={self.ratio_level!r}: need one of {', '.join(RATIO_LEVELS)}. Pass --ratio_level token."
+            )
+        if self.ratio_level == "sequence" and self.average_over != "rows":
+            raise ValueError(
+                f"average_over={self.average_over!r} with ratio_level='sequence': a whole completion has one loss, so "
+                "the mean is over rows. Pass --average_over rows, or --ratio_level token."
+            )
+
+
+class RLOOTrainer(OnPolicyTrainer):
+    """Compare each completion with the mean of the prompt's other ones; no value model."""
+
+    config: RLOOConfig
+
+    def step(self, prompts: PromptBatch) -> None:
+        """One iteration of RLOO.
+
+        Args:
+            prompts: this process's prompts.
+        """
+        config, group_size = self.config, self.config.num_generations
+        # 1. Sample a group for each prompt. A completion's reward is its score less what it pays in KL.
+        rollouts = self.sample(prompts, num_generations=group_size)
+        rollouts.scores = self.score(rollouts)
+        rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards).sum(1)  # (B,)
+        # 2. The others are the baseline.
+        advantages = rollouts.spread(leave_one_out(rewards, group_size))
+        rollouts.advantages = self.maybe_whiten(advantages, rollouts)
+        self.describe(rollouts, rollouts.advantages)
+        # 3. Train on all, or on one of each group.
+        if config.keep_per_group:
+            rollouts = keep_one_per_group(rollouts, group_size, seed=config.seed, step=prompts.step)
+        rollouts.old_logprobs = self.old_logprobs(rollouts)
+        self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
+
+    def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b, C) clipped surrogate, of the completion's ratio or the token's, and (b, C) metrics by name."""
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
+        return clipped_policy_loss(
+            logprobs, entropy, minibatch, self.config.clip_ranges, level=self.config.ratio_level
+        )
