@@ -1,0 +1,1 @@
+"""ReMax: REINFORCE with the greedy completion as baseline."""
