@@ -1,0 +1,1 @@
+"""RAFT: reward-ranked fine-tuning."""

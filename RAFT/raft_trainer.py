@@ -1,0 +1,66 @@
+"""RAFT: reward-ranked fine-tuning (huggingface.co/papers/2304.06767)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.advantages import best_of_group
+from common.config import RLConfig, check_group
+from common.models import token_logprobs
+from common.rollouts import PromptBatch, Rollouts
+from common.trainer import OnPolicyTrainer
+
+
+@dataclass(kw_only=True)
+class RAFTConfig(RLConfig):
+    """Settings of RAFT: those that all algorithms share."""
+
+    def __post_init__(self) -> None:
+        """Check RAFT's needs after the shared ones.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        check_group(self.num_generations, "RAFT learns from the best of a prompt's K completions")
+        if self.whiten_advantages:
+            raise ValueError(
+                "whiten_advantages=True: RAFT has no advantages, every completion that was chosen weighs the same. "
+                "Pass --whiten_advantages false."
+            )
+        if self.prompts_per_step % self.num_minibatches:
+            raise ValueError(
+                f"num_minibatches={self.num_minibatches}: RAFT trains on one completion of each of prompts_per_step="
+                f"{self.prompts_per_step} prompts, and mini-batches must be equal. Pass a divisor of it."
+            )
+
+
+class RAFTTrainer(OnPolicyTrainer):
+    """Sample K completions for each prompt, and learn the best one by heart."""
+
+    config: RAFTConfig
+
+    def step(self, prompts: PromptBatch) -> None:
+        """One iteration of RAFT.
+
+        Args:
+            prompts: this process's prompts.
+        """
+        config, group_size = self.config, self.config.num_generations
+        # 1. Sample a group for each prompt. With a KL, a completion's rank is by its score less what it pays in KL.
+        rollouts = self.sample(prompts, num_generations=group_size)
+        rollouts.scores = self.score(rollouts)
+        best = best_of_group(self.token_rewards(rollouts, rollouts.scores).sum(1), group_size)  # (B / K,)
+        is_best = torch.zeros(len(rollouts)).index_fill(0, best, 1.0)  # (B,)
+        self.describe(rollouts, is_best)
+        # 2. Learn the best of each group; the others do not count in the mean either.
+        chosen = self.passes.one_of_each_group(rollouts[best], group_size)
+        self.shares.add("best_score", chosen.scores.sum(), len(chosen))
+        self.update(self.policy, chosen, self.loss, average_over=config.average_over)
+
+    def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b, C) negative log-likelihood, and (b, C) metrics by name."""
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
+        difference = (logprobs.detach() - minibatch.sampling_logprobs).abs()
+        return -logprobs, {"entropy": entropy, "first/sampler/logprob_diff": difference}
