@@ -1,0 +1,1 @@
+"""REINFORCE with whitened rewards to go."""
