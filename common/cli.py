@@ -55,7 +55,7 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
     Raises:
         ValueError: for an unknown setting (naming the nearest), preset or file, and for what RLConfig refuses.
     """
-    args = _in_plain_words(sys.argv[1:] if args is None else args, settings)
+    args = _gather_rewards(_in_plain_words(sys.argv[1:] if args is None else args, settings))
     names = [field.name for field in fields(settings)]
     given = [arg[2:] for arg in args if arg.startswith("--")]
     _refuse_unknown(given, [*names, "config", "help"], "on the command line")
@@ -66,8 +66,11 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
     if preset == "cpu":
         preset_settings |= embedded or {}
     defaults = asdict(settings) | preset_settings
-    if "rewards" in yaml_settings or "--rewards" in args:
-        defaults["reward_weights"] = None  # weights belong to the rewards they were written for
+    given = {*yaml_settings, *(arg[2:].replace("-", "_") for arg in args if arg.startswith("--"))}
+    if "task" in given:  # data and rewards belong to the task they were written for
+        defaults |= {"dataset": None, "dataset_split": "train", "rewards": None}
+    if {"task", "rewards"} & given:  # and weights to the rewards
+        defaults["reward_weights"] = None
     parser = _Parser(type(settings), allow_abbrev=False)
     parser.set_defaults_with_config(**(defaults | yaml_settings))
     if {"-h", "--help"}.intersection(args):
@@ -199,6 +202,29 @@ def _in_plain_words(args: list[str], settings: RLConfig) -> list[str]:
         else:
             words += arg.split("=", 1) if arg.startswith("--") else [arg]
     return words
+
+
+def _gather_rewards(args: list[str]) -> list[str]:
+    """Write every `--reward NAME [WEIGHT]` together as --rewards and --reward_weights; a weight left out is 1."""
+    rewards: list[list[str]] = []
+    others: list[str] = []
+    target = others
+    for arg in args:
+        if arg == "--reward":
+            target = []
+            rewards.append(target)
+        elif arg.startswith("--") or len(target) == 2:
+            target = others
+        if arg != "--reward":
+            target.append(arg)
+    if not rewards:
+        return others
+    if not all(rewards):
+        raise ValueError("--reward without a name: need a reward of the task, a reward model or file.py:function.")
+    others += ["--rewards", *(reward[0] for reward in rewards)]
+    if any(len(reward) == 2 for reward in rewards):
+        others += ["--reward_weights", *([*reward, "1.0"][1] for reward in rewards)]
+    return others
 
 
 def _refuse_unknown(given: list[str], names: list[str], where: str) -> None:

@@ -328,3 +328,23 @@ def test_a_report_says_where_the_run_is_and_what_became_of_the_policy(tiny_folde
     assert "eval/accuracy on 4 held-out prompts" in said
     for path in (tmp_path / "run" / "curves.png", tmp_path / "run" / "final"):
         assert str(path) in said and path.exists()
+
+
+def test_a_reward_can_be_given_as_often_as_needed_with_a_weight_or_without():
+    parsed = parse("--reward", "equation", "2", "--seed", "7", "--reward", "my.py:short")
+    assert (parsed.rewards, parsed.reward_weights, parsed.seed) == (["equation", "my.py:short"], [2.0, 1.0], 7)
+    parsed = parse("--reward=equation", "--reward", "format", "--preset", "cpu")
+    assert (parsed.rewards, parsed.reward_weights) == (["equation", "format"], None)
+
+
+def test_a_reward_needs_a_name():
+    assert "--reward without a name" in refused("--reward", "--seed", "7")
+
+
+def test_another_task_brings_its_own_data_and_rewards():
+    settings = {"dataset": "mine.jsonl", "dataset_split": "train[:9]", "rewards": ["a"], "reward_weights": [0.5]}
+    parsed = parse("--task", "gsm8k", **settings)
+    assert (parsed.dataset, parsed.dataset_split, parsed.rewards, parsed.reward_weights) == (None, "train", None, None)
+    parsed = parse("--task", "gsm8k", "--dataset", "x.jsonl", "--reward", "b", **settings)
+    assert (parsed.dataset, parsed.rewards) == ("x.jsonl", ["b"])
+    assert parse("--seed", "1", **settings).rewards == ["a"]
