@@ -6,6 +6,7 @@ base: then only an adapter and the head are its own.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -169,7 +170,8 @@ def save_value_model(model: ValueModel, tokenizer: PreTrainedTokenizerBase, fold
         folder: made if it is not there.
     """
     backbone = model.backbone.get_base_model() if isinstance(model.backbone, PeftModel) else model.backbone
-    config = type(backbone.config).from_dict(backbone.config.to_dict() | {"num_labels": 1})
+    config = deepcopy(backbone.config)
+    config.num_labels = 1
     with torch.device("meta"):
         whole = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
     prefixes = {f"{whole.base_model_prefix}.": backbone, "score.": model.head}

@@ -1,0 +1,313 @@
+"""What each algorithm's real step expects to do, against exact gradients: no sampling, every completion is enumerated.
+
+A step samples, scores, makes advantages and losses as in training; only its sampler gives every completion, or every
+group of completions, once, weighed by its probability. So what reaches the optimizer is the expectation of the
+algorithm's estimator, and it is compared with minus the gradient of an objective, to 1e-5 of its norm.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from common.losses import clipped_surrogate, importance_ratio, sequence_ratio
+from GRPO.grpo_trainer import GRPOTrainer
+from PPO.ppo_trainer import PPOTrainer
+from RAFT.raft_trainer import RAFTTrainer
+from Reinforce.reinforce_trainer import ReinforceTrainer
+from ReMax.remax_trainer import ReMaxTrainer
+from RLOO.rloo_trainer import RLOOTrainer
+from tests.enumeration import END, PROMPT_IDS, Enumeration, save_four_token_model
+
+KL_COEF = 0.3
+
+# The sum over a completion's tokens, up to a constant that `step_gradients` takes out again.
+TOKENS = {"average_over": "constant"}
+GROUP = {"num_generations": 2}
+PPO = {"value_init": "zero_head", "value_clip_range": None} | TOKENS
+DR_GRPO = {"scale_by_std": False, "kl_place": "reward"} | TOKENS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_four_token_model(tmp_path_factory.mktemp("four tokens"))
+
+
+@pytest.fixture(scope="module")
+def world(folder):
+    """All 40 completions of at most three tokens."""
+    return Enumeration(folder, max_length=3)
+
+
+@pytest.fixture(scope="module")
+def small_world(folder):
+    """All 13 completions of at most two tokens, few enough for groups of three."""
+    return Enumeration(folder, max_length=2)
+
+
+def gradient_of_step(world, kind, folder, **settings):
+    """What the one optimizer step of a step expects."""
+    (gradient,) = world.step_gradients(world.trainer(kind, folder, **settings))
+    return gradient
+
+
+def difference(gradient, expected):
+    """Relative to the expected one."""
+    return float((gradient - expected).norm() / expected.norm())
+
+
+def unit(vector):
+    return vector / vector.norm()
+
+
+def objective(world, kl_coef=0.0):
+    """What is to be maximised: E[score] - kl_coef KL(policy || reference)."""
+    return (world.probabilities * world.scores).sum() - kl_coef * world.kl
+
+
+def test_the_enumeration_is_complete_and_its_policy_has_left_the_reference(world, small_world):
+    assert [len(some.ids) for some in (world, small_world)] == [1 + 3 + 9 + 27, 1 + 3 + 9]
+    for some in (world, small_world):
+        assert some.probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+        assert len(set(some.scores.tolist())) == len(some.ids)
+    assert world.kl > 0.1
+    assert world.gradient(objective(world)).norm() > 0.1
+
+
+# The gradient of E[score], and of E[score] - kl_coef KL with the KL in the reward
+
+
+UNBIASED = {
+    "reinforce": (ReinforceTrainer, TOKENS),
+    "remax": (ReMaxTrainer, TOKENS),
+    "rloo": (RLOOTrainer, GROUP),
+    "rloo, ratio of tokens": (RLOOTrainer, GROUP | TOKENS | {"ratio_level": "token"}),
+    "ppo, lambda 1": (PPOTrainer, PPO | {"gae_lambda": 1.0}),
+}
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, KL_COEF])
+@pytest.mark.parametrize(("kind", "settings"), UNBIASED.values(), ids=UNBIASED)
+def test_a_step_expects_exactly_the_gradient_of_score_less_kl(world, tmp_path, kind, settings, kl_coef):
+    gradient = gradient_of_step(world, kind, tmp_path, kl_coef=kl_coef, **settings)
+    assert difference(gradient, -world.gradient(objective(world, kl_coef))) < 1e-5
+    # The test sees a KL that is missing, and one that is too much.
+    assert difference(gradient, -world.gradient(objective(world, KL_COEF - kl_coef))) > 0.1
+
+
+def test_leave_one_out_of_three_expects_exactly_the_gradient_of_score_less_kl(small_world, tmp_path):
+    gradient = gradient_of_step(small_world, RLOOTrainer, tmp_path, num_generations=3, kl_coef=KL_COEF)
+    assert difference(gradient, -small_world.gradient(objective(small_world, KL_COEF))) < 1e-5
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("group_size", [2, 3])
+def test_dr_grpo_expects_the_gradient_of_score_less_kl_times_the_share_of_the_others(
+    small_world, tmp_path, group_size, sparse
+):
+    """The group's mean holds the completion's own score, so (G - 1) / G of the gradient is left."""
+    settings = DR_GRPO | {"num_generations": group_size, "sparse": sparse, "kl_coef": KL_COEF}
+    gradient = gradient_of_step(small_world, GRPOTrainer, tmp_path, **settings)
+    share = (group_size - 1) / group_size
+    assert difference(gradient, -share * small_world.gradient(objective(small_world, KL_COEF))) < 1e-5
+
+
+def test_the_group_baseline_of_reinforce_leaves_that_share_of_the_score_and_all_of_the_kl(world, tmp_path):
+    settings = GROUP | TOKENS | {"group_baseline": True, "kl_coef": KL_COEF}
+    gradient = gradient_of_step(world, ReinforceTrainer, tmp_path, **settings)
+    assert difference(gradient, -world.gradient(objective(world) / 2 - KL_COEF * world.kl)) < 1e-5
+
+
+def test_what_is_trained_is_the_policy_at_the_temperature_it_samples_at(folder, tmp_path):
+    world = Enumeration(folder, max_length=3, temperature=0.6)
+    gradient = gradient_of_step(world, ReinforceTrainer, tmp_path, kl_coef=KL_COEF, **TOKENS)
+    assert difference(gradient, -world.gradient(objective(world, KL_COEF))) < 1e-5
+
+
+def test_the_penalty_for_a_missing_end_is_part_of_the_objective(world, tmp_path):
+    gradient = gradient_of_step(world, ReinforceTrainer, tmp_path, missing_eos_penalty=0.7, **TOKENS)
+    ended = torch.tensor([ids[-1] == END for ids in world.ids])
+    penalty = 0.7 * (world.probabilities * ~ended).sum()
+    assert difference(gradient, -world.gradient(objective(world) - penalty)) < 1e-5
+
+
+def test_remax_subtracts_the_score_of_the_greedy_completion(world, tmp_path):
+    """No baseline biases the expectation, so that it is the right one has to be looked at apart from it."""
+    trainer = world.trainer(ReMaxTrainer, tmp_path, **TOKENS)
+    world.step_gradients(trainer)
+    metrics = trainer.shares.reduce(trainer.accelerator)
+    assert metrics["baseline"] == pytest.approx(float(world.scores[world.greedy]), abs=1e-6)
+
+
+# GRPO as the paper has it: what the two divisions do to the expectation
+
+
+def test_grpo_of_pairs_expects_the_gradient_of_the_scaled_win_over_a_frozen_copy(world, tmp_path):
+    """Divided by its deviation a pair's difference is nearly its sign: who wins counts, not by how much."""
+    gradient = gradient_of_step(world, GRPOTrainer, tmp_path, **GROUP | TOKENS)
+    gap = world.scores[:, None] - world.scores[None, :]
+    advantage = (gap / 2) / (gap.abs() / 2**0.5 + 1e-4)  # the deviation of two numbers is their distance / sqrt(2)
+    opponent = world.probabilities.detach()
+    assert difference(gradient, -world.gradient(world.probabilities @ advantage @ opponent)) < 1e-5
+    assert difference(unit(gradient), -unit(world.gradient(objective(world)))) > 0.1
+
+
+def test_grpo_of_pairs_with_right_or_wrong_expects_the_gradient_of_accuracy_times_a_constant(folder, tmp_path):
+    world = Enumeration(folder, max_length=3)
+    world.scores = (world.scores > 0.3).double()
+    gradient = gradient_of_step(world, GRPOTrainer, tmp_path, **GROUP | TOKENS)
+    scale = 0.5 / (0.5**0.5 + 1e-4)  # every pair that differs has scores 0 and 1
+    assert difference(gradient, -scale * world.gradient(objective(world))) < 1e-5
+
+
+def test_a_mean_over_rows_divides_what_each_completion_says_by_its_length(world, tmp_path):
+    """Which is why Dr. GRPO leaves it: the expectation is no longer along the gradient of the score."""
+    settings = DR_GRPO | GROUP | {"average_over": "rows"}
+    gradient = gradient_of_step(world, GRPOTrainer, tmp_path, **settings)
+    probabilities = world.probabilities.detach()
+    advantage = 0.5 * (world.scores - probabilities @ world.scores)
+    per_length = (probabilities * advantage / world.mask.sum(1) * world.logprobs).sum()
+    assert difference(gradient, -world.gradient(per_length)) < 1e-5
+    assert difference(unit(gradient), -unit(world.gradient(objective(world)))) > 0.05
+
+
+# PPO: which values bias it
+
+
+def ppo_gradient(world, folder, values, *, kl_coef=0.0, **settings):
+    """The gradient of a step of PPO whose value model says `values`: a number for each state."""
+    trainer = world.trainer(PPOTrainer, folder, kl_coef=kl_coef, **PPO | settings)
+    with trainer.models.use("value") as model:
+
+        def looked_up(input_ids, places):
+            states = [
+                [tuple(row[len(PROMPT_IDS) : place + 1]) for place in columns]
+                for row, columns in zip(input_ids.tolist(), places.tolist(), strict=True)
+            ]
+            # Places behind the end of a completion are padding, and no state.
+            table = torch.tensor([[values.get(state, 1e9) for state in row] for row in states])
+            return table + 0 * model.head.bias  # what the value model's own step asks a gradient of
+
+        model.forward = looked_up
+    (gradient,) = world.step_gradients(trainer)
+    return gradient
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, KL_COEF])
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
+def test_ppo_with_exact_values_expects_the_gradient_at_every_lambda(world, tmp_path, gae_lambda, kl_coef):
+    values = world.values(kl_coef)
+    gradient = ppo_gradient(world, tmp_path, values, gae_lambda=gae_lambda, kl_coef=kl_coef)
+    assert difference(gradient, -world.gradient(objective(world, kl_coef))) < 1e-5
+
+
+def test_ppo_with_wrong_values_is_unbiased_at_lambda_one_and_biased_below(world, tmp_path):
+    exact = world.values(kl_coef=0.0)
+    noise = torch.randn(len(exact), generator=torch.Generator().manual_seed(0)).tolist()
+    wrong = {state: value + error for (state, value), error in zip(exact.items(), noise, strict=True)}
+    bias = [
+        difference(
+            ppo_gradient(world, tmp_path / str(gae_lambda), wrong, gae_lambda=gae_lambda),
+            -world.gradient(objective(world)),
+        )
+        for gae_lambda in (1.0, 0.95, 0.5, 0.0)
+    ]
+    assert bias[0] < 1e-5 and bias[1] > 0.01 and bias[3] > 0.3
+    assert all(less < more for less, more in pairwise(bias))
+
+
+# RAFT
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, KL_COEF])
+def test_raft_expects_the_gradient_of_the_loglikelihood_of_the_best_of_two(world, tmp_path, kl_coef):
+    gradient = gradient_of_step(world, RAFTTrainer, tmp_path, kl_coef=kl_coef, **GROUP | TOKENS)
+    merit = world.scores - kl_coef * (world.logprobs - world.ref_logprobs).detach()
+    rank = merit.argsort().argsort()
+    # The best of two is completion i if none is better, less the chance that both are worse.
+    probabilities = world.probabilities.detach()
+    at_most = torch.stack([probabilities[rank <= r].sum() for r in rank])
+    is_best = at_most.square() - (at_most - probabilities).square()  # (N,), sums to 1
+    assert difference(gradient, -world.gradient((is_best * world.logprobs).sum())) < 1e-5
+
+
+# The KL as a term of GRPO's loss, alone: all scores are equal
+
+
+def kl_gradient(folder, tmp_path, estimator):
+    world = Enumeration(folder, max_length=3)
+    world.scores = torch.zeros_like(world.scores)
+    settings = GROUP | TOKENS | {"kl_coef": KL_COEF, "kl_estimator": estimator}
+    return world, gradient_of_step(world, GRPOTrainer, tmp_path, **settings) / KL_COEF
+
+
+def sum_over_states(world, kl_of_state):
+    """E[sum over the states of a completion], where the states are where the policy as it is now comes to."""
+    visits = world.probabilities.detach()[:, None] * world.mask  # (N, T)
+    return (visits * kl_of_state).sum()
+
+
+def kl_between(logprobs, other):
+    """(N, T): KL between two distributions of the next token, in each state."""
+    return (logprobs.exp() * (logprobs - other)).sum(-1)
+
+
+def test_k1_in_the_loss_has_no_gradient(folder, tmp_path):
+    world, gradient = kl_gradient(folder, tmp_path, "k1")
+    assert gradient.norm() < 1e-5 * world.gradient(world.kl).norm()
+
+
+def test_k2_in_the_loss_has_the_gradient_of_the_kl_of_each_state_where_the_policy_comes_to(folder, tmp_path):
+    """Not that of the KL of completions: no token is blamed for the states it leads to."""
+    world, gradient = kl_gradient(folder, tmp_path, "k2")
+    of_states = sum_over_states(world, kl_between(world.policy_logits, world.ref_logits))
+    assert of_states.item() == pytest.approx(world.kl.item(), rel=1e-9)  # the same value, and yet
+    assert difference(gradient, world.gradient(of_states)) < 1e-5
+    assert difference(gradient, world.gradient(world.kl)) > 0.05
+
+
+def test_k3_in_the_loss_has_the_gradient_of_the_reverse_kl_of_each_state_where_the_policy_comes_to(folder, tmp_path):
+    """KL(reference || policy), the other way round than its name in the papers says."""
+    world, gradient = kl_gradient(folder, tmp_path, "k3")
+    of_states = sum_over_states(world, kl_between(world.ref_logits, world.policy_logits))
+    assert difference(gradient, world.gradient(of_states)) < 1e-5
+    right_way = sum_over_states(world, kl_between(world.policy_logits, world.ref_logits))
+    assert difference(gradient, world.gradient(right_way)) > 0.05
+
+
+# Off-policy: the second optimizer step on the same completions
+
+
+def bias_of_second_step(world, folder, **settings):
+    """How far the second optimizer step on the same completions is from the gradient where the policy then is."""
+    newer = Enumeration(world.folder, max_length=3, seed=1)
+    clipped_nowhere = {"clip_range": 0.999, "clip_range_high": 1e6}
+    trainer = world.trainer(RLOOTrainer, folder, num_update_epochs=2, **GROUP | clipped_nowhere | settings)
+    _, second = world.step_gradients(trainer, move_to=newer.weights)
+    return difference(second, -newer.gradient((newer.probabilities * world.scores).sum()))
+
+
+def test_the_ratio_of_completions_makes_up_exactly_for_what_an_older_policy_sampled(world, tmp_path):
+    assert bias_of_second_step(world, tmp_path) < 1e-5
+
+
+def test_the_ratio_of_tokens_does_not(world, tmp_path):
+    """It leaves out that the newer policy comes to the states before them more or less often."""
+    assert bias_of_second_step(world, tmp_path, ratio_level="token", **TOKENS) > 0.1
+
+
+def test_the_ratios_have_the_gradient_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    old, logprobs, advantages = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    mask = torch.arange(4) < torch.tensor([[4], [1], [2]])
+    logprobs = (old + logprobs / 4).requires_grad_()  # ratios on both sides of the clip
+
+    def loss(logprobs, ratio):
+        return torch.where(mask, clipped_surrogate(ratio(logprobs), advantages, 0.2, 0.2), 0.0)
+
+    for ratio in (lambda x: sequence_ratio(x, old, mask), lambda x: importance_ratio(x, old)):
+        assert torch.autograd.gradcheck(lambda x, ratio=ratio: loss(x, ratio), logprobs)
+    # Of the ratio itself: each real token of a completion moves the whole, and padding nothing.
+    (gradient,) = torch.autograd.grad(sequence_ratio(logprobs, old, mask)[:, 0].sum(), logprobs)
+    ratio = sequence_ratio(logprobs, old, mask).detach()
+    torch.testing.assert_close(gradient, torch.where(mask, ratio, 0.0))
