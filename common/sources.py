@@ -1,9 +1,11 @@
-"""Rows of a task's data: from a local .jsonl, .json or .parquet file, or from the hub.
+"""Rows of a task's data: from a local .jsonl, .jsonl.gz, .json or .parquet file, or from the hub.
 
 What the columns mean, and which rows are held out, is each task's affair.
 """
 
+import gzip
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,13 @@ import pyarrow
 import pyarrow.parquet
 
 
-def read_rows(source: str, split: str, columns: list[str]) -> list[dict]:
-    """Read the named columns of all rows.
+def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
+    """Read the named columns of all rows, or all columns.
 
     Args:
-        source: path of a .jsonl (one row per line), .json (a list of rows) or .parquet file, or a hub id.
+        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, or a hub id.
         split: split of a hub data set, slices such as ``train[:1000]`` included; local files have no splits.
-        columns: the columns that the task needs; others are left out.
+        columns: the columns that the task needs, others are left out; None: what each row has.
 
     Returns:
         The rows, at least one.
@@ -26,7 +28,7 @@ def read_rows(source: str, split: str, columns: list[str]) -> list[dict]:
     Raises:
         ValueError: the source is missing, unreadable or empty, or a row lacks a column.
     """
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_jsonl, ".gz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     reader = readers.get(Path(source).suffix)
     if reader is None:
         rows = _read_hub(source, split)
@@ -37,29 +39,40 @@ def read_rows(source: str, split: str, columns: list[str]) -> list[dict]:
     if not rows:
         raise ValueError(f"dataset={source}: it has no rows; at least one is needed. Give --dataset one with rows.")
     for number, row in enumerate(rows, start=1):
-        missing = [column for column in columns if column not in row] if isinstance(row, dict) else columns
-        if missing:
-            found = ", ".join(map(str, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
+        if not isinstance(row, dict):
             raise ValueError(
-                f"dataset={source}: row {number} holds {found or 'nothing'}; the task needs the columns "
+                f"dataset={source}: row {number} holds a {type(row).__name__}; a row is an object, from names of "
+                "columns to values. Correct or remove the row."
+            )
+        missing = [column for column in columns or [] if column not in row]
+        if missing:
+            raise ValueError(
+                f"dataset={source}: row {number} holds {', '.join(row) or 'nothing'}; the task needs the columns "
                 f"{', '.join(columns)}. Add or rename {', '.join(missing)}."
             )
+    if columns is None:
+        return rows
     return [{column: row[column] for column in columns} for row in rows]
 
 
 def _read_jsonl(source: str) -> list[Any]:
+    open_text = gzip.open if source.endswith(".gz") else open
+    try:
+        with open_text(source, "rt", encoding="utf-8") as file:
+            lines = list(file)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"dataset={source}: no readable gzip file ({error}). Write or fetch it again.") from error
     rows = []
-    with open(source, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"dataset={source}: line {number} is not JSON ({error.msg}); every line must be one row. "
-                    f"Correct or remove the line."
-                ) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"dataset={source}: line {number} is not JSON ({error.msg}); every line must be one row. "
+                f"Correct or remove the line."
+            ) from error
     return rows
 
 
@@ -91,6 +104,6 @@ def _read_hub(source: str, split: str) -> list[dict]:
         return datasets.load_dataset(source, split=split).to_list()
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
-            f"dataset={source}, dataset_split={split}: neither a local .jsonl, .json or .parquet file nor a data set "
-            f"that the hub gives ({error}). Check the name, the split and the network."
+            f"dataset={source}, dataset_split={split}: neither a local .jsonl(.gz), .json or .parquet file nor a "
+            f"data set that the hub gives ({error}). Check the name, the split and the network."
         ) from error

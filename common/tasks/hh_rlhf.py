@@ -1,0 +1,82 @@
+"""hh-rlhf: answer the last thing that the human said in a dialogue; a reward model judges how well.
+
+The dialogues are those of Anthropic/hh-rlhf (huggingface.co/papers/2204.05862), or of a file in its form. Only their
+prompts are read here: which answer people preferred teaches a reward model, in examples/reward_model.
+"""
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from common.config import RLConfig
+from common.dialogues import conversation, dialogue
+from common.sources import read_rows
+from common.tasks import Task
+
+DATASET = "Anthropic/hh-rlhf"
+REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
+SPLIT_SEED = 42  # held-out prompts are the same whatever the seed of the run
+
+
+def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Give dialogues that end in a human's turn; the reward is a model.
+
+    Args:
+        config: `dataset` (None for Anthropic/hh-rlhf), `dataset_split` and `num_eval_prompts` are read.
+        tokenizer: with a chat template, prompts are chat messages; without one the text that the data set has up to
+            where the assistant answers.
+
+    Raises:
+        ValueError: the data cannot be read, a dialogue has no turn of a human, or `num_eval_prompts` leaves none to
+            train on.
+    """
+    source = config.dataset or DATASET
+    conversations = [
+        _conversation_of(row["chosen"], f"dataset={source}: row {number}")
+        for number, row in enumerate(read_rows(source, config.dataset_split, ["chosen"]), start=1)
+    ]
+    train, held_out = split_held_out(conversations, config.num_eval_prompts)
+    write_prompt = dialogue if tokenizer.chat_template is None else list
+    return Task(
+        train=[{"prompt": write_prompt(messages)} for messages in train],
+        eval=[{"prompt": write_prompt(messages)} for messages in held_out],
+        rewards={},
+        reward_weights={},
+        accuracy=None,
+        default_rewards=[REWARD_MODEL],
+    )
+
+
+def split_held_out(conversations: list[list[dict]], num_held_out: int) -> tuple[list[list[dict]], list[list[dict]]]:
+    """Shuffle prompts and hold some out.
+
+    A prompt counts once, however many pairs of answers the data has to it: each step's prompts are then different
+    ones, and what is held out cannot also be among those to train on.
+
+    Args:
+        conversations: chat messages each.
+        num_held_out: number of prompts to hold out.
+
+    Returns:
+        Prompts to train on and held-out prompts.
+
+    Raises:
+        ValueError: none would be left to train on.
+    """
+    distinct = list({dialogue(messages): messages for messages in conversations}.values())
+    if num_held_out >= len(distinct):
+        raise ValueError(
+            f"num_eval_prompts={num_held_out}: the data has {len(distinct)} different prompts, and at least one must "
+            "be left to train on. Pass a smaller --num_eval_prompts or more data."
+        )
+    shuffled = [distinct[index] for index in np.random.default_rng(SPLIT_SEED).permutation(len(distinct))]
+    return shuffled[num_held_out:], shuffled[:num_held_out]
+
+
+def _conversation_of(text: object, where: str) -> list[dict[str, str]]:
+    messages = conversation(text) if isinstance(text, str) else []
+    if not messages:
+        raise ValueError(
+            f"{where} has chosen={text!r:.80} without a turn of the human; the policy answers the last one. Need a "
+            "dialogue such as '\\n\\nHuman: Hi\\n\\nAssistant: Hello': correct or remove the row."
+        )
+    return messages

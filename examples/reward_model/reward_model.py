@@ -1,0 +1,291 @@
+"""A reward model from pairs of answers: `python reward_model.py`; any setting can be overridden: `--model tiny`.
+
+trl.RewardTrainer does the training. Here are the pairs of hh-rlhf, a model small enough for a CPU, and the share of
+held-out pairs that the model ranks as people did, before and after. The folder it leaves is a value for `--reward`.
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import common  # noqa: F401, I001  it prepares the environment before torch loads
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    Qwen2Tokenizer,
+    set_seed,
+)
+from trl import RewardConfig, RewardTrainer, TrlParser
+
+from common.cli import run_script
+from common.sources import read_rows
+from common.dialogues import dialogue, turns
+
+RESULT_FILE = "accuracy.json"
+
+# For tokenizers without a chat template: dialogues as hh-rlhf has them, between the tokenizer's first and last token.
+CHAT_TEMPLATE = (
+    "{{ bos_token or cls_token }}{% for message in messages %}"
+    "{{ '\n\nHuman: ' if message['role'] == 'user' else '\n\nAssistant: ' }}{{ message['content'] }}"
+    "{% endfor %}{{ eos_token or sep_token }}"
+)
+
+
+@dataclass(kw_only=True)
+class RewardModelSettings:
+    """What to train a reward model on, and how. Lengths are in tokens."""
+
+    model: str
+    """Hub id or folder of any model; "tiny" is made here, with a tokenizer learned from the pairs."""
+    dataset: str
+    """Hub id or local .jsonl, .jsonl.gz, .json or .parquet file with the columns `chosen` and `rejected`."""
+    dataset_split: str
+    """Split or slice of a hub data set, such as "train[:10%]"."""
+    num_eval_pairs: int
+    """Pairs held out, drawn by `seed`; no training pair begins with the same turn as one of them."""
+    max_length: int
+    """Of longer dialogues the beginning is cut off, here and when the model scores."""
+    num_epochs: int
+    batch_size: int
+    """Pairs per optimizer step."""
+    pairs_per_pass: int
+    """Pairs per forward pass and process, a divisor of batch_size; memory only."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: slower, much less memory."""
+    learning_rate: float
+    """Highest rate; rises over warmup_steps and falls linearly to 0."""
+    warmup_steps: int
+    weight_decay: float
+    center_rewards: float
+    """Weight of the squared sum of a pair's scores in the loss: keeps the mean score near 0."""
+    output_dir: str
+    """A new folder for model, tokenizer and accuracy.json."""
+    seed: int
+
+
+SETTINGS = RewardModelSettings(
+    model="Qwen/Qwen2.5-0.5B",
+    dataset="Anthropic/hh-rlhf",
+    dataset_split="train",
+    num_eval_pairs=1000,
+    max_length=1024,
+    num_epochs=1,
+    batch_size=64,
+    pairs_per_pass=8,
+    gradient_checkpointing=True,
+    learning_rate=1e-5,
+    warmup_steps=50,
+    weight_decay=0.0,
+    center_rewards=0.01,
+    output_dir="runs/reward-model",
+    seed=0,
+)
+
+# What `--model tiny` sets besides, for a thousand pairs and more: on so few, a larger model learns them by heart.
+TINY = {
+    "num_eval_pairs": 200,
+    "max_length": 96,
+    "num_epochs": 2,
+    "batch_size": 32,
+    "pairs_per_pass": 32,
+    "gradient_checkpointing": False,
+    "learning_rate": 3e-3,
+    "warmup_steps": 10,
+}
+TINY_VOCABULARY = 2048
+TINY_WIDTH = 32
+
+
+def parse_settings(args: list[str] | None = None) -> RewardModelSettings:
+    """SETTINGS, with `--model tiny` also TINY, then a YAML file (`--config`) and the command line.
+
+    Raises:
+        ValueError: for an unknown setting.
+    """
+    parser = TrlParser(RewardModelSettings)
+    parser.set_defaults_with_config(**asdict(SETTINGS))
+    settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
+    if unread:
+        raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
+    if settings.model == "tiny":
+        parser.set_defaults_with_config(**asdict(SETTINGS) | TINY)
+        (settings,) = parser.parse_args_and_config(args)
+    return settings
+
+
+def read_pairs(settings: RewardModelSettings) -> tuple[list[dict], list[dict]]:
+    """Read dialogues whose last answer people compared with another one, and hold some out.
+
+    Returns:
+        Pairs to train on and held-out pairs: {"chosen": chat messages, "rejected": chat messages}, the last message of
+        each an answer. Pairs with an empty answer are left out.
+
+    Raises:
+        ValueError: the data cannot be read, or no pair would be left to train on.
+    """
+    rows = read_rows(settings.dataset, settings.dataset_split, ["chosen", "rejected"])
+    pairs = [{side: turns(row[side]) for side in row} for row in rows]
+    pairs = [pair for pair in pairs if all(m and m[-1]["role"] == "assistant" for m in pair.values())]
+    order = np.random.default_rng(settings.seed).permutation(len(pairs)).tolist()
+    held_out = [pairs[index] for index in order[: settings.num_eval_pairs]]
+    openings = {pair["chosen"][0]["content"] for pair in held_out}
+    rest = [pairs[index] for index in order[settings.num_eval_pairs :]]
+    train = [pair for pair in rest if pair["chosen"][0]["content"] not in openings]
+    if not train or not held_out:
+        raise ValueError(
+            f"num_eval_pairs={settings.num_eval_pairs}: {settings.dataset} has {len(pairs)} pairs of answers, which "
+            "must do for both training and evaluation. Pass another --num_eval_pairs or more data."
+        )
+    return train, held_out
+
+
+def build_tiny(pairs: list[dict], max_length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Make an untrained model of one layer and a tokenizer whose words are those of the pairs.
+
+    At first its last token attends to all others alike, so it begins as a judge of which words a text has.
+    """
+    texts = [dialogue(messages) for pair in pairs for messages in pair.values()]
+    # The class is Qwen2's, since AutoTokenizer reads no other beside a Qwen2 model.
+    blank = Qwen2Tokenizer(unk_token=None, eos_token="<eos>", pad_token="<pad>")
+    tokenizer = blank.train_new_from_iterator(texts, TINY_VOCABULARY, show_progress=False)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=TINY_WIDTH,
+        intermediate_size=2 * TINY_WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=max_length,
+        num_labels=1,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForSequenceClassification(config), tokenizer
+
+
+def tokenize(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids of both sides, by the names of trl. It would drop long dialogues; here they lose their beginning."""
+
+    def ids(messages: list[list[dict]]) -> list[list[int]]:
+        rows = tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
+        # The first token stays: some models read the score off it.
+        return [row if len(row) <= max_length else row[:1] + row[1 - max_length :] for row in rows]
+
+    return Dataset.from_dict({f"{side}_ids": ids([pair[side] for pair in pairs]) for side in ("chosen", "rejected")})
+
+
+def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: list[dict]) -> RewardTrainer:
+    """Load or make the model and its tokenizer, and hand both and the pairs to trl.
+
+    Raises:
+        ValueError: there is no such model, or batch_size cannot be shared out.
+    """
+    set_seed(settings.seed)
+    if settings.model == "tiny":
+        model, tokenizer = build_tiny(train, settings.max_length)
+    else:
+        model, tokenizer = settings.model, _load_tokenizer(settings.model)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_max_length = settings.max_length
+    args = RewardConfig(
+        output_dir=settings.output_dir,
+        num_train_epochs=settings.num_epochs,
+        per_device_train_batch_size=settings.pairs_per_pass,
+        per_device_eval_batch_size=1,  # trl averages accuracy over batches, whatever their size
+        gradient_checkpointing=settings.gradient_checkpointing,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        center_rewards_coefficient=settings.center_rewards,
+        max_length=None,
+        bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+        seed=settings.seed,
+    )
+    share = settings.pairs_per_pass * args.world_size
+    if settings.batch_size % share:
+        raise ValueError(
+            f"batch_size={settings.batch_size}: {args.world_size} processes with pairs_per_pass="
+            f"{settings.pairs_per_pass} take {share} pairs at a time, so a multiple of {share} is needed. Pass "
+            "another --batch_size or --pairs_per_pass."
+        )
+    args.gradient_accumulation_steps = settings.batch_size // share
+    return RewardTrainer(
+        model=model,
+        args=args,
+        train_dataset=tokenize(train, tokenizer, settings.max_length),
+        eval_dataset=tokenize(held_out, tokenizer, settings.max_length),
+        processing_class=tokenizer,
+    )
+
+
+def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
+    """Train, save and measure.
+
+    Returns:
+        What accuracy.json holds: the share of held-out pairs with the higher score for the chosen answer, before and
+        after training, the half width of its 95 % interval, and how many pairs there were.
+
+    Raises:
+        ValueError: for settings and data that do not fit, and for a folder that is not empty.
+    """
+    folder = Path(settings.output_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"output_dir={folder}: there is something in it, and nothing is overwritten. Pass another --output_dir."
+        )
+    train, held_out = read_pairs(settings)
+    trainer = make_trainer(settings, train, held_out)
+    before = trainer.evaluate()["eval_accuracy"]
+    trainer.train()
+    after = trainer.evaluate()["eval_accuracy"]
+    trainer.save_model()
+    result = {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "accuracy_ci95": 1.96 * math.sqrt(after * (1 - after) / len(held_out)),
+        "num_train_pairs": len(train),
+        "num_eval_pairs": len(held_out),
+    }
+    if trainer.is_world_process_zero():
+        (folder / RESULT_FILE).write_text(json.dumps(result | {"settings": asdict(settings)}, indent=2) + "\n")
+        print(
+            f"chosen above rejected on {len(held_out)} held-out pairs: {before:.3f} before, {after:.3f} "
+            f"± {result['accuracy_ci95']:.3f} after training on {len(train)}\nreward model: {folder.resolve()}"
+        )
+    return result
+
+
+def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model={model}: cannot be loaded: {reason}. Need a folder with weights and tokenizer, or a hub id that "
+            "this machine can reach. Pass --model with one, or --model tiny."
+        ) from error
+
+
+def main() -> None:
+    """Train with the settings above."""
+    train_reward_model(parse_settings())
+
+
+if __name__ == "__main__":
+    run_script(main)
