@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.batching import microbatch_rows
+from common.dialogues import conversation
 from common.offload import ModelPool
 
 logger = logging.getLogger("nanorlhf")
@@ -23,8 +24,10 @@ _SPEAKERS = {"user": "Human: ", "assistant": "Assistant: "}
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
-    """Chat messages as they are; text as one message of the user."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    """Chat messages as they are; a dialogue in the form of hh-rlhf as its turns, other text as one of the user."""
+    if not isinstance(prompt, str):
+        return prompt
+    return (conversation(prompt) if prompt.startswith("\n\nHuman:") else []) or [{"role": "user", "content": prompt}]
 
 
 class RewardModel:

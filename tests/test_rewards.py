@@ -1,11 +1,14 @@
 """Rewards: the weighted sum and its raw parts, and what a user is told about a function that goes wrong."""
 
+import asyncio
 import math
 
 import pytest
 import torch
 
-from common.rewards import Scorer, load_reward, make_scorer
+from common.offload import ModelPool
+from common.rewards import RewardModel, Scorer, load_reward, make_scorer
+from tests.test_reward_model import save_pair_encoder
 
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["a", "bb", "ccc"]
 
@@ -88,7 +91,197 @@ def test_no_completions_have_no_scores():
     assert scores.shape == (0,) and parts["length"].shape == (0,)
 
 
+def test_a_row_on_which_nobody_has_a_say_scores_zero():
+    scores, parts = score({"a": returning([None, 1.0, None]), "b": returning([2.0, None, None])})
+    assert scores.tolist() == [2.0, 1.0, 0.0]
+    assert math.isnan(parts["a"][2]) and math.isnan(parts["b"][2])
+
+
+# What functions get
+
+
+def test_token_ids_go_to_the_functions_that_name_them_and_to_no_other():
+    def tokens(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    scorer = Scorer({"tokens": tokens, "strict": lambda prompts, completions: [0.0] * 3}, {"tokens": 1, "strict": 1})
+    assert scorer(PROMPTS, COMPLETIONS, {}, completion_ids=[[1], [1, 2], []])[0].tolist() == [1.0, 2.0, 0.0]
+
+
+def test_functions_get_the_rendered_prompt_whatever_the_raw_one_was():
+    scorer = Scorer({"mine": lambda prompts, **_: [float(p == "rendered") for p in prompts]}, {"mine": 1.0})
+    raw = [[{"role": "user", "content": "hello"}]]
+    assert scorer(["rendered"], ["a"], {}, raw_prompts=raw)[0].tolist() == [1.0]
+
+
+CONVERSATIONAL = """
+def polite(prompts, completions, **columns):
+    assert [list(message) for message in completions[0]] == [["role", "content"]]
+    asked = [prompt[-1]["content"] for prompt in prompts]
+    said = [completion[0]["content"] for completion in completions]
+    return [float(a in s and c[0]["role"] == "assistant") for a, s, c in zip(asked, said, completions, strict=True)]
+"""
+
+
+def test_functions_from_files_get_messages_if_asked_for_and_the_tasks_own_never(tmp_path):
+    (tmp_path / "mine.py").write_text(CONVERSATIONAL)
+    names = ["length", f"{tmp_path / 'mine.py'}:polite"]
+    scorer = make_scorer({"length": length}, {"length": 0.0}, names=names, weights=None, conversational=True)
+    raw = [
+        "a",
+        [{"role": "system", "content": "x"}, {"role": "user", "content": "b"}],
+        [{"role": "user", "content": "c"}],
+    ]
+    _, parts = scorer(["text"] * 3, ["a!", "bb", "d"], {}, raw_prompts=raw)
+    assert parts["polite"].tolist() == [1.0, 1.0, 0.0] and parts["length"].tolist() == [2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_rewards_of_trl_run_unchanged(tmp_path, conversational):
+    (tmp_path / "mine.py").write_text(
+        "from trl.rewards import get_soft_overlong_punishment, think_format_reward\n"
+        "punish = get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=2)\n"
+        "def think(completions, **kwargs):\n"
+        f"    if not {conversational}:\n"
+        "        completions = [[{'content': text}] for text in completions]\n"
+        "    return think_format_reward(completions, **kwargs)\n"
+    )
+    names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("think", "punish")]
+    scorer = make_scorer({}, {}, names=names, weights=None, conversational=conversational)
+    scorer.check_columns([])
+    completions = ["<think>\nyes\n</think>\nso", "so"]
+    _, parts = scorer(["p", "p"], completions, {"answer": [1, 2]}, completion_ids=[[1] * 3, [1] * 9])
+    assert parts["think"].tolist() == [1.0, 0.0] and parts["punish"].tolist() == [-0.5, -1.0]
+
+
+# Asynchronous functions
+
+
+def test_asynchronous_functions_wait_together():
+    """Each waits for the other, so that one after the other would never end."""
+    flags = {name: asyncio.Event() for name in "ab"}
+
+    def meeting(mine, other):
+        async def judge(prompts, completions, **columns):
+            flags[mine].set()
+            await asyncio.wait_for(flags[other].wait(), timeout=10)
+            return [1.0, None, 3.0]
+
+        return judge
+
+    scores, parts = score({"a": meeting("a", "b"), "length": length, "b": meeting("b", "a")})
+    assert scores.tolist() == [3.0, 2.0, 9.0] and list(parts) == ["a", "length", "b"]
+
+
+def test_whatever_returns_something_to_wait_for_is_asynchronous():
+    class Judge:
+        async def __call__(self, completions, **columns):
+            return [float(len(text)) for text in completions]
+
+    assert score({"object": Judge(), "lambda": lambda **given: Judge()(**given)})[0].tolist() == [2.0, 4.0, 6.0]
+
+
+def test_what_an_asynchronous_function_keeps_open_works_in_the_next_step_too():
+    """A lock belongs to the event loop that waited for it first, like the connections of a client."""
+    lock = asyncio.Lock()
+
+    async def judge(completions, **columns):
+        async def one(text):
+            async with lock:
+                await asyncio.sleep(0)
+                return float(len(text))
+
+        return await asyncio.gather(*map(one, completions))
+
+    scorer = Scorer({"mine": judge}, {"mine": 1.0})
+    for _ in range(2):
+        assert scorer(PROMPTS, COMPLETIONS, {})[0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_a_function_may_run_an_event_loop_of_its_own():
+    def judge(completions, **columns):
+        return [asyncio.run(asyncio.sleep(0, float(len(text)))) for text in completions]
+
+    async def zero(completions, **columns):
+        return [0.0] * len(completions)
+
+    assert score({"own": judge, "zero": zero})[0].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_an_asynchronous_function_that_raises_is_named_with_its_row():
+    async def broken(prompts, completions, number, **columns):
+        return [1 / n for n in number]
+
+    message = refused(broken, {"number": [2, 0, 1]})
+    assert "reward 'mine' raised ZeroDivisionError" in message and "row 1 of 3" in message and "number=0" in message
+
+
+# Reward models
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory):
+    return save_pair_encoder(tmp_path_factory.mktemp("rewards") / "judge")
+
+
+def test_the_score_is_the_weighted_sum_of_models_and_rules_and_each_part_is_raw(judge_folder):
+    names = [str(judge_folder), "length"]
+    scorer = make_scorer({"length": length}, {}, names=names, weights=[0.5, -2.0], max_tokens_per_microbatch=99)
+    assert isinstance(scorer.functions["judge"], RewardModel)
+    assert scorer.functions["judge"].max_tokens_per_microbatch == 99
+    scorer.load(ModelPool(torch.device("cpu"), "always"))
+    prompts, completions = ["hello", "what is two"], ["four", "it is two"]
+    scores, parts = scorer(prompts, completions, {"answer": [4, 2]})
+    judged = scorer.functions["judge"](prompts, completions)
+    assert parts["judge"].tolist() == pytest.approx(judged, abs=1e-5) and parts["length"].tolist() == [4.0, 9.0]
+    assert scores.tolist() == pytest.approx([0.5 * judged[0] - 8.0, 0.5 * judged[1] - 18.0], abs=1e-5)
+
+
+def test_a_reward_model_gets_the_prompts_of_the_data_set_not_the_policys_rendering(judge_folder):
+    scorer = make_scorer({}, {}, names=[str(judge_folder)], weights=None, conversational=True)
+    scorer.load(ModelPool(torch.device("cpu"), "never"))
+    raw = [[{"role": "user", "content": "hello"}], "what is two"]
+    _, parts = scorer(["<user>hello<assistant>", "x"], ["four", "two"], {}, raw_prompts=raw)
+    expected = scorer.functions["judge"](["hello", "what is two"], ["four", "two"])
+    assert parts["judge"].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_two_reward_models_may_judge_together_if_their_names_differ(judge_folder, tmp_path):
+    other = save_pair_encoder(tmp_path / "other")
+    scorer = make_scorer({}, {"judge": 3.0}, names=[str(judge_folder), str(other)], weights=None)
+    assert scorer.weights == {"judge": 3.0, "other": 1.0}
+    with pytest.raises(ValueError, match="same name"):
+        make_scorer({}, {}, names=[str(judge_folder), str(save_pair_encoder(tmp_path / "judge"))], weights=None)
+
+
+def test_a_reward_model_that_is_not_there_is_named_with_what_else_may_be_meant(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere/judge.*cannot be loaded.*reward of the task.*file\.py:function"):
+        make_scorer(AVAILABLE, WEIGHTS, names=[f"{tmp_path}/nowhere/judge"], weights=None)
+    with pytest.raises(ValueError, match=r"the task has format, equation.*file\.py:function.*reward model"):
+        make_scorer(AVAILABLE, WEIGHTS, names=["mine/rewards.py"], weights=None)
+
+
 # What can go wrong
+
+
+def test_functions_without_a_say_on_any_completion_are_refused():
+    with pytest.raises(ValueError, match=r"a, b: no reward has a say on any of 3 completions.*None is the exception"):
+        score({"a": returning([None] * 3), "b": returning([None] * 3)})
+    assert score({"a": returning([None] * 3), "b": returning([None, 0.0, None])})[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_columns_that_a_reward_asks_for_and_the_data_lack_are_named_before_the_run(judge_folder):
+    def right(prompts, completions, answer, *, unit, weight=1.0, completion_ids, **rest):
+        return [0.0] * len(completions)
+
+    scorer = Scorer({"length": length, "right": right, "judge": RewardModel(str(judge_folder))}, {})
+    scorer.check_columns(["unit", "answer", "other"])
+    with pytest.raises(ValueError, match=r"reward 'right' needs the columns answer, unit; the data set has other\."):
+        scorer.check_columns(["other"])
+    with pytest.raises(ValueError, match=r"needs the columns answer; the data set has unit\. Pass data with"):
+        scorer.check_columns(["unit"])
+    with pytest.raises(ValueError, match=r"the data set has none besides the prompt"):
+        scorer.check_columns([])
 
 
 def test_a_function_that_raises_is_named_with_its_row_and_short_arguments():

@@ -1,0 +1,389 @@
+"""Reward models: any classifier with one label, each text scored as if it were alone."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
+
+from common.offload import ModelPool
+from common.reward_model import RewardModel, as_messages
+from common.tiny import EOS, build_tokenizer
+
+CPU = torch.device("cpu")
+HH_RLHF = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>{% endfor %}"
+MAX_LENGTH = 40
+
+QUESTION = [{"role": "user", "content": "what is two and two"}]
+DIALOGUE = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "good day"},
+    {"role": "user", "content": "what is two and two"},
+]
+PREFILLED = [*QUESTION, {"role": "assistant", "content": "it is "}]
+PROMPTS = ["what is two and two", QUESTION, DIALOGUE, PREFILLED, QUESTION, QUESTION]
+COMPLETIONS = ["it is four", "four", "it is four and that is all I say", "four", "", "two two two"]
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words, and [CLS] first [SEP] second [SEP] as pair encoders want it."""
+    words = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    lines = [*(message["content"] for message in DIALOGUE), *COMPLETIONS, "Human: Assistant:"]
+    words.train_from_iterator(lines, trainers.WordLevelTrainer(special_tokens=special))
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **names)
+
+
+def save_pair_encoder(folder: Path, *, num_labels: int = 1) -> Path:
+    tokenizer = words_tokenizer()
+    config = DebertaV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=MAX_LENGTH,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        type_vocab_size=0,
+        pooler_hidden_size=16,
+        num_labels=num_labels,
+        initializer_range=0.5,
+    )
+    return save(DebertaV2ForSequenceClassification, config, tokenizer, folder)
+
+
+def save_decoder(folder: Path, *, pad: str | None = "<pad>", model: type = Qwen2ForSequenceClassification) -> Path:
+    """A decoder whose texts end with <eos>; `pad` is its own pad token, the same one, or none."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = pad or EOS
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=400,
+        num_labels=1,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if pad else None,
+    )
+    return save(model, config, tokenizer, folder)
+
+
+def save(model: type, config: object, tokenizer: object, folder: Path) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("reward-models")
+    return {
+        "encoder": save_pair_encoder(root / "encoder"),
+        "decoder": save_decoder(root / "decoder"),
+        "decoder, pad is eos": save_decoder(root / "pad-is-eos", pad=EOS),
+        "decoder, no pad": save_decoder(root / "no-pad", pad=None),
+    }
+
+
+KINDS = pytest.mark.parametrize("kind", ["encoder", "decoder", "decoder, pad is eos", "decoder, no pad"])
+
+
+def loaded(folder: Path, offload: str = "never", **settings) -> RewardModel:
+    judge = RewardModel(str(folder), **settings)
+    judge.load(ModelPool(CPU, offload))
+    return judge
+
+
+@torch.no_grad()
+def alone(folder: Path, *texts: str, **options) -> float:
+    """The score by transformers alone, of one text or one pair."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    inputs = AutoTokenizer.from_pretrained(folder)(*([text] for text in texts), return_tensors="pt", **options)
+    return model(**inputs).logits.item()
+
+
+# Which text is scored
+
+
+def test_a_pair_encoder_scores_the_pair_of_prompt_and_completion(folders):
+    expected = [
+        alone(folders["encoder"], first, second)
+        for first, second in [
+            ("what is two and two", "it is four"),
+            ("what is two and two", "four"),
+            (
+                "be kind\n\nHuman: hello\n\nAssistant: good day\n\nHuman: what is two and two",
+                "it is four and that is all I say",
+            ),
+            ("what is two and two", "it is four"),
+            ("what is two and two", ""),
+            ("what is two and two", "two two two"),
+        ]
+    ]
+    assert loaded(folders["encoder"])(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 3) for score in expected}) == 5  # the model tells the texts apart; two are the same
+
+
+@pytest.mark.parametrize("kind", ["decoder", "decoder, pad is eos", "decoder, no pad"])
+def test_a_model_with_a_chat_template_scores_the_conversation_as_its_own_template_writes_it(folders, kind):
+    asked = "<user>what is two and two<eos><assistant>"
+    texts = [
+        f"{asked}it is four<eos>",
+        f"{asked}four<eos>",
+        "<system>be kind<eos><user>hello<eos><assistant>good day<eos>"
+        + asked
+        + "it is four and that is all I say<eos>",
+        f"{asked}it is four<eos>",
+        f"{asked}<eos>",
+        f"{asked}two two two<eos>",
+    ]
+    expected = [alone(folders[kind], text, add_special_tokens=False) for text in texts]
+    assert loaded(folders[kind])(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 3) for score in expected}) == 5
+
+
+def test_the_first_special_token_is_there_once(folders, tmp_path):
+    """A template writes it; the tokenizer would write a second one."""
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = "{{ '[CLS]' }}{% for m in messages %}{{ m['content'] }} [SEP] {% endfor %}"
+    judge = RewardModel(str(folders["encoder"]))
+    judge.tokenizer = tokenizer
+    ids = judge._encode(["hello"], ["four"])[0]["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "hello", "[SEP]", "four", "[SEP]"]
+
+
+# The same score whatever the batch
+
+
+@KINDS
+@pytest.mark.parametrize("max_tokens", [1, 40, 100, 16384])
+def test_a_score_does_not_depend_on_the_batch_or_on_the_token_budget(folders, kind, max_tokens):
+    judge = loaded(folders[kind], max_tokens_per_microbatch=max_tokens)
+    single = [judge([p], [c])[0] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert judge(PROMPTS, COMPLETIONS) == pytest.approx(single, abs=1e-5)
+    assert judge(PROMPTS[::-1], COMPLETIONS[::-1]) == pytest.approx(single[::-1], abs=1e-5)
+
+
+def test_without_a_pad_token_no_last_token_is_taken_for_padding(folders):
+    """A decoder reads the score at the last token that is no padding, here one with the ids 0 and 1 in turn."""
+    judge = loaded(folders["decoder, no pad"])
+    judge.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    texts = ["four<pad>", "four and four<eos>", "it is two and two<pad>"]
+    expected = [alone(folders["decoder, no pad"], text, add_special_tokens=False) for text in texts]
+    for _ in range(2):
+        assert judge([""] * 3, texts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_token_budget_bounds_the_forward_passes(folders, monkeypatch):
+    judge, shapes = loaded(folders["encoder"], max_tokens_per_microbatch=40), []
+    forward = DebertaV2ForSequenceClassification.forward
+
+    def watched(self, input_ids, **inputs):
+        shapes.append(input_ids.shape)
+        return forward(self, input_ids, **inputs)
+
+    monkeypatch.setattr(DebertaV2ForSequenceClassification, "forward", watched)
+    judge(PROMPTS, COMPLETIONS)
+    assert len(shapes) > 1 and sum(rows for rows, _ in shapes) == 6
+    assert all(rows * width <= 40 for rows, width in shapes)
+
+
+def test_scoring_nothing_gives_nothing_and_moves_nothing(folders):
+    judge = loaded(folders["encoder"], offload="always")
+    assert judge([], []) == [] and not judge._models.resident
+
+
+def test_columns_are_nothing_to_a_reward_model(folders):
+    judge = loaded(folders["encoder"])
+    assert judge(["hello"], ["four"], answer=[4]) == judge(["hello"], ["four"])
+
+
+@pytest.mark.skipif(not HH_RLHF.is_file(), reason="needs the records of hh-rlhf")
+def test_real_dialogues_are_scored_as_alone_too(folders):
+    with gzip.open(HH_RLHF, "rt") as lines:
+        texts = [json.loads(next(lines))["chosen"].rpartition("\n\nAssistant:") for _ in range(12)]
+    prompts, completions = [t[0] for t in texts], [t[2] for t in texts]
+    for kind in ("encoder", "decoder, pad is eos"):
+        judge = loaded(folders[kind], max_tokens_per_microbatch=1200)
+        single = [judge([p], [c])[0] for p, c in zip(prompts, completions, strict=True)]
+        assert judge(prompts, completions) == pytest.approx(single, abs=1e-5)
+
+
+# Texts that are too long
+
+
+def ids_of(folder: Path, prompt: str | list[dict], completion: str, max_length: int) -> tuple[list[str], RewardModel]:
+    judge = RewardModel(str(folder))
+    judge.max_length = max_length
+    row = judge._encode([prompt], [completion])[0]
+    assert {len(values) for values in row.values()} == {len(row["input_ids"])}
+    return judge.tokenizer.convert_ids_to_tokens(row["input_ids"]), judge
+
+
+def test_the_limit_is_the_smaller_of_the_models_and_the_tokenizers(folders, tmp_path):
+    assert RewardModel(str(folders["encoder"])).max_length == MAX_LENGTH
+    folder = save_pair_encoder(tmp_path / "short")
+    tokenizer = words_tokenizer()
+    tokenizer.model_max_length = 30
+    tokenizer.save_pretrained(folder)
+    assert RewardModel(str(folder)).max_length == 30
+
+
+def test_of_a_pair_that_is_too_long_the_beginning_of_the_prompt_goes_first(folders):
+    text = ids_of(folders["encoder"], "hello what is two and two", "it is four", 8)[0]
+    assert text == ["[CLS]", "and", "two", "[SEP]", "it", "is", "four", "[SEP]"]
+    text = ids_of(folders["encoder"], "hello", "it is four and that", 7)[0]
+    assert text == ["[CLS]", "[SEP]", "it", "is", "four", "and", "[SEP]"]
+
+
+def test_of_a_conversation_that_is_too_long_the_beginning_goes_first(folders):
+    whole = ids_of(folders["decoder"], "hello", "four", 400)[0]
+    text = ids_of(folders["decoder"], "hello", "four", len(whole) - 8)[0]
+    assert text == whole[8:]
+    num_answer = len("four") + 1  # bytes, and the end token
+    text = ids_of(folders["decoder"], "hello", "four", num_answer)[0]
+    assert text == [*"four", EOS]
+    text = ids_of(folders["decoder"], "hello", "four", 3)[0]
+    assert text == [*"fou"]
+
+
+def test_a_first_special_token_stays_in_a_shortened_conversation(folders):
+    judge = RewardModel(str(folders["decoder"]))
+    judge.tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    judge.tokenizer.bos_token = "<pad>"
+    judge.max_length = 8
+    ids = judge._encode(["hello"], ["four"])[0]["input_ids"]
+    assert judge.tokenizer.convert_ids_to_tokens(ids) == ["<pad>", "t", ">", *"four", EOS]
+
+
+def test_long_texts_score_and_are_told_of_once_and_counted(folders, caplog):
+    judge = loaded(folders["encoder"])
+    with caplog.at_level(logging.WARNING):
+        long = judge(["hello " * 99 + "what is two", "hello"], ["it is four", "four"])
+        judge(["hello " * 99], ["four"])
+    assert len(caplog.records) == 1
+    assert caplog.messages[0].startswith("reward model encoder: 1 of 2 texts are longer than its limit of 40 tokens")
+    assert judge.num_truncated == 2
+    kept = " ".join(["hello"] * (MAX_LENGTH - 9) + ["what is two"])
+    assert long[0] == pytest.approx(judge([kept], ["it is four"])[0], abs=1e-5)
+    assert judge.num_truncated == 2
+
+
+def test_short_texts_are_silent(folders, caplog):
+    with caplog.at_level(logging.WARNING):
+        loaded(folders["encoder"])(PROMPTS, COMPLETIONS)
+    assert not caplog.records
+
+
+# On the device only while it scores
+
+
+@KINDS
+def test_it_leaves_the_device_and_moving_changes_no_score(folders, kind):
+    pool = ModelPool(CPU, "always")
+    pool.add("policy", torch.nn.Linear(2, 2))
+    judge = RewardModel(str(folders[kind]))
+    judge.load(pool)
+    assert f"reward/{judge.name}" in pool and not pool.resident
+    with pool.use("policy"):
+        pass
+    scores = judge(PROMPTS, COMPLETIONS)
+    assert pool.resident == {f"reward/{judge.name}"}
+    with pool.use("policy"):
+        assert pool.resident == {"policy"}
+    pool.evict()
+    assert not pool.resident
+    assert judge(PROMPTS, COMPLETIONS) == pytest.approx(scores, abs=1e-5)
+    assert loaded(folders[kind])(PROMPTS, COMPLETIONS) == pytest.approx(scores, abs=1e-5)
+
+
+def test_it_draws_no_random_number_keeps_no_graph_and_does_not_join_autocast(folders):
+    state = torch.random.get_rng_state()
+    judge = loaded(folders["encoder"])
+    scores = judge(PROMPTS, COMPLETIONS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert judge(PROMPTS, COMPLETIONS) == scores
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with judge._models.use("reward/encoder") as module:
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_its_name_is_the_last_part_of_its_folder(folders):
+    assert RewardModel(f"{folders['encoder']}/").name == "encoder"
+
+
+# What can go wrong
+
+
+def refused(folder: Path | str) -> str:
+    with pytest.raises(ValueError) as caught:
+        RewardModel(str(folder))
+    return str(caught.value)
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path):
+    message = refused(tmp_path / "nowhere")
+    assert "nowhere" in message and "cannot be loaded" in message and "--rewards" in message
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    config = DebertaV2Config(num_labels=1, architectures=["DebertaV2ForSequenceClassification"])
+    config.save_pretrained(tmp_path / "bare")
+    assert "cannot be loaded: it has no tokenizer" in refused(tmp_path / "bare")
+
+
+def test_two_labels_are_refused_since_a_completion_gets_one_score(tmp_path):
+    message = refused(save_pair_encoder(tmp_path / "two", num_labels=2))
+    assert "has 2 labels. Need 1, since a completion gets one score." in message
+
+
+def test_a_policy_is_no_reward_model(tmp_path):
+    message = refused(save_decoder(tmp_path / "policy", model=Qwen2ForCausalLM))
+    assert "Qwen2ForCausalLM" in message and "random weights" in message and "trl.RewardTrainer" in message
+
+
+def test_a_model_whose_head_is_not_among_its_weights_is_refused(tmp_path):
+    """What transformers would fill with random numbers."""
+    folder = save_decoder(tmp_path / "headless", model=Qwen2ForCausalLM)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"no weights for score\.weight.*at random"):
+        RewardModel(str(folder)).load(ModelPool(CPU, "never"))
+
+
+def test_a_dialogue_as_text_is_read_as_its_turns():
+    text = "\n\nHuman: hello\n\nAssistant: hi\n\nHuman: four?\n\nAssistant:"
+    roles = [message["role"] for message in as_messages(text)]
+    assert roles == ["user", "assistant", "user"] and as_messages(text)[-1]["content"] == "four?"
+    assert as_messages("four?") == [{"role": "user", "content": "four?"}]
