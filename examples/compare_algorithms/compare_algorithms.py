@@ -1,0 +1,157 @@
+"""Every algorithm on the same task with several seeds: `python compare_algorithms.py`, `--help` for more.
+
+An algorithm is a folder `Name` in the repository's root with `name.py` and `name_trainer.py`. Its script runs as a
+user would start it, one run after another. What follows `--` goes to every run: `-- --num_steps 20 --task hh_rlhf`.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from common.cli import ROOT, run_script
+from examples.compare_algorithms.report import write_report
+from examples.compare_algorithms.runs import FinishedRun, check_equal, has_finished, read_run, run_folder
+
+ARGUMENTS_FILE = "arguments.json"
+# What this script says for each run, or what would make the runs differ.
+RESERVED = ("seed", "output_dir", "preset", "resume")
+
+
+def find_algorithms(root: Path) -> dict[str, Path]:
+    """Path of each algorithm's script by the name of its folder, sorted."""
+    scripts = {folder.name: folder / f"{folder.name.lower()}.py" for folder in sorted(root.iterdir())}
+    return {
+        name: script
+        for name, script in scripts.items()
+        if script.is_file() and script.with_name(f"{script.stem}_trainer.py").is_file()
+    }
+
+
+def compare(arguments: list[str], root: Path = ROOT) -> int:
+    """Do what the command line says. After every round of algorithms there is a report, a fair partial result.
+
+    Args:
+        arguments: command line without the program's name.
+        root: where the algorithms' folders are.
+
+    Returns:
+        Exit status: 1 if a run failed.
+
+    Raises:
+        ValueError: for an algorithm that is not there, a setting that is not to be passed on, a folder of another
+            comparison, and runs that cannot be compared.
+    """
+    found = find_algorithms(root)
+    options, passed_on = _options(arguments)
+    chosen = _choose(options.algorithms, found)
+    if not options.report_only:
+        _keep_arguments(options.output_dir, ["--preset", options.preset, *passed_on])
+    settings = ["--preset", options.preset, "--eval_kl", "true", *passed_on]
+    planned = [] if options.report_only else [(seed, name) for seed in options.seeds for name in chosen]
+    finished, num_failed = [], 0
+    for number, (seed, name) in enumerate(planned, start=1):
+        print(f"[{number}/{len(planned)}] {name}, seed {seed}: ", end="", flush=True)
+        if run := _run(found[name], seed, options.output_dir, settings):
+            finished.append(run)
+            check_equal(finished)  # now, rather than after hours
+        else:
+            num_failed += 1
+        if number % len(chosen) == 0 and not num_failed:
+            write_report(options.output_dir, chosen, known=list(found))
+    if finished or options.report_only:
+        print("\n" + write_report(options.output_dir, chosen, known=list(found)))
+        print(f"table, numbers and figure: {options.output_dir.resolve()}")
+    return 1 if num_failed else 0
+
+
+def run_environment() -> dict[str, str]:
+    """The environment of a run: it has the machine for itself, so torch may use every CPU that this process may.
+
+    The CPUs themselves are inherited. What the user set stays.
+    """
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "PASSIVE"}
+    return threads | os.environ
+
+
+def _run(script: Path, seed: int, output_dir: Path, settings: list[str]) -> FinishedRun | None:
+    """Start or continue one run and say how it went; None if it failed. A finished one is left alone."""
+    name = script.parent.name
+    folder = run_folder(output_dir, name, seed)
+    log = folder.with_name(f"{folder.name}.log")
+    how = "finished before"
+    if not has_finished(folder):
+        command = [sys.executable, script, "--seed", seed, "--output_dir", folder, "--resume", "auto", *settings]
+        begun = time.monotonic()
+        with open(log, "ab") as file:
+            done = subprocess.run(map(str, command), env=run_environment(), stdout=file, stderr=subprocess.STDOUT)
+        how = f"{time.monotonic() - begun:.0f} s"
+        if done.returncode or not has_finished(folder):
+            last = (log.read_text(errors="replace").splitlines() or ["it wrote nothing"])[-1]
+            print(f"FAILED with status {done.returncode} after {how}, see {log}: {last}", flush=True)
+            return None
+    run = read_run(folder, name, seed)
+    metric, before, after = run.progress()
+    print(f"{how}, {metric} {before:.3f} -> {after:.3f}", flush=True)
+    return run
+
+
+def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of this script, and what goes to every run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--algorithms", nargs="+", help="folders in the repository's root (default: all)")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/compare_algorithms"))
+    parser.add_argument("--preset", default="auto", help="of every run: auto is cpu without a CUDA GPU, none with one")
+    parser.add_argument("--report_only", action="store_true", help="redraw table and figure from what is there")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, passed_on = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    for word in passed_on:
+        setting = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and setting in RESERVED:
+            raise ValueError(
+                f"-- {word}: this script gives every run its own {setting}, so that runs can be compared and "
+                "continued. Pass --seeds, --output_dir or --preset before the --."
+            )
+    return options, passed_on
+
+
+def _choose(wanted: list[str] | None, found: dict[str, Path]) -> list[str]:
+    """Names as their folders have them, sorted."""
+    by_lower = {name.lower(): name for name in found}
+    for name in wanted or []:
+        if name.lower() not in by_lower:
+            raise ValueError(
+                f"algorithms={name!r}: it needs a folder {name}/ with {name.lower()}.py and {name.lower()}_trainer.py "
+                f"in the repository's root. Pass --algorithms with some of {', '.join(found)}."
+            )
+    return sorted({by_lower[name.lower()] for name in wanted or found})
+
+
+def _keep_arguments(output_dir: Path, arguments: list[str]) -> None:
+    """Refuse to mix runs: a finished run is not started again, so it would not notice other settings."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / ARGUMENTS_FILE
+    if path.exists() and (stored := json.loads(path.read_text())) != arguments:
+        raise ValueError(
+            f"{' '.join(arguments)}: the runs in {output_dir} were started with {' '.join(stored)}, and only runs "
+            "with equal settings can be compared. Pass the same settings to go on, or another --output_dir."
+        )
+    path.write_text(json.dumps(arguments) + "\n")
+
+
+def main() -> None:
+    """Compare as the command line says."""
+    # Ending this script ends the run that it waits for too; the same command continues both.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(compare(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,167 @@
+"""What finished runs say about their algorithms: results.json, table.md and comparison.png."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from common.checkpoints import MAY_CHANGE, write_file
+from examples.compare_algorithms.figure import picture
+from examples.compare_algorithms.runs import FinishedRun, check_equal, comparable_runs, must_be_equal
+
+RESULTS_FILE, TABLE_FILE, FIGURE_FILE = "results.json", "table.md", "comparison.png"
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last also serves for more, a little too wide.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Columns of the table: title and format. One that no run has a value for is left out.
+COLUMNS = {
+    "accuracy_before": ("accuracy before", ".3f"),
+    "accuracy": ("accuracy after", ".3f"),
+    "score_before": ("score before", ".3f"),
+    "score": ("score after", ".3f"),
+    "kl": ("KL, nats/token", ".4f"),
+    "seconds_per_episode": ("s/episode", ".4f"),
+    "tokens_sampled": ("tokens sampled", ",.0f"),
+    "tokens_trained": ("tokens trained on", ",.0f"),
+    "peak_gb": ("peak GB", ".2f"),
+}
+
+
+def write_report(output_dir: Path, algorithms: list[str], *, known: list[str]) -> str:
+    """Write results.json, table.md and comparison.png.
+
+    Args:
+        output_dir: holds the runs' folders.
+        algorithms: which to compare.
+        known: all algorithms there are, so that each keeps its colour whichever are compared.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: if there is no finished run, no seed that all finished, or if runs are not comparable.
+    """
+    runs, left_out = comparable_runs(output_dir, algorithms)
+    check_equal(runs)
+    results = summarize(runs) | {"left_out": left_out}
+    table = table_of(results)
+    write_file(output_dir / RESULTS_FILE, (json.dumps(results, indent=1) + "\n").encode())
+    write_file(output_dir / TABLE_FILE, table.encode())
+    write_file(output_dir / FIGURE_FILE, picture(runs, sorted(known)))
+    return table
+
+
+def mean_with_interval(values: list[float | None]) -> dict[str, Any]:
+    """The mean over seeds and the half width of its 95 % confidence interval by Student's t.
+
+    Each seed gives one value, its mean over held-out prompts; the seeds are the independent draws.
+
+    Args:
+        values: one per seed; None where a run has none.
+
+    Returns:
+        mean, ci95 (None for a single seed) and per_seed; mean and ci95 are None if a value is missing.
+    """
+    count = len(values)
+    if None in values:
+        return {"mean": None, "ci95": None, "per_seed": values}
+    quantile = STUDENT_T[min(count - 1, len(STUDENT_T)) - 1]
+    interval = quantile * stdev(values) / math.sqrt(count) if count > 1 else None
+    return {"mean": mean(values), "ci95": interval, "per_seed": values}
+
+
+def summarize(runs: list[FinishedRun]) -> dict[str, Any]:
+    """Everything the table shows, as JSON.
+
+    Returns:
+        seeds, algorithms (for each its columns as in `mean_with_interval`), equal (settings that all runs share and
+        have to) and different (for each other setting its value by algorithm, of those
+        algorithms that have it).
+    """
+    by_algorithm: dict[str, list[FinishedRun]] = defaultdict(list)
+    for run in runs:
+        by_algorithm[run.algorithm].append(run)
+    algorithms = {}
+    for name, own in by_algorithm.items():
+        numbers = [run.numbers() for run in own]
+        algorithms[name] = {key: mean_with_interval([entry[key] for entry in numbers]) for key in numbers[0]}
+    settings = {name: own[0].settings for name, own in by_algorithm.items()}
+    names = sorted(set().union(*settings.values()) - MAY_CHANGE - {"seed"})
+    different = {}
+    for name in names:
+        values = {algorithm: own[name] for algorithm, own in settings.items() if name in own}
+        if len(values) < len(settings) or any(value != values[runs[0].algorithm] for value in values.values()):
+            different[name] = values
+    return {
+        "seeds": [run.seed for run in by_algorithm[runs[0].algorithm]],
+        "algorithms": algorithms,
+        "equal": {name: runs[0].settings.get(name) for name in names if must_be_equal(name)},
+        "different": different,
+    }
+
+
+def table_of(results: dict[str, Any]) -> str:
+    """The results in Markdown.
+
+    Args:
+        results: from `summarize`, and left_out.
+    """
+    algorithms, seeds = results["algorithms"], results["seeds"]
+    columns = {
+        key: title_and_format
+        for key, title_and_format in COLUMNS.items()
+        if any(value is not None for own in algorithms.values() for value in own[key]["per_seed"])
+    }
+    means, singles = [], []
+    for name, own in algorithms.items():
+        means.append((name, {key: (own[key]["mean"], own[key]["ci95"]) for key in columns}))
+        for place, seed in enumerate(seeds):
+            cells = {key: (own[key]["per_seed"][place], None) for key in columns}
+            if "accuracy" in cells:
+                cells["accuracy"] = (cells["accuracy"][0], own["accuracy_ci95"]["per_seed"][place])
+            singles.append((f"{name}, seed {seed}", cells))
+    equal = ", ".join(f"{name} {_shown(value)}" for name, value in results["equal"].items())
+    lines = [
+        f"Mean over seeds {', '.join(map(str, seeds))} ± 95 % confidence interval (Student's t over the seeds):\n",
+        *_markdown(means, columns),
+        "\nEach seed; ± is the 95 % confidence interval over its held-out prompts:\n",
+        *_markdown(singles, columns),
+        "\nSeconds are of training, without evaluation and checkpoints; KL is to the untrained policy, on held-out "
+        f"completions.\n\nEqual in all runs: {equal}.",
+    ]
+    if results["different"]:
+        lines.append("\nSettings that differ; an algorithm that is not named has no such setting:\n")
+        lines += [_difference(name, values) for name, values in results["different"].items()]
+    if results["left_out"]:
+        lines.append(f"\nLeft out, because not all algorithms have finished it: {'; '.join(results['left_out'])}.")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown(
+    rows: list[tuple[str, dict[str, tuple[float | None, float | None]]]], columns: dict[str, tuple[str, str]]
+) -> list[str]:
+    titles = [title for title, _ in columns.values()]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
+    for name, cells in rows:
+        shown = [_cell(*cells[key], form) for key, (_, form) in columns.items()]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    return lines
+
+
+def _cell(value: float | None, interval: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return format(value, form) + (f" ± {format(interval, form)}" if interval is not None else "")
+
+
+def _difference(name: str, values: dict[str, Any]) -> str:
+    """One line: each value with the algorithms that have it."""
+    having: dict[str, list[str]] = defaultdict(list)
+    for algorithm, value in values.items():
+        having[_shown(value)].append(algorithm)
+    return f"* {name}: " + "; ".join(f"{value} ({', '.join(who)})" for value, who in having.items())
+
+
+def _shown(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else "null" if value is None else str(value)

@@ -1,0 +1,156 @@
+"""The finished runs of a comparison: read, and refused where they differ in more than their algorithm.
+
+Only what all compared algorithms have is compared: the seeds that all of them finished, with equal settings.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.checkpoints import CONFIG_FILE, FINAL_FOLDER, MAY_CHANGE
+from common.metrics import METRICS_FILE
+from common.plots import Curves
+
+# Two runs are comparable when these settings are equal, and all whose names begin with EQUAL_PREFIXES.
+EQUAL = (
+    *("task", "model", "seed", "num_steps", "prompts_per_step", "num_generations", "num_eval_prompts"),
+    *("temperature", "max_prompt_length", "max_completion_length", "early_stopping_patience"),
+)
+EQUAL_PREFIXES = ("dataset", "reward", "eval_")
+ABSENT = "no such setting"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """One run of one algorithm.
+
+    Attributes:
+        algorithm: name of its folder in the repository's root.
+        seed: the seed that its folder's name says.
+        settings: of config.yaml.
+        rows: lines of metrics.jsonl, that of the untrained policy first.
+    """
+
+    algorithm: str
+    seed: int
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines with a held-out evaluation, each with `seconds`: training until then, without evaluation.
+
+        Writing checkpoints is no part of training either; fitting a value model before the first step is.
+
+        Raises:
+            ValueError: if there are fewer than two.
+        """
+        spent = [
+            row["time/step"] + row.get("time/value_init", 0.0) - row.get("time/eval", 0.0) - row.get("time/save", 0.0)
+            for row in self.rows
+        ]
+        rows = [row | {"seconds": until} for row, until in zip(self.rows, accumulate(spent), strict=True)]
+        evaluations = [row for row in rows if row.get("eval/score") is not None]
+        if len(evaluations) < 2:
+            raise ValueError(
+                f"{self.algorithm}, seed {self.seed}: {len(evaluations)} held-out evaluations, and a comparison needs "
+                "one before training and one after. Pass every run an --eval_every above 0, after --."
+            )
+        return evaluations
+
+    def progress(self) -> tuple[str, float, float]:
+        """Name of the held-out metric, accuracy where the task has one, and its value before and after training."""
+        first, *_, last = self.evaluations()
+        metric = "accuracy" if "eval/accuracy" in last else "score"
+        return metric, first[f"eval/{metric}"], last[f"eval/{metric}"]
+
+    def numbers(self) -> dict[str, float | None]:
+        """The columns of the table, and accuracy_ci95 over prompts; None for what the run did not measure."""
+        first, *_, last = self.evaluations()
+        return {
+            "accuracy_before": first.get("eval/accuracy"),
+            "accuracy": last.get("eval/accuracy"),
+            "accuracy_ci95": last.get("eval/accuracy_ci95"),
+            "score_before": first["eval/score"],
+            "score": last["eval/score"],
+            "kl": last.get("eval/kl"),
+            "seconds_per_episode": last["seconds"] / last["episodes"],
+            "tokens_sampled": last["tokens"],
+            "tokens_trained": sum(row.get("policy/tokens", 0) for row in self.rows),
+            "peak_gb": max(row["memory/peak_gb"] for row in self.rows),
+        }
+
+
+def run_folder(output_dir: Path, algorithm: str, seed: int) -> Path:
+    """Where a run of the comparison is."""
+    return output_dir / f"{algorithm.lower()}-seed{seed}"
+
+
+def has_finished(folder: Path) -> bool:
+    """True once the run has written its last file."""
+    return (folder / FINAL_FOLDER).is_dir()
+
+
+def read_run(folder: Path, algorithm: str, seed: int) -> FinishedRun:
+    """Read a run's folder."""
+    settings = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    return FinishedRun(algorithm=algorithm, seed=seed, settings=settings, rows=Curves(folder / METRICS_FILE).rows)
+
+
+def comparable_runs(output_dir: Path, algorithms: list[str]) -> tuple[list[FinishedRun], list[str]]:
+    """The runs of those seeds that every algorithm with a finished run has finished.
+
+    Returns:
+        The runs by algorithm and seed, and what is left out, in words.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    seeds: dict[str, set[int]] = {}
+    for name in algorithms:
+        folders = [path for path in output_dir.glob(f"{name.lower()}-seed*") if has_finished(path)]
+        seeds[name] = {int(path.name.rpartition("-seed")[2]) for path in folders}
+    shared = set.intersection(*(own for own in seeds.values() if own)) if any(seeds.values()) else set()
+    if not shared:
+        there = "; ".join(f"{name}: {sorted(own) or 'none'}" for name, own in seeds.items())
+        raise ValueError(
+            f"finished seeds in {output_dir}: {there}. A fair comparison needs a seed that all algorithms have "
+            "finished. Run the same command without --report_only to finish the others."
+        )
+    left_out = [f"{name} (no finished run)" for name, own in seeds.items() if not own]
+    left_out += [f"{name}, seed {seed}" for name, own in seeds.items() for seed in sorted(own - shared)]
+    pairs = [(name, seed) for name, own in seeds.items() if own for seed in sorted(shared)]
+    return [read_run(run_folder(output_dir, name, seed), name, seed) for name, seed in pairs], left_out
+
+
+def must_be_equal(setting: str) -> bool:
+    """True for settings without which two runs say nothing about their algorithms."""
+    return setting in EQUAL or setting.startswith(EQUAL_PREFIXES)
+
+
+def check_equal(runs: list[FinishedRun]) -> None:
+    """Refuse runs that differ in more than their algorithm and seed.
+
+    Raises:
+        ValueError: naming the runs, the setting and its values.
+    """
+    first_of: dict[str, FinishedRun] = {}
+    for run in runs:
+        for other in (runs[0], first_of.setdefault(run.algorithm, run)):
+            _check_pair(run, other)
+
+
+def _check_pair(run: FinishedRun, other: FinishedRun) -> None:
+    same_algorithm = run.algorithm == other.algorithm
+    for name in sorted((run.settings.keys() | other.settings.keys()) - MAY_CHANGE):
+        own = run.settings.get(name, ABSENT)
+        wanted = run.seed if name == "seed" else other.settings.get(name, ABSENT)
+        if own != wanted and (same_algorithm or must_be_equal(name)):
+            reference = "its folder's name" if name == "seed" else f"{other.algorithm}, seed {other.seed}"
+            raise ValueError(
+                f"{run.algorithm}, seed {run.seed}: {name} is {own!r} but {wanted!r} in {reference}. Only runs that "
+                "differ in nothing but the algorithm can be compared. Pass the setting to every run, after --, with "
+                "another --output_dir."
+            )
