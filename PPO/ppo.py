@@ -46,9 +46,10 @@ SETTINGS = PPOConfig(
     value_clip_range=0.2,
     value_loss_coef=0.5,
     value_init="fit",  # "none", "zero_head", or a model with a score
-    value_init_batches=5,
+    value_init_prompts=640,
+    value_init_generations=4,
     value_init_epochs=8,
-    value_init_minibatches=8,
+    value_init_minibatches=32,
     value_init_learning_rate=1e-4,
     # Optimizer
     learning_rate=1e-5,  # ten times what full training takes, as usual with LoRA

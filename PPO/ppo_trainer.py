@@ -13,7 +13,7 @@ from common.rollouts import PromptBatch, Rollouts
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
 from common.values import explained_variance, save_value_model, token_values
-from PPO.value_initializer import initialize_values, make_value_model
+from PPO.value_initializer import NUM_PARTS, initialize_values, make_value_model
 
 
 @dataclass(kw_only=True)
@@ -38,12 +38,14 @@ class PPOConfig(ClippedConfig):
     """"own": a second model; "shared", with LoRA: the policy's frozen base with an adapter and a head of its own."""
     value_init: str = "fit"
     """"none" (random head), "zero_head", "fit" (to returns of the untrained policy), or a model with a score."""
-    value_init_batches: int = 5
-    """Batches of a step's size sampled for the fit; one in five is held out."""
+    value_init_prompts: int = 640
+    """Training prompts completed for the fit, over all processes; one in five is held out from it."""
+    value_init_generations: int = 4
+    """Completions of each."""
     value_init_epochs: int = 8
     """Most passes over them; the weights with the least held-out error are kept."""
-    value_init_minibatches: int = 8
-    """Optimizer steps per batch and pass."""
+    value_init_minibatches: int = 32
+    """Optimizer steps per pass."""
     value_init_learning_rate: float = 1e-5
     """Learning rate of the fit."""
 
@@ -70,10 +72,12 @@ class PPOConfig(ClippedConfig):
                 f"value_init={self.value_init!r} with value_backbone='shared': that model would need a base of its "
                 "own. Pass --value_backbone own, or --value_init none, zero_head or fit."
             )
-        if self.value_init_batches < 2 or self.value_init_epochs < 1:
+        counts = self.value_init_generations, self.value_init_epochs, self.value_init_minibatches
+        if self.value_init_prompts < NUM_PARTS or min(counts) < 1:
             raise ValueError(
-                f"value_init_batches={self.value_init_batches}, value_init_epochs={self.value_init_epochs}: need at "
-                "least 2 batches, one of them to judge the fit by, and 1 pass. Pass --value_init_batches 5."
+                f"value_init_prompts={self.value_init_prompts}, value_init_generations, _epochs, _minibatches="
+                f"{counts}: need at least {NUM_PARTS} prompts, one part of which judges the fit, and 1 of the others. "
+                "Pass --value_init_prompts 640."
             )
 
 

@@ -6,6 +6,7 @@ models alike.
 """
 
 import logging
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,9 @@ from common.values import (
 )
 
 logger = logging.getLogger("nanorlhf")
+
+# The completions are sampled in so many parts, the first of which is held out: a fit on 80 %.
+NUM_PARTS = 5
 
 # Passes over the data without a smaller held-out error before the fit ends.
 PATIENCE = 2
@@ -72,16 +76,15 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[s
     config = trainer.config
     if config.value_init in ("none", "zero_head"):
         return
-    batches = [_returns(trainer, step) for step in range(1, config.value_init_batches + 1)]
-    num_held_out = max(len(batches) // 5, 1)
-    held_out, fitted = batches[:num_held_out], batches[num_held_out:]
+    start = time.perf_counter()
+    held_out, *fitted = [_returns(trainer, part) for part in range(1, NUM_PARTS + 1)]
     settings = replace(
         config,
         learning_rate=config.value_init_learning_rate,
         lr_scheduler="constant",
         warmup_steps=0,
         num_update_epochs=1,
-        num_minibatches=config.value_init_minibatches,
+        num_minibatches=max(config.value_init_minibatches // len(fitted), 1),
     )
     with place.get("context", nullcontext)():
         learner = Learner("value", model, settings)
@@ -96,22 +99,22 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[s
     trainer.shares.reduce(trainer.accelerator)  # what the fit recorded is no part of the first step
     trainer.shares.add("value_init/explained_variance_before", before, 1)
     trainer.shares.add("value_init/explained_variance_after", after, 1)
+    trainer.shares.add("time/value_init", time.perf_counter() - start, 1)
     logger.info("value model: explained variance of held-out returns %.3f before, %.3f after", before, after)
 
 
-def _returns(trainer: OnPolicyTrainer, step: int) -> Rollouts:
-    """Completions of a step's prompts, other ones than the step itself will sample, with the returns PPO computes."""
+def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
+    """Completions of a part of the prompts, other ones than PPO will sample, with the returns that it computes."""
     config = trainer.config
-    rollouts = trainer.sample(
-        trainer.training_prompts(step), num_generations=config.num_generations, stream="value_init"
-    )
+    prompts = trainer.training_prompts(part, config.value_init_prompts // NUM_PARTS)
+    rollouts = trainer.sample(prompts, num_generations=config.value_init_generations, stream="value_init")
     rollouts.scores = trainer.score(rollouts)
     rewards = trainer.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
     rollouts.returns = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
     return rollouts
 
 
-def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: list[Rollouts]) -> None:
+def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: Rollouts) -> None:
     best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
     for _ in range(trainer.config.value_init_epochs):
         for rollouts in fitted:
@@ -139,15 +142,15 @@ def _calibrate(trainer: OnPolicyTrainer, head: nn.Linear, fitted: list[Rollouts]
         head.bias.copy_(head.bias * scale.float() + (target - scale * value) / count)
 
 
-def _explained(trainer: OnPolicyTrainer, batches: list[Rollouts]) -> float:
-    values, returns = _flat(trainer, batches)
+def _explained(trainer: OnPolicyTrainer, held_out: Rollouts) -> float:
+    values, returns = _flat(trainer, [held_out])
     everything = torch.ones(values.shape, dtype=torch.bool)
     return explained_variance(values, returns, everything, sum_over_processes=trainer.passes.sum_over_processes)
 
 
-def _error(trainer: OnPolicyTrainer, batches: list[Rollouts]) -> float:
+def _error(trainer: OnPolicyTrainer, held_out: Rollouts) -> float:
     """Mean squared error over the tokens of all processes."""
-    values, returns = _flat(trainer, batches)
+    values, returns = _flat(trainer, [held_out])
     parts = torch.stack([(values - returns).square().sum(), torch.tensor(float(len(values)))])
     total, count = trainer.passes.sum_over_processes(parts.double())
     return float(total / count)

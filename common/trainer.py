@@ -122,11 +122,10 @@ class OnPolicyTrainer(ABC):
     # --------------------------------------------------------------------------------------------------- the verbs
 
     @final
-    def training_prompts(self, step: int) -> PromptBatch:
-        """This process's prompts of a step, from 1."""
-        accelerator, num_prompts = self.accelerator, self.config.prompts_per_step
-        share = {"process": accelerator.process_index, "num_processes": accelerator.num_processes}
-        return self.prompts.batch(step, num_prompts=num_prompts, **share)
+    def training_prompts(self, step: int, num_prompts: int | None = None) -> PromptBatch:
+        """This process's prompts of a step, from 1; num_prompts over all processes, None: prompts_per_step."""
+        share = {"process": self.accelerator.process_index, "num_processes": self.accelerator.num_processes}
+        return self.prompts.batch(step, num_prompts=num_prompts or self.config.prompts_per_step, **share)
 
     @final
     def sample(
@@ -144,7 +143,8 @@ class OnPolicyTrainer(ABC):
             B = len(prompts) x G rows, rows of one prompt adjacent.
         """
         rollouts = self.generation.sample(prompts, num_generations=num_generations, greedy=greedy, stream=stream)
-        rollouts.step_lengths = self.passes.step_lengths(rollouts, self.config.prompts_per_step * num_generations)
+        num_rows = len(rollouts) * self.accelerator.num_processes
+        rollouts.step_lengths = self.passes.step_lengths(rollouts, num_rows)
         self.run.count_tokens(int(self.passes.sum_over_processes(rollouts.lengths.sum())))
         return rollouts
 
