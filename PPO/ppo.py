@@ -48,8 +48,8 @@ SETTINGS = PPOConfig(
     value_init="fit",  # "none", "zero_head", or a model with a score
     value_init_prompts=640,
     value_init_generations=4,
-    value_init_epochs=8,
-    value_init_minibatches=32,
+    value_init_epochs=4,
+    value_init_minibatches=64,
     value_init_learning_rate=1e-4,
     # Optimizer
     learning_rate=1e-5,  # ten times what full training takes, as usual with LoRA
@@ -96,8 +96,16 @@ SETTINGS = PPOConfig(
     seed=0,
 )
 
-# What the embedded default (common/presets/cpu.yaml) needs besides: full training, so a value model of its own.
-EMBEDDED = {"value_backbone": "own", "value_learning_rate": 3e-4, "value_init_learning_rate": 3e-4}
+# What the embedded default (common/presets/cpu.yaml) needs besides: full training, so a value model of its own; for its
+# fit most of the 764 training prompts, since few prompts would be learnt by heart.
+EMBEDDED = {
+    "value_backbone": "own",
+    "value_learning_rate": 3e-4,
+    "value_init_prompts": 760,
+    "value_init_generations": 8,
+    "value_init_epochs": 3,
+    "value_init_learning_rate": 2e-3,
+}
 
 
 def main() -> None:

@@ -42,12 +42,12 @@ class PPOConfig(ClippedConfig):
     """Training prompts completed for the fit, over all processes; one in five is held out from it."""
     value_init_generations: int = 4
     """Completions of each."""
-    value_init_epochs: int = 8
+    value_init_epochs: int = 4
     """Most passes over them; the weights with the least held-out error are kept."""
-    value_init_minibatches: int = 32
+    value_init_minibatches: int = 64
     """Optimizer steps per pass."""
-    value_init_learning_rate: float = 1e-5
-    """Learning rate of the fit."""
+    value_init_learning_rate: float = 3e-5
+    """Learning rate of the fit; falls linearly to 0."""
 
     def __post_init__(self) -> None:
         """Check PPO's settings after the shared ones.

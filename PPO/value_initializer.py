@@ -116,8 +116,12 @@ def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
 
 def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: Rollouts) -> None:
     best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
-    for _ in range(trainer.config.value_init_epochs):
-        for rollouts in fitted:
+    epochs, settings = trainer.config.value_init_epochs, learner.config
+    for epoch in range(epochs):
+        for part, rollouts in enumerate(fitted):
+            # The rate falls to 0: at the end the noise of small mini-batches would cost more than they teach.
+            share_left = 1 - (epoch + part / len(fitted)) / epochs
+            learner.config = replace(settings, learning_rate=settings.learning_rate * share_left)
             trainer.update(learner, rollouts, _squared_error, average_over="tokens")
         error = _error(trainer, held_out)
         since_best += 1
