@@ -96,8 +96,8 @@ SETTINGS = PPOConfig(
     seed=0,
 )
 
-# What the embedded default (common/presets/cpu.yaml) needs besides: full training, so a value model of its own; for its
-# fit most of the 764 training prompts, since few prompts would be learnt by heart.
+# What the embedded default (common/presets/cpu.yaml) needs besides: full training, so a value model of its own; for
+# its fit most of the 764 training prompts, since few prompts would be learnt by heart.
 EMBEDDED = {
     "value_backbone": "own",
     "value_learning_rate": 3e-4,

@@ -8,7 +8,7 @@ models alike.
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -78,8 +78,8 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[s
         return
     start = time.perf_counter()
     held_out, *fitted = [_returns(trainer, part) for part in range(1, NUM_PARTS + 1)]
-    settings = replace(
-        config,
+    settings = copy(config)
+    vars(settings).update(  # not checked: mini-batches of the fit may differ by a row
         learning_rate=config.value_init_learning_rate,
         lr_scheduler="constant",
         warmup_steps=0,
@@ -116,12 +116,12 @@ def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
 
 def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: Rollouts) -> None:
     best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
-    epochs, settings = trainer.config.value_init_epochs, learner.config
+    epochs = trainer.config.value_init_epochs
     for epoch in range(epochs):
         for part, rollouts in enumerate(fitted):
             # The rate falls to 0: at the end the noise of small mini-batches would cost more than they teach.
             share_left = 1 - (epoch + part / len(fitted)) / epochs
-            learner.config = replace(settings, learning_rate=settings.learning_rate * share_left)
+            learner.config.learning_rate = trainer.config.value_init_learning_rate * share_left
             trainer.update(learner, rollouts, _squared_error, average_over="tokens")
         error = _error(trainer, held_out)
         since_best += 1
