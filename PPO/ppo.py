@@ -102,8 +102,8 @@ EMBEDDED = {
     "value_backbone": "own",
     "value_learning_rate": 3e-4,
     "value_init_prompts": 760,
-    "value_init_generations": 16,
-    "value_init_epochs": 2,
+    "value_init_generations": 8,
+    "value_init_epochs": 4,
     "value_init_minibatches": 256,
     "value_init_learning_rate": 1e-3,
 }
