@@ -18,7 +18,7 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
     """Read the named columns of all rows, or all columns.
 
     Args:
-        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, or a hub id.
+        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, or a hub id, with a configuration as `owner/name:config`.
         split: split of a hub data set, slices such as ``train[:1000]`` included; local files have no splits.
         columns: the columns that the task needs, others are left out; None: what each row has.
 
@@ -101,7 +101,8 @@ def _read_parquet(source: str) -> list[dict]:
 
 def _read_hub(source: str, split: str) -> list[dict]:
     try:
-        return datasets.load_dataset(source, split=split).to_list()
+        name, *config = source.split(":")
+        return datasets.load_dataset(name, *config, split=split).to_list()
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
             f"dataset={source}, dataset_split={split}: neither a local .jsonl(.gz), .json or .parquet file nor a "
