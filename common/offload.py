@@ -157,7 +157,7 @@ class ModelPool:
         self.resident.add(name)
         for tensor in [*tenant.tensors, *(tenant.moments if train else ())]:
             if self.offload == "always" and tensor not in tenant.home:
-                tenant.home[tensor] = self._pinned(tensor.data)
+                tenant.home[tensor] = self._pinned(tensor.data.cpu())  # on the device if all fitted until now
                 # copy=True: with the CPU as device too the move is a real one, which tests can see.
                 tensor.data = tenant.home[tensor].to(self.device, non_blocking=True, copy=True)
             elif self.offload != "always":

@@ -18,7 +18,8 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
     """Read the named columns of all rows, or all columns.
 
     Args:
-        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, or a hub id, with a configuration as `owner/name:config`.
+        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, or a hub id,
+            with a configuration as `owner/name:config`.
         split: split of a hub data set, slices such as ``train[:1000]`` included; local files have no splits.
         columns: the columns that the task needs, others are left out; None: what each row has.
 
