@@ -153,9 +153,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     k3 = exp(d) - d - 1, unbiased and never negative.
 
     As a loss term their gradients differ from their values: k1 has gradient of mean zero; k2 that of
-    KL(policy || reference), k3 that of KL(reference || policy), of the next token in each state, the states being those
-    where the policy comes to now. In the reward only k1 gives the gradient of
-    KL(policy || reference): near the reference those of k2 and k3 vanish, because their values are of second order.
+    KL(policy || reference), k3 that of KL(reference || policy), both of the next token in the states where the policy
+    comes to now. In the reward only k1 gives the gradient of KL(policy || reference): near the reference those of k2
+    and k3 vanish, because their values are of second order.
 
     Args:
         logprobs: (b, C) float32.
