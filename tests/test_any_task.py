@@ -1,0 +1,99 @@
+"""Every algorithm takes every task, and any mixture of rewards, by its script's own settings and the command line."""
+
+import gzip
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+from common.cli import parse_config
+from tests.test_reward_model import save_decoder
+from tests.toy import algorithms, metrics_of, save_toy_policy, without_curves
+
+ROWS = {
+    "countdown": [{"nums": [a, 2, 3], "target": a + 5} for a in range(1, 9)],
+    "gsm8k": [{"question": f"What is {a} + 1?", "answer": f"It is {a + 1}. #### {a + 1}"} for a in range(8)],
+    "math": [{"problem": f"What is ${a} + 1$?", "answer": str(a + 1)} for a in range(8)],
+    "hh_rlhf": [{"chosen": f"\n\nHuman: say {a}\n\nAssistant: {a}", "rejected": "\n\nHuman: no"} for a in range(8)],
+    "prompts": [{"prompt": f"say {a}", "word": str(a)} for a in range(8)],
+}
+REWARD_FILE = """
+def says(prompts, completions, word, **columns):
+    return [float(w in text) for w, text in zip(word, completions)]
+
+async def brief(prompts, completions, **columns):
+    return [-float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A policy, a reward model, a file of rewards, and a data file for each task."""
+    folder = tmp_path_factory.mktemp("any")
+    save_toy_policy(folder / "policy")
+    save_decoder(folder / "judge")
+    (folder / "rewards.py").write_text(REWARD_FILE)
+    for task, rows in ROWS.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{task}.jsonl").write_text(text)
+        (folder / f"{task}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+def arguments(folder: Path, task: str, output_dir: Path) -> list[str]:
+    """A command line for one short step, without the tiny policy's preset."""
+    judge, own = str(folder / "judge"), str(folder / "rewards.py")
+    rewards = {
+        "hh_rlhf": ["--reward", judge],
+        "prompts": ["--reward", f"{own}:says", "--reward", judge, "0.5", "--reward", f"{own}:brief", "0.1"],
+    }
+    return [
+        *("--preset", "none", "--task", task, "--dataset", str(folder / f"{task}.jsonl.gz")),
+        *("--model", str(folder / "policy"), "--output_dir", str(output_dir), "--sampler", "transformers"),
+        *("--num_steps", "1", "--prompts_per_step", "2", "--num_generations", "2", "--num_eval_prompts", "2"),
+        *("--max_prompt_length", "4096", "--max_completion_length", "6", "--eval_every", "1", "--save_every", "0"),
+        *("--use_lora", "false", "--progress", "false", "--kl_coef", "0.01"),
+        *rewards.get(task, []),
+    ]
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize("name", algorithms())
+def test_any_algorithm_trains_on_any_task(folder, tmp_path, name, task):
+    args = arguments(folder, task, tmp_path / "run")
+    if name == "PPO":
+        args += ["--value_backbone", "own", "--value_init_prompts", "5", "--value_init_epochs", "1"]
+    algorithm = algorithms()[name]
+    settings = vars(importlib.import_module(f"{name}.{name.lower()}"))["SETTINGS"]
+    with without_curves():
+        algorithm.trainer(parse_config(settings, args=args)).train()
+    first, last = metrics_of(tmp_path / "run")
+    parts = {key.removeprefix("reward/") for key in last if key.startswith("reward/")}
+    expected = {"countdown": {"format", "equation"}, "hh_rlhf": {"judge"}, "prompts": {"says", "judge", "brief"}}
+    assert parts == expected.get(task, parts) and parts
+    assert "eval/score" in first and "eval/score" in last
+    assert ("eval/accuracy" in last) == (task in ("countdown", "gsm8k", "math"))
+
+
+def test_a_reward_that_asks_for_a_column_the_data_lack_is_refused_by_name(folder, tmp_path):
+    (tmp_path / "other.jsonl").write_text('{"prompt": "a", "letter": "b"}\n{"prompt": "c", "letter": "d"}\n')
+    args = [*arguments(folder, "prompts", tmp_path / "run"), "--num_eval_prompts", "0", "--eval_every", "0"]
+    args[args.index("--dataset") + 1] = str(tmp_path / "other.jsonl")
+    settings = vars(importlib.import_module("GRPO.grpo"))["SETTINGS"]
+    with pytest.raises(ValueError, match=r"says.*word.*letter"):
+        algorithms()["GRPO"].trainer(parse_config(settings, args=args))
+
+
+def test_conversational_rewards_get_messages(folder, tmp_path):
+    (tmp_path / "trl_style.py").write_text(
+        "def polite(prompts, completions, **columns):\n"
+        "    assert all(prompt[-1]['role'] == 'user' for prompt in prompts)\n"
+        "    return [float(len(completion[0]['content'])) for completion in completions]\n"
+    )
+    args = arguments(folder, "prompts", tmp_path / "run")
+    args = args[: args.index("--reward")]
+    args += ["--reward", f"{tmp_path / 'trl_style.py'}:polite", "--reward_format", "conversational"]
+    settings = vars(importlib.import_module("GRPO.grpo"))["SETTINGS"]
+    algorithms()["GRPO"].trainer(parse_config(settings, args=args)).train()
+    assert metrics_of(tmp_path / "run")[-1]["reward/polite"] >= 0
