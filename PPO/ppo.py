@@ -103,7 +103,7 @@ EMBEDDED = {
     "value_learning_rate": 3e-4,
     "value_init_prompts": 760,
     "value_init_generations": 8,
-    "value_init_epochs": 4,
+    "value_init_epochs": 3,
     "value_init_minibatches": 256,
     "value_init_learning_rate": 1e-3,
 }
