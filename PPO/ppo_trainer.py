@@ -1,7 +1,7 @@
 """PPO: proximal policy optimization with a value model (huggingface.co/papers/1707.06347)."""
 
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -95,7 +95,7 @@ class PPOTrainer(OnPolicyTrainer):
             "value",
             model,
             replace(config, learning_rate=config.value_learning_rate),
-            save=partial(save_value_model, model, self.tokenizer),
+            save=self.save_value_model,
             **place,
         )
 
@@ -126,6 +126,11 @@ class PPOTrainer(OnPolicyTrainer):
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.policy_loss, average_over=config.average_over)
         self.update(self.value, rollouts, self.value_loss, average_over=config.average_over)
+
+    def save_value_model(self, folder: Path) -> None:
+        """Write the value model, under the adapter that it is used with, as a folder that transformers loads."""
+        with self.models.use("value") as model:
+            save_value_model(model, self.tokenizer, folder)
 
     def policy_loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, equation 7 of the paper, and (b, C) metrics by name."""

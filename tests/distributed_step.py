@@ -21,7 +21,7 @@ def main() -> None:
     trainer.policy.optimizer = torch.optim.SGD(trainer.policy.parameters, lr=1.0)
     trainer.current_step = 1
     before = [p.detach().clone() for p in trainer.policy.parameters]
-    rollouts = trainer.sample(trainer._next_prompts(), num_generations=4)
+    rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
     # The last groups of the step are the dead ones: with two of four they are all on the second process.
     rollouts.scores = torch.where(rollouts.rows >= 4 * (4 - int(num_dead)), 0.5, trainer.score(rollouts))
     advantages = group_relative(rollouts.scores, 4)

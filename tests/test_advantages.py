@@ -7,8 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.advantages import group_relative, maybe_whiten, rows_with_signal, whiten
-from GRPO.grpo_trainer import GRPOConfig
+from common.advantages import (
+    best_of_group,
+    generalized_advantages,
+    group_relative,
+    leave_one_out,
+    per_token_rewards,
+    rewards_to_go,
+    rows_with_signal,
+    whiten,
+)
 
 NAN = float("nan")
 
@@ -76,6 +84,7 @@ def test_without_scaling_hard_and_easy_prompts_keep_their_own_size():
 def test_equal_scores_give_exactly_zero(score, scale_by_std):
     scores = torch.full((8,), score)
     assert group_relative(scores, 8, scale_by_std=scale_by_std).tolist() == [0.0] * 8
+    assert leave_one_out(scores, 8).tolist() == [0.0] * 8
     assert rows_with_signal(scores, 8).tolist() == []
 
 
@@ -116,6 +125,42 @@ def test_advantages_follow_their_sample_through_any_shuffle_of_groups_and_within
     torch.testing.assert_close(after, before[order].gather(1, within), atol=1e-6, rtol=1e-6)
 
 
+def test_leave_one_out_by_hand():
+    """Groups (0, 1) and (2, 6), then 3, 6, 9: each score less the mean of the others."""
+    assert leave_one_out(torch.tensor([0.0, 1.0, 2.0, 6.0]), 2).tolist() == [-1.0, 1.0, -4.0, 4.0]
+    assert leave_one_out(torch.tensor([3.0, 6.0, 9.0]), 3).tolist() == [-4.5, 0.0, 4.5]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-5, 5, width=32), min_size=4, max_size=4), st.floats(-5, 5))
+def test_the_baseline_of_leave_one_out_does_not_depend_on_the_completion_itself(group, other):
+    scores = torch.tensor(group)
+    changed = scores.clone()
+    changed[0] = other
+    if scores.std() > 0.1 and changed.std() > 0.1:
+        before, after = (s[0] - leave_one_out(s, 4)[0] for s in (scores, changed))
+        torch.testing.assert_close(before, after, atol=1e-5, rtol=0)
+
+
+def test_the_best_of_each_group_is_its_highest_score_and_of_equal_ones_the_first():
+    scores = torch.tensor([0.0, 1.0, 0.5, 2.0, 2.0, 2.0, -3.0, -1.0, -1.0])
+    best = best_of_group(scores, 3)
+    assert best.tolist() == [1, 3, 7] and best.dtype == torch.int64
+
+
+@settings(max_examples=50)
+@given(scores_of_groups, st.randoms(use_true_random=False))
+def test_permuting_the_scores_of_a_group_moves_its_best_row_along(groups, random):
+    scores = torch.tensor(groups)
+    order = torch.tensor([random.sample(range(4), 4) for _ in groups])
+    permuted = scores.gather(1, order)
+    best = best_of_group(permuted.reshape(-1), 4)
+    assert (best // 4).tolist() == list(range(len(groups)))
+    assert torch.equal(permuted.reshape(-1)[best], scores.amax(1))
+    for group, row in zip(permuted.tolist(), (best % 4).tolist(), strict=True):
+        assert group.index(max(group)) == row
+
+
 @settings(max_examples=50, deadline=None)
 @given(scores_of_groups, st.floats(-5, 5), st.floats(0.5, 20))
 def test_a_groups_advantages_add_up_to_nothing_and_ignore_where_its_zero_is(groups, shift, scale):
@@ -146,13 +191,105 @@ def test_rows_with_signal_are_those_whose_advantage_is_not_zero_with_their_whole
     assert (group_relative(scores, 4)[left_out] == 0).all()
 
 
-@pytest.mark.parametrize("compare", [group_relative, rows_with_signal])
+@pytest.mark.parametrize("compare", [group_relative, leave_one_out, best_of_group, rows_with_signal])
 @pytest.mark.parametrize(
     ("shape", "num_generations"), [((4,), 1), ((4,), 0), ((5,), 2), ((4, 1), 2), ((2, 2), 2)], ids=str
 )
 def test_what_makes_no_groups_is_refused(compare, shape, num_generations):
     with pytest.raises(ValueError, match=rf"num_generations={num_generations}.*at least 2.*--num_generations"):
         compare(torch.zeros(shape), num_generations)
+
+
+# Rewards of tokens, and what follows from them
+
+
+def mask_of(lengths: list[int], width: int) -> torch.Tensor:
+    return torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+
+
+def test_token_rewards_by_hand():
+    """Three rows and three columns: a swapped axis would have the same shape."""
+    mask = mask_of([1, 2, 3], 3)
+    kl = torch.tensor([[0.5, NAN, NAN], [1.0, -1.0, 1e9], [0.0, 2.0, 4.0]])
+    rewards = per_token_rewards(torch.tensor([10.0, 20.0, 30.0]), mask, kl, 0.5)
+    assert rewards.tolist() == [[9.75, 0, 0], [-0.5, 20.5, 0], [0, -1, 28]]
+
+
+token_numbers = st.floats(-3, 3, width=32)
+rows_of_tokens = st.lists(st.lists(st.tuples(token_numbers, token_numbers), min_size=1, max_size=6), min_size=1)
+
+
+def padded(rows: list[list[float]], padding: float) -> torch.Tensor:
+    """Rows with one column more than the longest has, as padding."""
+    width = max(map(len, rows)) + 1
+    return torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+
+
+@settings(max_examples=50)
+@given(rows_of_tokens, st.floats(0, 2), st.sampled_from([NAN, float("inf"), 1e9]))
+def test_the_score_comes_with_the_last_real_token_and_every_token_pays_its_own_kl(rows, kl_coef, garbage):
+    mask = mask_of([len(row) for row in rows], max(map(len, rows)) + 1)
+    kl = padded([[kl for kl, _ in row] for row in rows], garbage)
+    scores = torch.tensor([row[0][1] for row in rows])
+    rewards = per_token_rewards(scores, mask, kl, kl_coef)
+    free = per_token_rewards(scores, mask, kl, 0.0)
+    assert (rewards[~mask] == 0).all() and rewards.dtype == torch.float32
+    last = mask.sum(1) - 1
+    assert torch.equal(free.gather(1, last[:, None]).squeeze(1), scores) and torch.equal(free.sum(1), scores)
+    total = torch.where(mask, kl, 0.0).sum(1)
+    torch.testing.assert_close(rewards.sum(1), scores - kl_coef * total, atol=1e-4, rtol=1e-4)
+
+
+def test_rewards_to_go_by_hand():
+    rewards = torch.tensor([[1.0, 2.0, 4.0], [8.0, NAN, 1e9]])
+    mask = mask_of([3, 1], 3)
+    assert rewards_to_go(rewards, mask).tolist() == [[7, 6, 4], [8, 0, 0]]
+    assert rewards_to_go(rewards, mask, gamma=0.5).tolist() == [[3, 4, 4], [8, 0, 0]]
+    assert rewards_to_go(rewards, mask, gamma=0.0).tolist() == [[1, 2, 4], [8, 0, 0]]
+
+
+def test_generalized_advantages_by_hand():
+    """Lambda 0.5: the last token is 5 - 2 better than foreseen, the one before (1 + 2 - 4) + half of that."""
+    rewards, values = torch.tensor([[1.0, 5.0, NAN]]), torch.tensor([[4.0, 2.0, 1e9]])
+    advantages, returns = generalized_advantages(rewards, values, mask_of([2], 3), gamma=1.0, gae_lambda=0.5)
+    assert advantages.tolist() == [[0.5, 3.0, 0.0]] and returns.tolist() == [[4.5, 5.0, 0.0]]
+
+
+def brute_force_advantages(
+    rewards: list[float], values: list[float], *, gamma: float, gae_lambda: float
+) -> list[float]:
+    """The definition, a double sum over a row: of each later surprise what (gamma lambda)^distance leaves."""
+    following = [*values[1:], 0.0]  # nothing comes after the last token
+    surprises = [r + gamma * after - v for r, v, after in zip(rewards, values, following, strict=True)]
+    steps = range(len(rewards))
+    return [sum((gamma * gae_lambda) ** (later - t) * surprises[later] for later in steps[t:]) for t in steps]
+
+
+@settings(max_examples=100)
+@given(rows_of_tokens, st.floats(0, 1), st.floats(0, 1), st.sampled_from([NAN, float("-inf"), 1e9]))
+def test_generalized_advantages_are_the_double_sum_over_the_real_tokens_of_each_row(rows, gamma, gae_lambda, garbage):
+    mask = mask_of([len(row) for row in rows], max(map(len, rows)) + 1)
+    rewards = padded([[reward for reward, _ in row] for row in rows], garbage)
+    values = padded([[value for _, value in row] for row in rows], garbage)
+    options = {"gamma": gamma, "gae_lambda": gae_lambda}
+    advantages, returns = generalized_advantages(rewards, values, mask, **options)
+    expected = [brute_force_advantages(*map(list, zip(*row, strict=True)), **options) for row in rows]
+    torch.testing.assert_close(advantages, padded(expected, 0.0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(returns, advantages + torch.where(mask, values, 0.0))
+    assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
+
+
+@settings(max_examples=50)
+@given(rows_of_tokens)
+def test_with_lambda_one_the_advantage_is_the_return_less_the_value_and_the_last_return_is_its_reward(rows):
+    mask = mask_of([len(row) for row in rows], max(map(len, rows)) + 1)
+    rewards = padded([[reward for reward, _ in row] for row in rows], 0.0)
+    values = padded([[value for _, value in row] for row in rows], 0.0)
+    advantages, returns = generalized_advantages(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
+    to_go = torch.where(mask, rewards.flip(1).cumsum(1).flip(1), 0.0)
+    torch.testing.assert_close(advantages, to_go - values, atol=1e-4, rtol=1e-4)
+    last = (mask.sum(1) - 1)[:, None]
+    torch.testing.assert_close(returns.gather(1, last), rewards.gather(1, last), atol=1e-5, rtol=0)
 
 
 # Whitening
@@ -233,16 +370,3 @@ def test_whitening_does_not_change_its_input():
     values, mask = torch.tensor([[1.0, 3.0, NAN]]), torch.tensor([[True, True, False]])
     whiten(values, mask, sum_over_processes=alone)
     assert values[0, :2].tolist() == [1.0, 3.0] and values[0, 2].isnan()
-
-
-def test_whitening_happens_only_where_it_is_enabled():
-    advantages, mask = torch.tensor([[0.5, 0.5, 0.0], [-0.5, 0.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    off = maybe_whiten(advantages, mask, enabled=False, sum_over_processes=alone)
-    assert torch.equal(off, torch.tensor([[0.5, 0.5, 0.0], [-0.5, 0.0, 0.0]]))
-    on = maybe_whiten(advantages, mask, enabled=True, sum_over_processes=alone)
-    assert on[mask].mean().item() == pytest.approx(0, abs=1e-6) and not torch.equal(on, advantages)
-
-
-def test_grpo_which_brings_a_baseline_does_not_whiten_unless_asked():
-    assert GRPOConfig().whiten_advantages is False
-    assert GRPOConfig(whiten_advantages=True).whiten_advantages is True

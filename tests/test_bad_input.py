@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one clear message, before anything expensive is done."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import toy_config, toy_task
+from tests.test_values import save_classifier
+from tests.toy import algorithms, toy_config, toy_task, toy_trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,6 +99,50 @@ def test_an_unknown_task_names_the_ones_that_are_there(tiny_folder, tmp_path):
 def test_settings_that_cannot_work_are_refused_when_they_are_made(settings, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parts"),
+    [
+        ("GRPO", "--num_generations 1", ["num_generations=1: GRPO compares", "Pass --num_generations 8"]),
+        ("RLOO", "--num_generations 1", ["num_generations=1: RLOO's baseline", "at least 2"]),
+        ("RAFT", "--num_generations 1", ["num_generations=1: RAFT learns from the best of", "at least 2"]),
+        ("Reinforce", "--group_baseline true --num_generations 1", ["num_generations=1: group_baseline"]),
+        ("RLOO", "--average_over tokens", ["ratio_level='sequence'", "--average_over rows"]),
+        ("RAFT", "--whiten_advantages true", ["RAFT has no advantages"]),
+        ("ReMax", "--gamma 1.5", ["gamma=1.5", "in [0, 1]"]),
+        ("Reinforce", "--clip_range 1.5", ["clip_range=1.5", "Pass --clip_range 0.2"]),
+        ("PPO", "--gae_lambda -0.1", ["gae_lambda=-0.1", "in [0, 1]"]),
+        ("PPO", "--value_clip_range 0", ["value_clip_range=0.0", "above 0"]),
+        ("PPO", "--value_backbone shared", ["value_backbone='shared' with use_lora=False", "--use_lora true"]),
+        ("PPO", "--value_backbone shared --use_lora true --value_init some/model", ["--value_backbone own"]),
+        ("PPO", "--value_init_prompts 3", ["value_init_prompts=3", "--value_init_prompts 640"]),
+    ],
+    ids=str,
+)
+def test_a_script_says_what_its_algorithm_needs(tmp_path, monkeypatch, capsys, name, arguments, parts):
+    script, folder = algorithms()[name].script, tmp_path / "run"
+    settings = f"--preset cpu --sampler transformers --output_dir {folder} {arguments}"
+    monkeypatch.setattr(sys, "argv", [str(script), *settings.split()])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(script), run_name="__main__")
+    shown = capsys.readouterr()
+    assert left.value.code == 2 and shown.out == ""
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert all(part in shown.err for part in parts)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"num_labels": 2}, "2 labels and 459 tokens"), ({"vocab_size": 300}, "1 labels and 300 tokens")],
+    ids=["two labels", "fewer tokens"],
+)
+def test_a_model_that_cannot_be_ppos_value_model_is_refused(tiny_folder, tmp_path, settings, message):
+    folder = save_classifier(tmp_path / "model", **settings)
+    with pytest.raises(ValueError, match=rf"value_init='.*model'.*{message}.*Pass --value_init fit"):
+        toy_trainer(tiny_folder, tmp_path / "run", algorithm="PPO", value_init=str(folder))
 
 
 def test_prompts_that_are_too_long_are_dropped_and_counted(tiny_folder, tmp_path):

@@ -188,6 +188,13 @@ def test_one_row_of_each_group_is_kept_and_numbered_anew():
     assert kept.step_lengths.tolist() == kept.lengths.tolist()
 
 
+def test_log_probs_of_the_passes_of_all_rows_do_not_stay():
+    """The update's passes are other ones: its first ratio would be 1 only up to rounding."""
+    rollouts = step_of(2, 2)
+    rollouts.old_logprobs = torch.zeros(rollouts.completion_ids.shape)
+    assert keep_one_per_group(rollouts, 2, seed=0, step=1).old_logprobs is None
+
+
 def test_which_row_is_kept_depends_on_seed_and_step_and_every_place_has_its_turn():
     def kept(seed, step):
         return ((keep_one_per_group(step_of(3, 4), 4, seed=seed, step=step).lengths - 1) % 4).tolist()

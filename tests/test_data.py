@@ -174,6 +174,15 @@ def test_text_ids_and_columns_of_a_prompt_stay_together():
     assert batch.prompt_ids == [[0, 12 + number] for number in batch.columns["number"]]
 
 
+def test_a_prompt_keeps_what_the_data_set_has_beside_what_the_policy_reads():
+    chat = [{"role": "user", "content": "add one"}]
+    rows = [{"prompt": chat}, {"prompt": "w0 " * 30}, {"prompt": "two"}]  # the second is too long
+    prompts = PromptSet(rows, word_tokenizer(CHAT_TEMPLATE), max_prompt_length=20, seed=0)
+    assert prompts.share().raw_prompts == [chat, "two"] and prompts.share().prompts[0].startswith("<s> user")
+    batch = prompts.batch(1, num_prompts=2)
+    assert [isinstance(raw, list) for raw in batch.raw_prompts] == [text.startswith("<s>") for text in batch.prompts]
+
+
 # Evaluation
 
 

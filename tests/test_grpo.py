@@ -1,57 +1,19 @@
-"""GRPO as a whole: it learns, and each of its settings acts."""
+"""GRPO as a whole: each of its settings acts. That it learns is in test_algorithms.py."""
 
-import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
-from common.tiny import save_untrained
-from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import toy_config, toy_task, toy_trainer
-
-
-def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def trained_weights(trainer: GRPOTrainer) -> torch.Tensor:
-    trainer.train()
-    with trainer.models.use("policy") as policy:
-        return torch.cat([p.detach().flatten().clone() for p in policy.parameters()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
-def test_it_learns_to_write_digits(tmp_path, seed, use_lora):
-    # With LoRA the head is frozen: initial weights of the usual size would leave it near the uniform distribution.
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    model = save_untrained(tmp_path / "model", **sizes, initializer_range=0.3 if use_lora else 0.06)
-    config = toy_config(
-        model,
-        tmp_path / "run",
-        seed=seed,
-        num_steps=40 if use_lora else 25,
-        prompts_per_step=8,
-        learning_rate=3e-2 if use_lora else 2e-2,
-        rewards=["digits"],
-        eval_every=100,
-        use_lora=use_lora,
-        lora_r=8,
-        lora_alpha=16,
-    )
-    GRPOTrainer(config, task=toy_task()).train()
-    lines = lines_of(tmp_path / "run")
-    assert lines[0]["eval/score"] < 0.5
-    assert lines[-1]["eval/score"] > 0.7
+from common.advantages import group_relative
+from GRPO.grpo_trainer import GRPOConfig
+from tests.toy import metrics_of, toy_trainer, trained_weights, updates_of
 
 
 def test_the_kl_before_the_first_update_is_exactly_zero(tiny_folder, tmp_path):
     for name, settings in {"full": {}, "lora": {"use_lora": True, "lora_r": 4}}.items():
         toy_trainer(tiny_folder, tmp_path / name, kl_coef=0.1, num_steps=3, **settings).train()
-        kl = [line["kl"] for line in lines_of(tmp_path / name)]
+        kl = [line["kl"] for line in metrics_of(tmp_path / name)]
         assert kl[0] == 0.0 and kl[1] > 0 and kl[2] > 0
 
 
@@ -59,7 +21,7 @@ def test_no_reference_is_loaded_when_no_kl_is_wanted(tiny_folder, tmp_path):
     trainer = toy_trainer(tiny_folder, tmp_path / "run")
     assert "ref" not in trainer.models
     trainer.train()
-    assert "kl" not in lines_of(tmp_path / "run")[0]
+    assert "kl" not in metrics_of(tmp_path / "run")[0]
 
 
 def test_with_lora_the_reference_stays_the_base_model(tiny_folder, tmp_path, rollouts):
@@ -74,7 +36,7 @@ def test_with_lora_the_reference_stays_the_base_model(tiny_folder, tmp_path, rol
 def test_several_minibatches_and_epochs_start_at_ratio_one_and_then_clip(tiny_folder, tmp_path):
     settings = {"num_minibatches": 2, "num_update_epochs": 4, "learning_rate": 1e-2, "clip_range": 0.05}
     toy_trainer(tiny_folder, tmp_path / "run", **settings).train()
-    for line in lines_of(tmp_path / "run"):
+    for line in metrics_of(tmp_path / "run"):
         assert line["policy/first_ratio"] == 1.0
         assert line["policy/ratio"] != 1.0
         assert line["policy/clip_fraction"] > 0
@@ -121,7 +83,7 @@ def test_a_step_in_which_all_groups_are_equal_changes_no_weight(tiny_folder, tmp
         trainer.train()
         for later in snapshots[1:]:
             assert all(torch.equal(a, b) for a, b in zip(snapshots[0], later, strict=True))
-        assert lines_of(tmp_path / str(sparse))[1]["zero_advantage"] == 1.0
+        assert metrics_of(tmp_path / str(sparse))[1]["zero_advantage"] == 1.0
 
 
 def test_keep_per_group_trains_on_one_row_of_each_group(tiny_folder, tmp_path):
@@ -136,20 +98,27 @@ def test_keep_per_group_trains_on_one_row_of_each_group(tiny_folder, tmp_path):
     torch.testing.assert_close(weights, torch.full((4,), 0.25))  # "rows": the four that are left are all there are
 
 
-def test_kl_in_the_reward_lowers_the_score_of_completions_the_reference_would_not_write(tiny_folder, tmp_path):
-    settings = {"kl_coef": 0.5, "kl_estimator": "k1", "num_steps": 6, "learning_rate": 1e-2}
-    trainer = toy_trainer(tiny_folder, tmp_path / "run", kl_place="reward", **settings)
-    seen = []
-    whole = trainer.loss
-    trainer.loss = lambda policy, minibatch: seen.append(minibatch.ref_logprobs) or whole(policy, minibatch)
+def test_kl_in_the_reward_is_taken_from_the_score_before_groups_are_compared(tiny_folder, tmp_path):
+    settings = {"kl_place": "reward", "num_steps": 4, "learning_rate": 1e-2}
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", kl_coef=0.5, **settings)
+    seen = updates_of(trainer)
     trainer.train()
-    assert all(reference is None for reference in seen)  # nothing of it is left for the loss
-    kl = [line["kl"] for line in lines_of(tmp_path / "run")]
+    kl = [line["kl"] for line in metrics_of(tmp_path / "run")]
     assert kl[0] == 0.0 and kl[-1] != 0.0
-    # And it acts: without it the same run goes elsewhere.
-    free = toy_trainer(tiny_folder, tmp_path / "free", **(settings | {"kl_coef": 0.0}))
-    free.train()
-    assert lines_of(tmp_path / "free")[-1]["score"] != lines_of(tmp_path / "run")[-1]["score"]
+    _, rollouts = seen[-1]
+    log_ratio = (rollouts.old_logprobs - rollouts.ref_logprobs).sum(1)  # k1, whatever kl_estimator says
+    expected = rollouts.spread(group_relative(rollouts.scores - 0.5 * log_ratio, 4))
+    torch.testing.assert_close(rollouts.advantages, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(expected, rollouts.spread(group_relative(rollouts.scores, 4)), atol=1e-2)
+
+
+def test_in_the_reward_the_kl_is_k1_whatever_the_estimator_of_the_loss(tiny_folder, tmp_path):
+    settings = {"kl_place": "reward", "kl_coef": 1.0, "learning_rate": 1e-2, "num_steps": 3}
+    weights = [
+        trained_weights(toy_trainer(tiny_folder, tmp_path / estimator, kl_estimator=estimator, **settings))
+        for estimator in ("k1", "k3")
+    ]
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +154,8 @@ def test_every_setting_of_the_loss_and_the_optimizer_acts(tiny_folder, tmp_path,
         {"clip_range_high": 0.9},
         {"kl_coef": 1.0, "kl_estimator": "k1"},
         {"kl_coef": 1.0, "kl_estimator": "k2"},
+        {"kl_coef": 1.0, "kl_place": "reward"},
+        {"keep_per_group": True},
         {"num_minibatches": 1},
         {"num_update_epochs": 1},
     ],
@@ -209,7 +180,7 @@ def test_truncated_completions_can_be_left_out_of_gradient_and_mean(tiny_folder,
         assert minibatch.token_weights[minibatch.truncated].eq(0).all()
     total = sum(float(minibatch.token_weights.sum()) for minibatch in weights)
     assert total == pytest.approx(1.0) or all(bool(minibatch.truncated.all()) for minibatch in weights)
-    assert all(line["policy/loss"] == line["policy/loss"] for line in lines_of(tmp_path / "run"))  # no NaN
+    assert all(line["policy/loss"] == line["policy/loss"] for line in metrics_of(tmp_path / "run"))  # no NaN
 
 
 def test_sparse_with_a_kl_in_the_loss_warns_that_it_is_not_exact():
@@ -232,7 +203,7 @@ def test_in_bfloat16_too_the_ratio_starts_at_one_and_the_kl_at_zero(tiny_folder,
     settings = {"dtype": "bfloat16", "kl_coef": 0.1, "num_minibatches": 2, "num_update_epochs": 2, "lora_r": 4}
     trainer = toy_trainer(tiny_folder, tmp_path / "run", use_lora=use_lora, **settings)
     trainer.train()
-    first, second = lines_of(tmp_path / "run")
+    first, second = metrics_of(tmp_path / "run")
     assert first["policy/first_ratio"] == second["policy/first_ratio"] == 1.0
     assert second["kl"] > 0
     assert first["sampler/logprob_diff"] < 0.05  # the sampler goes token by token, the trainer does not
@@ -240,4 +211,4 @@ def test_in_bfloat16_too_the_ratio_starts_at_one_and_the_kl_at_zero(tiny_folder,
 
 def test_with_one_optimizer_step_the_first_kl_is_zero_in_bfloat16_too(tiny_folder, tmp_path):
     toy_trainer(tiny_folder, tmp_path / "run", dtype="bfloat16", kl_coef=0.1, num_steps=1).train()
-    assert lines_of(tmp_path / "run")[0]["kl"] == 0.0
+    assert metrics_of(tmp_path / "run")[0]["kl"] == 0.0

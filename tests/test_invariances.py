@@ -19,7 +19,7 @@ def make_trainer(model, folder, **settings):
 
 def sampled(trainer):
     """Scored rollouts with advantages, and old log-probs where the settings need them."""
-    rollouts = trainer.sample(trainer._next_prompts(), num_generations=4)
+    rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
     rollouts.scores = trainer.score(rollouts)
     rollouts.advantages = rollouts.spread(group_relative(rollouts.scores, 4))
     return rollouts
@@ -69,7 +69,7 @@ def test_padding_changes_no_gradient_even_if_it_holds_garbage(tiny_folder, tmp_p
     rollouts = sampled(trainer)
     clean = step_taken(trainer, rollouts)
     clean_loss = trainer.shares.reduce(trainer.accelerator)["policy/loss"]
-    wide = trainer.sample(trainer._next_prompts(), num_generations=4)
+    wide = trainer.sample(trainer.training_prompts(1), num_generations=4)
     for name in ("completion_ids", "completion_mask", "sampling_logprobs", "advantages"):
         value = getattr(rollouts, name)
         garbage = torch.full((len(value), 5), float("nan")) if value.is_floating_point() else torch.full((16, 5), 9)

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
 from common.losses import (
+    clipped_policy_loss,
     clipped_surrogate,
     clipped_tokens,
+    clipped_value_loss,
     importance_ratio,
     kl_estimate,
     policy_metrics,
+    sequence_ratio,
     token_weights,
 )
 
@@ -59,6 +62,32 @@ def test_the_ratio_and_its_gradient_stay_finite_however_far_the_policy_has_moved
     old_logprobs = torch.tensor([-1.0])
     assert importance_ratio(old_logprobs + far, old_logprobs).isfinite().all()
     assert slope(importance_ratio, old_logprobs + far, old_logprobs).isfinite().all()
+
+
+def test_the_ratio_of_a_completion_is_the_product_of_those_of_its_real_tokens():
+    """2 x 0.5 x 3 = 3 and 0.25; every token of the row has it, and padding adds nothing to it."""
+    ratios = torch.tensor([[2.0, 0.5, 3.0], [0.25, 7.0, 7.0], [1.0, 1.0, 1.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    old_logprobs = torch.full((3, 3), -1.5)
+    logprobs = torch.where(mask, old_logprobs + ratios.log(), math.nan)
+    ratio = sequence_ratio(logprobs, old_logprobs, mask)
+    torch.testing.assert_close(ratio, torch.tensor([[3.0] * 3, [0.25] * 3, [1.0] * 3]))
+
+
+def test_on_policy_the_ratio_of_a_completion_is_one_and_every_token_of_it_pulls_at_every_other():
+    logprobs = torch.tensor([[-0.1, -7.3, -25.0]], requires_grad=True)
+    mask = torch.tensor([[True, True, False]])
+    for old_logprobs in (None, logprobs.detach().clone()):
+        ratio = sequence_ratio(logprobs, old_logprobs, mask)
+        assert ratio.tolist() == [[1.0, 1.0, 1.0]]
+        (gradient,) = torch.autograd.grad(ratio[0, 0], logprobs)
+        assert gradient.tolist() == [[1.0, 1.0, 0.0]]
+
+
+def test_a_long_completion_that_has_moved_far_keeps_a_finite_ratio():
+    old_logprobs, mask = torch.zeros(1, 1000), torch.ones(1, 1000, dtype=torch.bool)
+    for far in (-1.0, 1.0):
+        assert sequence_ratio(old_logprobs + far, old_logprobs, mask).isfinite().all()
 
 
 # The clip
@@ -127,6 +156,57 @@ def test_several_steps_on_the_same_rollouts_end_at_the_clip():
         logits = (logits - 0.05 * gradient).detach().requires_grad_()
     assert fractions[0] == 0 and fractions[-1] == 2
     assert 1.2 < ratio[0] < 1.3 and 0.7 < ratio[1] < 0.8 and not gradient.any()
+
+
+@pytest.mark.parametrize(("level", "clipped"), [("token", [[1.0, 0.0, 0.0]]), ("sequence", [[0.0, 0.0, 0.0]])])
+def test_the_clip_sees_the_ratio_of_a_token_or_of_the_whole_completion(rollouts, level, clipped):
+    """Ratios 2, 0.5 and 1 of tokens that were good: the first is clipped alone, the whole is 1 and is not."""
+    minibatch = rollouts[torch.tensor([3])].trimmed()  # a row of three tokens
+    minibatch.advantages = torch.ones(1, 3)
+    minibatch.old_logprobs = torch.tensor([[-1.0, -1.0, -1.0]])
+    logprobs = minibatch.old_logprobs + torch.tensor([[2.0, 0.5, 1.0]]).log()
+    loss, metrics = clipped_policy_loss(logprobs, torch.zeros(1, 3), minibatch, (0.2, 0.3), level=level)
+    assert metrics["policy/clip_fraction"].tolist() == clipped
+    expected = [[-1.3, -0.5, -1.0]] if level == "token" else [[-1.0, -1.0, -1.0]]
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+# The values
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "pull"),
+    [
+        (1.0, 4.0, -4.0),  # it has not moved: (1 - 3)^2
+        (1.1, 3.61, -3.8),
+        (1.5, 3.24, 0.0),  # it has come closer by more than 0.2: held at (1.2 - 3)^2
+        (0.9, 4.41, -4.2),
+        (0.5, 6.25, -5.0),  # it has gone away from the target: pulled back, clip or not
+        (3.0, 3.24, 0.0),  # arrived, but too fast
+        (5.5, 6.25, 5.0),  # past it, and further off than the clipped one
+    ],
+)
+def test_the_clip_of_the_value_stops_what_gets_better_too_fast(value, loss, pull):
+    """Old value 1, target 3, clip 0.2."""
+    values = torch.tensor([[value]], requires_grad=True)
+    per_token, clipped = clipped_value_loss(values, torch.tensor([[1.0]]), torch.tensor([[3.0]]), clip_range=0.2)
+    (gradient,) = torch.autograd.grad(per_token.sum(), values)
+    assert per_token.item() == pytest.approx(loss) and gradient.item() == pytest.approx(pull, abs=1e-6)
+    assert clipped.item() == float(pull == 0)
+
+
+def test_without_a_clip_the_value_loss_is_the_squared_error_wherever_the_value_was():
+    values, returns = torch.tensor([[1.0, -2.0, 9.0]]), torch.tensor([[3.0, -2.0, 4.0]])
+    for old_values in (torch.zeros(1, 3), values):
+        loss, clipped = clipped_value_loss(values, old_values, returns, clip_range=None)
+        assert loss.tolist() == [[4.0, 0.0, 25.0]] and clipped.tolist() == [[0.0] * 3]
+
+
+@settings(max_examples=60)
+@given(st.floats(-5, 5), st.floats(-5, 5), st.floats(-5, 5), st.floats(0.01, 3))
+def test_the_clipped_value_loss_is_never_below_the_squared_error(value, old_value, target, clip_range):
+    numbers = [torch.tensor([[x]], dtype=torch.float64) for x in (value, old_value, target)]
+    assert clipped_value_loss(*numbers, clip_range=clip_range)[0].item() >= (value - target) ** 2 - 1e-12
 
 
 # The KL

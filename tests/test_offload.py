@@ -135,9 +135,94 @@ def test_a_view_is_its_owner_inside_its_context():
     assert "other" in pool
     with pytest.raises(RuntimeError, match="inside"), pool.use("other") as model:
         assert model is policy and inside == ["off"]
-        assert pool.resident == {"policy"}
+        assert pool.resident == {"policy", "other"}
         raise RuntimeError("inside")
     assert inside == ["off", "on"]
+
+
+class Beside(nn.Module):
+    """A head on another model's frozen layer."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.head = base, nn.Linear(4, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.base(inputs))
+
+
+def test_a_model_beside_another_brings_it_along_and_moves_only_what_is_its_own():
+    pool, policy, *_ = make_pool()
+    model = Beside(policy)
+    homes = [model.head.weight.data_ptr(), policy.weight.data_ptr()]
+    pool.add("value", model, beside="policy")
+    with pool.use("policy"):
+        before = policy.weight.data_ptr()
+        assert pool.resident == {"policy"} and model.head.weight.data_ptr() == homes[0]
+    with pool.use("value"):
+        assert pool.resident == {"policy", "value"} and model.head.weight.data_ptr() != homes[0]
+        assert policy.weight.data_ptr() == before != homes[1]  # there already: not moved again
+    with pool.use("ref"):
+        assert pool.resident == {"ref"}
+        assert [model.head.weight.data_ptr(), policy.weight.data_ptr()] == homes
+
+
+def test_models_that_share_weights_train_the_same_bits_whatever_moves_and_each_only_its_own():
+    results = {}
+    for offload in ("never", "always"):
+        pool, policy, _, optimizer = make_pool(offload)
+        model = Beside(policy)
+        nn.init.ones_(model.head.weight), nn.init.zeros_(model.head.bias)
+        own = torch.optim.AdamW(model.head.parameters(), lr=0.1)
+        pool.add("value", model, optimizer=own, beside="policy")
+        frozen = policy.weight.clone()
+        for _ in range(2):
+            with pool.use("value", train=True) as value:
+                value(torch.ones(1, 4)).square().sum().backward()
+                own.step()
+                own.zero_grad(set_to_none=True), policy.zero_grad(set_to_none=True)
+        pool.evict()
+        head = model.head.weight.clone()
+        assert torch.equal(policy.weight, frozen) and not torch.equal(head, torch.ones(1, 4))
+        train(pool, optimizer, steps=1)
+        pool.evict()
+        assert torch.equal(model.head.weight, head) and not torch.equal(policy.weight, frozen)
+        results[offload] = [head, policy.weight.clone()]
+    assert all(torch.equal(a, b) for a, b in zip(results["never"], results["always"], strict=True))
+
+
+def test_a_new_model_takes_the_place_of_one_of_its_name():
+    pool, *_ = make_pool()
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    for model in (first, second):
+        pool.add("value", model)
+        with pool.use("value") as used:
+            assert used is model
+        pool.evict()
+    assert pool.resident == set()
+
+
+def test_what_is_on_the_device_when_models_start_to_move_comes_home_too():
+    """Until a large model came everything fitted; then the first ones have no copy at home yet."""
+    pool, policy, ref, optimizer = make_pool("never")
+    train(pool, optimizer, steps=1)
+    values = [policy.weight.clone(), ref.weight.clone(), optimizer.state[policy.weight]["exp_avg"].clone()]
+    pool.offload = "always"
+    with pool.use("policy"):
+        assert pool.resident == {"policy"}
+    pool.evict()
+    assert pool.resident == set()
+    now = [policy.weight, ref.weight, optimizer.state[policy.weight]["exp_avg"]]
+    assert all(torch.equal(a, b) for a, b in zip(now, values, strict=True))
+
+
+def test_auto_is_settled_again_when_a_model_comes_later():
+    pool, *_ = make_pool("auto")
+    assert pool.offload == "auto"
+    pool.plan(sampler_bytes=0)
+    assert pool.offload == "never"  # on the CPU there is nowhere to go
+    pool.add("late", nn.Linear(2, 2))
+    assert pool.offload == "never" and pool.plan(sampler_bytes=7_000_000)["sampler"] == 0.007
 
 
 def test_the_plan_counts_weights_gradients_and_moments():

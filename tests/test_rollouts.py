@@ -32,6 +32,8 @@ def with_every_field(rollouts: Rollouts) -> Rollouts:
     """The same with every optional field filled, each number different."""
     shape = rollouts.completion_ids.shape
     rollouts.scores = torch.arange(float(len(rollouts)))
+    rollouts.parts = {"digits": rollouts.scores + 0.5, "sum": -rollouts.scores}
+    rollouts.raw_prompts = [[{"role": "user", "content": f"{i}"}] for i in range(len(rollouts))]
     names = ["old_logprobs", "ref_logprobs", "values", "advantages", "returns", "token_weights"]
     for offset, name in enumerate(names):
         setattr(rollouts, name, torch.arange(float(rollouts.completion_ids.numel())).reshape(shape) + 1000 * offset)
@@ -115,6 +117,18 @@ def test_rows_of_a_prompt_are_adjacent_and_numbered_over_all_processes():
     assert rollouts.columns == {"answer": [0, 0, 0, 1, 1, 1]}
 
 
+def test_prompts_as_the_data_set_has_them_are_repeated_with_their_rows():
+    chats = [[{"role": "user", "content": "a"}], "plain"]
+    batch = PromptBatch(
+        step=1, rows=[0, 1], prompt_ids=[[1], [2]], prompts=["<a>", "plain"], columns={}, raw_prompts=chats
+    )
+    completions = [Completion([5], [-1.0], truncated=False)] * 4
+    rollouts = Rollouts.from_completions(batch, completions, ["t"] * 4, num_generations=2)
+    assert rollouts.raw_prompts == [chats[0], chats[0], "plain", "plain"]
+    assert rollouts[torch.tensor([3, 0])].raw_prompts == ["plain", chats[0]]
+    assert rollouts[:0].raw_prompts == [] == make_batch([[1]], [[5]]).raw_prompts
+
+
 @pytest.mark.parametrize(
     "index",
     [torch.tensor([4, 1, 1]), torch.tensor([False, True, False, True, True, False]), slice(1, 5, 2), slice(0, 0)],
@@ -125,6 +139,11 @@ def test_choosing_rows_takes_every_field_along(rollouts, index):
     numbers = torch.arange(6)[index].tolist()
     chosen = rollouts[index]
     assert chosen.scores.tolist() == numbers
+    assert {name: part.tolist() for name, part in chosen.parts.items()} == {
+        "digits": [i + 0.5 for i in numbers],
+        "sum": [-i for i in numbers],
+    }
+    assert [messages[0]["content"] for messages in chosen.raw_prompts] == [str(i) for i in numbers]
     assert chosen.completions == [f"text {i}" for i in numbers]
     assert chosen.prompts == [rollouts.prompts[i] for i in numbers]
     assert chosen.columns == {"answer": [1 + i // 2 for i in numbers]}

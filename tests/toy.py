@@ -1,9 +1,51 @@
 """A toy run for tests: an untrained policy of two layers, and a reward that any policy can learn in seconds."""
 
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from common.config import RLConfig
+from common.learner import Learner
+from common.rollouts import Rollouts
 from common.tasks import Task
-from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+from common.tiny import save_untrained
+from common.trainer import OnPolicyTrainer
+
+ROOT = Path(__file__).parent.parent
+
+# Settings in which the toy run of an algorithm differs from its defaults.
+TOY_SETTINGS = {"PPO": {"value_init": "zero_head", "value_learning_rate": 1e-3}}
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """An algorithm folder: its settings, its trainer and its files."""
+
+    config: type[RLConfig]
+    trainer: type[OnPolicyTrainer]
+    script: Path
+    trainer_file: Path
+
+
+@cache
+def algorithms() -> dict[str, Algorithm]:
+    """Every folder `Name` of the repository with a `name_trainer.py`, by name."""
+    found = {}
+    for file in sorted(ROOT.glob("*/*_trainer.py")):
+        name = file.parent.name
+        if file.stem == f"{name.lower()}_trainer":
+            module = vars(importlib.import_module(f"{name}.{file.stem}"))
+            script = file.with_name(f"{name.lower()}.py")
+            found[name] = Algorithm(module[f"{name}Config"], module[f"{name}Trainer"], script, file)
+    return found
 
 
 def share_of_digits(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
@@ -28,8 +70,8 @@ def toy_task() -> Task:
     )
 
 
-def toy_config(model: Path, output_dir: Path, **settings: object) -> GRPOConfig:
-    """GRPO on the toy task with the transformers sampler, unless `settings` say otherwise."""
+def toy_config(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **settings: object) -> RLConfig:
+    """An algorithm on the toy task with the transformers sampler, unless `settings` say otherwise."""
     defaults = {
         "model": str(model),
         "output_dir": str(output_dir),
@@ -45,9 +87,87 @@ def toy_config(model: Path, output_dir: Path, **settings: object) -> GRPOConfig:
         "samples_every": 1,
         "progress": False,
     }
-    return GRPOConfig(**(defaults | settings))
+    return algorithms()[algorithm].config(**(defaults | TOY_SETTINGS.get(algorithm, {}) | settings))
 
 
-def toy_trainer(model: Path, output_dir: Path, **settings: object) -> GRPOTrainer:
+def toy_trainer(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **settings: object) -> OnPolicyTrainer:
     """Ready to train."""
-    return GRPOTrainer(toy_config(model, output_dir, **settings), task=toy_task())
+    config = toy_config(model, output_dir, algorithm=algorithm, **settings)
+    return algorithms()[algorithm].trainer(config, task=toy_task())
+
+
+def save_toy_policy(folder: Path, **sizes: float) -> Path:
+    """An untrained policy for which every eighth token is an end token: completions end at all lengths."""
+    save_untrained(folder, **({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2} | sizes))
+    generation = GenerationConfig.from_pretrained(folder)
+    generation.eos_token_id = list(range(3, 400, 8))
+    generation.save_pretrained(folder)
+    _align_weights(folder / "model.safetensors")
+    return folder
+
+
+def _align_weights(file: Path) -> None:
+    """Have weights begin at multiples of 64 bytes, as copies of them do: kernels may round differently elsewhere."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")  # of the header, which may end in blanks
+    header = content[8 : 8 + size] + b" " * (-(8 + size) % 64)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+
+
+@contextmanager
+def without_curves() -> Iterator[None]:
+    """Leave curves.png out, which takes most of a toy run's time; test_plots.py and test_trainer.py look at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.run.draw_curves", lambda folder: None)
+        yield
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl without what a clock or the machine decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
+
+
+def samples_of(folder: Path) -> list[dict]:
+    """Lines of samples.jsonl."""
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+def learners_of(trainer: OnPolicyTrainer) -> list[Learner]:
+    """The policy's learner, and those that the algorithm has besides."""
+    return [part for part in vars(trainer).values() if isinstance(part, Learner)]
+
+
+def weights_of(trainer: OnPolicyTrainer) -> torch.Tensor:
+    """All weights that the trainer trains, in one vector; meant for offload "never" or "auto" on the CPU."""
+    return torch.cat([p.detach().flatten().clone() for learner in learners_of(trainer) for p in learner.parameters])
+
+
+def trained_weights(trainer: OnPolicyTrainer) -> torch.Tensor:
+    """The same after training."""
+    trainer.train()
+    return weights_of(trainer)
+
+
+def updates_of(trainer: OnPolicyTrainer) -> list[tuple[Learner, Rollouts]]:
+    """What `update` will have been called with, in a list that fills as the trainer goes; updates happen as ever."""
+    seen, update = [], trainer.update
+
+    def recorded(learner: Learner, rollouts: Rollouts, *args: object, **kwargs: object) -> None:
+        seen.append((learner, rollouts))
+        update(learner, rollouts, *args, **kwargs)
+
+    trainer.update = recorded
+    return seen
+
+
+def described_by(trainer: OnPolicyTrainer) -> list[tuple[Rollouts, torch.Tensor]]:
+    """What `describe` will have been called with, all rows and their advantages, in the same way."""
+    seen, describe = [], trainer.describe
+
+    def recorded(rollouts: Rollouts, advantages: torch.Tensor) -> None:
+        seen.append((rollouts, advantages))
+        describe(rollouts, advantages)
+
+    trainer.describe = recorded
+    return seen

@@ -1,0 +1,388 @@
+"""What holds for every algorithm, found by the rule that makes a folder one: `Name/name_trainer.py`."""
+
+import re
+import runpy
+import sys
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.config import RLConfig
+from tests.toy import (
+    ROOT,
+    algorithms,
+    described_by,
+    learners_of,
+    metrics_of,
+    samples_of,
+    save_toy_policy,
+    toy_trainer,
+    trained_weights,
+    without_curves,
+)
+
+NAMES = list(algorithms())
+LORA = {"use_lora": True, "lora_r": 4}
+# Runs with everything on: the value model, fitted first, beside the policy and on its base.
+FITTED = {"value_init": "fit", "value_init_prompts": 10, "value_init_epochs": 1, "value_init_minibatches": 4}
+VARIANTS = {name: (name, {}) for name in NAMES} | {
+    "GRPO lora": ("GRPO", LORA),
+    "PPO lora": ("PPO", LORA | FITTED),
+    "PPO shared": ("PPO", LORA | FITTED | {"value_backbone": "shared"}),
+}
+BUSY = {"num_steps": 4, "num_minibatches": 2, "num_update_epochs": 2, "kl_coef": 0.1, "missing_eos_penalty": 0.25}
+BUSY |= {"eval_every": 2, "save_every": 2, "offload": "never"}
+
+
+@pytest.fixture(scope="module")
+def toy_folder(tmp_path_factory):
+    with without_curves():
+        yield save_toy_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def busy_run(toy_folder, tmp_path_factory):
+    """The folder and the trainer of a finished run of a variant; each is made once."""
+    runs, root = {}, tmp_path_factory.mktemp("runs")
+
+    def run(variant: str):
+        if variant not in runs:
+            name, settings = VARIANTS[variant]
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                trainer = toy_trainer(
+                    toy_folder, root / variant, algorithm=name, **(BUSY | in_reward(name) | settings)
+                )
+                trainer.train()
+            assert not said, [str(warning.message) for warning in said]  # correct use warns of nothing
+            runs[variant] = root / variant, trainer
+        return runs[variant]
+
+    return run
+
+
+def in_reward(name: str) -> dict:
+    """Have the KL of a step measured before its first update, also where the loss is another place for it."""
+    return {"kl_place": "reward"} if name == "GRPO" else {}
+
+
+# The files
+
+
+def test_the_six_are_found():
+    assert {"GRPO", "PPO", "RLOO", "ReMax", "RAFT", "Reinforce"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_trainer_file_has_at_most_200_lines(name):
+    assert len(algorithms()[name].trainer_file.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_is_on_top_of_the_script_and_nothing_else(name):
+    literal = re.search(r"^SETTINGS = \w+\((.*?)^\)", algorithms()[name].script.read_text(), re.M | re.S).group(1)
+    written = re.findall(r"^    (\w+)=", literal, re.M)
+    assert sorted(written) == sorted(field.name for field in fields(algorithms()[name].config))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_explains_every_setting(name, monkeypatch, capsys):
+    script = algorithms()[name].script
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(script), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert not left.value.code
+    for field in fields(algorithms()[name].config):
+        assert f"--{field.name} " in shown
+
+
+def logic_of(file: Path) -> list[str]:
+    """The lines of a file without blank ones, without imports, and of a script without the literal of its settings."""
+    text = re.sub(r"^SETTINGS = \w+\(.*?^\)", "", file.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^(from .* )?import (\(.*?^\)|.*)", "", text, flags=re.M | re.S if "import (" in text else re.M)
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def test_no_six_lines_are_the_same_in_two_algorithms():
+    """Exempt are imports, which are no logic, and the values of settings, which a script is there to show."""
+    places: dict[tuple[str, ...], str] = {}
+    for name, algorithm in algorithms().items():
+        for file in sorted(algorithm.script.parent.glob("*.py")):
+            lines = logic_of(file)
+            for start in range(len(lines) - 5):
+                run = tuple(lines[start : start + 6])
+                assert places.setdefault(run, name) == name, "\n".join([f"{name} and {places[run]}:", *run])
+
+
+# It learns
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "use_lora", "seed"),
+    [(name, False, seed) for name in NAMES for seed in (0, 1, 2)] + [(name, True, 0) for name in NAMES],
+    ids=lambda value: {True: "lora", False: "full"}.get(value, value) if isinstance(value, bool) else str(value),
+)
+def test_it_learns_to_write_digits(toy_folder, tmp_path, name, use_lora, seed):
+    # With LoRA the head is frozen: initial weights of the usual size would leave it near the uniform distribution.
+    model = save_toy_policy(tmp_path / "model", initializer_range=0.3) if use_lora else toy_folder
+    settings = {"lora_r": 8, "lora_alpha": 16, "num_steps": 40, "learning_rate": 3e-2}
+    trainer = toy_trainer(
+        model,
+        tmp_path / "run",
+        algorithm=name,
+        seed=seed,
+        prompts_per_step=8,
+        rewards=["digits"],
+        eval_every=100,
+        eval_num_samples=8,
+        use_lora=use_lora,
+        **(settings if use_lora else {"num_steps": 25, "learning_rate": 2e-2}),
+    )
+    trainer.train()
+    lines = metrics_of(tmp_path / "run")
+    assert lines[0]["eval/score"] < 0.6
+    assert lines[-1]["eval/score"] > 0.8
+
+
+# A run
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_ratio_is_exactly_one_and_the_kl_before_the_first_update_exactly_zero(busy_run, variant):
+    folder, trainer = busy_run(variant)
+    lines = metrics_of(folder)[1:]
+    assert [line["kl"] == 0.0 for line in lines] == [True, False, False, False]
+    assert all(line["sampler/logprob_diff"] < 1e-4 for line in lines)
+    for line in lines:
+        if "policy/ratio" in line:  # a likelihood has no ratio
+            assert line["policy/first_ratio"] == 1.0 != line["policy/ratio"]
+    assert "policy/ratio" in lines[0] or type(trainer).__name__ == "RAFTTrainer"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_score_of_a_step_has_the_penalty_once_and_that_of_the_evaluation_has_it_not(busy_run, name):
+    folder, _ = busy_run(name)
+    lines = metrics_of(folder)
+    for line in lines[1:]:
+        raw = line["reward/digits"] + 0.5 * line["reward/sum"]
+        assert line["score"] == pytest.approx(raw - 0.25 * line["truncated"], abs=1e-6) and 0 < line["truncated"] < 1
+    for row in samples_of(folder):
+        raw = row["parts"]["digits"] + 0.5 * row["parts"]["sum"]
+        penalty = 0.25 if row["truncated"] and row["split"] == "train" else 0.0
+        assert row["score"] == pytest.approx(raw - penalty, abs=1e-6)
+    evaluated = [row for row in samples_of(folder) if row["split"] == "eval" and row["step"] == 0]
+    assert lines[0]["eval/score"] == pytest.approx(sum(row["score"] for row in evaluated) / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_algorithm_reports_the_same_names(busy_run, name):
+    line = metrics_of(busy_run(name)[0])[2]
+    expected = """step episodes tokens score reward/digits reward/sum kl entropy length truncated zero_advantage
+        policy/loss policy/grad_norm policy/tokens lr sampler/logprob_diff eval/score eval/accuracy eval/length"""
+    assert set(expected.split()) <= set(line)
+
+
+def test_algorithms_of_one_seed_begin_with_the_same_completions(busy_run):
+    first = {}
+    for name in NAMES:
+        rows = [row for row in samples_of(busy_run(name)[0]) if row["step"] == 1 and row["split"] == "train"]
+        first[name] = [(row["prompt"], row["completion"]) for row in rows]
+    assert all(rows == first["GRPO"] for rows in first.values()) and len(first["GRPO"]) == 8
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_final_model_is_the_trained_policy_in_plain_transformers(busy_run, toy_folder, variant):
+    folder, trainer = busy_run(variant)
+    model = AutoModelForCausalLM.from_pretrained(folder / "final")
+    ids = torch.tensor([[5, 9, 14, 3, 77]])
+    with torch.no_grad(), trainer.models.use("policy") as policy:
+        torch.testing.assert_close(model(ids).logits, policy(ids).logits, atol=1e-5, rtol=1e-4)
+    untrained = AutoModelForCausalLM.from_pretrained(toy_folder)
+    assert not torch.allclose(model(ids).logits, untrained(ids).logits, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(folder / "final").decode([5]) == trainer.tokenizer.decode([5])
+
+
+class Killed(BaseException):
+    """What no part of a run catches."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_was_cut_off_continues_as_if_nothing_had_happened(busy_run, toy_folder, tmp_path, variant):
+    """In its fourth step, so that a line and samples of the third are written anew from the checkpoint of the second.
+
+    That a process killed from outside leaves no more behind than this is in test_trainer.py.
+    """
+    whole, _ = busy_run(variant)
+    name, settings = VARIANTS[variant]
+    settings = BUSY | in_reward(name) | settings
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings)
+    update = trainer.update
+
+    def cut_off(*args, **kwargs):
+        update(*args, **kwargs)
+        if trainer.current_step == 4:
+            raise Killed
+
+    trainer.update = cut_off
+    with pytest.raises(Killed):
+        trainer.train()
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]
+    continued = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings)
+    assert continued.run.first_step == 3
+    continued.train()
+    assert metrics_of(tmp_path / "run") == metrics_of(whole)
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_offload_changes_not_a_bit(busy_run, toy_folder, tmp_path, variant):
+    never, _ = busy_run(variant)
+    name, settings = VARIANTS[variant]
+    settings = BUSY | in_reward(name) | settings | {"offload": "always", "save_every": 0}
+    toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings).train()
+    assert metrics_of(tmp_path / "run") == metrics_of(never)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_token_budget_changes_no_weight(toy_folder, tmp_path, name):
+    """With plain gradient descent, for which a rounding error stays as small as it is."""
+    weights = []
+    settings = {"num_steps": 1, "num_minibatches": 2, "num_update_epochs": 2, "kl_coef": 0.1, "max_grad_norm": 0.0}
+    for budget in (1, 37, 100_000):
+        trainer = toy_trainer(
+            toy_folder, tmp_path / str(budget), algorithm=name, max_tokens_per_microbatch=budget, **settings
+        )
+        for learner in learners_of(trainer):
+            learner.optimizer = torch.optim.SGD(learner.parameters, lr=1e-3)
+        weights.append(trained_weights(trainer))
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_the_policy_that_sampled_is_the_one_being_updated_no_pass_is_spent_on_it(toy_folder, tmp_path, name):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, num_steps=1)
+
+    def spent(*args):
+        raise AssertionError("the ratio is 1 without it")
+
+    trainer.logprobs = spent
+    assert trainer.train().get("policy/ratio", 1.0) == 1.0
+
+
+# The settings
+
+
+def specific_settings(name: str) -> set[str]:
+    """Settings that not every algorithm has, and those for which this one has another default."""
+    shared = {(field.name, field.default) for field in fields(RLConfig)}
+    return {field.name for field in fields(algorithms()[name].config) if (field.name, field.default) not in shared}
+
+
+SEVERAL = {"num_minibatches": 2, "num_update_epochs": 3, "learning_rate": 1e-2, "num_steps": 1}
+CLIP = {"clip_range": (SEVERAL, 0.01), "clip_range_high": (SEVERAL, 0.001)}
+FIT = FITTED | {"value_init_learning_rate": 1e-3, "num_steps": 1}
+# For each setting: with which others, and changed to what. GRPO's are in test_grpo.py.
+ACTS = {
+    "PPO": CLIP
+    | {
+        "num_generations": ({}, 2),
+        "gamma": ({}, 0.5),
+        "gae_lambda": ({"value_init": "none"}, 0.5),
+        "whiten_rewards": ({}, True),
+        "value_learning_rate": ({}, 1e-2),
+        "value_clip_range": (SEVERAL | {"value_learning_rate": 1e-1}, None),
+        "value_loss_coef": ({}, 1e-4),
+        "value_backbone": (LORA | {"value_init": "none"}, "shared"),
+        "value_init": ({}, "none"),
+        "value_init_prompts": (FIT, 20),
+        "value_init_generations": (FIT, 2),
+        "value_init_epochs": (FIT, 2),
+        "value_init_minibatches": (FIT, 16),
+        "value_init_learning_rate": (FIT, 3e-3),
+    },
+    "RLOO": CLIP
+    | {
+        "average_over": ({"ratio_level": "token"}, "tokens"),
+        "ratio_level": (SEVERAL, "token"),
+        "whiten_rewards": ({}, True),
+        "keep_per_group": ({}, True),
+    },
+    "ReMax": CLIP | {"num_generations": ({}, 2), "gamma": ({}, 0.5)},
+    "RAFT": {},
+    "Reinforce": CLIP
+    | {
+        "num_generations": ({}, 2),
+        "whiten_advantages": ({}, False),
+        "gamma": ({}, 0.5),
+        "whiten_rewards": ({"whiten_advantages": False}, True),
+        "group_baseline": ({}, True),
+    },
+}
+EVERYWHERE = {
+    "kl_coef": ({"num_steps": 3, "learning_rate": 1e-2}, 10.0),
+    "missing_eos_penalty": ({}, 1.0),
+    "average_over": ({}, "constant"),
+    "mask_truncated": ({}, True),
+    "temperature": ({}, 0.7),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_setting_is_without_a_test_that_it_acts(name):
+    if name == "GRPO":
+        text = (ROOT / "tests" / "test_grpo.py").read_text()
+        assert all(f'"{setting}"' in text or f"{setting}=" in text for setting in specific_settings(name))
+    else:
+        assert specific_settings(name) == set(ACTS[name])
+
+
+@pytest.fixture(scope="module")
+def weights_with(toy_folder, tmp_path_factory):
+    """The weights after training with these settings; the same ones are trained once."""
+    known = {}
+
+    def weights(name: str, settings: dict) -> torch.Tensor:
+        key = name, str(sorted(settings.items()))
+        if key not in known:
+            trainer = toy_trainer(toy_folder, tmp_path_factory.mktemp("run") / "run", algorithm=name, **settings)
+            known[key] = trained_weights(trainer)
+        return known[key]
+
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [(name, setting) for name in NAMES for setting in [*ACTS.get(name, {}), *EVERYWHERE]],
+)
+def test_the_setting_acts(weights_with, name, setting):
+    others, changed = (EVERYWHERE | ACTS.get(name, {}))[setting]
+    if setting == "average_over" and name == "RLOO":
+        others, changed = ACTS[name][setting]
+    assert not torch.equal(weights_with(name, others), weights_with(name, others | {setting: changed}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whitening_is_off_where_there_is_a_baseline_already_and_on_where_it_is_the_only_one(name):
+    default = algorithms()[name].config().whiten_advantages
+    assert default is (name == "Reinforce")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("RAFT", "Reinforce")])
+def test_whitening_can_be_asked_for(toy_folder, tmp_path, name):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, num_steps=1, whiten_advantages=True)
+    seen = described_by(trainer)
+    trainer.train()
+    ((rollouts, advantages),) = seen
+    real = advantages[rollouts.completion_mask].double()
+    assert float(real.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(real.square().mean()) == pytest.approx(1, abs=1e-3)
+    assert (advantages[~rollouts.completion_mask] == 0).all()
