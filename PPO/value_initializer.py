@@ -122,7 +122,7 @@ def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], hel
             # The rate falls to 0: at the end the noise of small mini-batches would cost more than they teach.
             share_left = 1 - (epoch + part / len(fitted)) / epochs
             learner.config.learning_rate = trainer.config.value_init_learning_rate * share_left
-            trainer.current_step = -(epoch * len(fitted) + part)  # other mini-batches in each pass
+            trainer.current_step = epoch * len(fitted) + part  # other mini-batches in each pass
             trainer.update(learner, rollouts, _squared_error, average_over="tokens")
         trainer.current_step = 0
         error = _error(trainer, held_out)

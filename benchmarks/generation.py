@@ -21,13 +21,13 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
     """
     from vllm import SamplingParams  # not at the top: its import changes the process, which the engine prevents
 
-    config, sampler = trainer.config, trainer.sampler
+    config, sampler = trainer.config, trainer.generation.sampler
     prompts = trainer.prompts.batch(1, num_prompts=config.prompts_per_step)
     seeds = [sampling_seed(config.seed, 1, row, "benchmark") for row in prompts.rows]
     settings = SamplingSettings(
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
-        stop_token_ids=trainer.end_token_ids,
+        stop_token_ids=trainer.generation.end_token_ids,
     )
     # The engine is private to the sampler: nothing but this comparison goes past it.
     llm = sampler._engine.llm
@@ -46,7 +46,7 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
                 seed=seed,
                 temperature=config.temperature,
                 max_tokens=config.max_completion_length,
-                stop_token_ids=list(trainer.end_token_ids),
+                stop_token_ids=list(trainer.generation.end_token_ids),
                 ignore_eos=True,
                 logprobs=0,
                 flat_logprobs=True,
