@@ -70,11 +70,7 @@ class GRPOTrainer(OnPolicyTrainer):
     config: GRPOConfig
 
     def step(self, prompts: PromptBatch) -> None:
-        """One iteration of GRPO.
-
-        Args:
-            prompts: this process's prompts.
-        """
+        """One iteration of GRPO on this process's prompts."""
         config, group_size = self.config, self.config.num_generations
         # 1. Sample a group of completions for each prompt and score them.
         rollouts = self.sample(prompts, num_generations=group_size)

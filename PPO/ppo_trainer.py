@@ -100,11 +100,7 @@ class PPOTrainer(OnPolicyTrainer):
         )
 
     def step(self, prompts: PromptBatch) -> None:
-        """One iteration of PPO.
-
-        Args:
-            prompts: this process's prompts.
-        """
+        """One iteration of PPO on this process's prompts."""
         config = self.config
         # 1. Sample and score. Every token pays for leaving the reference, the last one brings the score.
         rollouts = self.sample(prompts, num_generations=config.num_generations)

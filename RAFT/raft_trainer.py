@@ -42,11 +42,7 @@ class RAFTTrainer(OnPolicyTrainer):
     config: RAFTConfig
 
     def step(self, prompts: PromptBatch) -> None:
-        """One iteration of RAFT.
-
-        Args:
-            prompts: this process's prompts.
-        """
+        """One iteration of RAFT on this process's prompts."""
         config, group_size = self.config, self.config.num_generations
         # 1. Sample a group for each prompt. With a KL, a completion's rank is by its score less what it pays in KL.
         rollouts = self.sample(prompts, num_generations=group_size)

@@ -51,11 +51,7 @@ class RLOOTrainer(OnPolicyTrainer):
     config: RLOOConfig
 
     def step(self, prompts: PromptBatch) -> None:
-        """One iteration of RLOO.
-
-        Args:
-            prompts: this process's prompts.
-        """
+        """One iteration of RLOO on this process's prompts."""
         config, group_size = self.config, self.config.num_generations
         # 1. Sample a group for each prompt. A completion's reward is its score less what it pays in KL.
         rollouts = self.sample(prompts, num_generations=group_size)

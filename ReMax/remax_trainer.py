@@ -37,11 +37,7 @@ class ReMaxTrainer(OnPolicyTrainer):
     config: ReMaxConfig
 
     def step(self, prompts: PromptBatch) -> None:
-        """One iteration of ReMax.
-
-        Args:
-            prompts: this process's prompts.
-        """
+        """One iteration of ReMax on this process's prompts."""
         config = self.config
         # 1. The baseline of a prompt: the return of its greedy completion, with the same penalties as every other.
         greedy = self.returns(self.sample(prompts, greedy=True))

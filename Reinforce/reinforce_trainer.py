@@ -45,11 +45,7 @@ class ReinforceTrainer(OnPolicyTrainer):
     config: ReinforceConfig
 
     def step(self, prompts: PromptBatch) -> None:
-        """One iteration of REINFORCE.
-
-        Args:
-            prompts: this process's prompts.
-        """
+        """One iteration of REINFORCE on this process's prompts."""
         config = self.config
         # 1. Sample and score.
         rollouts = self.sample(prompts, num_generations=config.num_generations)

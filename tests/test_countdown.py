@@ -20,9 +20,9 @@ from common.tasks.countdown import (
     format_reward,
     problem_key,
     problems,
-    split_held_out,
     tries,
 )
+from common.tasks.prompts import split_held_out
 from common.tiny import build_tokenizer
 
 
@@ -241,7 +241,7 @@ def test_the_generated_problems_are_1020_and_all_can_be_solved():
 def test_no_held_out_problem_is_trained_on_even_with_its_numbers_in_another_order():
     rows = [{"nums": nums, "target": 6} for nums in ([1, 2, 3], [3, 2, 1], [2, 1, 3], [6, 1, 1], [2, 2, 2], [1, 5, 1])]
     for num_held_out in range(1, 4):
-        train, held_out = split_held_out(rows, num_held_out)
+        train, held_out = split_held_out(rows, num_held_out, key=lambda row: problem_key(**row))
         assert len(held_out) == num_held_out
         assert not {problem_key(**row) for row in train} & {problem_key(**row) for row in held_out}
 
@@ -249,7 +249,7 @@ def test_no_held_out_problem_is_trained_on_even_with_its_numbers_in_another_orde
 def test_the_split_is_that_of_the_published_results():
     rows = [{"nums": [1, number], "target": number + 1} for number in range(40)]
     published = datasets.Dataset.from_list(rows).train_test_split(test_size=7, seed=42)
-    train, held_out = split_held_out(rows, 7)
+    train, held_out = split_held_out(rows, 7, key=lambda row: problem_key(**row))
     assert train == published["train"].to_list() and held_out == published["test"].to_list()
 
 

@@ -10,15 +10,14 @@ from functools import cache, partial
 from itertools import combinations_with_replacement, permutations, product
 from typing import NamedTuple
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.arithmetic import evaluate
 from common.config import RLConfig
 from common.sources import read_rows
 from common.tasks import Task
+from common.tasks.prompts import split_held_out
 
-SPLIT_SEED = 42  # of the published Countdown results, whatever the seed of the run
 NUM_HELD_OUT = 256  # generated problems that neither the tiny policy's warm start nor RL ever sees
 TOLERANCE = 1e-5
 
@@ -61,7 +60,7 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
         held_out = held_out[: config.num_eval_prompts]
     else:
         rows = read_problems(config.dataset, config.dataset_split)
-        train, held_out = split_held_out(rows, config.num_eval_prompts)
+        train, held_out = split_held_out(rows, config.num_eval_prompts, key=lambda row: problem_key(**row))
     write_prompt = compact_prompt if tokenizer.chat_template is None else chat_prompt
     return Task(
         train=[{"prompt": write_prompt(**row), **row} for row in train],
@@ -211,40 +210,12 @@ def problems() -> tuple[list[dict], list[dict]]:
     for nums in combinations_with_replacement(NUMBERS, 3):
         reachable = sorted({attempt.value for attempt in tries(nums) if attempt.value in TARGETS})
         rows += [{"nums": list(nums), "target": target} for target in reachable]
-    return split_held_out(rows, NUM_HELD_OUT)
+    return split_held_out(rows, NUM_HELD_OUT, key=lambda row: problem_key(**row))
 
 
 def problem_key(nums: list[int], target: int) -> tuple[tuple[int, ...], int]:
     """What makes two problems the same: the numbers in any order, and the target."""
     return tuple(sorted(nums)), target
-
-
-def split_held_out(rows: list[dict], num_held_out: int) -> tuple[list[dict], list[dict]]:
-    """Shuffle rows and hold some out; no held-out problem stays among the training rows, in any order of its numbers.
-
-    The shuffle is that of `datasets.Dataset.train_test_split(seed=42)`, so that on Countdown-Tasks-3to4 with 500 rows
-    held out, results can be compared with those published on that split.
-
-    Args:
-        rows: `nums` and `target` each.
-        num_held_out: number of rows to hold out.
-
-    Returns:
-        Training rows and held-out rows.
-
-    Raises:
-        ValueError: no row would be left to train on.
-    """
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows)).tolist()
-    held_out = [rows[index] for index in order[:num_held_out]]
-    seen = {problem_key(**row) for row in held_out}
-    train = [rows[index] for index in order[num_held_out:] if problem_key(**rows[index]) not in seen]
-    if not train:
-        raise ValueError(
-            f"num_eval_prompts={num_held_out}: the data has {len(rows)} problems, and none would be left to train on "
-            f"that is not also held out. Pass a smaller --num_eval_prompts or more data."
-        )
-    return train, held_out
 
 
 def read_problems(source: str, split: str) -> list[dict]:

@@ -4,6 +4,8 @@ What a good completion is, the run says: this task has no rewards of its own, an
 travels to the rewards that the settings name. Here is also how tasks without a split of their own hold rows out.
 """
 
+from collections.abc import Callable, Hashable
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +13,7 @@ from common.config import RLConfig
 from common.sources import read_rows
 from common.tasks import Task
 
-SPLIT_SEED = 42  # the held-out prompts stay the same whatever the seed of the run
+SPLIT_SEED = 42  # of published results on Countdown and others, whatever the seed of the run
 
 
 def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
@@ -65,12 +67,23 @@ def _is_prompt(prompt: object) -> bool:
     )
 
 
-def split_held_out(rows: list[dict], num_held_out: int) -> tuple[list[dict], list[dict]]:
-    """Shuffle rows and hold some out; no held-out prompt stays among the training rows.
+def prompt_key(row: dict) -> str:
+    """What makes two rows the same prompt."""
+    return str(row["prompt"])
+
+
+def split_held_out(
+    rows: list[dict], num_held_out: int, *, key: Callable[[dict], Hashable] = prompt_key
+) -> tuple[list[dict], list[dict]]:
+    """Shuffle rows and hold some out; what is held out does not stay among the training rows in another row.
+
+    The shuffle is that of `datasets.Dataset.train_test_split(seed=42)`, so that on data whose published results used
+    it, results can be compared.
 
     Args:
-        rows: `prompt` each, and any other columns.
+        rows: `prompt` each, or what `key` needs, and any other columns.
         num_held_out: number of rows to hold out.
+        key: equal for rows that are the same problem.
 
     Returns:
         Training rows and held-out rows.
@@ -80,8 +93,8 @@ def split_held_out(rows: list[dict], num_held_out: int) -> tuple[list[dict], lis
     """
     order = np.random.default_rng(SPLIT_SEED).permutation(len(rows)).tolist()
     held_out = [rows[index] for index in order[:num_held_out]]
-    seen = {str(row["prompt"]) for row in held_out}
-    train = [rows[index] for index in order[num_held_out:] if str(rows[index]["prompt"]) not in seen]
+    seen = {key(row) for row in held_out}
+    train = [rows[index] for index in order[num_held_out:] if key(rows[index]) not in seen]
     if not train:
         raise ValueError(
             f"num_eval_prompts={num_held_out}: the data has {len(rows)} rows, and none would be left to train on that "
