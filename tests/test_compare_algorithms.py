@@ -307,3 +307,21 @@ def test_the_figure_has_a_line_for_each_algorithm_in_a_colour_that_stays_its_own
     assert width > 3 * height  # three panels
     write_report(tmp_path, ["Gamma"], known=known)
     assert colors_of(tmp_path / "comparison.png") == {PALETTE[2]}
+
+
+def test_runs_at_the_same_time_have_cpus_of_their_own(root, tmp_path, monkeypatch):
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert compare(["--output_dir", str(tmp_path / "out"), "--seeds", "0", "1", "--at_once", "2"], root=root) == 0
+    for name in ("alpha", "beta"):
+        for seed in (0, 1):
+            log = (tmp_path / "out" / f"{name}-seed{seed}.log").read_text()
+            assert f"threads: {len(cpus) // 2}" in log or f"threads: {len(cpus) - len(cpus) // 2}" in log
+    assert sorted(os.sched_getaffinity(0)) == cpus
+
+
+def test_more_runs_at_once_than_cpus_are_refused(root, tmp_path):
+    with pytest.raises(ValueError, match=r"at_once=999: each run needs a CPU"):
+        compare(["--output_dir", str(tmp_path / "out"), "--at_once", "999"], root=root)

@@ -1,7 +1,8 @@
 """Every algorithm on the same task with several seeds: `python compare_algorithms.py`, `--help` for more.
 
 An algorithm is a folder `Name` in the repository's root with `name.py` and `name_trainer.py`. Its script runs as a
-user would start it, one run after another. What follows `--` goes to every run: `-- --num_steps 20 --task hh_rlhf`.
+user would start it, one run after another, or --at_once N, each on CPUs of its own. What follows `--` goes to every
+run: `-- --num_steps 20 --task hh_rlhf`.
 """
 
 import argparse
@@ -11,7 +12,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from queue import SimpleQueue
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -56,15 +61,16 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
     settings = ["--preset", options.preset, "--eval_kl", "true", *passed_on]
     planned = [] if options.report_only else [(seed, name) for seed in options.seeds for name in chosen]
     finished, num_failed = [], 0
-    for number, (seed, name) in enumerate(planned, start=1):
-        print(f"[{number}/{len(planned)}] {name}, seed {seed}: ", end="", flush=True)
-        if run := _run(found[name], seed, options.output_dir, settings):
-            finished.append(run)
-            check_equal(finished)  # now, rather than after hours
-        else:
-            num_failed += 1
-        if number % len(chosen) == 0 and not num_failed:
-            write_report(options.output_dir, chosen, known=list(found))
+    with closing(_run_all([(found[name], seed) for seed, name in planned], options, settings)) as runs:
+        for number, (said, run) in enumerate(runs, start=1):
+            print(f"[{number}/{len(planned)}] {said}", flush=True)
+            if run is not None:
+                finished.append(run)
+                check_equal(finished)  # now, rather than after hours
+            else:
+                num_failed += 1
+            if number % len(chosen) == 0 and not num_failed:
+                write_report(options.output_dir, chosen, known=list(found))
     if finished or options.report_only:
         print("\n" + write_report(options.output_dir, chosen, known=list(found)))
         print(f"table, numbers and figure: {options.output_dir.resolve()}")
@@ -72,7 +78,7 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
 
 
 def run_environment() -> dict[str, str]:
-    """The environment of a run: it has the machine for itself, so torch may use every CPU that this process may.
+    """The environment of a run: it has the calling thread's CPUs for itself, so torch may use every one of them.
 
     The CPUs themselves are inherited. What the user set stays.
     """
@@ -80,8 +86,37 @@ def run_environment() -> dict[str, str]:
     return threads | os.environ
 
 
-def _run(script: Path, seed: int, output_dir: Path, settings: list[str]) -> FinishedRun | None:
-    """Start or continue one run and say how it went; None if it failed. A finished one is left alone."""
+def _run_all(
+    planned: list[tuple[Path, int]], options: argparse.Namespace, settings: list[str]
+) -> Iterator[tuple[str, FinishedRun | None]]:
+    """Do the planned runs; each worker keeps to its share of the CPUs.
+
+    Yields:
+        In the order of the plan what to say of a run, and the run, None if it failed.
+    """
+    cpus, shares = sorted(os.sched_getaffinity(0)), SimpleQueue()
+    for worker in range(options.at_once):
+        shares.put(cpus[worker :: options.at_once])
+    running: set[subprocess.Popen] = set()
+
+    def run(script: Path, seed: int) -> tuple[str, FinishedRun | None]:
+        return _run(script, seed, options.output_dir, settings, running)
+
+    # An affinity is that of a thread, and what a thread starts inherits it.
+    pool = ThreadPoolExecutor(options.at_once, initializer=lambda: os.sched_setaffinity(0, shares.get()))
+    try:
+        yield from pool.map(run, *zip(*planned, strict=True)) if planned else ()
+    finally:
+        # After an interruption no other run may start, and those under way end with this script.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+
+
+def _run(
+    script: Path, seed: int, output_dir: Path, settings: list[str], running: set[subprocess.Popen]
+) -> tuple[str, FinishedRun | None]:
+    """Start or continue one run; a finished one is left alone."""
     name = script.parent.name
     folder = run_folder(output_dir, name, seed)
     log = folder.with_name(f"{folder.name}.log")
@@ -90,16 +125,19 @@ def _run(script: Path, seed: int, output_dir: Path, settings: list[str]) -> Fini
         command = [sys.executable, script, "--seed", seed, "--output_dir", folder, "--resume", "auto", *settings]
         begun = time.monotonic()
         with open(log, "ab") as file:
-            done = subprocess.run(map(str, command), env=run_environment(), stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                list(map(str, command)), env=run_environment(), stdout=file, stderr=subprocess.STDOUT
+            )
+            running.add(process)
+            status = process.wait()
+            running.discard(process)
         how = f"{time.monotonic() - begun:.0f} s"
-        if done.returncode or not has_finished(folder):
+        if status or not has_finished(folder):
             last = (log.read_text(errors="replace").splitlines() or ["it wrote nothing"])[-1]
-            print(f"FAILED with status {done.returncode} after {how}, see {log}: {last}", flush=True)
-            return None
+            return f"{name}, seed {seed}: FAILED with status {status} after {how}, see {log}: {last}", None
     run = read_run(folder, name, seed)
     metric, before, after = run.progress()
-    print(f"{how}, {metric} {before:.3f} -> {after:.3f}", flush=True)
-    return run
+    return f"{name}, seed {seed}: {how}, {metric} {before:.3f} -> {after:.3f}", run
 
 
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -109,9 +147,16 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--algorithms", nargs="+", help="folders in the repository's root (default: all)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare_algorithms"))
     parser.add_argument("--preset", default="auto", help="of every run: auto is cpu without a CUDA GPU, none with one")
+    parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each with its share of the CPUs")
     parser.add_argument("--report_only", action="store_true", help="redraw table and figure from what is there")
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, passed_on = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    num_cpus = len(os.sched_getaffinity(0))
+    if not 1 <= options.at_once <= num_cpus:
+        raise ValueError(
+            f"at_once={options.at_once}: each run needs a CPU of its own to be timed, and there are {num_cpus}. Pass "
+            f"--at_once 1 to {num_cpus}."
+        )
     for word in passed_on:
         setting = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and setting in RESERVED:
