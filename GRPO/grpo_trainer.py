@@ -24,8 +24,8 @@ class GRPOConfig(ClippedConfig):
     """GRPO's own mean: every completion weighs the same. "tokens" is DAPO's, "constant" is Dr. GRPO's."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation; False is Dr. GRPO."""
-    kl_estimator: str = "k3"
-    """"k1", "k2" or "k3", the paper's, in the loss; in the reward it is k1, whose gradient alone is right there."""
+    kl_estimator: str | None = None
+    """"k1", "k2" or "k3"; None: the paper's k3 in the loss, k1 in the reward, where its gradient alone is right."""
     kl_place: str = "loss"
     """"loss", or "reward": the completion's KL is taken from its score before groups are compared."""
     sparse: bool = False
@@ -41,10 +41,15 @@ class GRPOConfig(ClippedConfig):
         """
         super().__post_init__()
         check_group(self.num_generations, "GRPO compares completions of one prompt with each other")
-        if self.kl_estimator not in KL_ESTIMATORS or self.kl_place not in ("loss", "reward"):
+        if self.kl_estimator not in (None, *KL_ESTIMATORS) or self.kl_place not in ("loss", "reward"):
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
                 f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
+            )
+        if self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator} in the reward: only k1's gradient is that of the KL there; k2's "
+                "and k3's are small and may point away from the reference. Pass --kl_estimator k1 or --kl_place loss."
             )
         if self.sparse and self.kl_coef and self.kl_place == "loss":
             warnings.warn(
@@ -100,7 +105,7 @@ class GRPOTrainer(OnPolicyTrainer):
         logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         loss, metrics = clipped_policy_loss(logprobs, entropy, minibatch, config.clip_ranges)
         if config.kl_coef and config.kl_place == "loss":
-            kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator)
+            kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator or "k3")
             loss = loss + config.kl_coef * kl
             metrics["kl"] = kl.detach()
         return loss, metrics

@@ -106,19 +106,22 @@ def test_kl_in_the_reward_is_taken_from_the_score_before_groups_are_compared(tin
     kl = [line["kl"] for line in metrics_of(tmp_path / "run")]
     assert kl[0] == 0.0 and kl[-1] != 0.0
     _, rollouts = seen[-1]
-    log_ratio = (rollouts.old_logprobs - rollouts.ref_logprobs).sum(1)  # k1, whatever kl_estimator says
+    log_ratio = (rollouts.old_logprobs - rollouts.ref_logprobs).sum(1)  # k1
     expected = rollouts.spread(group_relative(rollouts.scores - 0.5 * log_ratio, 4))
     torch.testing.assert_close(rollouts.advantages, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(expected, rollouts.spread(group_relative(rollouts.scores, 4)), atol=1e-2)
 
 
-def test_in_the_reward_the_kl_is_k1_whatever_the_estimator_of_the_loss(tiny_folder, tmp_path):
-    settings = {"kl_place": "reward", "kl_coef": 1.0, "learning_rate": 1e-2, "num_steps": 3}
-    weights = [
-        trained_weights(toy_trainer(tiny_folder, tmp_path / estimator, kl_estimator=estimator, **settings))
-        for estimator in ("k1", "k3")
-    ]
-    assert torch.equal(*weights)
+def test_the_estimator_left_to_the_place_is_k3_in_the_loss_and_k1_in_the_reward(tiny_folder, tmp_path):
+    settings = {"kl_coef": 1.0, "learning_rate": 1e-2, "num_steps": 3}
+    for place, estimator in (("loss", "k3"), ("reward", "k1")):
+        weights = [
+            trained_weights(
+                toy_trainer(tiny_folder, tmp_path / f"{place}{name}", kl_place=place, kl_estimator=name, **settings)
+            )
+            for name in (None, estimator)
+        ]
+        assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(
