@@ -318,7 +318,9 @@ class OnPolicyTrainer(ABC):
         """(B,) float32, the weighted sum of the rewards; each of them is kept in rollouts.parts."""
         with self.watch("score"):
             texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
-            scores, rollouts.parts = self.scorer(*texts, raw_prompts=rollouts.raw_prompts)
+            tokens = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
+            ids = [row[mask].tolist() for row, mask in tokens]
+            scores, rollouts.parts = self.scorer(*texts, completion_ids=ids, raw_prompts=rollouts.raw_prompts)
         return scores
 
     def _add_kl(self, rollouts: Rollouts, metric: str) -> Tensor:

@@ -97,3 +97,15 @@ def test_conversational_rewards_get_messages(folder, tmp_path):
     settings = vars(importlib.import_module("GRPO.grpo"))["SETTINGS"]
     algorithms()["GRPO"].trainer(parse_config(settings, args=args)).train()
     assert metrics_of(tmp_path / "run")[-1]["reward/polite"] >= 0
+
+
+def test_a_reward_may_ask_for_the_sampled_tokens(folder, tmp_path):
+    (tmp_path / "tokens.py").write_text(
+        "def length(prompts, completions, completion_ids, **columns):\n"
+        "    return [float(len(ids)) for ids in completion_ids]\n"
+    )
+    args = [*arguments(folder, "countdown", tmp_path / "run"), "--reward", f"{tmp_path / 'tokens.py'}:length"]
+    settings = vars(importlib.import_module("GRPO.grpo"))["SETTINGS"]
+    algorithms()["GRPO"].trainer(parse_config(settings, args=args)).train()
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["reward/length"] == last["length"] > 0
