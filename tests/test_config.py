@@ -195,7 +195,9 @@ def test_defaults_are_valid_and_survive_a_round_trip(config_class):
 def test_training_has_no_setting_that_samples_from_another_distribution_than_the_policys():
     """With top-p or top-k the log-probs would not be those of the distribution that was sampled from."""
     names = {field.name for field in fields(GRPOConfig)}
-    assert {name for name in names if re.search(r"top_p|top_k|min_p|penalty", name)} == {"eval_top_p", "eval_top_k"}
+    assert {
+        name for name in names if re.search(r"top_p|top_k|min_p|(repetition|presence|frequency)_penalty", name)
+    } == {"eval_top_p", "eval_top_k"}
 
 
 def test_grpos_defaults_are_those_of_its_paper():
