@@ -151,6 +151,8 @@ def report(trainer: OnPolicyTrainer) -> None:
         say(f", {last[name]:.3f} after step {last['step']}")
     say(f"curves: {folder / CURVES_FILE}")
     say(f"model: {folder / FINAL_FOLDER}")
+    # Threads of a process group that are still there when Python ends can abort the process.
+    trainer.accelerator.state.destroy_process_group()
 
 
 def _say_nothing(*_: object, **__: object) -> None:

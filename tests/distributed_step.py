@@ -45,6 +45,8 @@ def main() -> None:
         step = torch.cat([(p.detach() - b).flatten() for p, b in zip(trainer.policy.parameters, before, strict=True)])
         content = {"step": step, "metrics": metrics, "moments": moments, "num_rows": num_rows}
         torch.save(content, result)
+    # Threads of a process group that are still there when Python ends can abort the process.
+    trainer.accelerator.state.destroy_process_group()
 
 
 if __name__ == "__main__":
