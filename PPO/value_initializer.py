@@ -7,7 +7,6 @@ models alike.
 
 import logging
 import time
-from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from typing import Any
@@ -86,9 +85,7 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[s
         num_update_epochs=1,
         num_minibatches=max(config.value_init_minibatches // len(fitted), 1),
     )
-    with place.get("context", nullcontext)():
-        learner = Learner("value", model, settings)
-    trainer.models.add("value", model, optimizer=learner.optimizer, **place)
+    learner = trainer.add_learner("value", model, settings, **place)  # PPO's own takes its place afterwards
     before = _explained(trainer, held_out)
     if config.value_init == "fit":
         _fit(trainer, learner, fitted, held_out)
