@@ -18,6 +18,10 @@ SETTINGS = RAFTConfig(
     rewards=None,  # the task's own; or names, reward models (hub id or folder), file.py:function
     reward_weights=None,
     reward_format="text",
+    reward_time_limit=1.0,
+    reward_memory_limit=2.0,
+    prompt_file=None,
+    enable_thinking=None,
     # Steps
     num_steps=500,
     prompts_per_step=64,
@@ -49,6 +53,7 @@ SETTINGS = RAFTConfig(
     lora_r=64,
     lora_alpha=64,
     lora_target_modules="all-linear",
+    load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
     max_tokens_per_microbatch=16384,
     gradient_checkpointing=True,

@@ -4,10 +4,10 @@ Every check runs before any model is loaded. How a script reads its settings is 
 """
 
 import math
-import types
 import typing
 from dataclasses import dataclass, fields
 
+from common.declared import as_declared
 from common.losses import AVERAGES
 
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -44,6 +44,14 @@ class RLConfig:
     """One weight per reward; the score is their weighted sum. None: the task's weights."""
     reward_format: str = "text"
     """What reward functions from files get: "text", or "conversational" (chat messages, by trl's signature)."""
+    reward_time_limit: float = 1.0
+    """Seconds a rule may take for one completion before it scores 0; 0: no worker process and no limits."""
+    reward_memory_limit: float = 2.0
+    """Gigabytes it may take."""
+    prompt_file: str | None = None
+    """Text file with {prompt} in it, put around each prompt (around the last user message of a chat)."""
+    enable_thinking: bool | None = None
+    """What the chat template is told, for models that have the switch, such as Qwen3; None: nothing."""
 
     # Steps
     num_steps: int = 200
@@ -101,6 +109,8 @@ class RLConfig:
     lora_alpha: int = 64
     lora_target_modules: str = "all-linear"
     """"all-linear" or names of modules with commas between."""
+    load_in_4bit: bool = False
+    """Keep the frozen base in 4 bits (QLoRA): a quarter of its memory; needs use_lora and bitsandbytes."""
 
     # Memory and speed: nothing here changes the result
     max_tokens_per_microbatch: int = 16384
@@ -184,7 +194,7 @@ class RLConfig:
         """YAML reads 2e-6 as text and 1 as an integer: turn what is meant into what is declared, or say so."""
         declared = typing.get_type_hints(type(self))  # not field.type: HfArgumentParser takes the None out of it
         for field in fields(self):
-            setattr(self, field.name, _as_declared(field.name, getattr(self, field.name), declared[field.name]))
+            setattr(self, field.name, as_declared(field.name, getattr(self, field.name), declared[field.name]))
 
     def _check_ranges(self) -> None:
         at_least_one = (
@@ -193,8 +203,9 @@ class RLConfig:
             "vllm_max_num_seqs"
         )
         not_negative = (
-            "num_eval_prompts kl_coef missing_eos_penalty warmup_steps min_lr_ratio weight_decay max_grad_norm "
-            "eval_every eval_temperature eval_top_k early_stopping_patience save_every samples_every learning_rate"
+            "num_eval_prompts reward_time_limit kl_coef missing_eos_penalty warmup_steps min_lr_ratio weight_decay "
+            "max_grad_norm eval_every eval_temperature eval_top_k early_stopping_patience save_every samples_every "
+            "learning_rate"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:
@@ -218,6 +229,11 @@ class RLConfig:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: need a number in [0, 1). Pass --{name} 0.9, say.")
+        if not 0 < self.reward_memory_limit < math.inf:
+            raise ValueError(
+                f"reward_memory_limit={self.reward_memory_limit}: need gigabytes above 0, or no rule could score "
+                "anything. Pass --reward_memory_limit 2; --reward_time_limit 0 switches both limits off."
+            )
         for name in ("eval_top_p", "vllm_memory_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it is a share in (0, 1]. Pass --{name} 0.9, say.")
@@ -241,6 +257,11 @@ class RLConfig:
             raise ValueError(
                 f"reward_weights={self.reward_weights} without rewards: each weight belongs to a named reward. "
                 "Pass --rewards too, in the same order."
+            )
+        if self.load_in_4bit and not self.use_lora:
+            raise ValueError(
+                "load_in_4bit without use_lora: weights in 4 bits are frozen, so there has to be an adapter to train. "
+                "Pass --use_lora true, or leave out --load_in_4bit."
             )
         if self.rewards == []:
             raise ValueError(
@@ -321,26 +342,3 @@ def check_group(num_generations: int, reason: str) -> None:
             f"num_generations={num_generations}: {reason}, so it needs at least 2. Pass --num_generations 8, or use "
             "an algorithm with another baseline."
         )
-
-
-def _as_declared(name: str, value: object, declared: type | types.UnionType) -> object:
-    """The value as the declared type, entries of lists too."""
-    options = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
-    plain = {typing.get_origin(option) or option: typing.get_args(option) for option in options}
-    if isinstance(value, list) and list in plain:
-        return [_as_declared(name, entry, *plain[list]) for entry in value]
-    if float in plain and isinstance(value, str | int) and not isinstance(value, bool):
-        return _number(name, value)
-    if not isinstance(value, tuple(plain)) or (isinstance(value, bool) and bool not in plain):
-        names = " or ".join("null" if option is types.NoneType else option.__name__ for option in plain)
-        raise ValueError(
-            f"{name}={value!r}: need {names}. Pass --{name} with such a value, or mend it in the YAML file."
-        )
-    return value
-
-
-def _number(name: str, value: str | int) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"{name}={value!r}: need a number. Pass --{name} 1e-6, say.") from None

@@ -1,25 +1,23 @@
 """Reward functions: the type a user writes, and the weighted sum that makes a score of several of them.
 
-A reward is one of the task's, a function from a file, or a `RewardModel`. Functions run in the training process and
-without a time limit, so they must be fast.
+A reward is one of the task's, a function from a file, or a `RewardModel`. Functions that are marked as rules run in a
+worker with limits (workers.py); the others run in the training process, without any.
 """
 
 import asyncio
-import importlib.util
 import inspect
 import math
 import reprlib
-import sys
 import weakref
 from collections.abc import Awaitable, Collection
-from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from common.offload import ModelPool
 from common.reward_model import RewardModel, as_messages
+from common.workers import DEFAULT_LIMITS, Arguments, Limits, RuleWorker, is_rule
 
 # Long enough to recognise a prompt, short enough for an error message.
 _SHORTEN = reprlib.Repr()
@@ -55,6 +53,10 @@ class Scorer:
         functions: reward functions by name.
         weights: weight of each, by the same names.
         conversational: names of the functions that get chat messages, not text.
+        limits: of rules for each row; None: rules run in the training process like other functions.
+
+    Attributes:
+        over_limit: for each rule, (B,) bool: the rows of the last call that scored 0 because they were over a limit.
     """
 
     def __init__(
@@ -63,10 +65,14 @@ class Scorer:
         weights: dict[str, float],
         *,
         conversational: Collection[str] = (),
+        limits: Limits | None = DEFAULT_LIMITS,
     ) -> None:
         self.functions = functions
         self.weights = weights
         self.conversational = conversational
+        self.over_limit: dict[str, Tensor] = {}
+        self._rules = {name: function for name, function in functions.items() if limits and is_rule(function)}
+        self._worker = RuleWorker(self._rules, limits) if self._rules else None
         # One event loop for the whole run: a client that a function keeps open belongs to the loop that opened it.
         self._loop = asyncio.Runner()
         weakref.finalize(self, self._loop.close)
@@ -146,7 +152,7 @@ class Scorer:
 
     def _arguments(
         self, name: str, text: dict[str, list], raw_prompts: list, completion_ids: list[list[int]] | None
-    ) -> dict[str, list | None]:
+    ) -> Arguments:
         """What a function is called with."""
         arguments = dict(text)
         if isinstance(self.functions[name], RewardModel):
@@ -158,10 +164,13 @@ class Scorer:
             arguments["completion_ids"] = completion_ids
         return arguments
 
-    def _answers(self, arguments: dict[str, dict[str, list]]) -> dict[str, object]:
+    def _answers(self, arguments: dict[str, Arguments]) -> dict[str, object]:
         """What each function returned or raised; asynchronous ones wait together."""
         answers = {}
         for name, given in arguments.items():
+            if name in self._rules:
+                answers[name] = self._rule_answers(name, given)
+                continue
             if isinstance(self.functions[name], RewardModel):
                 answers[name] = self.functions[name](**given)
                 continue
@@ -178,14 +187,18 @@ class Scorer:
             answers |= zip(waiting, self._loop.run(together()), strict=True)
         return answers
 
+    def _rule_answers(self, name: str, arguments: Arguments) -> list:
+        """What a rule says of each row, 0 where it was over a limit."""
+        rows = self._worker(name, arguments)
+        if rows and rows[-1].error:
+            self._refuse(name, rows[-1].error, self._shown(arguments, len(rows) - 1))
+        self.over_limit[name] = torch.tensor([row.over_limit for row in rows], dtype=torch.bool)
+        return [0.0 if row.over_limit else row.reward for row in rows]
+
     def _numbers(self, name: str, rewards: object, arguments: dict[str, list], completions: list[str]) -> list[float]:
         """A function's answer as one number per completion, NaN for None."""
         if isinstance(rewards, Exception):
-            raise ValueError(
-                f"reward {name!r} raised {type(rewards).__name__}: {rewards}; {self._failing_row(name, arguments)}. A "
-                "reward function must give a number for any text a model may write. Mend the function, or return None "
-                "where it has no say."
-            ) from rewards
+            self._refuse(name, f"{type(rewards).__name__}: {rewards}", self._failing_row(name, arguments), rewards)
         is_list = isinstance(rewards, list | tuple) or (isinstance(rewards, Tensor) and rewards.dim() == 1)
         if not is_list or len(rewards) != len(completions):
             given = f"{len(rewards)} values" if is_list else _SHORTEN.repr(rewards)
@@ -194,6 +207,13 @@ class Scorer:
                 "each, in the same order. Mend the function."
             )
         return [self._checked(name, reward, row, completions[row]) for row, reward in enumerate(rewards)]
+
+    @staticmethod
+    def _refuse(name: str, error: str, where: str, cause: Exception | None = None) -> NoReturn:
+        raise ValueError(
+            f"reward {name!r} raised {error}; {where}. A reward function must give a number for any text a model may "
+            "write. Mend the function, or return None where it has no say."
+        ) from cause
 
     @staticmethod
     def _checked(name: str, reward: float | None, row: int, completion: str) -> float:
@@ -218,9 +238,13 @@ class Scorer:
             # A column may be None as a whole: token ids that nobody gave.
             single = {key: values and [values[row]] for key, values in arguments.items()}
             if isinstance(self._answers({name: single})[name], Exception):
-                shown = ", ".join(f"{key}={_SHORTEN.repr(value[0])}" for key, value in single.items() if value)
-                return f"row {row} of {num_rows}: {shown}"
+                return self._shown(arguments, row)
         return "no single row fails alone"
+
+    @staticmethod
+    def _shown(arguments: Arguments, row: int) -> str:
+        shown = ", ".join(f"{key}={_SHORTEN.repr(values[row])}" for key, values in arguments.items() if values)
+        return f"row {row} of {len(arguments['completions'])}: {shown}"
 
 
 def _required(function: RewardFunction) -> list[str]:
@@ -228,90 +252,3 @@ def _required(function: RewardFunction) -> list[str]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.kind in by_name and p.default is p.empty]
-
-
-def make_scorer(
-    available: dict[str, RewardFunction],
-    default_weights: dict[str, float],
-    *,
-    names: list[str] | None,
-    weights: list[float] | None,
-    conversational: bool = False,
-    max_tokens_per_microbatch: int = 16384,
-) -> Scorer:
-    """Choose rewards: the task's by name, functions from files, and reward models.
-
-    Args:
-        available: the task's reward functions.
-        default_weights: the task's weights.
-        names: the setting `rewards`: names of the task's functions, file.py:function, folders or hub ids of reward
-            models; None: all of the task's.
-        weights: the setting `reward_weights`; None: the task's weights, 1 for what is not the task's.
-        conversational: functions from files get chat messages, not text.
-        max_tokens_per_microbatch: padded tokens per forward pass of a reward model.
-
-    Returns:
-        The scorer; its reward models are not loaded.
-
-    Raises:
-        ValueError: for a name that is none of these, for a file or function that is not there, and for a model that
-            gives no single score.
-    """
-    if names is None:
-        return Scorer(available, default_weights)
-    functions, own = {}, set()
-    for name in names:
-        if name in available:
-            functions[name] = available[name]
-        elif ":" in name:
-            own.add(name.rpartition(":")[2])
-            functions[name.rpartition(":")[2]] = load_reward(name)
-        elif Path(name).is_dir() or ("/" in name and not name.endswith(".py")):
-            model = RewardModel(name, max_tokens_per_microbatch=max_tokens_per_microbatch)
-            functions[model.name] = model
-        else:
-            raise ValueError(
-                f"rewards={name!r}: the task has {', '.join(available)}. Pass --rewards with one of these, with "
-                "file.py:function for your own, or with the folder or hub id of a reward model."
-            )
-    if len(functions) != len(names):
-        raise ValueError(f"rewards={names}: two rewards have the same name. Pass --rewards with distinct names.")
-    chosen = weights or [default_weights.get(name, 1.0) for name in functions]
-    return Scorer(functions, dict(zip(functions, chosen, strict=True)), conversational=own if conversational else ())
-
-
-def load_reward(where: str) -> RewardFunction:
-    """Load a user's reward function.
-
-    Args:
-        where: file.py:function.
-
-    Returns:
-        The function.
-
-    Raises:
-        ValueError: if there is no such file, or no such function in it.
-    """
-    file, _, name = where.rpartition(":")
-    path = Path(file)
-    if not path.is_file() or path.suffix != ".py":
-        raise ValueError(
-            f"rewards={where!r}: there is no file {file}, or it does not end in .py. Pass --rewards "
-            "path/to/file.py:function."
-        )
-    # Registered, since a dataclass in the file looks its own module up, and under a name that hides no other module.
-    spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file may raise
-        raise ValueError(
-            f"rewards={where!r}: {file} cannot be imported: {type(error).__name__}: {error}. Mend the file."
-        ) from error
-    if not callable(vars(module).get(name)):
-        raise ValueError(
-            f"rewards={where!r}: {file} defines no function {name!r}. Pass the name of a function in it: "
-            f"{', '.join(key for key, value in vars(module).items() if callable(value) and not key.startswith('_'))}."
-        )
-    return vars(module)[name]

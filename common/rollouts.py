@@ -173,6 +173,12 @@ class Rollouts:
         """(B,) int64, real tokens of each row, prompt and completion."""
         return self.prompt_mask.sum(1) + self.lengths
 
+    @property
+    def completion_tokens(self) -> list[list[int]]:
+        """The real completion tokens of each row."""
+        rows = zip(self.completion_ids, self.completion_mask, strict=True)
+        return [ids[mask].tolist() for ids, mask in rows]
+
     def spread(self, per_row: Tensor) -> Tensor:
         """Give every real token of a row the row's number.
 

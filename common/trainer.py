@@ -318,9 +318,10 @@ class OnPolicyTrainer(ABC):
         """(B,) float32, the weighted sum of the rewards; each of them is kept in rollouts.parts."""
         with self.watch("score"):
             texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
-            tokens = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
-            ids = [row[mask].tolist() for row, mask in tokens]
+            ids = rollouts.completion_tokens
             scores, rollouts.parts = self.scorer(*texts, completion_ids=ids, raw_prompts=rollouts.raw_prompts)
+        for name, rows in self.scorer.over_limit.items():
+            self.shares.add_sum(f"over_limit/{name}", rows.sum())
         return scores
 
     def _add_kl(self, rollouts: Rollouts, metric: str) -> Tensor:

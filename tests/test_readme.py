@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.models import token_logprobs
-from common.rewards import load_reward
+from common.reward_choice import load_reward
 from common.trainer import OnPolicyTrainer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.toy import toy_config, toy_task

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from common.offload import ModelPool
-from common.rewards import RewardModel, Scorer, load_reward, make_scorer
+from common.reward_choice import ScoringSettings, load_reward, make_scorer
+from common.rewards import RewardModel, Scorer
 from tests.test_reward_model import save_pair_encoder
 
+MESSAGES = ScoringSettings(conversational=True)
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["a", "bb", "ccc"]
 
 
@@ -126,7 +128,7 @@ def polite(prompts, completions, **columns):
 def test_functions_from_files_get_messages_if_asked_for_and_the_tasks_own_never(tmp_path):
     (tmp_path / "mine.py").write_text(CONVERSATIONAL)
     names = ["length", f"{tmp_path / 'mine.py'}:polite"]
-    scorer = make_scorer({"length": length}, {"length": 0.0}, names=names, weights=None, conversational=True)
+    scorer = make_scorer({"length": length}, {"length": 0.0}, names=names, weights=None, settings=MESSAGES)
     raw = [
         "a",
         [{"role": "system", "content": "x"}, {"role": "user", "content": "b"}],
@@ -147,7 +149,7 @@ def test_rewards_of_trl_run_unchanged(tmp_path, conversational):
         "    return think_format_reward(completions, **kwargs)\n"
     )
     names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("think", "punish")]
-    scorer = make_scorer({}, {}, names=names, weights=None, conversational=conversational)
+    scorer = make_scorer({}, {}, names=names, weights=None, settings=ScoringSettings(conversational=conversational))
     scorer.check_columns([])
     completions = ["<think>\nyes\n</think>\nso", "so"]
     _, parts = scorer(["p", "p"], completions, {"answer": [1, 2]}, completion_ids=[[1] * 3, [1] * 9])
@@ -226,7 +228,13 @@ def judge_folder(tmp_path_factory):
 
 def test_the_score_is_the_weighted_sum_of_models_and_rules_and_each_part_is_raw(judge_folder):
     names = [str(judge_folder), "length"]
-    scorer = make_scorer({"length": length}, {}, names=names, weights=[0.5, -2.0], max_tokens_per_microbatch=99)
+    scorer = make_scorer(
+        {"length": length},
+        {},
+        names=names,
+        weights=[0.5, -2.0],
+        settings=ScoringSettings(max_tokens_per_microbatch=99),
+    )
     assert isinstance(scorer.functions["judge"], RewardModel)
     assert scorer.functions["judge"].max_tokens_per_microbatch == 99
     scorer.load(ModelPool(torch.device("cpu"), "always"))
@@ -238,7 +246,7 @@ def test_the_score_is_the_weighted_sum_of_models_and_rules_and_each_part_is_raw(
 
 
 def test_a_reward_model_gets_the_prompts_of_the_data_set_not_the_policys_rendering(judge_folder):
-    scorer = make_scorer({}, {}, names=[str(judge_folder)], weights=None, conversational=True)
+    scorer = make_scorer({}, {}, names=[str(judge_folder)], weights=None, settings=MESSAGES)
     scorer.load(ModelPool(torch.device("cpu"), "never"))
     raw = [[{"role": "user", "content": "hello"}], "what is two"]
     _, parts = scorer(["<user>hello<assistant>", "x"], ["four", "two"], {}, raw_prompts=raw)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from common.config import RLConfig
-from common.rewards import RewardFunction, Scorer, make_scorer
+from common.reward_choice import ScoringSettings, make_scorer
+from common.rewards import RewardFunction, Scorer
+from common.workers import Limits
 
 
 @dataclass(kw_only=True)
@@ -57,13 +59,19 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
     Raises:
         ValueError: for a reward that is not there.
     """
+    limits = None
+    if config.reward_time_limit:
+        limits = Limits(seconds=config.reward_time_limit, gigabytes=config.reward_memory_limit)
     return make_scorer(
         task.rewards,
         task.reward_weights,
         names=config.rewards or task.default_rewards,
         weights=config.reward_weights,
-        conversational=config.reward_format == "conversational",
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        settings=ScoringSettings(
+            conversational=config.reward_format == "conversational",
+            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+            limits=limits,
+        ),
     )
 
 

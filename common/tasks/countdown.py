@@ -17,6 +17,7 @@ from common.config import RLConfig
 from common.sources import read_rows
 from common.tasks import Task
 from common.tasks.prompts import split_held_out
+from common.workers import rule
 
 NUM_HELD_OUT = 256  # generated problems that neither the tiny policy's warm start nor RL ever sees
 TOLERANCE = 1e-5
@@ -88,6 +89,7 @@ def chat_prompt(nums: list[int], target: int) -> list[dict[str, str]]:
 # Rewards
 
 
+@rule
 def format_reward(
     prompts: list[str], completions: list[str], *, eos_token: str | None = None, **columns: list
 ) -> list[float]:
@@ -123,6 +125,7 @@ def _format_score(prompt: str, completion: str, eos_token: str | None) -> float:
     return 1.0 if _ARITHMETIC.fullmatch(answer) else 0.5
 
 
+@rule
 def equation_reward(
     prompts: list[str], completions: list[str], *, nums: list[list[int]], target: list[int], **columns: list
 ) -> list[float]:

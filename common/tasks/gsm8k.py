@@ -17,6 +17,7 @@ from common.config import RLConfig
 from common.sources import read_rows
 from common.tasks import Task
 from common.tasks.prompts import split_held_out, take_held_out
+from common.workers import rule
 
 HUB_DATASET = "openai/gsm8k:main"
 TOLERANCE = 1e-6
@@ -109,6 +110,7 @@ def read_problems(source: str, split: str, write_prompt: Callable[[str], str | l
 # Rewards
 
 
+@rule
 def correct_reward(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
     """1.0 if the first number between the last answer tags is the answer, within 1e-6; else 0.
 
@@ -125,16 +127,19 @@ def correct_reward(prompts: list[str], completions: list[str], *, answer: list[s
     return [float(abs(_first_number(_block(text, "answer")) - float(gold)) < TOLERANCE) for text, gold in rows]
 
 
+@rule
 def strict_format_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
     """1.0 if the completion is the two blocks, each tag on its own line and there once, and nothing else; else 0."""
     return [float(_is_strict(text.removesuffix("\n"))) for text in completions]
 
 
+@rule
 def soft_format_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
     """1.0 if the completion begins with a reasoning block and then, after any white space, an answer block; else 0."""
     return [float(_is_soft(text)) for text in completions]
 
 
+@rule
 def tags_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
     """0.25 for each of the four tags that is there exactly once with its line breaks, minus what follows the answer.
 
@@ -148,6 +153,7 @@ def tags_reward(prompts: list[str], completions: list[str], **columns: list) -> 
     return rewards
 
 
+@rule
 def length_reward(
     prompts: list[str],
     completions: list[str],

@@ -20,6 +20,7 @@ from common.config import RLConfig
 from common.sources import read_rows
 from common.tasks import Task
 from common.tasks.prompts import split_held_out, take_held_out
+from common.workers import rule
 
 # Math-Verify warns that its time limits are off. They are signals, which only the main thread can use.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -116,9 +117,14 @@ def read_problems(source: str, split: str, *, is_chat: bool) -> list[dict]:
             )
         if re.sub(r"\\text|\W", "", answer).lower() in GUESSABLE:
             continue
-        text = f"{question}\n\n{INSTRUCTION}"
-        problems.append({"prompt": [{"role": "user", "content": text}] if is_chat else f"{text}\n", "answer": answer})
+        problems.append({"prompt": write_prompt(question, is_chat=is_chat), "answer": answer})
     return problems
+
+
+def write_prompt(question: str, *, is_chat: bool) -> str | list[dict[str, str]]:
+    """A user message, or the same as plain text for a policy without a chat template."""
+    text = f"{question}\n\n{INSTRUCTION}"
+    return [{"role": "user", "content": text}] if is_chat else f"{text}\n"
 
 
 def _gold_answer(row: dict) -> str | None:
@@ -136,6 +142,7 @@ def _gold_answer(row: dict) -> str | None:
 # Rewards
 
 
+@rule
 def correct_reward(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
     """1.0 if the content of the last box means the same as the answer; else 0.
 
@@ -152,6 +159,7 @@ def correct_reward(prompts: list[str], completions: list[str], *, answer: list[s
     return [float(box is not None and _is_same(gold, box[0])) for box, gold in zip(boxes, answer, strict=True)]
 
 
+@rule
 def boxed_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
     """1.0 if the last box is closed, not empty and followed by at most 100 characters; else 0."""
     boxes = map(_last_box, completions)

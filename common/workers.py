@@ -1,0 +1,256 @@
+"""Rules in a process of their own: a hard limit on time and memory per row, whatever text a model wrote.
+
+A keeper is forked while the run is being set up, before models are loaded. It forks the worker, reads its answers row
+by row, and replaces it when a row takes too long or takes the worker with it. So a hanging regular expression, an
+endless comparison or a crash in a C library costs one row its score, not the run its life. This guards against
+accidents, not against an attacker: no rule may hand a model's text to an interpreter in the first place.
+"""
+
+import ctypes
+import inspect
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, TypeVar
+
+Function = TypeVar("Function", bound=Callable)
+Arguments = dict[str, list | None]
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_FORK = multiprocessing.get_context("fork")  # functions need not be picklable, and start warm
+
+_RULES: weakref.WeakSet[Callable] = weakref.WeakSet()
+
+
+def rule(function: Function) -> Function:
+    """Mark a reward function that scores each row by itself, so that it runs in a worker with limits.
+
+    It may be called with any number of rows, keeps nothing between calls, and does not touch the device.
+
+    Args:
+        function: with the signature of a reward function.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: if it is asynchronous.
+    """
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(
+            f"@rule on the asynchronous {function.__name__}: a rule computes, and a limit of a second ends it; what "
+            "waits for others runs in the training process. Leave out @rule."
+        )
+    _RULES.add(function)
+    return function
+
+
+def is_rule(function: Callable) -> bool:
+    """Whether a function, or what a partial is made of, is marked."""
+    while isinstance(function, partial):
+        function = function.func
+    return function in _RULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a rule may take for one row.
+
+    Attributes:
+        seconds: of wall-clock time.
+        gigabytes: of memory beyond what the process has when the first row begins.
+    """
+
+    seconds: float = 1.0
+    gigabytes: float = 2.0
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class RowAnswer(NamedTuple):
+    """What came of one row.
+
+    Attributes:
+        reward: what the function returned for the row; None where it raised, or was over a limit.
+        error: what it raised, as text; None if it did not.
+        over_limit: it took too long, too much memory, or the process died.
+    """
+
+    reward: Any = None
+    error: str | None = None
+    over_limit: bool = False
+
+
+class RuleWorker:
+    """Functions that score each row by itself, run in another process.
+
+    Args:
+        functions: by name; with the signature of a reward function.
+        limits: for each row.
+    """
+
+    def __init__(self, functions: dict[str, Callable], limits: Limits) -> None:
+        self._functions = functions
+        self._limits = limits
+        self._start()
+
+    def __call__(self, name: str, arguments: Arguments) -> list[RowAnswer]:
+        """Score rows.
+
+        Args:
+            name: of the function.
+            arguments: a list of B values each, or None; what the function is called with, one row at a time.
+
+        Returns:
+            B answers; fewer if a row raises, which is then the last.
+
+        Raises:
+            RuntimeError: if the keeper is killed twice, as by a machine that is out of memory.
+        """
+        for _ in range(2):
+            try:
+                _send(self._connection, (name, arguments))
+                return _receive(self._connection)
+            except (EOFError, ConnectionError):  # somebody killed the keeper
+                self._stop()
+                self._start()
+        raise RuntimeError(
+            f"the process that scores {name!r} was killed twice in a row: the machine is probably out of memory. Free "
+            "some, and start again: the run continues from its last checkpoint."
+        )
+
+    def _start(self) -> None:
+        self._connection, theirs = _FORK.Pipe()
+        keeper = _FORK.Process(target=_keep, args=(theirs, self._functions, self._limits), daemon=True)
+        with warnings.catch_warnings():
+            # Python warns of locks that another thread may hold at a fork; rules take none of the training process's.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            keeper.start()
+        theirs.close()
+        self._stop = weakref.finalize(self, _stop, keeper, self._connection, os.getpid())
+
+
+def _stop(keeper: multiprocessing.process.BaseProcess, connection: Connection, owner: int) -> None:
+    if os.getpid() == owner:  # and not in another child of the training process, at its end
+        connection.close()
+        keeper.kill()
+        keeper.join()
+
+
+def _send(connection: Connection, content: Any) -> None:
+    # Not connection.send: torch teaches it to pass tensors as handles, which end with the process that made them.
+    connection.send_bytes(pickle.dumps(content))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
+
+
+# In the keeper
+
+
+def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits) -> None:
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's affair, which ends this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked tokenizer has no threads, and would warn of it
+    worker = _Worker(functions, limits)
+    while True:
+        try:
+            name, arguments = _receive(connection)
+        except (EOFError, ConnectionError):
+            return
+        num_rows = len(arguments["completions"])
+        answers: list[RowAnswer] = []
+        while len(answers) < num_rows and not (answers and answers[-1].error):
+            if not worker.alive:
+                worker = _Worker(functions, limits)
+            answers += worker.answers(name, arguments, range(len(answers), num_rows))
+        _send(connection, answers)
+
+
+class _Worker:
+    """The process that calls the functions; it lives on until a row ends it, so that their caches stay warm."""
+
+    def __init__(self, functions: dict[str, Callable], limits: Limits) -> None:
+        self.alive = True
+        self._limits = limits
+        self._connection, theirs = _FORK.Pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._connection.close()
+            _work(theirs, functions, limits)
+        theirs.close()
+
+    def answers(self, name: str, arguments: Arguments, rows: range) -> Iterator[RowAnswer]:
+        """Score rows, up to one that raises or ends the worker."""
+        _send(self._connection, (name, arguments, rows))
+        for _ in rows:
+            try:
+                in_time = self._connection.poll(self._limits.seconds)
+                answer = _receive(self._connection) if in_time else RowAnswer(over_limit=True)
+            except (EOFError, ConnectionError):  # out of memory, or crashed
+                answer = RowAnswer(over_limit=True)
+            yield answer
+            if answer.over_limit:
+                self._end()
+            if answer.over_limit or answer.error:
+                return
+
+    def _end(self) -> None:
+        self.alive = False
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        self._connection.close()
+
+
+# In the worker
+
+
+def _work(connection: Connection, functions: dict[str, Callable], limits: Limits) -> None:
+    """Score rows until there are no more; out of memory, end without a word."""
+    try:
+        _die_with_parent()
+        _limit_memory(limits.gigabytes)
+        while True:
+            name, arguments, rows = _receive(connection)
+            for row in rows:
+                single = {key: values and [values[row]] for key, values in arguments.items()}
+                answer = _answer(functions[name], single)
+                _send(connection, answer)
+                if answer.error:
+                    break
+    finally:
+        os._exit(0)
+
+
+def _answer(function: Callable, arguments: Arguments) -> RowAnswer:
+    try:
+        rewards = function(**arguments)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a function may raise
+        return RowAnswer(error=f"{type(error).__name__}: {error}")
+    if not isinstance(rewards, list | tuple) or len(rewards) != 1:
+        return RowAnswer(error=f"TypeError: returned {rewards!r:.80} for 1 completion, not a list with one number")
+    return RowAnswer(reward=rewards[0])
+
+
+def _die_with_parent() -> None:
+    """Linux kills this process when the one that forked it ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _limit_memory(gigabytes: float) -> None:
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 1e9),) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

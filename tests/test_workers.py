@@ -1,0 +1,167 @@
+"""Rules in their worker: what hangs, swallows memory or crashes costs one row its score, and never the run."""
+
+import ctypes
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from benchmarks.hostile import hostile_completions, task_rules
+from common.rewards import Scorer
+from common.workers import Limits, RuleWorker, is_rule, rule
+from tests.toy import algorithms, metrics_of, toy_config, toy_task
+
+SHORT = Limits(seconds=0.3, gigabytes=0.5)
+
+
+@rule
+def obedient(prompts, completions, **columns):
+    """Does what the completion says, row by row."""
+    return [_obey(text) for text in completions]
+
+
+def _obey(text: str) -> float | None:
+    if text == "hang":
+        while True:
+            pass
+    if text == "swallow":
+        return float(len(bytearray(4_000_000_000)))
+    if text == "crash":
+        ctypes.string_at(0)
+    if text == "raise":
+        raise KeyError("no answer")
+    return None if text == "shy" else float(len(text))
+
+
+@rule
+def process(prompts, completions, **columns):
+    return [float(os.getpid()) for _ in completions]
+
+
+def score(completions: list[str], limits: Limits | None = SHORT, **columns: list) -> tuple[list[float], list[bool]]:
+    scorer = Scorer({"obedient": obedient}, {"obedient": 1.0}, limits=limits)
+    scores, _ = scorer(["p"] * len(completions), completions, columns)
+    return scores.tolist(), scorer.over_limit["obedient"].tolist()
+
+
+@pytest.mark.parametrize("accident", ["hang", "swallow", "crash"])
+def test_an_accident_costs_its_row_the_score_and_no_other_row_anything(accident):
+    assert score(["a", accident, "bbb", accident, "cc"]) == ([1, 0, 3, 0, 2], [False, True, False, True, False])
+
+
+def test_the_limit_is_of_wall_clock_time_for_each_row():
+    begun = time.perf_counter()
+    score(["hang", "a", "hang", "hang"])
+    assert 0.9 <= time.perf_counter() - begun < 10  # seconds; three rows of 0.3
+    nap = rule(lambda prompts, completions, **columns: [time.sleep(0.2) or 1.0 for _ in completions])
+    scorer = Scorer({"nap": nap}, {"nap": 1.0}, limits=Limits(seconds=1.5))
+    assert scorer(["p"] * 10, ["a"] * 10, {})[0].tolist() == [1.0] * 10  # together longer than the limit
+
+
+def test_a_worker_lives_on_until_a_row_ends_it_and_is_never_the_training_process():
+    scorer = Scorer({"process": process, "obedient": obedient}, {"process": 1.0, "obedient": 0.0}, limits=SHORT)
+    first, second = (scorer(["p"] * 2, ["a", "b"], {})[1]["process"].tolist() for _ in range(2))
+    assert len({*first, *second}) == 1 and first[0] != os.getpid()
+    scorer(["p"], ["crash"], {})
+    assert scorer(["p"], ["a"], {})[1]["process"][0] != first[0]
+
+
+def test_a_killed_keeper_is_replaced():
+    others = children()
+    worker = RuleWorker({"obedient": obedient}, SHORT)
+    [keeper] = set(children()) - set(others)
+    arguments = {"prompts": ["p"], "completions": ["abc"]}
+    [before] = worker("obedient", arguments)
+    os.kill(keeper, signal.SIGKILL)
+    assert worker("obedient", arguments) == [before]
+
+
+def children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def test_nothing_is_left_of_a_worker_nobody_needs():
+    before = children()
+    worker = RuleWorker({"obedient": obedient}, SHORT)
+    assert len(children()) == len(before) + 1
+    del worker
+    assert children() == before
+
+
+def test_a_rule_gets_one_row_at_a_time_with_its_columns_and_tokens():
+    def add_up(completions, completion_ids, answer, **columns):
+        return [len(completions) + len(completion_ids[0]) + answer[0]]
+
+    seen = rule(add_up)
+    scorer = Scorer({"seen": seen}, {"seen": 1.0})
+    scores, _ = scorer(["p", "p"], ["a", "b"], {"answer": [10, 20]}, completion_ids=[[7], [7, 8, 9]])
+    assert scores.tolist() == [12.0, 24.0]
+
+
+def test_a_rule_without_a_say_in_a_row_is_no_zero():
+    scorer = Scorer({"obedient": obedient}, {"obedient": 1.0})
+    assert scorer(["p", "p"], ["shy", "ab"], {})[1]["obedient"].isnan().tolist() == [True, False]
+
+
+def test_a_rule_that_raises_is_named_with_its_row_and_the_worker_goes_on():
+    scorer = Scorer({"obedient": obedient}, {"obedient": 1.0})
+    with pytest.raises(ValueError, match=r"(?s)'obedient' raised KeyError: 'no answer'; row 1 of 3: .*'raise'"):
+        scorer(["p"] * 3, ["a", "raise", "b"], {})
+    assert scorer(["p"], ["abc"], {})[0].tolist() == [3.0]
+
+
+def test_a_rule_that_returns_no_number_for_its_row_is_refused():
+    wrong = rule(lambda prompts, completions, **columns: 3.0)
+    with pytest.raises(ValueError, match=r"returned 3.0 for 1 completion"):
+        Scorer({"wrong": wrong}, {"wrong": 1.0})(["p"], ["a"], {})
+
+
+def test_values_of_torch_come_back_as_they_were():
+    tensors = rule(lambda prompts, completions, **columns: [torch.tensor(0.25)])
+    assert Scorer({"tensors": tensors}, {"tensors": 1.0})(["p"], ["a"], {})[0].tolist() == [0.25]
+
+
+def test_functions_that_are_no_rules_and_rules_without_limits_run_in_the_training_process():
+    here = partial(process)
+    assert is_rule(here)
+    _, parts = Scorer({"here": here}, {"here": 1.0}, limits=None)(["p"], ["a"], {})
+    assert parts["here"].tolist() == torch.tensor([os.getpid()], dtype=torch.float32).tolist()
+    seen = []
+    Scorer({"own": lambda completions, **_: seen.extend(completions) or [1.0]}, {"own": 1.0})(["p"], ["a"], {})
+    assert seen == ["a"]
+
+
+def test_an_asynchronous_rule_is_refused():
+    async def judge(prompts, completions, **columns):
+        return [1.0]
+
+    with pytest.raises(ValueError, match=r"asynchronous judge"):
+        rule(judge)
+
+
+def test_every_rule_of_every_task_is_marked_and_survives_hostile_completions():
+    completions = hostile_completions(1500)  # all the known attacks, and some of the mixed ones
+    for name, (function, row) in task_rules().items():
+        assert is_rule(function), name
+        # The limit here is for a hang; how long a row takes is measured in benchmarks/hostile.py.
+        scorer = Scorer({name: function}, {name: 1.0}, limits=Limits(seconds=20.0))
+        columns = {key: [value] * len(completions) for key, value in row.items()}
+        scores, _ = scorer(["p"] * len(completions), completions, columns)
+        assert not scorer.over_limit[name].any(), name
+        if name.endswith(("equation", "correct")):
+            assert scores.max() == 0, name
+
+
+def test_rows_over_the_limit_are_in_the_metrics_of_a_run(tiny_folder, tmp_path):
+    task = toy_task()
+    task.rewards["sometimes"] = rule(lambda completions, total, **_: [_obey("hang") if total[0] == 5 else 1.0])
+    task.reward_weights["sometimes"] = 1.0
+    config = toy_config(tiny_folder, tmp_path / "run", reward_time_limit=0.3, num_steps=1, prompts_per_step=12)
+    algorithms()["GRPO"].trainer(config, task=task).train()
+    last = metrics_of(tmp_path / "run")[-1]
+    hung = sum(row["total"] == 5 for row in task.train) * config.num_generations
+    assert last["over_limit/sometimes"] == hung > 0
