@@ -289,9 +289,8 @@ class OnPolicyTrainer(ABC):
     def _load_data(self, task: Task) -> None:
         self.accuracy = task.accuracy
         self.scorer = task_scorer(task, self.config)
-        limits = {"max_prompt_length": self.config.max_prompt_length, "seed": self.config.seed}
-        self.prompts = PromptSet(task.train, self.tokenizer, **limits)
-        self.eval_prompts = PromptSet(task.eval, self.tokenizer, **limits) if task.eval else None
+        self.prompts = PromptSet.of(task.train, self.tokenizer, self.config)
+        self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config) if task.eval else None
         self.scorer.check_columns(list(self.prompts.columns))
 
     def _load_models(self) -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common.data import PromptSet, render_prompt
+from common.config import RLConfig
+from common.data import PromptSet, PromptStyle, render_prompt
 
 START, UNKNOWN = "<s>", "<unk>"
 # As many instruction-tuned models have it: the template writes the first special token itself.
@@ -54,6 +55,44 @@ def test_chat_messages_end_where_the_assistant_begins():
     messages = [{"role": "system", "content": "now"}, {"role": "user", "content": "add one"}]
     rendered = render_prompt(word_tokenizer(CHAT_TEMPLATE), messages)
     assert rendered == "<s> system : now ; user : add one ; assistant : "
+
+
+def test_a_prompt_file_goes_around_text_and_around_the_last_user_message(tmp_path):
+    (tmp_path / "style.txt").write_text("now {prompt} \\boxed{} well")
+    style = PromptStyle.of(RLConfig(prompt_file=str(tmp_path / "style.txt")))
+    assert render_prompt(word_tokenizer(), "add one", style) == "now add one \\boxed{} well"
+    roles = ["user", "assistant", "user", "assistant"]
+    messages = [{"role": role, "content": f"w{i}"} for i, role in enumerate(roles)]
+    contents = [message["content"] for message in style.around(messages)]
+    assert contents == ["w0", "w1", "now w2 \\boxed{} well", "w3"] and messages[2]["content"] == "w2"
+    rows = [{"prompt": messages}, {"prompt": "w5"}]
+    config = RLConfig(prompt_file=str(tmp_path / "style.txt"), max_prompt_length=40)
+    prompts = PromptSet.of(rows, word_tokenizer(CHAT_TEMPLATE), config)
+    assert prompts.texts[1] == "now w5 \\boxed{} well" and "now w2" in prompts.texts[0]
+    assert prompts.raw == [messages, "w5"]  # what reward models judge
+
+
+@pytest.mark.parametrize("text", ["no place", "{prompt} twice {prompt}"])
+def test_a_prompt_file_has_one_place_for_the_prompt(tmp_path, text):
+    (tmp_path / "style.txt").write_text(text)
+    with pytest.raises(ValueError, match=r"has \{prompt\} [02] times; need it once"):
+        PromptStyle.of(RLConfig(prompt_file=str(tmp_path / "style.txt")))
+    with pytest.raises(ValueError, match="there is no such file"):
+        PromptStyle.of(RLConfig(prompt_file=str(tmp_path / "nowhere.txt")))
+
+
+def test_the_thinking_switch_reaches_the_chat_template_or_is_refused():
+    template = CHAT_TEMPLATE + "{% if enable_thinking is defined %}w{{ 1 if enable_thinking else 0 }}{% endif %}"
+    messages = [{"role": "user", "content": "add one"}]
+    ends = {
+        switch: render_prompt(word_tokenizer(template), messages, PromptStyle(enable_thinking=switch)).split()[-1]
+        for switch in (None, True, False)
+    }
+    assert ends == {None: ":", True: "w1", False: "w0"}
+    with pytest.raises(ValueError, match="has no such switch"):
+        render_prompt(word_tokenizer(CHAT_TEMPLATE), messages, PromptStyle(enable_thinking=False))
+    with pytest.raises(ValueError, match="prompts that are plain text"):
+        PromptSet.of([{"prompt": "w1"}], word_tokenizer(template), RLConfig(enable_thinking=True))
 
 
 def test_a_begun_answer_is_continued_and_not_closed():
