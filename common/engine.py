@@ -152,7 +152,7 @@ def generate(
     small = weights < _SHARED_FROM_WEIGHTS and not torch.cuda.is_available()
     try:
         with preserved_random_state(), num_threads(1 if small else None):
-            outputs = engine.llm.generate(prompts, params, use_tqdm=False)
+            outputs = engine.llm.generate(prompts, params, use_tqdm=settings.show_progress)
     except BaseException:
         abort_requests(engine)
         raise
@@ -309,7 +309,7 @@ def _shut_down(core: Any) -> None:
             torch.accelerator.synchronize = torch.accelerator.empty_cache = _do_nothing
         core.shutdown()
     _Groups.users -= 1
-    if _Groups.users == 0:
+    if _Groups.users == 0 and torch.distributed.is_initialized():  # else somebody has ended all groups already
         parallel_state.destroy_model_parallel()
         if _Groups.owned:
             parallel_state.destroy_distributed_environment()

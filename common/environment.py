@@ -9,7 +9,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On cores that are shared, two threads are then up to 25 times slower than one.
@@ -30,6 +30,8 @@ def prepare_environment() -> None:
     too_late = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # At every start it misses a kernel for inference in 4 bits on the CPU, which nothing here would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if too_late and os.environ.get("OMP_NUM_THREADS") != "1":
         warnings.warn(
             "torch was imported before common: OMP_WAIT_POLICY=PASSIVE comes too late, and on a CPU that other "
@@ -79,6 +81,7 @@ def process_unchanged() -> Iterator[None]:
         stack.callback(logging.disable, logging.root.manager.disable)
         if os.environ.get("VLLM_LOGGING_LEVEL") == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
             logging.disable(logging.WARNING)
+        stack.enter_context(redirect_stdout(sys.__stdout__))  # vLLM wants a file, which a notebook's stdout is not
         stack.callback(_restore_environment, dict(os.environ))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())

@@ -1,6 +1,8 @@
 """Whole runs with the real vLLM on the CPU: what is trained is what samples, step after step."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from common.environment import process_unchanged
 from common.tiny import save_untrained
-from tests.toy import toy_trainer
+from tests.toy import ROOT, toy_trainer
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,17 @@ def test_the_final_model_loads_in_plain_vllm(model, tmp_path):
         for _ in found:
             ids.append(int(theirs(torch.tensor([ids])).logits[0, -1].argmax()))
     assert list(found) == ids[len(prompt) :]
+
+
+@pytest.mark.slow
+def test_a_script_ends_without_a_word_of_complaint(model, tmp_path):
+    settings = {"model": model, "output_dir": tmp_path / "run", "num_steps": 1, "prompts_per_step": 2}
+    settings |= {"num_generations": 2, "max_completion_length": 8, "num_eval_prompts": 2, "task": "countdown"}
+    settings |= {"max_prompt_length": 64}
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    words += ["--preset", "none", "--use_lora", "false", "--save_every", "0", "--progress", "false"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "GRPO" / "grpo.py"), *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0 and "model: " in done.stdout
+    assert done.stderr == ""
