@@ -68,6 +68,7 @@ class TinySettings:
         learning_rate: highest rate of AdamW; linear warm-up, then a cosine down to a twentieth.
         warmup_steps: optimizer steps of the warm-up.
         seed: of the initial weights, the lessons and their order.
+        max_numbers: of a problem: 3, or 4 for problems of either size.
     """
 
     hidden_size: int = 128
@@ -90,6 +91,16 @@ class TinySettings:
     learning_rate: float = 3e-3
     warmup_steps: int = 30
     seed: int = 0
+    max_numbers: int = 3
+
+
+TINY_POLICIES = {
+    "tiny": TinySettings(),
+    # Tries with four numbers are longer and harder to carry out: more lessons. It gives up earlier still, so that
+    # length has far to grow.
+    "tiny-r1": TinySettings(max_numbers=4, num_lessons=32_000, patience_low=0.4, share_patient=0.15),
+}
+"""The embedded policies by the name that the setting `model` gives them."""
 
 
 # Model and tokenizer
@@ -169,7 +180,7 @@ def write_lesson(rng: random.Random, settings: TinySettings) -> tuple[str, str]:
     """
     while True:
         nums, target, attempts = _search(rng, settings)
-        if target in TARGETS and problem_key(nums, target) not in _held_out_keys():
+        if target in TARGETS and problem_key(nums, target) not in _held_out_keys(settings.max_numbers):
             break
     lines = [attempt.steps + _verdict(attempt.value, target) for attempt in attempts]
     answer = attempts[-1].expression
@@ -191,7 +202,11 @@ def _search(rng: random.Random, settings: TinySettings) -> tuple[list[int], int,
     while num_tries < settings.max_tries and rng.random() < patience:
         num_tries += 1
     hindsight = rng.random() < settings.share_hindsight
-    problem = {"nums": sorted(rng.choices(NUMBERS, k=3))} if hindsight else rng.choice(problems()[0])
+    if hindsight:
+        size = 3 if settings.max_numbers == 3 else rng.randint(3, settings.max_numbers)  # one size takes no chance
+        problem = {"nums": sorted(rng.choices(NUMBERS, k=size))}
+    else:
+        problem = rng.choice(problems(settings.max_numbers)[0])
     nums = problem["nums"]
     options = tries(tuple(nums))
     attempts = rng.sample(options, min(num_tries, len(options)))
@@ -205,8 +220,8 @@ def _verdict(value: int, target: int) -> str:
 
 
 @cache
-def _held_out_keys() -> frozenset:
-    return frozenset(problem_key(**problem) for problem in problems()[1])
+def _held_out_keys(max_numbers: int) -> frozenset:
+    return frozenset(problem_key(**problem) for problem in problems(max_numbers)[1])
 
 
 # Warm start
@@ -232,7 +247,9 @@ def tiny_policy(settings: TinySettings = TinySettings(), cache_dir: str | Path |
         build_tokenizer().save_pretrained(folder)
 
     rng = random.Random(settings.seed)
-    recipe = json.dumps([asdict(settings), WORDS, [write_lesson(rng, settings) for _ in range(100)]])
+    lessons = [write_lesson(rng, settings) for _ in range(100)]
+    described = {name: value for name, value in asdict(settings).items() if name != "max_numbers"}  # lessons show it
+    recipe = json.dumps([described, WORDS, lessons])
     return cached_folder(f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}", make, cache_dir)
 
 

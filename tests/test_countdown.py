@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 
@@ -238,6 +239,34 @@ def test_the_generated_problems_are_1020_and_all_can_be_solved():
             assert solves(attempt.expression, **problem) == 1.0
 
 
+def test_problems_of_three_and_four_numbers_can_be_solved_and_keep_those_of_three_held_out():
+    train, held_out = problems(4)
+    assert Counter(len(problem["nums"]) for problem in train) == {3: 764, 4: 9866}
+    assert [len(problem["nums"]) for problem in held_out] == [3, 4] * 256
+    assert held_out[::2] == problems()[1]
+    keys = [{problem_key(**problem) for problem in part} for part in (train, held_out)]
+    assert not keys[0] & keys[1] and (len(keys[0]), len(keys[1])) == (len(train), len(held_out))
+    for problem in held_out[1::2]:
+        hits = [attempt for attempt in tries(tuple(problem["nums"])) if attempt.value == problem["target"]]
+        assert hits and all(solves(attempt.expression, **problem) == 1.0 for attempt in hits)
+
+
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=4))
+@settings(max_examples=30)
+def test_tries_are_exact_use_each_number_once_and_stay_within_1_to_50(nums):
+    found = tries(tuple(nums))
+    assert len(set(found)) == len(found)
+    for steps, value, expression in found:
+        evaluated, used = evaluate(expression)
+        assert evaluated == value and sorted(used) == sorted(nums)
+        results = [int(step.split("=")[1]) for step in steps.split(" ")]
+        assert len(results) == len(nums) - 1 and results[-1] == value and all(1 <= result <= 50 for result in results)
+
+
+def test_a_try_of_four_numbers_as_it_is_written():
+    assert ("2*3=6 -5=1 +9=10", 10, "((2*3)-5)+9") in tries((2, 3, 5, 9))
+
+
 def test_no_held_out_problem_is_trained_on_even_with_its_numbers_in_another_order():
     rows = [{"nums": nums, "target": 6} for nums in ([1, 2, 3], [3, 2, 1], [2, 1, 3], [6, 1, 1], [2, 2, 2], [1, 5, 1])]
     for num_held_out in range(1, 4):
@@ -271,9 +300,11 @@ def test_fewer_evaluation_prompts_leave_the_training_problems_as_they_are():
     assert few.eval == many.eval[:10] and few.train == many.train
 
 
-def test_more_evaluation_prompts_than_are_held_out_are_refused():
-    with pytest.raises(ValueError, match="num_eval_prompts=257"):
-        load_task(config(num_eval_prompts=257), build_tokenizer())
+@pytest.mark.parametrize(("dataset", "held_out"), [(None, 256), ("generated-3to4", 512)])
+def test_more_evaluation_prompts_than_are_held_out_are_refused(dataset, held_out):
+    assert len(load_task(config(dataset=dataset, num_eval_prompts=held_out), build_tokenizer()).eval) == held_out
+    with pytest.raises(ValueError, match=f"num_eval_prompts={held_out + 1}"):
+        load_task(config(dataset=dataset, num_eval_prompts=held_out + 1), build_tokenizer())
 
 
 def test_with_a_chat_template_the_prompt_ends_in_a_begun_assistant_turn():

@@ -1,8 +1,11 @@
 """The tiny policy: the tokenizer gives text back, lessons are true, the cache never gives half a model."""
 
+import hashlib
 import multiprocessing
 import random
+import re
 import unicodedata
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.tasks.countdown import equation_reward, format_reward, problem_key, problems
 from common.tiny import (
+    TINY_POLICIES,
     TinySettings,
     build_policy,
     build_tokenizer,
@@ -129,6 +133,47 @@ def test_no_lesson_uses_a_held_out_problem():
     for prompt, _ in lessons(3000):
         nums, target = map(int, prompt.split()[:3]), int(prompt.split()[-1])
         assert problem_key(list(nums), target) not in held_out
+
+
+def test_lessons_of_up_to_four_numbers_are_true_and_use_each_number_once():
+    sizes = Counter()
+    for prompt, response in lessons(400, max_numbers=4, share_careless=0.0, share_broken=0.0):
+        nums, target = [int(word) for word in prompt.split(" make ")[0].split()], int(prompt.split()[-1])
+        sizes[len(nums)] += 1
+        for line in response.split("\n"):
+            if "=" not in line:
+                continue
+            *tape, verdict = line.split(" ")
+            value, used = None, []
+            for step in tape:
+                operation, result = step.split("=")
+                used += [int(digit) for digit in re.findall("[0-9]", operation)]
+                value = eval(operation if value is None else f"{value}{operation}")
+                assert value == int(result)
+            assert sorted(used) == nums and len(tape) == len(nums) - 1
+            assert verdict == ("yes" if value == target else "low" if value < target else "high")
+        right = equation_reward([prompt], [response], nums=[nums], target=[target])[0]
+        assert right == (" yes\n" in response) and format_reward([prompt], [response]) == [1.0]
+    assert sizes.keys() == {3, 4} and min(sizes.values()) > 50
+
+
+def test_no_lesson_of_up_to_four_numbers_uses_a_held_out_problem():
+    held_out = {problem_key(**problem) for problem in problems(4)[1]}
+    for prompt, _ in lessons(3000, max_numbers=4):
+        nums, target = [int(word) for word in prompt.split(" make ")[0].split()], int(prompt.split()[-1])
+        assert problem_key(nums, target) not in held_out
+
+
+def test_the_lessons_of_the_demo_are_those_its_published_accuracies_come_from():
+    digest = hashlib.sha256(repr(lessons(500)).encode()).hexdigest()
+    assert digest.startswith("6af2337fe1de6ac6")
+
+
+def test_the_longest_lesson_leaves_room_for_a_longer_search():
+    longest = max(
+        len(TOKENIZER(response)["input_ids"]) for _, response in lessons(300, max_numbers=4, share_patient=1.0)
+    )
+    assert longest < 300 < TINY_POLICIES["tiny-r1"].max_position_embeddings
 
 
 def test_batches_hold_every_lesson_once_and_mark_its_response():

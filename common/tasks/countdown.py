@@ -7,7 +7,7 @@ equation. Policies and their training are elsewhere; common/tiny.py builds its l
 
 import re
 from functools import cache, partial
-from itertools import combinations_with_replacement, permutations, product
+from itertools import chain, combinations_with_replacement, permutations, product
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -19,13 +19,15 @@ from common.tasks import Task
 from common.tasks.prompts import split_held_out
 from common.workers import rule
 
-NUM_HELD_OUT = 256  # generated problems that neither the tiny policy's warm start nor RL ever sees
+NUM_HELD_OUT = 256  # generated problems of each size that neither the tiny policies' warm start nor RL ever sees
 TOLERANCE = 1e-5
 
 OPERATORS = "+-*"
 NUMBERS = range(1, 10)
 RESULTS = range(1, 51)
 TARGETS = range(10, 51)
+# What can be generated, by the value of `dataset`: the most numbers of a problem, the fewest being three.
+GENERATED = {None: 3, "generated-3to4": 4}
 
 SYSTEM_TEXT = "You are a careful assistant. You think a problem through before you give your answer."
 USER_TEXT = (
@@ -43,19 +45,20 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     """Give Countdown prompts, held-out prompts and the two rewards.
 
     Args:
-        config: `dataset` (None for generated problems), `dataset_split` and `num_eval_prompts` are read.
+        config: `dataset` (None for generated problems with three numbers, "generated-3to4" for three and four),
+            `dataset_split` and `num_eval_prompts` are read.
         tokenizer: with a chat template, prompts are chat messages that end in a begun assistant turn; without one
             they are the one line that the tiny policy knows.
 
     Raises:
         ValueError: the data cannot be read, or has too few rows for `num_eval_prompts`.
     """
-    if config.dataset is None:
-        train, held_out = problems()
+    if config.dataset in GENERATED:
+        train, held_out = problems(GENERATED[config.dataset])
         if config.num_eval_prompts > len(held_out):
             raise ValueError(
                 f"num_eval_prompts={config.num_eval_prompts}: of the generated Countdown problems {len(held_out)} are "
-                f"held out, since the tiny policy was warm-started on the others. Pass --num_eval_prompts "
+                f"held out, since tiny policies are warm-started on the others. Pass --num_eval_prompts "
                 f"{len(held_out)} or fewer, or a data set with --dataset."
             )
         held_out = held_out[: config.num_eval_prompts]
@@ -69,6 +72,7 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
         rewards={"format": partial(format_reward, eos_token=tokenizer.eos_token), "equation": equation_reward},
         reward_weights={"format": 1.0, "equation": 1.0},
         accuracy="equation",
+        format="format",
     )
 
 
@@ -170,10 +174,10 @@ def _first_answer(completion: str) -> str | None:
 
 
 class Try(NamedTuple):
-    """One way to combine three numbers in two operations.
+    """One way to combine numbers one after another.
 
     Attributes:
-        steps: both operations with their results, as on the tape of a calculator: ``3+5=8 *6=48``.
+        steps: the operations with their results, as on the tape of a calculator: ``3+5=8 *6=48``.
         value: what comes out.
         expression: the same as one expression: ``(3+5)*6``.
     """
@@ -185,17 +189,25 @@ class Try(NamedTuple):
 
 @cache
 def tries(nums: tuple[int, ...]) -> list[Try]:
-    """All distinct ways to combine three numbers, two first, whose intermediate and final results are within 1 to 50.
+    """All distinct ways to combine two numbers, the result with a third, and so on, with all results within 1 to 50.
 
-    Taking the combination of two away from the third is left out: it stays below 10 and reaches no target.
+    Ways that combine otherwise, such as taking a result away from a number, are left out.
     """
     found = []
-    for (left, right, last), first, second in product(sorted(set(permutations(nums))), OPERATORS, OPERATORS):
-        middle = _apply(left, first, right)
-        value = _apply(middle, second, last)
-        if middle in RESULTS and value in RESULTS:
-            steps = f"{left}{first}{right}={middle} {second}{last}={value}"
-            found.append(Try(steps, value, f"({left}{first}{right}){second}{last}"))
+    for (first, *others), operators in product(
+        sorted(set(permutations(nums))), product(OPERATORS, repeat=len(nums) - 1)
+    ):
+        steps, value, expression = [], first, str(first)
+        for operator, number in zip(operators, others, strict=True):
+            left = f"({expression})" if steps else expression
+            shown = "" if steps else first
+            value = _apply(value, operator, number)
+            steps.append(f"{shown}{operator}{number}={value}")
+            expression = f"{left}{operator}{number}"
+            if value not in RESULTS:
+                break
+        else:
+            found.append(Try(" ".join(steps), value, expression))
     return found
 
 
@@ -204,16 +216,24 @@ def _apply(a: int, operator: str, b: int) -> int:
 
 
 @cache
-def problems() -> tuple[list[dict], list[dict]]:
+def problems(max_numbers: int = 3) -> tuple[list[dict], list[dict]]:
     """All generated problems, as rows for training and rows that are held out; the same on every call and machine.
 
-    Three numbers from 1 to 9 and a target from 10 to 50 that `tries` reaches: 1020 problems, 256 of them held out.
+    Numbers from 1 to 9 and a target from 10 to 50 that `tries` reaches. Three numbers make 1020 problems, 256 of them
+    held out; four make 10122, of which 256 are held out too.
+
+    Args:
+        max_numbers: 3, or 4 for problems of either size; held-out ones then alternate.
     """
-    rows = []
-    for nums in combinations_with_replacement(NUMBERS, 3):
-        reachable = sorted({attempt.value for attempt in tries(nums) if attempt.value in TARGETS})
-        rows += [{"nums": list(nums), "target": target} for target in reachable]
-    return split_held_out(rows, NUM_HELD_OUT, key=lambda row: problem_key(**row))
+    splits = []
+    for size in range(3, max_numbers + 1):
+        rows = []
+        for nums in combinations_with_replacement(NUMBERS, size):
+            reachable = sorted({attempt.value for attempt in tries(nums) if attempt.value in TARGETS})
+            rows += [{"nums": list(nums), "target": target} for target in reachable]
+        splits.append(split_held_out(rows, NUM_HELD_OUT, key=lambda row: problem_key(**row)))
+    train, held_out = zip(*splits, strict=True)
+    return list(chain(*train)), list(chain(*zip(*held_out, strict=True)))
 
 
 def problem_key(nums: list[int], target: int) -> tuple[tuple[int, ...], int]:
