@@ -23,6 +23,7 @@ class SamplingSettings:
         top_k: how many of the most likely tokens are kept; 0 keeps all.
         max_tokens: where completions are cut off.
         stop_token_ids: a completion ends with the first of these, and includes it.
+        show_progress: draw a bar.
     """
 
     temperature: float
@@ -30,6 +31,7 @@ class SamplingSettings:
     top_k: int = 0
     max_tokens: int
     stop_token_ids: tuple[int, ...]
+    show_progress: bool = False
 
     def __post_init__(self) -> None:
         # vLLM takes 0.01 for what is below, and refuses what is above 2.

@@ -1,12 +1,19 @@
-"""Completions of the current policy: a sampler that always has the policy's weights."""
+"""Completions of the current policy: a sampler that always has the policy's weights.
+
+An id without a token, which a model can give whose vocabulary is larger than its tokenizer's, ends a completion as the
+length limit does: it is truncated. Nothing is masked, so what is sampled from is what is trained.
+"""
+
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from common.config import RLConfig
 from common.metrics import Stopwatch
+from common.models import unused_token_ids
 from common.offload import ModelPool
-from common.rollouts import PromptBatch, Rollouts
+from common.rollouts import Completion, PromptBatch, Rollouts
 from common.sampling import SamplingSettings, make_sampler, sampling_seed
 from common.weights import policy_weights
 
@@ -42,6 +49,7 @@ class Generation:
         self.tokenizer = tokenizer
         self.models = models
         self.end_token_ids = end_token_ids
+        self._unused_token_ids = unused_token_ids(path, tokenizer)
         self.watch = watch
         self.sampler = make_sampler(config, path, dtype=dtype, device=models.device, pool=models)
         self._is_stale = True
@@ -65,14 +73,16 @@ class Generation:
         settings = self._settings(0.0 if greedy else self.config.temperature)
         return self._generate(prompts, settings, num_generations=num_generations, stream=stream)
 
-    def sample_for_evaluation(self, prompts: PromptBatch) -> Rollouts:
+    def sample_for_evaluation(self, prompts: PromptBatch, *, show_progress: bool = False) -> Rollouts:
         """Complete held-out prompts as the eval_* settings say; eval_num_samples rows per prompt."""
         config = self.config
-        settings = self._settings(config.eval_temperature, top_p=config.eval_top_p, top_k=config.eval_top_k)
+        shape = {"top_p": config.eval_top_p, "top_k": config.eval_top_k, "show_progress": show_progress}
+        settings = self._settings(config.eval_temperature, **shape)
         return self._generate(prompts, settings, num_generations=config.eval_num_samples, stream="eval")
 
     def _settings(self, temperature: float, **shape: float) -> SamplingSettings:
-        limits = {"max_tokens": self.config.max_completion_length, "stop_token_ids": self.end_token_ids}
+        stops = (*self.end_token_ids, *self._unused_token_ids)
+        limits = {"max_tokens": self.config.max_completion_length, "stop_token_ids": stops}
         return SamplingSettings(temperature=temperature, **shape, **limits)
 
     def _generate(
@@ -87,8 +97,12 @@ class Generation:
                 prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
             )
             self.sampler.sleep()
+            completions = [replace(c, truncated=c.truncated or self._ends_badly(c)) for c in completions]
             texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
             return Rollouts.from_completions(prompts, completions, texts, num_generations=num_generations)
+
+    def _ends_badly(self, completion: Completion) -> bool:
+        return bool(completion.token_ids) and completion.token_ids[-1] in self._unused_token_ids
 
     def _refresh(self) -> None:
         """Give the sampler the policy's weights if they have changed since, and the device."""

@@ -6,19 +6,29 @@ their weights: the ratio before the first optimizer step and the KL before the f
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl.trainer.utils import add_fused_lm_head
 
 from common.batching import hashed_seed
 from common.config import RLConfig
+from common.quantization import four_bits, keep_trainable
 from common.rollouts import Rollouts
-from common.tiny import build_tokenizer, tiny_policy
+from common.tiny import TINY_POLICIES, build_tokenizer, tiny_policy
 from common.weights import policy_weights
 
 # Logits of one chunk of the plain path: 2^25 float32 are 128 MiB.
@@ -38,12 +48,12 @@ def check_model(model: str) -> None:
     """Refuse a model that is not there, before anything is loaded or built.
 
     Args:
-        model: hub id, folder, or "tiny".
+        model: hub id, folder, or an embedded policy's name.
 
     Raises:
         ValueError: if there is no such model.
     """
-    if model == "tiny":
+    if model in TINY_POLICIES:
         return
     try:
         AutoConfig.from_pretrained(model)
@@ -56,13 +66,13 @@ def check_model(model: str) -> None:
 
 
 def resolve_model(model: str) -> str:
-    """Hub id or folder that transformers and vLLM load; "tiny" is built on first use, which takes a minute or two."""
-    return str(tiny_policy()) if model == "tiny" else model
+    """Hub id or folder that transformers and vLLM load; an embedded policy is built on first use, in minutes."""
+    return str(tiny_policy(TINY_POLICIES[model])) if model in TINY_POLICIES else model
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; a missing pad token is nothing to mend, since masks mark padding here."""
-    return build_tokenizer() if model == "tiny" else AutoTokenizer.from_pretrained(model)
+    return build_tokenizer() if model in TINY_POLICIES else AutoTokenizer.from_pretrained(model)
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -88,6 +98,17 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
             "never end. Set eos_token_id in generation_config.json."
         )
     return tuple(sorted(ids))
+
+
+def unused_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> range:
+    """Ids that the model can give and the tokenizer has no token for, such as the padding of an embedding matrix.
+
+    Args:
+        path: hub id or folder of the model.
+        tokenizer: its tokenizer.
+    """
+    known = max(tokenizer.get_vocab().values()) + 1
+    return range(known, AutoConfig.from_pretrained(path).get_text_config().vocab_size)
 
 
 def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
@@ -166,7 +187,7 @@ def forward_context(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def load_without_dropout(
-    auto_class: type, path: str | Path, config: RLConfig, *, dtype: torch.dtype
+    auto_class: type, path: str | Path, config: RLConfig, *, dtype: torch.dtype, **options: Any
 ) -> PreTrainedModel:
     """Load a model of transformers on the CPU.
 
@@ -175,6 +196,7 @@ def load_without_dropout(
         path: hub id or folder.
         config: attention is read.
         dtype: of the weights.
+        options: of from_pretrained, besides these.
     """
     model_config = AutoConfig.from_pretrained(path)
     # Dropout would make two passes over the same tokens differ: the ratio would not be 1 where it must be.
@@ -182,7 +204,7 @@ def load_without_dropout(
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(model_config, name, 0.0)
     model = auto_class.from_pretrained(
-        path, config=model_config, dtype=dtype, attn_implementation=config.attn_implementation
+        path, config=model_config, dtype=dtype, attn_implementation=config.attn_implementation, **options
     )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -191,7 +213,12 @@ def load_without_dropout(
 
 
 def _load(path: str | Path, config: RLConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    model = load_without_dropout(AutoModelForCausalLM, path, config, dtype=dtype)
+    options = {}
+    if config.load_in_4bit:
+        options = {"quantization_config": four_bits(dtype), "device_map": {"": "cpu"}}
+    model = load_without_dropout(AutoModelForCausalLM, path, config, dtype=dtype, **options)
+    if config.load_in_4bit:
+        keep_trainable(model)
     add_fused_lm_head(model, temperature=config.temperature, outputs=("log_probs", "entropy"))
     model.fused_temperature = config.temperature
     return model
@@ -252,6 +279,13 @@ def _plain(model: PreTrainedModel, ids: Tensor, is_completion: Tensor, temperatu
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
 
 
+def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    plain = deepcopy(config)
+    if vars(plain).pop("quantization_config", None) is not None:
+        plain.dtype = config.dtype
+    return plain
+
+
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a folder that AutoModelForCausalLM and vLLM load; with LoRA the merged model, and the adapter beside it.
 
@@ -263,7 +297,11 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
     if isinstance(model, PeftModel):
         model.save_pretrained(folder / "adapter", selected_adapters=["default"])
         weights = {name: tensor.detach().cpu().clone() for name, tensor in policy_weights(model)}
-        model.get_base_model().save_pretrained(folder, state_dict=weights)
+        base = model.get_base_model()
+        with torch.device("meta"):  # a configuration that says nothing of quantization, which the merged weights lack
+            plain = AutoModelForCausalLM.from_config(_without_quantization(base.config))
+        plain.generation_config = base.generation_config
+        plain.save_pretrained(folder, state_dict=weights)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.quantization import scales
+
 
 @dataclass(kw_only=True)
 class _Tenant:
@@ -21,7 +23,7 @@ class _Tenant:
 
     Attributes:
         module: what is used.
-        tensors: parameters and buffers that are its own.
+        tensors: parameters, buffers and scales of quantized weights that are its own.
         optimizer: trains some of them.
         beside: the model whose tensors it uses too.
         context: entered while the model is in use; for a reference that is the policy with its adapter off.
@@ -88,7 +90,7 @@ class ModelPool:
             context: entered while this one is used.
         """
         others = set(self._tenants[beside].tensors) if beside else set()
-        own = [tensor for tensor in [*module.parameters(), *module.buffers()] if tensor not in others]
+        own = [t for t in [*module.parameters(), *module.buffers(), *scales(module)] if t not in others]
         self._tenants[name] = _Tenant(module=module, tensors=own, optimizer=optimizer, beside=beside, context=context)
         if self.offload != "auto":
             self.plan(sampler_bytes=self._sampler_bytes)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from common import engine
 from common.batching import hashed_seed
@@ -240,7 +241,8 @@ class TransformersSampler:
         autocast = torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
         completions = []
         with self._use_policy() as policy, _evaluation_mode(policy), torch.no_grad(), autocast:
-            for start in range(0, len(prompt_ids), at_once):
+            starts = range(0, len(prompt_ids), at_once)
+            for start in tqdm(starts, desc="sampling", disable=not settings.show_progress):
                 prompts = prompt_ids[start : start + at_once]
                 noise = None
                 if seeds is not None:

@@ -15,6 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from common.quantization import in_floating_point
+
 
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a causal language model under their checkpoint names, active LoRA adapters merged.
@@ -110,7 +112,7 @@ def merged_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, T
         raise _cannot_merge(prefix, type(module).__name__)
     else:
         for name, parameter in module.named_parameters(recurse=False):
-            yield prefix + name, parameter
+            yield prefix + name, in_floating_point(parameter)
         for name, child in module.named_children():
             yield from merged_weights(child, f"{prefix}{name}.")
 
@@ -118,7 +120,7 @@ def merged_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, T
 @torch.no_grad()
 def _merged_weight(module: LoraLayer, prefix: str) -> Tensor:
     """W + sum of scaling x B A over the active adapters, summed in float32 and rounded once; W itself without any."""
-    weight = module.get_base_layer().weight
+    weight = in_floating_point(module.get_base_layer().weight)
     adapters = [
         name for name in module.active_adapters if name in module.scaling and name not in module.merged_adapters
     ]

@@ -1,0 +1,111 @@
+"""The base in 4 bits: it is trained around, moved, merged, saved and continued like any other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.config import RLConfig
+from common.models import load_policy, save_model
+from common.offload import ModelPool
+from common.quantization import in_floating_point, is_quantized, scales
+from common.tiny import build_tokenizer
+from common.weights import policy_weights
+from tests.toy import metrics_of, save_toy_policy, toy_trainer, without_curves
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_toy_policy(tmp_path_factory.mktemp("quantized") / "policy", hidden_size=128)
+
+
+def load(folder: Path, **settings: object):
+    config = RLConfig(model=str(folder), **(LORA | {"load_in_4bit": True} | settings))
+    return load_policy(str(folder), config, dtype=torch.float32)
+
+
+def test_four_bits_without_an_adapter_is_refused():
+    with pytest.raises(ValueError, match="load_in_4bit without use_lora"):
+        RLConfig(load_in_4bit=True)
+
+
+def test_linear_layers_take_a_seventh_of_the_memory_and_the_rest_stays_as_it_is(folder):
+    plain, packed = load(folder, load_in_4bit=False), load(folder)
+    layers = [name for name, weight in packed.named_parameters() if is_quantized(weight)]
+    assert layers and all(".base_layer." in name for name in layers)
+    sizes = {name: weight.nbytes for name, weight in plain.named_parameters()}
+    total = sum(sizes[name] for name in layers)
+    assert sum(packed.get_parameter(name).nbytes for name in layers) == total // 8
+    assert sum(tensor.nbytes for tensor in scales(packed)) < total // 30
+    assert not scales(plain)
+
+
+def test_what_vllm_gets_is_what_the_policy_computes_with(folder):
+    model = load(folder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    merged = AutoModelForCausalLM.from_pretrained(folder)
+    merged.load_state_dict(dict(policy_weights(model)), strict=False)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected, found = model.eval()(ids).logits, merged.eval()(ids).logits
+        untrained = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+    assert (found - expected).abs().max() < 1e-4 < (found - untrained).abs().max()
+
+
+def test_the_saved_model_is_a_plain_one(folder, tmp_path):
+    model = load(folder)
+    save_model(model, build_tokenizer(), tmp_path / "final")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert "quantization_config" not in saved.config.to_dict()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        assert torch.allclose(saved.eval()(ids).logits, model.eval()(ids).logits, atol=1e-4)
+    assert (tmp_path / "final" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_packed_weights_travel_with_their_scales(folder):
+    pool, model = ModelPool(torch.device("cpu"), "always"), load(folder)
+    pool.add("policy", model)
+    pool.add("other", torch.nn.Linear(2, 2))
+    weight = next(weight for weight in model.parameters() if is_quantized(weight))
+    value, home = in_floating_point(weight).clone(), weight.quant_state.absmax.data_ptr()
+    with pool.use("policy"):
+        assert weight.quant_state.absmax.data_ptr() != home
+        assert torch.equal(in_floating_point(weight), value)
+    with pool.use("other"):
+        assert weight.quant_state.absmax.data_ptr() == home
+        assert torch.equal(in_floating_point(weight), value)
+
+
+@pytest.mark.parametrize("algorithm", ["GRPO", "PPO"])
+def test_offload_changes_no_number_of_a_quantized_run(folder, tmp_path, algorithm):
+    settings = LORA | {"load_in_4bit": True, "eval_every": 1, "kl_coef": 0.1, "algorithm": algorithm}
+    if algorithm == "PPO":
+        settings["value_backbone"] = "shared"
+    lines = []
+    for offload in ("never", "always"):
+        with without_curves():
+            toy_trainer(folder, tmp_path / offload, offload=offload, **settings).train()
+        lines.append(metrics_of(tmp_path / offload))
+    assert lines[0] == lines[1]
+    assert lines[0][1]["policy/grad_norm"] > 0 and lines[0][1]["sampler/logprob_diff"] < 1e-4
+
+
+def test_a_quantized_run_goes_on_from_its_checkpoint(folder, tmp_path):
+    settings = LORA | {"load_in_4bit": True, "save_every": 1, "num_steps": 3}
+    with without_curves():
+        toy_trainer(folder, tmp_path / "whole", **settings).train()
+        trainer = toy_trainer(folder, tmp_path / "parts", **settings)
+        step = trainer.step
+        trainer.step = lambda prompts: step(prompts) if prompts.step < 3 else 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        toy_trainer(folder, tmp_path / "parts", **settings).train()
+    assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")
