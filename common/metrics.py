@@ -270,12 +270,13 @@ class RunLog:
         if not self._accelerator.is_main_process:
             return
         with open(self.folder / name, "ab") as file:
-            file.write(b"".join(_json_line(row) for row in rows))
+            file.write(b"".join(json_line(row) for row in rows))
             file.flush()
             os.fsync(file.fileno())  # a checkpoint must not survive a power cut that its line of metrics does not
 
 
-def _json_line(row: dict[str, Any]) -> bytes:
+def json_line(row: dict[str, Any]) -> bytes:
+    """A line of a .jsonl file; numbers that are not finite become null."""
     text = json.dumps(_finite_or_null(row), ensure_ascii=False, allow_nan=False, default=str)
     # Half a surrogate pair, as a cut-off completion can have, becomes the \\u escape that JSON has for it.
     return text.encode(errors="backslashreplace") + b"\n"

@@ -1,0 +1,267 @@
+"""One folder that transformers and vLLM load: ``python -m common.merge --model M --adapter A --output FOLDER``.
+
+Merged are an adapter and its base, the shards of a checkpoint, or what a run holds: its best or final model, or one of
+its checkpoints. Nothing is overwritten, and what cannot be merged is refused before any weight is loaded.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
+
+from common.checkpoints import CONFIG_FILE, FINAL_FOLDER, STATE_FILE, latest_checkpoint, load_state
+from common.cli import parse_settings, run_script
+from common.models import check_model, resolve_model
+from common.weights import checkpoint_shapes, policy_weights
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+POLICY_FOLDER = "policy"  # of a run's checkpoint
+
+_SIZE = re.compile(r"\d+(KB|MB|GB|KiB|MiB|GiB)")
+_ADAPTER_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.weight)?"
+)
+# The axis that each part of an adapter shares with the weight, and which that is in (out, in), or in (V, hidden).
+_SHARED_AXES = {"A": (1, 1), "B": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
+
+
+@dataclass(kw_only=True)
+class MergeSettings:
+    """What to merge, and where to."""
+
+    output: str
+    """A new folder."""
+    model: str | None = None
+    """Base model of the adapter; or a sharded checkpoint, a run's folder, or one of its checkpoints."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter; without --model its own base is used."""
+    max_shard_size: str = "50GB"
+    """Larger models are written in several files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What the merged model is made of.
+
+    Attributes:
+        base: hub id or folder of a complete model.
+        adapter: folder of the adapter that goes on top of it, or None.
+        what: in words.
+    """
+
+    base: str
+    adapter: Path | None = None
+    what: str
+
+    @property
+    def own(self) -> str:
+        """Where tokenizer and end tokens are: with the adapter, if it was trained with others than its base's."""
+        return str(self.adapter or self.base)
+
+
+def merge(settings: MergeSettings) -> Source:
+    """Write the merged model with tokenizer, chat template and generation configuration into one folder.
+
+    Adapters are added in float32; the result has the precision of the base.
+
+    Args:
+        settings: see there.
+
+    Returns:
+        What was merged.
+
+    Raises:
+        ValueError: there is nothing to merge, parts are missing or belong to another model, or the output folder is
+            not empty.
+    """
+    output = Path(settings.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(
+            f"output={output}: it is there and not empty, and nothing is overwritten. Pass another --output."
+        )
+    if not _SIZE.fullmatch(settings.max_shard_size):
+        raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB, say.")
+    source = find_source(settings.model, settings.adapter)
+    check_model(source.base)
+    if source.adapter is not None:
+        check_adapter(source.adapter, source.base)
+    model = load(source)
+    weights = {name: tensor.detach().clone() for name, tensor in policy_weights(model)}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    try:
+        base.save_pretrained(aside, state_dict=weights, max_shard_size=settings.max_shard_size)
+        has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()
+        AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base).save_pretrained(aside)
+        os.replace(aside, output)
+    except BaseException:  # a full disk or Ctrl-C
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return source
+
+
+# What there is
+
+
+def find_source(model: str | None, adapter: str | None) -> Source:
+    """Find out what the two names mean.
+
+    Raises:
+        ValueError: nothing that can be merged.
+    """
+    if adapter is not None:
+        recorded = _recorded_base(Path(adapter))
+        base = resolve_model(model) if model is not None else recorded
+        return Source(base=base, adapter=Path(adapter), what=f"adapter {adapter} and its base {base}")
+    if model is None:
+        raise ValueError("neither model nor adapter: something has to be merged. Pass --model, --adapter or both.")
+    folder = Path(model)
+    if (folder / CONFIG_FILE).is_file():
+        return _part_of_run(*_best_of_run(folder))
+    if (folder / STATE_FILE).is_file() and folder.name != FINAL_FOLDER:
+        return _part_of_run(folder, f"checkpoint {folder}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _part_of_run(folder, f"adapter {folder}")
+    if any(_shards(folder)):
+        return Source(base=model, what=f"the shards of {model}")
+    if not folder.is_dir():
+        raise ValueError(
+            f"model={model}: there is no such folder, and of a model on the hub there is nothing to merge. Pass "
+            "--model with an existing folder, or --adapter with an adapter of this model."
+        )
+    raise ValueError(
+        f"model={model}: nothing to merge: it is one complete model without an adapter, which transformers and vLLM "
+        "load as it is. Pass --adapter with an adapter of this model, or use it directly."
+    )
+
+
+def _part_of_run(folder: Path, what: str) -> Source:
+    """A model or an adapter, in a checkpoint's folder for the policy or directly."""
+    if (folder / POLICY_FOLDER).is_dir():
+        folder = folder / POLICY_FOLDER
+    if not (folder / ADAPTER_CONFIG).is_file():
+        list(_shards(folder))
+        return Source(base=str(folder), what=what)
+    base = _recorded_base(folder)
+    return Source(base=base, adapter=folder, what=f"{what}, an adapter, and its base {base}")
+
+
+def _best_of_run(folder: Path) -> tuple[Path, str]:
+    """The checkpoint with the best held-out metric if the run kept it; else the final or the last model."""
+    latest, final = latest_checkpoint(folder), folder / FINAL_FOLDER
+    best = load_state(latest).get("best") if latest else None
+    if best and (folder / best["checkpoint"]).is_dir():
+        return folder / best["checkpoint"], f"{best['checkpoint']} of {folder}, the best by {best['metric']}"
+    if final.is_dir():
+        return final, f"the final model of {folder}"
+    if latest:
+        return latest, f"{latest.name} of {folder}, its last"
+    raise ValueError(
+        f"model={folder}: this run has neither a checkpoint nor a final model yet. Wait for it, or name another."
+    )
+
+
+def _recorded_base(adapter: Path) -> str:
+    path = adapter / ADAPTER_CONFIG
+    if not path.is_file():
+        raise ValueError(
+            f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which says what the adapter is one of. Pass "
+            "--adapter with the folder that peft wrote."
+        )
+    return json.loads(path.read_text())["base_model_name_or_path"]
+
+
+def _shards(folder: Path) -> Iterator[str]:
+    """The files that an index names.
+
+    Raises:
+        ValueError: one of them is missing.
+    """
+    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        if not (folder / name).is_file():
+            continue
+        files = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise ValueError(
+                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} names: the "
+                "model would have weights that nothing set. Fetch or write the missing files again."
+            )
+        yield from files
+
+
+# Checks and loading
+
+
+def check_adapter(adapter: Path, base: str) -> None:
+    """Refuse an adapter of another base model, by its name and by the shapes of its tensors.
+
+    Raises:
+        ValueError: naming both models, or the tensor that does not fit.
+    """
+    recorded = _recorded_base(adapter)
+    if base != recorded and not (Path(base).is_dir() and Path(recorded).is_dir() and os.path.samefile(base, recorded)):
+        raise ValueError(
+            f"adapter={adapter}: it belongs to the base model {recorded}, and model={base} was given: on top of other "
+            f"weights it means something else. Pass --model {recorded}. If that is the same model in another place, "
+            f"write its place into base_model_name_or_path of {adapter / ADAPTER_CONFIG}."
+        )
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(
+            f"adapter={adapter}: there is no {ADAPTER_WEIGHTS} in it, which holds its weights. Pass --adapter with "
+            "the folder that peft wrote."
+        )
+    shapes = checkpoint_shapes(base)
+    with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  it is not a dictionary
+            found = _ADAPTER_TENSOR.fullmatch(name)
+            if found is None:
+                continue
+            axis, base_axis = _SHARED_AXES[found["part"]]
+            shape, base_shape = tensors.get_slice(name).get_shape(), shapes.get(f"{found['module']}.weight")
+            if base_shape is None or shape[axis] != base_shape[base_axis]:
+                raise ValueError(
+                    f"adapter={adapter}: its {name} has the shape {shape}, which does not fit {found['module']} of "
+                    f"{base} with {base_shape}: it was trained on another model. Pass --model with its base."
+                )
+
+
+def load(source: Source) -> PreTrainedModel | PeftModel:
+    """Load the base in its own precision on the CPU, and the adapter on top of it.
+
+    Raises:
+        ValueError: the checkpoint lacks weights.
+    """
+    config = AutoConfig.from_pretrained(source.base)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source.base, config=config, dtype="auto", output_loading_info=True
+    )
+    if found["missing_keys"] or found["mismatched_keys"]:
+        absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        raise ValueError(
+            f"model={source.base}: {len(absent)} weights are missing or have another shape, such as {absent[0]}: the "
+            "model would have weights that nothing set. Fetch or write the checkpoint again."
+        )
+    if (Path(source.own) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.own)
+    return model if source.adapter is None else PeftModel.from_pretrained(model, source.adapter)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Merge what the command line says."""
+    settings = parse_settings(MergeSettings, args)
+    source = merge(settings)
+    files = sorted(path.name for path in Path(settings.output).glob("*.safetensors"))
+    print(f"merged: {source.what}\nmodel: {Path(settings.output).resolve()} ({', '.join(files)})")
+
+
+if __name__ == "__main__":
+    run_script(main, interrupted="nothing was written; the same command begins again")
