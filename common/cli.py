@@ -32,6 +32,7 @@ PRESETS = Path(__file__).parent / "presets"
 ROOT = Path(__file__).parent.parent
 
 Config = TypeVar("Config", bound=RLConfig)
+Settings = TypeVar("Settings")
 
 
 class _Parser(TrlParser):
@@ -82,7 +83,31 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
     return config
 
 
-def _add_descriptions(parser: _Parser, config_class: type[RLConfig]) -> None:
+def parse_settings(settings_class: type[Settings], args: list[str] | None = None) -> Settings:
+    """Read the settings of a command that trains nothing: class default < YAML file (--config) < command line.
+
+    Args:
+        settings_class: a dataclass with a text under each field, which --help shows.
+        args: command line without the program's name; None: sys.argv.
+
+    Raises:
+        ValueError: for an unknown setting (naming the nearest), and for what the class refuses.
+    """
+    args = sys.argv[1:] if args is None else args
+    names = [field.name for field in fields(settings_class)]
+    given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--")]
+    _refuse_unknown(given, [*names, "config", "help"], "on the command line")
+    args, yaml_settings = _take_yaml(args, names)
+    parser = _Parser(settings_class, allow_abbrev=False)
+    parser.set_defaults_with_config(**yaml_settings)
+    _add_descriptions(parser, settings_class)
+    settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
+    if unread:
+        raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
+    return settings
+
+
+def _add_descriptions(parser: _Parser, config_class: type) -> None:
     """Show the text under each field of the settings classes in --help."""
     descriptions = {}
     for cls in reversed([cls for cls in config_class.__mro__ if is_dataclass(cls)]):
@@ -99,8 +124,14 @@ def _add_descriptions(parser: _Parser, config_class: type[RLConfig]) -> None:
             action.help = descriptions[action.dest].replace("%", "%%") + " (default: %(default)s)"
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(
+    main: Callable[[], None], *, interrupted: str = "the same command continues from the last checkpoint"
+) -> None:
     """Call `main`; a ValueError that this project raises is a message to the user, not a traceback.
+
+    Args:
+        main: the script.
+        interrupted: what Ctrl-C means for the work so far.
 
     Raises:
         SystemExit: with status 2 after printing such a message.
@@ -121,7 +152,7 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.advantages import per_token_rewards, whiten
 from common.config import RLConfig
 from common.data import PromptSet
-from common.evaluation import evaluation_shares, is_correct, rollout_shares, with_confidence_interval
+from common.evaluation import evaluation_shares, judge, rollout_shares, with_confidence_interval
 from common.generation import Generation
 from common.learner import Learner
 from common.losses import kl_estimate
@@ -277,8 +277,7 @@ class OnPolicyTrainer(ABC):
         with self.watch("eval"):
             rollouts = self.generation.sample_for_evaluation(prompts)
             rollouts.scores = self._rewards(rollouts)
-            correct = is_correct(rollouts.parts, self.accuracy)
-            evaluation_shares(rollouts, rollouts.scores, correct, num_samples=num_samples, shares=self.shares)
+            evaluation_shares(rollouts, **self.judged_by, num_samples=num_samples, shares=self.shares)
             if self.config.eval_kl:
                 rollouts.step_lengths = self.passes.step_lengths(rollouts, len(self.eval_prompts) * num_samples)
                 self._add_kl(rollouts, "eval/kl")
@@ -287,7 +286,7 @@ class OnPolicyTrainer(ABC):
     # ------------------------------------------------------------------------------------------------------ inside
 
     def _load_data(self, task: Task) -> None:
-        self.accuracy = task.accuracy
+        self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
         self.prompts = PromptSet.of(task.train, self.tokenizer, self.config)
         self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config) if task.eval else None
@@ -316,9 +315,7 @@ class OnPolicyTrainer(ABC):
     def _rewards(self, rollouts: Rollouts) -> Tensor:
         """(B,) float32, the weighted sum of the rewards; each of them is kept in rollouts.parts."""
         with self.watch("score"):
-            texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
-            ids = rollouts.completion_tokens
-            scores, rollouts.parts = self.scorer(*texts, completion_ids=ids, raw_prompts=rollouts.raw_prompts)
+            scores = judge(rollouts, self.scorer)
         for name, rows in self.scorer.over_limit.items():
             self.shares.add_sum(f"over_limit/{name}", rows.sum())
         return scores

@@ -1,11 +1,22 @@
-"""Evaluation: shares of global means, pass@k, and a confidence interval whose draws are the prompts."""
+"""Evaluation: shares of global means, pass@k without bias, and a confidence interval whose draws are the prompts."""
+
+from itertools import combinations
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from common.evaluation import evaluation_shares, is_correct, with_confidence_interval
+from common.evaluation import (
+    confidence_interval,
+    evaluation_shares,
+    is_one,
+    judge,
+    pass_at_k,
+    sizes_of_k,
+    with_confidence_interval,
+)
 from common.metrics import MetricShares
+from common.rewards import Scorer
 from common.rollouts import Completion, PromptBatch, Rollouts
 
 
@@ -26,13 +37,11 @@ def evaluated(accelerator, parts: list[tuple], *, num_samples: int = 1) -> dict[
     """The global means of what each process contributes: (lengths, scores, correct)."""
     shares = MetricShares()
     for lengths, scores, correct in parts:
-        evaluation_shares(
-            held_out(lengths, num_samples=num_samples),
-            torch.tensor(scores),
-            None if correct is None else torch.tensor(correct, dtype=torch.bool),
-            num_samples=num_samples,
-            shares=shares,
-        )
+        rollouts = held_out(lengths, num_samples=num_samples)
+        rollouts.scores = torch.tensor(scores)
+        if correct is not None:
+            rollouts.parts["right"] = torch.tensor(correct).float()
+        evaluation_shares(rollouts, accuracy="right", format=None, num_samples=num_samples, shares=shares)
     return shares.reduce(accelerator)
 
 
@@ -77,6 +86,24 @@ def test_without_a_reward_that_says_right_there_is_no_accuracy(accelerator):
     assert set(metrics) == {"eval/score", "eval/length", "eval/truncated"}
 
 
+def test_the_share_of_the_right_form_is_that_of_its_reward_being_one(accelerator):
+    rollouts, shares = held_out([1, 2, 3, 4]), MetricShares()
+    rollouts.scores, rollouts.parts = torch.zeros(4), {"shape": torch.tensor([1.0, 0.5, 0.0, 1.0])}
+    evaluation_shares(rollouts, accuracy=None, format="shape", num_samples=1, shares=shares)
+    assert shares.reduce(accelerator)["eval/format"] == 0.5
+
+
+def test_judging_gives_the_weighted_sum_and_keeps_each_reward():
+    rollouts = held_out([1, 2, 3])
+    rewards = {
+        "a": lambda completions, **_: [1.0] * 3,
+        "b": lambda completion_ids, **_: [len(i) for i in completion_ids],
+    }
+    scores = judge(rollouts, Scorer(rewards, {"a": 1.0, "b": 0.5}))
+    assert scores.tolist() == [1.5, 2.0, 2.5]
+    assert {name: part.tolist() for name, part in rollouts.parts.items()} == {"a": [1, 1, 1], "b": [1, 2, 3]}
+
+
 def test_pass_at_k_is_the_share_of_prompts_with_at_least_one_right(accelerator):
     """Three prompts with two completions each: none right, one right, both right."""
     correct = [False, False, True, False, True, True]
@@ -90,13 +117,54 @@ def test_one_completion_per_prompt_has_no_pass_at_k(accelerator):
     assert not any("pass" in name for name in evaluated(accelerator, [([1], [1.0], [True])]))
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "sizes"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (12, [1, 2, 4, 8, 12])]
+)
+def test_k_doubles_up_to_the_number_of_samples(accelerator, num_samples, sizes):
+    assert sizes_of_k(num_samples) == sizes
+    metrics = evaluated(
+        accelerator, [([1] * num_samples, [0.0] * num_samples, [True] * num_samples)], num_samples=num_samples
+    )
+    assert [name for name in metrics if "pass@" in name] == [f"eval/pass@{k}" for k in sizes[1:]]
+
+
+def test_pass_at_k_by_hand():
+    """Of four completions one is right: a draw of two misses it in 3 of 6 cases; of two right ones, in 1 of 6."""
+    assert pass_at_k(torch.tensor([0, 1, 2, 3, 4]), 4, 2).tolist() == pytest.approx([0, 1 / 2, 5 / 6, 1, 1])
+    assert pass_at_k(torch.tensor([0, 1, 4]), 4, 1).tolist() == [0, 0.25, 1]
+    assert pass_at_k(torch.tensor([0, 1, 4]), 4, 4).tolist() == [0, 1, 1]
+    assert pass_at_k(torch.tensor([3]), 10, 5).item() == pytest.approx(11 / 12)  # 1 - C(7, 5) / C(10, 5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_one(k):
+    correct = [True, False, False, True, False, False]
+    draws = [any(draw) for draw in combinations(correct, k)]
+    assert pass_at_k(torch.tensor([2]), 6, k).item() == pytest.approx(sum(draws) / len(draws))
+
+
+def test_pass_at_k_is_unbiased():
+    """Prompts are solved by a completion with 0.3: two completions solve 1 - 0.7 ** 2 of them."""
+    generator = torch.Generator().manual_seed(0)
+    num_correct = (torch.rand(20_000, 8, generator=generator) < 0.3).sum(1)
+    for k in (2, 4):
+        assert pass_at_k(num_correct, 8, k).mean().item() == pytest.approx(1 - 0.7**k, abs=0.006)
+
+
+def test_a_thousand_samples_are_no_problem():
+    value = pass_at_k(torch.tensor([1]), 1000, 256).item()
+    assert value == pytest.approx(0.256)
+
+
 # How sure
 
 
 def test_the_interval_by_hand():
-    """Four prompts, two right: the standard error is a quarter."""
+    """Four prompts, two right, and four added ones, two right: the standard error is 0.5 / sqrt(8)."""
+    half = pytest.approx(0.98 / 8**0.5)
+    assert confidence_interval(0.5, 0.5, 4) == (0.5, half)
     metrics = with_confidence_interval({"eval/accuracy": 0.5, "eval/accuracy_square": 0.5, "score": 1.0}, 4)
-    assert metrics == {"eval/accuracy": 0.5, "score": 1.0, "eval/accuracy_ci95": pytest.approx(0.49)}
+    assert metrics == {"eval/accuracy": 0.5, "score": 1.0, "eval/accuracy_ci95": half}
 
 
 def test_completions_of_one_prompt_are_no_independent_draws(accelerator):
@@ -107,23 +175,45 @@ def test_completions_of_one_prompt_are_no_independent_draws(accelerator):
         rows = 4 * num_samples
         metrics = evaluated(accelerator, [([1] * rows, [0.0] * rows, correct)], num_samples=num_samples)
         intervals.append(with_confidence_interval(metrics, 4)["eval/accuracy_ci95"])
-    assert intervals[0] == pytest.approx(intervals[1]) == pytest.approx(0.49)
+    assert intervals[0] == pytest.approx(intervals[1]) == pytest.approx(0.98 / 8**0.5)
 
 
-def test_nineteen_of_twenty_intervals_hold_the_truth():
+@pytest.mark.parametrize("num_prompts", [1, 30, 256, 5000])
+def test_an_interval_has_a_width_and_holds_the_accuracy_also_at_0_and_at_1(num_prompts):
+    for accuracy in (0.0, 0.001, 0.1, 0.5, 0.97, 1.0):
+        for square in (accuracy, accuracy**2):  # completions of a prompt all alike, and as different as can be
+            middle, half = confidence_interval(accuracy, square, num_prompts)
+            assert half > 0 and middle - half <= accuracy <= middle + half
+            mirrored = confidence_interval(1 - accuracy, 1 - 2 * accuracy + square, num_prompts)
+            assert mirrored == pytest.approx((1 - middle, half))
+
+
+def test_none_of_thirty_leaves_room_for_what_was_not_seen():
+    """The exact upper end for 0 of 30 is 0.116 (Clopper and Pearson); the plain standard error would say 0."""
+    middle, half = confidence_interval(0.0, 0.0, 30)
+    assert 0.116 < middle + half < 0.15
+
+
+@pytest.mark.parametrize("num_prompts", [30, 256])
+@pytest.mark.parametrize("num_samples", [1, 8])
+@pytest.mark.parametrize("truth", [0.02, 0.3, 0.97])
+def test_nineteen_of_twenty_intervals_hold_the_truth(num_prompts, num_samples, truth):
+    """Prompts of three difficulties, drawn anew each time."""
     generator = torch.Generator().manual_seed(0)
-    accuracies = (torch.rand(2000, 256, generator=generator) < 0.3).float().mean(1).tolist()
+    spread = 0.9 * min(truth, 1 - truth)
+    chances = truth + spread * torch.randint(-1, 2, (2000, num_prompts, 1), generator=generator)
+    per_prompt = (torch.rand(2000, num_prompts, num_samples, generator=generator) < chances).double().mean(2)
     hits = 0
-    for accuracy in accuracies:
-        metrics = with_confidence_interval({"eval/accuracy": accuracy, "eval/accuracy_square": accuracy}, 256)
-        hits += abs(accuracy - 0.3) <= metrics["eval/accuracy_ci95"]
-    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+    for mean, square in zip(per_prompt.mean(1).tolist(), per_prompt.square().mean(1).tolist(), strict=True):
+        middle, half = confidence_interval(mean, square, num_prompts)
+        hits += middle - half <= truth <= middle + half
+    assert 0.93 < hits / 2000 <= 1
+    if num_prompts == 256 and num_samples == 8:
+        assert hits / 2000 < 0.97  # no wider than it has to be
 
 
-@pytest.mark.parametrize("accuracy", [0.0, 1.0, 1 / 3])
-def test_rounding_never_makes_a_variance_negative(accuracy):
-    metrics = with_confidence_interval({"eval/accuracy": accuracy, "eval/accuracy_square": accuracy**2 - 1e-12}, 9)
-    assert metrics["eval/accuracy_ci95"] == 0.0
+def test_rounding_never_makes_a_variance_negative():
+    assert confidence_interval(0.5, 0.25 - 1.0, 4)[1] == 0.0
 
 
 def test_metrics_of_a_step_without_evaluation_stay_as_they_are():
@@ -142,9 +232,9 @@ def test_the_metrics_that_were_given_are_not_changed():
 
 def test_right_is_where_the_named_reward_gives_one():
     parts = {"equation": torch.tensor([1.0, 0.0, 0.5, float("nan"), 1.0 + 1e-7, 2.0]), "format": torch.ones(6)}
-    assert is_correct(parts, "equation").tolist() == [True, False, False, False, True, False]
+    assert is_one(parts, "equation").tolist() == [True, False, False, False, True, False]
 
 
 @pytest.mark.parametrize("accuracy", [None, "equation"], ids=["none named", "not used in this run"])
 def test_nobody_says_who_is_right(accuracy):
-    assert is_correct({"format": torch.ones(2)}, accuracy) is None
+    assert is_one({"format": torch.ones(2)}, accuracy) is None

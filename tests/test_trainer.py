@@ -153,7 +153,9 @@ def test_several_samples_per_held_out_prompt_give_pass_at_k(tiny_folder, tmp_pat
     GRPOTrainer(config, task=task).train()
     line = metrics_of(tmp_path / "run")[0]
     assert line["eval/accuracy"] == pytest.approx(1 / 3) and line["eval/pass@3"] == 1.0
-    assert line["eval/accuracy_ci95"] == pytest.approx(0.0, abs=1e-6)  # every prompt has one of three right
+    assert line["eval/pass@2"] == pytest.approx(2 / 3)  # two of the three pairs hold the right one
+    # Four prompts with a third right, two added with all and two with none: mean 5/12, variance 11/36 - 25/144.
+    assert line["eval/accuracy_ci95"] == pytest.approx(1.96 * (19 / 144 / 8) ** 0.5)
 
 
 def test_early_stopping_counts_evaluations_without_a_new_best(tiny_folder, tmp_path):

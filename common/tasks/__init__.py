@@ -25,6 +25,7 @@ class Task:
         rewards: the task's reward functions by name.
         reward_weights: weight of each in the score.
         accuracy: the reward whose value 1 means a right answer; None if no reward says so.
+        format: the reward whose value 1 means that the answer has the form that was asked for; None if none says so.
         default_rewards: what the setting `rewards` is if it is not given, also reward models; None: all of `rewards`.
     """
 
@@ -33,6 +34,7 @@ class Task:
     rewards: dict[str, RewardFunction]
     reward_weights: dict[str, float]
     accuracy: str | None
+    format: str | None = None
     default_rewards: list[str] | None = None
 
 

@@ -75,6 +75,7 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
         },
         reward_weights={"correct": 2.0, "strict_format": 0.5, "soft_format": 0.5, "tags": 0.5, "length": 2.0},
         accuracy="correct",
+        format="strict_format",
     )
 
 

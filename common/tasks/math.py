@@ -85,6 +85,8 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     train = read_problems(source, config.dataset_split, is_chat=is_chat)
     if Path(source).is_file():
         train, held_out = split_held_out(train, config.num_eval_prompts)
+    elif config.num_eval_prompts == 0:
+        held_out = []
     else:
         held_out = take_held_out(read_problems(HUB_EVALUATION, "test", is_chat=is_chat), config.num_eval_prompts)
     return Task(
@@ -93,6 +95,7 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
         rewards={"correct": correct_reward, "boxed": boxed_reward},
         reward_weights={"correct": 1.0, "boxed": 0.1},
         accuracy="correct",
+        format="boxed",
     )
 
 

@@ -82,7 +82,7 @@ def split_held_out(
 
     Args:
         rows: `prompt` each, or what `key` needs, and any other columns.
-        num_held_out: number of rows to hold out.
+        num_held_out: number of rows to hold out; with 0 the rows stay in their order.
         key: equal for rows that are the same problem.
 
     Returns:
@@ -91,6 +91,8 @@ def split_held_out(
     Raises:
         ValueError: no row would be left to train on.
     """
+    if num_held_out == 0:
+        return rows, []
     order = np.random.default_rng(SPLIT_SEED).permutation(len(rows)).tolist()
     held_out = [rows[index] for index in order[:num_held_out]]
     seen = {key(row) for row in held_out}

@@ -1,0 +1,6 @@
+"""``python -m common.evaluation``."""
+
+from common.cli import run_script
+from common.evaluation.command import main
+
+run_script(main, interrupted="the same command goes on with the models that have no result yet")

@@ -1,0 +1,297 @@
+"""How good models are: ``python -m common.evaluation --model M --task math500 --num_samples 8 --temperature 0.6``.
+
+Completions come from the sampler that training uses, with the same seeds; scores and means come from the functions
+that training uses. The same command shows the result that is there, and samples only what is not.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
+
+from common.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
+from common.cli import parse_settings
+from common.data import PromptSet
+from common.evaluation import confidence_interval, evaluation_shares, judge
+from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
+from common.evaluation.sets import find_set, load_problems, num_left_out
+from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
+from common.generation import Generation
+from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, load
+from common.metrics import MetricShares, Stopwatch
+from common.models import check_model, compute_dtype, end_token_ids, load_tokenizer, resolve_model
+from common.offload import ModelPool
+from common.rollouts import Rollouts
+from common.sampling import check_sampler
+from common.tasks import task_scorer
+from common.weights import policy_weights
+
+logger = logging.getLogger("nanorlhf")
+
+DEFAULT_PARENT = Path("evaluations")
+
+# Enough for the reasoning of most models; those that think longer say so on their model card.
+MOST_TOKENS = 4096
+
+# What does not change a result.
+_FREE = ("output_dir", "vllm_memory_share", "vllm_max_num_seqs")
+
+
+class Evaluation:
+    """One model on one set of problems. Everything is checked when it is made; `run` samples.
+
+    Args:
+        settings: with one model.
+        parent: folder that the result's folder is in; None: settings.output_dir is the result's folder.
+
+    Attributes:
+        name: model, task and a hash of all that the result depends on.
+        folder: of the result.
+
+    Raises:
+        ValueError: for anything wrong with settings, data, model, adapter or folder, before a model is loaded.
+    """
+
+    def __init__(self, settings: EvaluationSettings, parent: Path | None = None) -> None:
+        (self.model,) = settings.model
+        source = _find_model(self.model, settings.adapter)
+        self.tokenizer = _load_tokenizer(source)
+        found = find_set(settings.task, settings.dataset, is_chat=self.tokenizer.chat_template is not None)
+        config = as_run_settings(settings, source.base)
+        check_sampler(config)
+        self.source = replace(source, base=resolve_model(source.base))
+        context = _context_length(self.source.base)
+        if settings.max_completion_length is None:
+            config = replace(config, max_completion_length=min(MOST_TOKENS, (context or NO_LIMIT) // 2))
+        self.task = load_problems(found, config, self.tokenizer)
+        self.num_left_out = num_left_out(found, self.task)
+        self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config)
+        self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)))
+        self._check_room(context)
+        self.settings = {name: value for name, value in asdict(settings).items() if name not in _FREE} | {
+            "model": self.model,
+            "max_completion_length": config.max_completion_length,
+            "weights": _fingerprint(self.source),
+            "problems": digest(self.prompts.texts, self.prompts.columns),
+        }
+        self.name = self._name()
+        folder = settings.output_dir if parent is None else None
+        self.folder = Path(folder or (parent or DEFAULT_PARENT) / self.name)
+        self.stored()
+
+    def stored(self) -> Score | None:
+        """What score.json holds if this evaluation has been made before.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        return stored_score(self.folder, self.settings)
+
+    def run(self) -> None:
+        """Sample, score, and write the folder."""
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        watch = Stopwatch(accelerator.device)
+        scorer = task_scorer(self.task, self.config)  # first: it forks, and that is cheap while no model is loaded
+        with watch("load"):
+            generation = self._load(accelerator.device, watch)
+        num_samples = self.config.eval_num_samples
+        logger.info("%s: sampling %d x %d completions", self.model, len(self.prompts), num_samples)
+        rollouts = generation.sample_for_evaluation(self.prompts.share(), show_progress=sys.stderr.isatty())
+        with watch("score"):
+            rollouts.scores = judge(rollouts, scorer)
+        judged_by, shares = {"accuracy": self.task.accuracy, "format": self.task.format}, MetricShares()
+        evaluation_shares(rollouts, **judged_by, num_samples=num_samples, shares=shares)
+        score = self._score(rollouts, shares.reduce(accelerator), watch.read_and_reset())
+        score["over_limit"] = {name: int(rows.sum()) for name, rows in scorer.over_limit.items()}
+        score["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        write_result(self.folder, score, rollouts, accuracy=self.task.accuracy)
+
+    def _name(self) -> str:
+        places = filter(None, (self.model, self.settings["adapter"]))
+        parts = [part for place in places for part in Path(place).parts[-2:] if part.strip("/.")]
+        return "-".join([*parts, _task_name(self.settings["task"]), digest(self.settings)])
+
+    def _check_room(self, context: int | None) -> None:
+        longest, limit = self.config.max_prompt_length, self.config.max_completion_length
+        if context is not None and longest + limit > context:
+            raise ValueError(
+                f"max_completion_length={limit} and a prompt of {longest} tokens: {self.model} has room for {context} "
+                "tokens together. Pass a smaller --max_completion_length, or leave long prompts out with "
+                "--max_prompt_length."
+            )
+
+    def _load(self, device: torch.device, watch: Stopwatch) -> Generation:
+        """The model, ready to sample from."""
+        dtype = compute_dtype(self.config, device)
+        model = _load_merged(self.source).to(dtype)
+        # vLLM has weights of its own, and takes the device for itself.
+        models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", watch)
+        models.add("policy", model)
+        tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
+        return Generation(self.config, self.source.base, models=models, dtype=dtype, watch=watch, **tokens)
+
+    def _score(self, rollouts: Rollouts, means: dict[str, float], timings: dict[str, float]) -> Score:
+        means = {name.removeprefix("eval/"): value for name, value in means.items()}
+        middle, half = confidence_interval(means["accuracy"], means.pop("accuracy_square"), len(self.prompts))
+        seconds = {name: timings.get(f"time/{name}", 0.0) for name in ("load", "push", "sample", "score")}
+        num_tokens = int(rollouts.lengths.sum())
+        return {
+            "model": self.model,
+            "adapter": self.settings["adapter"],
+            "task": self.settings["task"],
+            "num_problems": len(self.prompts),
+            "num_too_long": self.prompts.num_dropped,
+            "num_left_out": self.num_left_out,
+            "num_samples": self.config.eval_num_samples,
+            "accuracy": means.pop("accuracy"),
+            "accuracy_ci95": [max(middle - half, 0.0), min(middle + half, 1.0)],
+            **means,
+            "rewards": {name: part.nanmean().item() for name, part in rollouts.parts.items()},
+            "tokens": num_tokens,
+            "tokens_per_second": num_tokens / seconds["sample"],
+            "seconds": seconds,
+            "settings": self.settings,
+            "versions": versions(),
+        }
+
+
+def evaluate(settings: EvaluationSettings) -> list[Score]:
+    """Evaluate models one after another; a result that is there already is not sampled again.
+
+    Several models are each sampled by vLLM in a process of their own, which leaves no memory behind.
+
+    Returns:
+        What score.json of each model holds, in their order.
+
+    Raises:
+        ValueError: see Evaluation; for any of the models before the first is loaded.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: an evaluation is one process, and several would each do all of "
+            "it. Start it without torchrun; several models can be evaluated at the same time, on a GPU each."
+        )
+    several = len(settings.model) > 1
+    parent = Path(settings.output_dir or DEFAULT_PARENT) if several else None
+    evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
+    for evaluation in evaluations:
+        if evaluation.stored():
+            logger.info("%s: already evaluated, nothing is sampled again: %s", evaluation.model, evaluation.folder)
+        elif several and settings.sampler == "vllm":
+            _run_in_a_process(replace(settings, model=[evaluation.model], output_dir=str(evaluation.folder)))
+        else:
+            evaluation.run()
+            logger.info("%s: written to %s", evaluation.model, evaluation.folder)
+    scores = [evaluation.stored() for evaluation in evaluations]
+    if several:
+        names = digest([evaluation.name for evaluation in evaluations])
+        file = TABLE_FILE if settings.output_dir else f"table-{_task_name(settings.task)}-{names}.md"
+        write_file(parent / file, table(scores).encode())
+        logger.info("table: %s", parent / file)
+    return scores
+
+
+def main() -> None:
+    """Evaluate what the command line says, and show the table."""
+    print(table(evaluate(parse_settings(EvaluationSettings))), end="")
+
+
+# Models
+
+
+def _find_model(model: str, adapter: str | None) -> Source:
+    """The complete model, or the base and its adapter, that two names mean; checked, not loaded."""
+    folder = Path(model)
+    parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
+    if adapter is None and ((folder / CONFIG_NAME).is_file() or not any(part.is_file() for part in parts)):
+        check_model(model)
+        return Source(base=model, what=model)
+    source = find_source(model, adapter)
+    check_model(source.base)
+    if source.adapter is not None:
+        check_adapter(source.adapter, source.base)
+    return source
+
+
+def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies with the adapter, else that of the model."""
+    has_own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
+    place = str(source.adapter) if has_own else source.base
+    try:
+        tokenizer = load_tokenizer(place)
+        reason = None if len(tokenizer("0")["input_ids"]) else "it has no tokens"  # transformers makes an empty one
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+    if reason is not None:
+        raise ValueError(
+            f"model={place}: its tokenizer cannot be loaded: {reason}. Prompts have to become tokens. Put the "
+            "tokenizer's files into the model's folder."
+        )
+    return tokenizer
+
+
+def _load_merged(source: Source) -> PreTrainedModel:
+    """The model on the CPU, its adapter merged as `python -m common.merge` merges it."""
+    model = load(source)
+    if not isinstance(model, PeftModel):
+        return model
+    weights = dict(policy_weights(model))
+    model = model.unload()
+    model.load_state_dict(weights, strict=False)  # a tied head has no name of its own
+    return model
+
+
+def _context_length(model: str) -> int | None:
+    """Tokens that a model has room for; None if its configuration does not say."""
+    return AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
+
+
+def _fingerprint(source: Source) -> str:
+    """Changes when the weights do: by the commit on the hub, or by sizes and times of the files in a folder."""
+    folders = [Path(place) for place in (source.base, source.adapter) if place is not None]
+    commit = None
+    if not folders[0].is_dir():
+        cached = try_to_load_from_cache(str(folders.pop(0)), CONFIG_NAME)
+        commit = Path(cached).parent.name if isinstance(cached, str) else None
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
+    return digest(commit, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
+
+# The rest
+
+
+def _first(rows: list[dict], count: int | None) -> list[dict]:
+    if count is not None and count > len(rows):
+        raise ValueError(
+            f"num_problems={count}: there are {len(rows)} problems, and each is evaluated once. Pass --num_problems "
+            f"{len(rows)} or fewer, or leave it out for all."
+        )
+    return rows[:count]
+
+
+def _task_name(task: str) -> str:
+    return Path(task).name.partition(".")[0]
+
+
+def _run_in_a_process(settings: EvaluationSettings) -> None:
+    """The same command for one model.
+
+    Raises:
+        SystemExit: if it failed; it has said why.
+    """
+    words = []
+    for name, value in asdict(settings).items():
+        if value is not None:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    done = subprocess.run([sys.executable, "-m", "common.evaluation", *words], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(done.returncode)

@@ -1,0 +1,124 @@
+"""The folder of a result and the table of several: written complete or not at all, and never overwritten."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.evaluation import is_one, sizes_of_k
+from common.metrics import json_line
+from common.rollouts import Rollouts
+
+SCORE_FILE, OUTPUTS_FILE, TABLE_FILE = "score.json", "outputs.jsonl", "table.md"
+
+Score = dict[str, Any]
+
+
+def digest(*content: Any) -> str:
+    """Eight digits that change when any of the content does."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
+    """Read the score of an evaluation that has been made before.
+
+    Args:
+        folder: where its result would be.
+        identity: all that the result depends on, by name.
+
+    Returns:
+        What score.json holds; None if the folder is new.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    path = folder / SCORE_FILE
+    if not path.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(
+                f"output_dir={folder}: it is there and holds no {SCORE_FILE}; a result is written only into a new "
+                "folder, to destroy nothing. Pass another --output_dir."
+            )
+        return None
+    score = json.loads(path.read_text())
+    different = [name for name, value in identity.items() if score["settings"].get(name) != value]
+    if different:
+        raise ValueError(
+            f"output_dir={folder}: the result there differs from this evaluation in {', '.join(different)}, and "
+            "results are not overwritten. Pass another --output_dir, or none for a folder of its own."
+        )
+    return score
+
+
+def write_result(folder: Path, score: Score, rollouts: Rollouts, *, accuracy: str) -> None:
+    """Write score.json, outputs.jsonl and table.md aside, and rename their folder into place.
+
+    Args:
+        folder: new or empty.
+        score: what score.json is to hold.
+        rollouts: scored completions, score["num_samples"] adjacent rows per problem.
+        accuracy: the reward that gives 1 for a right answer.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    aside.mkdir()
+    try:
+        with open(aside / OUTPUTS_FILE, "wb") as file:
+            file.writelines(map(json_line, _outputs(rollouts, score["num_samples"], accuracy)))
+        (aside / TABLE_FILE).write_text(table([score]), encoding="utf-8")
+        (aside / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
+        os.replace(aside, folder)
+    except BaseException:  # a full disk or Ctrl-C
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str) -> Iterator[dict[str, Any]]:
+    """A row for each problem."""
+    correct = is_one(rollouts.parts, accuracy)
+    for start in range(0, len(rollouts), num_samples):
+        completions = [
+            {
+                "text": rollouts.completions[row],
+                "score": float(rollouts.scores[row]),
+                "parts": {name: float(part[row]) for name, part in rollouts.parts.items()},
+                "correct": bool(correct[row]),
+                "length": int(rollouts.lengths[row]),
+                "truncated": bool(rollouts.truncated[row]),
+            }
+            for row in range(start, start + num_samples)
+        ]
+        columns = {name: values[start] for name, values in rollouts.columns.items()}
+        problem = {"problem": start // num_samples, "prompt": rollouts.prompts[start]}
+        yield problem | columns | {"completions": completions}
+
+
+def table(scores: list[Score]) -> str:
+    """Results of the same settings as a Markdown table, a row for each model.
+
+    Args:
+        scores: what score.json of each holds.
+    """
+    first, settings = scores[0], scores[0]["settings"]
+    ks = [f"pass@{k}" for k in sizes_of_k(first["num_samples"])[1:]]
+    heads = ["model", "accuracy", "95 % interval", *ks, "format", "length", "truncated", "limit", "tokens/s"]
+    rows = [heads, ["---"] * len(heads)]
+    for score in scores:
+        low, high = score["accuracy_ci95"]
+        row = [" + ".join(filter(None, (score["model"], score["adapter"])))]
+        row += [f"{score['accuracy']:.3f}", f"{low:.3f} to {high:.3f}", *(f"{score[k]:.3f}" for k in ks)]
+        row += [f"{score['format']:.3f}", f"{score['length']:.1f}", f"{score['truncated']:.3f}"]
+        rows.append([*row, str(score["settings"]["max_completion_length"]), f"{score['tokens_per_second']:.0f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    chosen = ", ".join(f"{name} {settings[name]}" for name in ("temperature", "top_p", "top_k", "seed"))
+    title = f"{first['task']}: {first['num_problems']} problems x {first['num_samples']} completions, {chosen}"
+    reasons = {"num_too_long": "whose prompt is longer", "num_left_out": "whose answer is yes, no, true or false"}
+    notes = []
+    for score in scores:
+        missing = {reason: score[name] for name, reason in reasons.items() if score[name]}
+        notes += [f"{score['model']}: without {count} rows {reason}" for reason, count in missing.items()]
+    return "\n".join([title, *notes, "", *lines, ""])

@@ -1,0 +1,121 @@
+"""Which problems a model is evaluated on: a named set, or a file that has the columns of a task.
+
+Prompts and rewards are those of the task's module, so that a model is asked what it was asked in training. Every row
+of the set counts, unless the set is what is held out of a larger one.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from common.config import RLConfig
+from common.sources import read_rows
+from common.tasks import Task, load_task
+from common.tasks.countdown import GENERATED, problems
+from common.tasks.math import ANSWER_COLUMNS, QUESTION_COLUMNS
+
+ENDINGS = (".jsonl", ".gz", ".json", ".parquet")  # of what `read_rows` takes for a file
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Problems and the task they are problems of.
+
+    Attributes:
+        task: module of common/tasks.
+        dataset: hub id or local file; None: problems that the task makes.
+        split: of a hub data set.
+        num_held_out: how many rows the task holds out of it, which are then the set; 0: all rows are.
+    """
+
+    task: str
+    dataset: str | None = None
+    split: str = "train"
+    num_held_out: int = 0
+
+
+NAMED_SETS = {
+    "math500": EvaluationSet(task="math", dataset="HuggingFaceH4/MATH-500", split="test"),
+    "aime24": EvaluationSet(task="math", dataset="HuggingFaceH4/aime_2024"),
+    "gsm8k": EvaluationSet(task="gsm8k", dataset="openai/gsm8k:main", split="test"),
+    "countdown": EvaluationSet(task="countdown"),
+}
+# For models with a chat template; published results on it hold the same 500 rows out.
+COUNTDOWN_HELD_OUT = EvaluationSet(
+    task="countdown", dataset="Jiayi-Pan/Countdown-Tasks-3to4", split="train", num_held_out=500
+)
+
+
+def find_set(name: str, dataset: str | None, *, is_chat: bool) -> EvaluationSet:
+    """Find out what the settings `task` and `dataset` mean.
+
+    Args:
+        name: a named set, or a local .jsonl, .jsonl.gz, .json or .parquet file.
+        dataset: a local file, or another hub id, in place of the named set's data.
+        is_chat: the model has a chat template; without one, Countdown is the problems that its task makes.
+
+    Raises:
+        ValueError: there is no such set or file, the file cannot be read, or no task has its columns.
+    """
+    if name not in NAMED_SETS:
+        return EvaluationSet(task=_task_of_file(name, dataset), dataset=name)
+    named = NAMED_SETS[name]
+    if name == "countdown" and dataset in GENERATED:
+        if is_chat and dataset is None:
+            return COUNTDOWN_HELD_OUT
+        return replace(named, dataset=dataset, num_held_out=len(problems(GENERATED[dataset])[1]))
+    return named if dataset is None else replace(named, dataset=dataset)
+
+
+def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """Load a set with the rewards of its task.
+
+    Args:
+        found: the set.
+        config: `max_completion_length` is read by some rewards; what names task and data is replaced.
+        tokenizer: the model's; tasks look whether it has a chat template.
+
+    Returns:
+        The task; `eval` holds the problems in their order, `train` is empty.
+
+    Raises:
+        ValueError: the data cannot be read or lack a column.
+    """
+    names = {"task": found.task, "dataset": found.dataset, "dataset_split": found.split}
+    task = load_task(replace(config, num_eval_prompts=found.num_held_out, **names), tokenizer)
+    # Where nothing is held out, all rows are what the task would train on.
+    return replace(task, eval=task.eval if found.num_held_out else task.train, train=[])
+
+
+def num_left_out(found: EvaluationSet, task: Task) -> int:
+    """How many rows of a set the task leaves out; mathematics leaves out answers that are yes, no, true or false."""
+    return 0 if found.task != "math" else len(read_rows(found.dataset, found.split, None)) - len(task.eval)
+
+
+def _task_of_file(path: str, dataset: str | None) -> str:
+    """The task whose columns a file has."""
+    if not path.endswith(ENDINGS):
+        raise ValueError(
+            f"task={path!r}: neither a set of problems nor a file of them. Pass --task with one of "
+            f"{', '.join(NAMED_SETS)}, or with a .jsonl, .jsonl.gz, .json or .parquet file."
+        )
+    if dataset is not None:
+        raise ValueError(
+            f"task={path} with dataset={dataset}: both say where the problems are. Leave out --dataset, or name the "
+            f"set whose data it replaces: --task with one of {', '.join(NAMED_SETS)}."
+        )
+    if not Path(path).is_file():
+        raise ValueError(f"task={path}: there is no such file. Pass --task with an existing one.")
+    row = read_rows(path, "train", None)[0]
+    if {"nums", "target"} <= row.keys():
+        return "countdown"
+    if "question" in row and "####" in str(row.get("answer")):
+        return "gsm8k"
+    if not row.keys().isdisjoint(QUESTION_COLUMNS) and not row.keys().isdisjoint(ANSWER_COLUMNS):
+        return "math"
+    raise ValueError(
+        f"task={path}: its rows hold {', '.join(row)}, and these are the columns of no task. Needed are nums and "
+        "target (Countdown), a question and an answer that ends in #### 42 (GSM8K), or a problem "
+        f"({', '.join(QUESTION_COLUMNS)}) and its answer ({', '.join(ANSWER_COLUMNS)}). Rename the columns."
+    )

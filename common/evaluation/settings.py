@@ -1,0 +1,100 @@
+"""The settings of an evaluation, and what they are in the words of a run."""
+
+import typing
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from common.config import RLConfig
+from common.declared import as_declared
+
+# Longer than any prompt or completion.
+NO_LIMIT = 2**31
+
+
+@dataclass(kw_only=True)
+class EvaluationSettings:
+    """What to evaluate, and how. Lengths are in tokens."""
+
+    model: list[str]
+    """Hub id, folder, or "tiny"; also a run's folder or a checkpoint. Several give one table."""
+    task: str
+    """math500, aime24, gsm8k, countdown, or a .jsonl, .json or .parquet file with the columns of one of these."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter of the model."""
+    dataset: str | None = None
+    """Local file, or another hub id, in place of the data of a named task."""
+    num_problems: int | None = None
+    """The first so many; None: all."""
+    prompt_file: str | None = None
+    """Text file with {prompt} in it, put around every prompt, as in training."""
+    enable_thinking: bool | None = None
+    """What the chat template is told, as in training; None: nothing."""
+
+    num_samples: int | None = None
+    """Completions per problem; None: 8, or 1 with temperature 0."""
+    temperature: float = 0.6
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    max_completion_length: int | None = None
+    """Longer completions are cut off; None: 4096, or half of what the model has room for if that is less."""
+    max_prompt_length: int | None = None
+    """Longer prompts are dropped and counted; None: none is."""
+    seed: int = 0
+
+    sampler: str = "vllm"
+    """"vllm", or "transformers" for machines without it."""
+    dtype: str = "auto"
+    """Precision of forward passes: "auto" is bfloat16 on CUDA and float32 on the CPU."""
+    vllm_memory_share: float = field(default_factory=lambda: 0.85 if torch.cuda.is_available() else 0.4)
+    """Share of the GPU's memory, or of the CPU's free memory, that vLLM may use."""
+    vllm_max_num_seqs: int = 256
+    """Completions that vLLM samples at the same time."""
+
+    output_dir: str | None = None
+    """Folder of the result; None: evaluations/<model>-<task>-<hash of the settings>. With several models the folder
+    that these folders are in."""
+
+    def __post_init__(self) -> None:
+        """Check what RLConfig does not.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        self.model = [self.model] if isinstance(self.model, str) else self.model
+        declared = typing.get_type_hints(type(self))
+        for name in (each.name for each in fields(self)):
+            setattr(self, name, as_declared(name, vars(self)[name], declared[name]))
+        if not self.model:
+            raise ValueError("model=[]: need a model to evaluate. Pass --model with a hub id or a folder.")
+        if self.adapter is not None and len(self.model) > 1:
+            raise ValueError(
+                f"adapter={self.adapter} with {len(self.model)} models: an adapter belongs to one base model. Pass "
+                "--model with its base alone, or --model with the adapter's folder among the others."
+            )
+        if self.num_problems is not None and self.num_problems < 1:
+            raise ValueError(
+                f"num_problems={self.num_problems}: need at least 1 problem, or there is nothing to measure. Pass "
+                "--num_problems 1 or more, or leave it out for all."
+            )
+        if self.num_samples is None:
+            self.num_samples = 8 if self.temperature else 1
+
+
+def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:
+    """The settings as those of a run, which checks them; prompts of any length fit."""
+    names = ("prompt_file", "enable_thinking", "seed", "sampler", "dtype", "vllm_memory_share", "vllm_max_num_seqs")
+    shared = {name: vars(settings)[name] for name in names}
+    sampled = {f"eval_{name}": vars(settings)[name] for name in ("num_samples", "temperature", "top_p", "top_k")}
+    lengths = {
+        "max_prompt_length": settings.max_prompt_length,
+        "max_completion_length": settings.max_completion_length,
+    }
+    given = {name: NO_LIMIT if value is None else value for name, value in lengths.items()}
+    try:
+        return RLConfig(model=model, vllm_sleep_level=0, **shared, **sampled, **given)
+    except ValueError as error:
+        # What a run calls eval_temperature is temperature here.
+        raise ValueError(str(error).replace("eval_", "")) from None

@@ -1,0 +1,541 @@
+"""``python -m common.evaluation``: what training measures, complete folders that are never overwritten, one table."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.cli import parse_settings
+from common.evaluation import command, results
+from common.evaluation.command import Evaluation, evaluate
+from common.evaluation.results import table
+from common.evaluation.sets import NAMED_SETS, find_set, load_problems
+from common.evaluation.settings import EvaluationSettings
+from common.merge import MergeSettings, merge
+from common.tasks.countdown import problems
+from common.tiny import TinySettings, build_policy, build_tokenizer, save_untrained, train_policy
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT.parent / "shared" / "data"
+
+# As a chat model's, in one line.
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+# Heads of 32, which vLLM on the CPU asks for.
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A policy that has learned enough in seconds to solve a few problems."""
+    folder = tmp_path_factory.mktemp("models") / "learned"
+    settings = TinySettings(**{**SIZES, "intermediate_size": 128}, **HEADS, num_lessons=2000)
+    policy = build_policy(settings)
+    train_policy(policy, settings)
+    policy.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    """Each test begins in an empty folder, and must not reach for the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The models whose weights were loaded."""
+    loaded, load = [], command.load
+    monkeypatch.setattr(command, "load", lambda source: (loaded.append(source.base), load(source))[1])
+    return loaded
+
+
+def settings(*models: Path | str, **changes: object) -> EvaluationSettings:
+    """A small evaluation on Countdown without vLLM, unless `changes` say otherwise."""
+    defaults = {"task": "countdown", "sampler": "transformers", "num_problems": 6, "num_samples": 2}
+    defaults |= {"max_completion_length": 24}
+    return EvaluationSettings(model=[str(model) for model in models], **defaults | changes)
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def result_of(folder: Path) -> tuple[dict, list[dict]]:
+    lines = (folder / "outputs.jsonl").read_text().splitlines()
+    return json.loads((folder / "score.json").read_text()), [json.loads(line) for line in lines]
+
+
+def texts_of(folder: Path) -> list[str]:
+    return [completion["text"] for row in result_of(folder)[1] for completion in row["completions"]]
+
+
+def files() -> list[str]:
+    return sorted(str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*") if path.is_file())
+
+
+# One code
+
+
+def test_the_final_model_of_a_run_measures_what_the_run_measured(model, tmp_path):
+    config = GRPOConfig(
+        model=str(model), task="countdown", num_steps=1, prompts_per_step=2, num_generations=4, num_eval_prompts=128,
+        eval_num_samples=4, eval_temperature=0.8, eval_top_p=0.9, max_prompt_length=16, max_completion_length=100,
+        sampler="transformers", save_every=0, seed=3, output_dir=str(tmp_path / "run"), progress=False,
+    )  # fmt: skip
+    GRPOTrainer(config).train()
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    same = {"num_problems": 128, "num_samples": 4, "temperature": 0.8, "top_p": 0.9, "max_completion_length": 100}
+    (score,) = evaluate(settings(tmp_path / "run" / "final", **same, seed=3))
+    names = ("score", "length", "truncated", "format", "accuracy", "pass@2", "pass@4")
+    assert {name: score[name] for name in names} == {name: line[f"eval/{name}"] for name in names}
+    assert score["accuracy"] > 0 and score["format"] > 0
+    low, high = score["accuracy_ci95"]
+    assert low == 0 or (high - low) / 2 == pytest.approx(line["eval/accuracy_ci95"])
+    (of_run,) = evaluate(settings(tmp_path / "run", **same, seed=3))
+    assert {name: of_run[name] for name in names} == {name: score[name] for name in names}
+
+
+# The folder
+
+
+def test_score_and_outputs_agree(model):
+    (score,) = evaluate(settings(model, num_problems=None, num_samples=4, max_completion_length=100))
+    (folder,) = Path("evaluations").iterdir()
+    assert files() == [f"{folder}/{name}" for name in ("outputs.jsonl", "score.json", "table.md")]
+    stored, rows = result_of(folder)
+    assert stored == score and len(rows) == score["num_problems"] == 256
+    completions = [completion for row in rows for completion in row["completions"]]
+    assert len(completions) == 256 * 4
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    assert score["accuracy"] == mean([c["correct"] for c in completions]) > 0
+    assert score["pass@4"] == mean([any(c["correct"] for c in row["completions"]) for row in rows])
+    assert score["accuracy"] <= score["pass@2"] <= score["pass@4"]
+    assert score["length"] == mean([c["length"] for c in completions])
+    assert score["truncated"] == mean([c["truncated"] for c in completions])
+    assert score["format"] == mean([c["parts"]["format"] == 1 for c in completions])
+    assert score["score"] == pytest.approx(mean([c["score"] for c in completions]))
+    assert all(c["correct"] == (c["parts"]["equation"] == 1) for c in completions)
+    assert score["tokens"] == sum(c["length"] for c in completions)
+    assert score["tokens_per_second"] == pytest.approx(score["tokens"] / score["seconds"]["sample"])
+    assert [{"nums": row["nums"], "target": row["target"]} for row in rows] == problems()[1]
+    assert rows[0]["prompt"] == f"{' '.join(map(str, rows[0]['nums']))} make {rows[0]['target']}\n"
+    assert "torch" in score["versions"] and score["settings"]["temperature"] == 0.6
+
+
+def test_the_same_command_shows_what_is_there_without_loading_the_model(model, loads, caplog):
+    first = evaluate(settings(model))
+    before = {name: Path(name).read_bytes() for name in files()}
+    with caplog.at_level("INFO", "nanorlhf"):
+        assert evaluate(settings(model)) == first
+        # Memory changes no result.
+        assert evaluate(settings(model, vllm_memory_share=0.2, vllm_max_num_seqs=7)) == first
+    assert len(loads) == 1 and "already evaluated" in caplog.text
+    assert {name: Path(name).read_bytes() for name in files()} == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.7},
+        {"seed": 1},
+        {"top_p": 0.5},
+        {"top_k": 3},
+        {"num_samples": 3},
+        {"num_problems": 5},
+        {"max_completion_length": 25},
+        {"max_prompt_length": 9},
+        {"dtype": "bfloat16"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_settings_have_another_folder_and_leave_this_one_alone(tiny_folder, changes, tmp_path):
+    one, other = Evaluation(settings(tiny_folder)), Evaluation(settings(tiny_folder, **changes))
+    assert one.folder != other.folder and one.folder.parent == other.folder.parent == Path("evaluations")
+    evaluate(settings(tiny_folder, output_dir="here"))
+    before = (tmp_path / "here" / "score.json").read_bytes()
+    with pytest.raises(ValueError, match=rf"output_dir=here: .*{next(iter(changes))}.*Pass another --output_dir"):
+        evaluate(settings(tiny_folder, output_dir="here", **changes))
+    assert (tmp_path / "here" / "score.json").read_bytes() == before
+
+
+def test_other_weights_in_the_same_place_are_another_model(tiny_folder, loads, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    evaluate(settings(tmp_path / "model"))
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.mul_(-1)
+    policy.save_pretrained(tmp_path / "model")
+    evaluate(settings(tmp_path / "model"))
+    assert len(loads) == 2
+    first, second = (texts_of(folder) for folder in Path("evaluations").iterdir())
+    assert first != second
+
+
+def test_other_problems_in_the_same_file_are_another_evaluation(tiny_folder):
+    path = write(Path("mine.jsonl"), problems()[1][:6])
+    one = Evaluation(settings(tiny_folder, task=path))
+    write(Path("mine.jsonl"), problems()[1][6:12])
+    other = Evaluation(settings(tiny_folder, task=path))
+    assert one.folder.name.startswith(f"{tiny_folder.parent.name}-{tiny_folder.name}-mine-")
+    assert one.folder != other.folder
+
+
+def test_a_folder_with_something_else_is_not_touched(tiny_folder, loads, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.md").write_text("all of it")
+    with pytest.raises(ValueError, match=r"output_dir=thesis: .* no score.json.*Pass another --output_dir"):
+        evaluate(settings(tiny_folder, output_dir="thesis"))
+    assert files() == ["thesis/chapter.md"] and not loads
+    (tmp_path / "empty").mkdir()
+    evaluate(settings(tiny_folder, output_dir="empty"))
+    assert "empty/score.json" in files()
+
+
+def test_what_ends_midway_leaves_nothing_behind(tiny_folder, monkeypatch):
+    def full(scores):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(results, "table", full)
+    with pytest.raises(OSError, match="no space"):
+        evaluate(settings(tiny_folder))
+    assert not files() and not list(Path("evaluations").iterdir())
+
+
+# The table
+
+
+def test_two_models_are_one_table(tiny_folder, model, loads):
+    evaluate(settings(model, output_dir=None))
+    scores = evaluate(settings(model, tiny_folder))
+    assert loads == [str(model), str(tiny_folder)]  # the first one's result was there
+    assert [score["model"] for score in scores] == [str(model), str(tiny_folder)]
+    (file,) = Path("evaluations").glob("table-countdown-*.md")
+    assert file.read_text() == table(scores)
+    rows = [line for line in file.read_text().splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and len({len(row) for row in rows}) == 1
+    evaluate(settings(model, tiny_folder, output_dir="both"))
+    assert Path("both/table.md").is_file() and len(list(Path("both").glob("*/score.json"))) == 2
+
+
+def test_the_table_by_hand():
+    score = {
+        "model": "base", "adapter": None, "task": "aime24", "num_problems": 30, "num_samples": 4, "accuracy": 0.25,
+        "accuracy_ci95": [0.1, 0.4], "pass@2": 0.3, "pass@4": 0.5, "format": 1.0, "length": 12.34, "truncated": 0.125,
+        "tokens_per_second": 99.6, "num_too_long": 0, "num_left_out": 0,
+        "settings": {"temperature": 0.6, "top_p": 1.0, "top_k": 0, "seed": 0, "max_completion_length": 4096},
+    }  # fmt: skip
+    lines = table([score, score | {"adapter": "mine", "num_too_long": 3}]).splitlines()
+    assert lines[0] == "aime24: 30 problems x 4 completions, temperature 0.6, top_p 1.0, top_k 0, seed 0"
+    assert lines[1:3] == ["base: without 3 rows whose prompt is longer", ""]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[3:]]
+    assert cells[0][:6] == ["model", "accuracy", "95 % interval", "pass@2", "pass@4", "format"]
+    assert cells[0][6:] == ["length", "truncated", "limit", "tokens/s"] and set(cells[1]) == {"---"}
+    numbers = ["0.250", "0.100 to 0.400", "0.300", "0.500", "1.000", "12.3", "0.125", "4096", "100"]
+    assert cells[2:] == [["base", *numbers], ["base + mine", *numbers]]
+
+
+@pytest.mark.slow
+def test_vllm_samples_two_models_what_transformers_samples(model, tmp_path):
+    """Greedy completions, so that the two can be compared; as a user starts it, from another folder."""
+    other = save_untrained(tmp_path / "other", **SIZES, **HEADS, initializer_range=0.2)
+    arguments = ["--task", "countdown", "--temperature", "0", "--num_problems", "6", "--max_completion_length", "24"]
+    command_line = [sys.executable, "-m", "common.evaluation", "--model", str(model), str(other), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command_line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| /") == 2 and "6 problems x 1 completions" in done.stdout
+    assert done.stderr.count("written to") == 2
+    for one in (model, other):
+        evaluate(settings(one, temperature=0, num_samples=None, output_dir=f"plain-{one.name}"))
+        (folder,) = Path("evaluations").glob(f"*-{one.name}-countdown-*")
+        assert texts_of(folder) == texts_of(Path(f"plain-{one.name}"))
+
+
+# Adapters
+
+
+def save_adapter(base: Path, folder: Path, **changes: object) -> Path:
+    """An adapter of every linear layer that is not 0."""
+    config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+    peft_model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_is_evaluated_as_the_folder_that_it_is_merged_into(model, tmp_path):
+    adapter = save_adapter(model, tmp_path / "adapter")
+    merge(MergeSettings(model=str(model), adapter=str(adapter), output="merged"))
+    evaluate(settings(model, output_dir="base"))
+    (score,) = evaluate(settings(model, adapter=str(adapter), output_dir="on top"))
+    assert score["adapter"] == str(adapter)
+    evaluate(settings("merged", output_dir="one folder"))
+    evaluate(settings(adapter, output_dir="by itself"))  # its configuration names its base
+    assert texts_of(Path("on top")) == texts_of(Path("one folder")) == texts_of(Path("by itself"))
+    assert texts_of(Path("on top")) != texts_of(Path("base"))
+
+
+def test_an_adapter_that_does_not_belong_is_refused_before_anything_is_loaded(model, tiny_folder, loads, tmp_path):
+    adapter = save_adapter(tiny_folder, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"belongs to the base model {tiny_folder}.*model={model}"):
+        evaluate(settings(model, adapter=str(adapter)))
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = str(model)
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match=r"has the shape \[4, \d+\].*trained on another model"):
+        evaluate(settings(model, adapter=str(adapter)))
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"there is no adapter_config.json"):
+        evaluate(settings(model, adapter=str(adapter)))
+    with pytest.raises(ValueError, match="an adapter belongs to one base model"):
+        settings(model, tiny_folder, adapter=str(adapter))
+    assert not loads and not Path("evaluations").exists()
+
+
+# Problems
+
+
+def test_a_file_is_of_the_task_whose_columns_it_has(tiny_folder):
+    rows = {
+        "countdown": [{"nums": [1, 2, 3], "target": 10, "id": 7}],
+        "gsm8k": [{"question": "1 + 1?", "answer": "Two.\n#### 2"}],
+        "math": [{"question": "1 + 1?", "answer": "2"}],
+    }
+    for task, content in rows.items():
+        for ending, text in ((".jsonl", json.dumps(content[0])), (".json", json.dumps(content))):
+            path = Path(f"{task}{ending}")
+            path.write_text(text)
+            assert find_set(str(path), None, is_chat=False).task == task
+            (row,) = Evaluation(settings(tiny_folder, task=str(path), num_problems=None)).task.eval
+            assert row["prompt"]
+    assert find_set("countdown.json", None, is_chat=True).dataset == "countdown.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "column"),
+    [
+        ("math500", ("HuggingFaceH4/MATH-500", "test"), "problem"),
+        ("aime24", ("HuggingFaceH4/aime_2024", "train"), "problem"),
+        ("gsm8k", ("openai/gsm8k:main", "test"), "question"),
+    ],
+)
+def test_a_named_set_is_every_row_of_its_split_in_its_order(tiny_folder, monkeypatch, name, asked, column):
+    seen = set()
+
+    def load_dataset(*names, split):
+        seen.add((":".join(names), split))
+        return datasets.Dataset.from_list([{column: f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(9)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    evaluation = Evaluation(settings(tiny_folder, task=name, num_problems=None))
+    assert seen == {asked}
+    assert [f"{i} + 1?" in text for i, text in enumerate(evaluation.prompts.texts)] == [True] * 9
+    with pytest.raises(ValueError, match="num_problems=10: there are 9 problems"):
+        Evaluation(settings(tiny_folder, task=name, num_problems=10))
+
+
+def test_countdown_of_a_chat_model_is_the_five_hundred_held_out_rows(tiny_folder, monkeypatch):
+    rows = [{"nums": [a, b, 9], "target": a * 30 + b} for a in range(30) for b in range(30)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: datasets.Dataset.from_list(rows))
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    found = find_set("countdown", None, is_chat=True)
+    assert found.dataset == "Jiayi-Pan/Countdown-Tasks-3to4"
+    task = load_problems(found, GRPOConfig(model=str(tiny_folder)), tokenizer)
+    assert len(task.eval) == 500 and not task.train
+    assert task.eval[0]["prompt"][-1]["role"] == "assistant"
+    plain = Evaluation(settings(tiny_folder, num_problems=None))
+    assert len(plain.prompts) == 256 and plain.prompts.columns["nums"] == [row["nums"] for row in problems()[1]]
+
+
+@pytest.mark.parametrize(("name", "count"), [("math500", 500), ("aime24", 30), ("gsm8k", 1319)])
+def test_real_records_are_read_whole_and_as_in_training(tmp_path, name, count):
+    path = RECORDS / name / "test.jsonl"
+    if not path.is_file():
+        pytest.skip("no records beside the project")
+    folder = save_untrained(tmp_path / "model", **SIZES, max_position_embeddings=8192)
+    of_name = Evaluation(settings(folder, task=name, dataset=str(path), num_problems=None))
+    of_file = Evaluation(settings(folder, task=str(path), num_problems=None))
+    assert len(of_name.prompts) == count and of_name.num_left_out == of_name.prompts.num_dropped == 0
+    assert of_name.prompts.texts == of_file.prompts.texts and of_name.prompts.columns == of_file.prompts.columns
+    first = json.loads(path.read_text().splitlines()[0])
+    assert next(first[key] for key in ("problem", "question") if key in first) in of_name.prompts.texts[0]
+    (score,) = evaluate(settings(folder, task=str(path), num_problems=3, num_samples=2))
+    assert score["accuracy"] == 0 and score["num_problems"] == 3
+
+
+def test_what_is_left_out_is_counted_and_said(tiny_folder):
+    rows = [{"problem": f"Is {i} even?", "answer": ("yes", "no", "4")[i % 3]} for i in range(6)]
+    path = write(Path("mine.jsonl"), [*rows, {"problem": "long " * 30, "answer": "5"}])
+    (score,) = evaluate(settings(tiny_folder, task=path, num_problems=None, max_prompt_length=140))
+    assert (score["num_problems"], score["num_left_out"], score["num_too_long"]) == (2, 4, 1)
+    assert "without 1 rows whose prompt is longer" in table([score])
+    assert "without 4 rows whose answer is yes, no, true or false" in table([score])
+
+
+# Settings
+
+
+def test_greedy_is_one_completion(tiny_folder):
+    assert settings(tiny_folder, temperature=0, num_samples=None).num_samples == 1
+    assert settings(tiny_folder, num_samples=None).num_samples == 8
+    evaluate(settings(tiny_folder, temperature=0, num_samples=None, output_dir="greedy"))
+    evaluate(settings(tiny_folder, top_k=1, num_samples=1, output_dir="the likeliest"))
+    assert texts_of(Path("greedy")) == texts_of(Path("the likeliest"))
+
+
+def test_seeds_give_other_completions(tiny_folder):
+    for seed in (0, 1):
+        evaluate(settings(tiny_folder, seed=seed, output_dir=f"seed {seed}"))
+    assert texts_of(Path("seed 0")) != texts_of(Path("seed 1"))
+
+
+def test_completions_may_fill_half_of_what_the_model_has_room_for(tiny_folder, tmp_path):
+    assert Evaluation(settings(tiny_folder, max_completion_length=None)).config.max_completion_length == 256
+    large = save_untrained(tmp_path / "large", **SIZES, max_position_embeddings=32768)
+    assert Evaluation(settings(large, max_completion_length=None)).config.max_completion_length == 4096
+    with pytest.raises(ValueError, match=r"max_completion_length=510 and a prompt of \d tokens: .* room for 512"):
+        Evaluation(settings(tiny_folder, max_completion_length=510))
+
+
+def test_prompt_file_and_thinking_are_those_of_training(tmp_path):
+    folder = save_untrained(tmp_path / "model", **SIZES)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE + "{{ 'thinks' if enable_thinking else 'answers' }}"
+    tokenizer.save_pretrained(folder)
+    Path("around.txt").write_text("Be brief. {prompt} Go!")
+    path = write(Path("mine.jsonl"), [{"problem": "1 + 1?", "answer": "2"}])
+    asked = {"task": path, "num_problems": None, "prompt_file": "around.txt"}
+    texts = [Evaluation(settings(folder, **asked, enable_thinking=on)).prompts.texts[0] for on in (True, False)]
+    assert all(text.startswith("<user>Be brief. 1 + 1?") and " Go!" in text for text in texts)
+    assert texts[0].endswith("thinks") and texts[1].endswith("answers")
+
+
+def test_memory_and_precision_reach_the_sampler(tiny_folder):
+    chosen = {"vllm_memory_share": 0.3, "vllm_max_num_seqs": 5, "dtype": "bfloat16"}
+    config = Evaluation(settings(tiny_folder, **chosen)).config
+    assert {name: vars(config)[name] for name in chosen} == chosen
+
+
+def test_settings_come_from_the_command_line_and_from_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: a\ntask: gsm8k\ntemperature: 1\nnum_samples: 4\n")
+    read = parse_settings(EvaluationSettings, ["--config", "mine.yaml", "--num_samples=2", "--model", "b", "c"])
+    assert (read.model, read.task, read.temperature, read.num_samples) == (["b", "c"], "gsm8k", 1.0, 2)
+    assert parse_settings(EvaluationSettings, ["--config", "mine.yaml"]).model == ["a"]
+    with pytest.raises(ValueError, match=r"unknown setting 'num_sample' .* Did you mean num_samples"):
+        parse_settings(EvaluationSettings, ["--model", "a", "--num_sample", "3"])
+    with pytest.raises(ValueError, match="--task"):
+        parse_settings(EvaluationSettings, ["--model", "a"])
+
+
+def test_a_bar_is_drawn_only_where_somebody_looks(tiny_folder, capsys, monkeypatch):
+    evaluate(settings(tiny_folder))
+    assert "sampling" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    evaluate(settings(tiny_folder, seed=1))
+    assert "sampling: 100%" in capsys.readouterr().err
+
+
+# What a user can get wrong
+
+GOOD = {"nums": [1, 2, 3], "target": 10}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", r"mine.jsonl: it has no rows"),
+        ("[]", r"mine.jsonl"),
+        (f"{json.dumps(GOOD)}\n" + '{"nums": [1, 2\n', r"mine.jsonl: line 2 is not JSON"),
+        (json.dumps({"text": "a"}), r"its rows hold text, .*nums and target.*####.*problem.*Rename"),
+        (json.dumps(GOOD) + '\n{"nums": [1, 2, 3]}', r"row 2 holds nums; .*Add or rename target"),
+        (json.dumps({"nums": ["1"], "target": 10}), r"row 1 has nums=\['1'\]"),
+    ],
+    ids=["empty", "another form", "broken line", "no task's columns", "a column missing later", "wrong type"],
+)
+def test_a_file_that_cannot_be_used(tiny_folder, loads, content, message):
+    Path("mine.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        evaluate(settings(tiny_folder, task="mine.jsonl", num_problems=None))
+    assert files() == ["mine.jsonl"] and not loads
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "math50"}, r"task='math50': neither a set of problems nor a file.*math500"),
+        ({"task": "no.jsonl"}, r"task=no.jsonl: there is no such file"),
+        ({"task": "no.jsonl", "dataset": "other.jsonl"}, r"Leave out --dataset"),
+        ({"task": "gsm8k", "dataset": "no.jsonl"}, r"dataset=no.jsonl: there is no such file"),
+        ({"num_problems": 0}, r"num_problems=0: need at least 1 problem"),
+        ({"num_problems": 257}, r"num_problems=257: there are 256 problems.*--num_problems 256"),
+        ({"temperature": 0}, r"^num_samples=2 with temperature=0.*Pass --temperature 1.0 or --num_samples 1"),
+        ({"temperature": 3}, r"^temperature=3.0: need 0"),
+        ({"top_p": 0}, r"^top_p=0.0: .*--top_p"),
+        ({"top_k": -1}, r"^top_k=-1: .*--top_k"),
+        ({"num_samples": 0}, r"^num_samples=0: need at least 1"),
+        ({"max_completion_length": 0}, r"^max_completion_length=0: need at least 1"),
+        ({"max_prompt_length": 2}, r"^max_prompt_length=2: no prompt of 6 is short enough"),
+        ({"sampler": "trl"}, r"^sampler='trl': need one of vllm, transformers"),
+        ({"temperature": "warm"}, r"^temperature='warm': need a number"),
+        ({"prompt_file": "no.txt"}, r"^prompt_file=no.txt: there is no such file"),
+    ],
+    ids=str,
+)
+def test_a_setting_that_cannot_be_used(tiny_folder, loads, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(settings(tiny_folder, **changes))
+    assert not files() and not loads
+
+
+def test_a_model_that_cannot_be_used(tiny_folder, loads, tmp_path):
+    """Nor is the first of two loaded before the second is looked at."""
+    for wrong in ("no/such-model", str(tmp_path)):
+        with pytest.raises(ValueError, match=rf"model='{wrong}': cannot be loaded"):
+            evaluate(settings(tiny_folder, wrong))
+    shutil.copytree(tiny_folder, tmp_path / "mute")
+    for path in (tmp_path / "mute").glob("tok*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"mute: its tokenizer cannot be loaded"):
+        evaluate(settings(tmp_path / "mute"))
+    with pytest.raises(ValueError, match=r"need a model to evaluate"):
+        settings()
+    assert not loads and not Path("evaluations").exists()
+
+
+def test_without_vllm_the_message_says_what_to_do(tiny_folder, monkeypatch, loads):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ValueError, match=r"make install.*--sampler transformers"):
+        evaluate(settings(tiny_folder, sampler="vllm"))
+    assert not loads
+
+
+def test_torchrun_is_refused(tiny_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2.*without torchrun"):
+        evaluate(settings(tiny_folder))
+
+
+def test_named_sets_are_those_of_the_documentation():
+    assert list(NAMED_SETS) == ["math500", "aime24", "gsm8k", "countdown"]
