@@ -145,6 +145,32 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
+def chunk_advantages(values: Tensor, starts: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """What each chunk of a completion changed: the value at its end less the value at its start, for all its tokens.
+
+    The end of a chunk is the start of the next one, and the value at the end of the last one is the score: the
+    advantages of huggingface.co/papers/2410.01679, section 4, where no reward comes before the end. The chunks of a
+    completion add up to its score less its first value.
+
+    Args:
+        values: (B, C) float; column t is the value of the state in which token t was chosen. Read where chunks start.
+        starts: (B, C) bool, the first token of each chunk; True in column 0, False at padding.
+        scores: (B,) float.
+        mask: (B, C) bool.
+
+    Returns:
+        (B, C) float32, 0 at padding.
+    """
+    before, after = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    value = scores.float()
+    for t in reversed(range(mask.shape[1])):
+        after[:, t] = value
+        value = torch.where(starts[:, t], values[:, t].float(), value)
+    for t in range(mask.shape[1]):
+        value = before[:, t] = torch.where(starts[:, t], values[:, t].float(), value)
+    return torch.where(mask, after - before, 0.0)
+
+
 def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:
     """Rows of the groups whose scores differ: the others have advantage 0 and need neither forward nor backward.
 

@@ -136,6 +136,14 @@ class Enumeration:
         return {state: value / weight for state, (value, weight) in totals.items()}
 
     @property
+    def completions(self) -> list[Completion]:
+        """Each completion as a sampler gives it."""
+        return [
+            Completion(ids, logprobs[: len(ids)].tolist(), truncated=ids[-1] != END)
+            for ids, logprobs in zip(self.ids, self.token_logprobs.detach(), strict=True)
+        ]
+
+    @property
     def greedy(self) -> int:
         """Number of the completion that takes the most likely token each time."""
         best = self.policy_logits.argmax(-1)
@@ -190,20 +198,23 @@ class Enumeration:
             the mean is over a constant.
         """
         groups = torch.tensor(list(product(range(len(self.ids)), repeat=trainer.config.num_generations)))
-        completions = [
-            Completion(ids, logprobs[: len(ids)].tolist(), truncated=ids[-1] != END)
-            for ids, logprobs in zip(self.ids, self.token_logprobs.detach(), strict=True)
-        ]
+        completions = self.completions
         sampled = [completions[i] for i in groups.flatten().tolist()]
         trainer.generation.sampler = FixedSampler(sampled, greedy=completions[self.greedy])
+        return self.weighed_step(trainer, self.probabilities.detach()[groups].prod(1), move_to=move_to)
+
+    def weighed_step(
+        self, trainer: OnPolicyTrainer, probabilities: Tensor, *, move_to: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """The same for groups of one's own, which the trainer's sampler gives: `probabilities` has one of each."""
         # The loss is a mean over groups; times the number of groups it is a sum.
-        weights = (self.probabilities.detach()[groups].prod(1) * len(groups)).float()  # (groups,)
+        weights = (probabilities * len(probabilities)).float()  # (groups,)
         update = trainer.update
 
         def weighted_update(learner, rollouts, loss, **settings):
             def weighted_loss(model, minibatch):
                 per_token, metrics = loss(model, minibatch)
-                rows_per_group = len(minibatch.step_lengths) // len(groups)
+                rows_per_group = len(minibatch.step_lengths) // len(weights)
                 return per_token * weights[minibatch.rows // rows_per_group, None], metrics
 
             update(learner, rollouts, weighted_loss, **settings)
@@ -211,7 +222,7 @@ class Enumeration:
         trainer.update = weighted_update
         gradients = record_gradients(trainer.policy, move_to=move_to)
         trainer.current_step = 1
-        trainer.step(trainer.training_prompts(1))
+        trainer.step(trainer.training_prompts(1, len(weights)))
         scale = self.max_length if trainer.config.average_over == "constant" else 1
         return [scale * gradient for gradient in gradients]
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from common.advantages import (
     best_of_group,
+    chunk_advantages,
     generalized_advantages,
     group_relative,
     leave_one_out,
@@ -290,6 +291,38 @@ def test_with_lambda_one_the_advantage_is_the_return_less_the_value_and_the_last
     torch.testing.assert_close(advantages, to_go - values, atol=1e-4, rtol=1e-4)
     last = (mask.sum(1) - 1)[:, None]
     torch.testing.assert_close(returns.gather(1, last), rewards.gather(1, last), atol=1e-5, rtol=0)
+
+
+# Chunks
+
+
+def test_chunk_advantages_by_hand():
+    """Values 0.5, 0.75 and 0.25 at tokens 0, 2 and 3, then a score of 1; a row of one chunk; one that ends early."""
+    values = torch.tensor([[0.5, NAN, 0.75, 0.25, NAN], [0.5, NAN, NAN, NAN, NAN], [0.25, 1.0, NAN, 7.0, NAN]])
+    starts = torch.tensor([[1, 0, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    mask = torch.arange(5) < torch.tensor([[5], [5], [3]])
+    advantages = chunk_advantages(values, starts, torch.tensor([1.0, -1.0, 0.5]), mask)
+    assert advantages.tolist() == [
+        [0.25, 0.25, -0.5, 0.75, 0.75],
+        [-1.5, -1.5, -1.5, -1.5, -1.5],
+        [0.75, -0.5, -0.5, 0.0, 0.0],
+    ]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.lists(st.tuples(st.floats(-3, 3, width=32), st.booleans()), min_size=1, max_size=6), min_size=1))
+def test_the_chunks_of_a_completion_add_up_to_its_score_less_its_first_value(rows):
+    lengths = [len(row) for row in rows]
+    values = torch.tensor([[value for value, _ in row] + [NAN] * (6 - len(row)) for row in rows])
+    starts = torch.tensor([[begins for _, begins in row] + [False] * (6 - len(row)) for row in rows])
+    starts[:, 0] = True
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    scores = torch.linspace(-1, 1, len(rows))
+    advantages = chunk_advantages(values, starts, scores, mask)
+    assert not advantages[~mask].any()
+    torch.testing.assert_close(
+        torch.where(starts, advantages, 0.0).sum(1), scores - values[:, 0], atol=1e-5, rtol=1e-5
+    )
 
 
 # Whitening

@@ -73,8 +73,8 @@ def in_reward(name: str) -> dict:
 # The files
 
 
-def test_the_six_are_found():
-    assert {"GRPO", "PPO", "RLOO", "ReMax", "RAFT", "Reinforce"} <= set(NAMES)
+def test_the_seven_are_found():
+    assert {"GRPO", "PPO", "RLOO", "ReMax", "RAFT", "Reinforce", "VinePPO"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -325,6 +325,7 @@ ACTS = {
         "whiten_rewards": ({"whiten_advantages": False}, True),
         "group_baseline": ({}, True),
     },
+    "VinePPO": CLIP | {"vine_k": ({}, 3), "chunk_length": ({}, 5), "chunk_separator": ({}, "1")},
 }
 EVERYWHERE = {
     "kl_coef": ({"num_steps": 3, "learning_rate": 1e-2}, 10.0),

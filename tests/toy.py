@@ -22,7 +22,10 @@ from common.trainer import OnPolicyTrainer
 ROOT = Path(__file__).parent.parent
 
 # Settings in which the toy run of an algorithm differs from its defaults.
-TOY_SETTINGS = {"PPO": {"value_init": "zero_head", "value_learning_rate": 1e-3}}
+TOY_SETTINGS = {
+    "PPO": {"value_init": "zero_head", "value_learning_rate": 1e-3},
+    "VinePPO": {"vine_k": 2, "chunk_length": 4},
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,103 @@
+"""VinePPO: settings and start. Any setting can be overridden: `python vineppo.py --learning_rate 2e-6`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.cli import parse_config, report, run_script
+from VinePPO.vineppo_trainer import VinePPOConfig, VinePPOTrainer
+
+SETTINGS = VinePPOConfig(
+    # What to train, on what
+    model="Qwen/Qwen2.5-1.5B-Instruct",
+    task="hh_rlhf",
+    dataset=None,  # the task's own: Anthropic/hh-rlhf
+    dataset_split="train",
+    num_eval_prompts=256,
+    rewards=None,  # the task's own; or names, reward models (hub id or folder), file.py:function
+    reward_weights=None,
+    reward_format="text",
+    reward_time_limit=1.0,
+    reward_memory_limit=2.0,
+    prompt_file=None,
+    enable_thinking=None,
+    # Steps
+    num_steps=500,
+    prompts_per_step=64,
+    num_generations=4,
+    num_minibatches=1,
+    num_update_epochs=1,
+    # Sampling
+    sampler="vllm",
+    temperature=1.0,
+    max_prompt_length=512,
+    max_completion_length=1024,
+    # VinePPO
+    vine_k=3,
+    chunk_length=100,
+    chunk_separator=None,  # every 100 tokens; "\n": with the first line that ends after 100 tokens
+    average_over="tokens",
+    clip_range=0.2,
+    clip_range_high=None,  # as clip_range
+    kl_coef=0.01,  # in the reward
+    missing_eos_penalty=0.0,
+    whiten_advantages=False,  # every chunk has its own baseline already
+    mask_truncated=False,
+    # Optimizer
+    learning_rate=1e-5,  # ten times what full training takes, as usual with LoRA
+    lr_scheduler="cosine",
+    warmup_steps=10,
+    min_lr_ratio=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    # LoRA
+    use_lora=True,
+    lora_r=64,
+    lora_alpha=64,
+    lora_target_modules="all-linear",
+    load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
+    # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
+    max_tokens_per_microbatch=16384,
+    gradient_checkpointing=True,
+    offload="auto",
+    dtype="auto",
+    attn_implementation="sdpa",
+    vllm_memory_share=0.4,
+    vllm_sleep_level=1,
+    vllm_enforce_eager=False,
+    vllm_max_num_seqs=256,
+    # Evaluation on the held-out prompts
+    eval_every=25,
+    eval_temperature=1.0,
+    eval_top_p=1.0,
+    eval_top_k=0,
+    eval_num_samples=1,
+    eval_kl=False,
+    early_stopping_patience=0,
+    # The run
+    preset="auto",  # without a GPU: cpu, the embedded default
+    output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
+    resume="auto",
+    save_every=50,
+    save_total_limit=2,
+    push_to_hub=None,
+    report_to=None,  # ["wandb"], say
+    samples_every=5,
+    progress=True,
+    seed=0,
+)
+
+# What the embedded default (common/presets/cpu.yaml) needs besides: its completions are shorter than a chunk of 100.
+EMBEDDED = {"chunk_length": 60}
+
+
+def main() -> None:
+    """Train with the settings above."""
+    report(VinePPOTrainer(parse_config(SETTINGS, embedded=EMBEDDED)))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,105 @@
+"""VinePPO: PPO whose values are mean scores of continuations (huggingface.co/papers/2410.01679)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from common.advantages import chunk_advantages, leave_one_out, rewards_to_go
+from common.config import ClippedConfig
+from common.losses import clipped_policy_loss
+from common.models import token_logprobs
+from common.rollouts import PromptBatch, Rollouts
+from common.trainer import OnPolicyTrainer
+from VinePPO.continuations import chunk_starts, sample_continuations
+
+
+@dataclass(kw_only=True)
+class VinePPOConfig(ClippedConfig):
+    """Settings of VinePPO besides those of every clipped algorithm."""
+
+    vine_k: int = 3
+    """Continuations of each state that is valued, K."""
+    chunk_length: int = 100
+    """Tokens between two valued states; with chunk_separator the fewest."""
+    chunk_separator: str | None = None
+    """Text that ends a chunk, such as a line break; None: every chunk_length-th token does."""
+
+    def __post_init__(self) -> None:
+        """Check VinePPO's settings after the shared ones.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        if min(self.vine_k, self.chunk_length) < 1:
+            raise ValueError(
+                f"vine_k={self.vine_k}, chunk_length={self.chunk_length}: a value is a mean over continuations and a "
+                "chunk holds tokens, so both need at least 1. Pass --vine_k 3 --chunk_length 100."
+            )
+        if self.chunk_separator == "":
+            raise ValueError(
+                "chunk_separator='': an empty text is found everywhere, so it ends nothing. Pass the text that a "
+                "chunk ends with, or leave --chunk_separator out for chunks of equal length."
+            )
+
+
+class VinePPOTrainer(OnPolicyTrainer):
+    """Compare each chunk of a completion with what else could have come there; no value model."""
+
+    config: VinePPOConfig
+
+    def step(self, prompts: PromptBatch) -> None:
+        """One iteration of VinePPO on this process's prompts."""
+        config, group_size = self.config, self.config.num_generations
+        # 1. Sample, and cut each completion into chunks.
+        rollouts = self.sample(prompts, num_generations=group_size)
+        rollouts.scores = scores = self.score(rollouts)
+        cut = {"chunk_length": config.chunk_length, "separator": config.chunk_separator}
+        starts = chunk_starts(rollouts, self.tokenizer, **cut)  # (B, C)
+        # 2. The value of a state must not depend on what the completion did there, or the gradient would be biased. So
+        #    it is that of new continuations; for the prompt the group's other completions are such, and cost nothing.
+        to_value = starts.clone()
+        to_value[:, 0] = group_size == 1
+        values = self.state_values(rollouts, to_value)
+        if group_size > 1:
+            values[:, 0] = scores - leave_one_out(scores, group_size)
+        # 3. A chunk is as good as the change in value that it made. Its KL a token pays from itself on: in the reward,
+        #    where the gradient is that of the KL, and without a baseline, so that no continuation needs a reference.
+        advantages = chunk_advantages(values, starts, scores, rollouts.completion_mask)
+        self.shares.add("vine/advantage", advantages.abs().sum(), rollouts.lengths.sum())
+        self.shares.add("vine/chunks", starts.sum(), len(rollouts))
+        paid = self.token_rewards(rollouts, torch.zeros(len(rollouts)))
+        advantages = advantages + rewards_to_go(paid, rollouts.completion_mask)
+        rollouts.advantages = self.maybe_whiten(advantages, rollouts)
+        self.describe(rollouts, rollouts.advantages)
+        # 4. Clipped policy-gradient steps; the continuations are not trained on.
+        rollouts.old_logprobs = self.old_logprobs(rollouts)
+        self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
+
+    def state_values(self, rollouts: Rollouts, to_value: Tensor) -> Tensor:
+        """Estimate values by the mean score of vine_k continuations each.
+
+        Args:
+            rollouts: B rows.
+            to_value: (B, C) bool; where it is True, the state in which that token was chosen is valued.
+
+        Returns:
+            (B, C) float32, 0 elsewhere.
+        """
+        values, num_tokens = torch.zeros(to_value.shape), torch.tensor(0)
+        rows, places = to_value.nonzero(as_tuple=True)
+        if len(rows):
+            continuations = sample_continuations(self, rollouts, rows, places, self.config.vine_k)
+            scores = self.score(continuations).reshape(-1, self.config.vine_k)
+            values[rows, places] = scores.double().mean(1).float()  # exactly the score that all have, where they do
+            num_tokens = continuations.lengths.sum() - self.config.vine_k * places.sum()
+        self.run.count_tokens(int(self.passes.sum_over_processes(num_tokens)))
+        self.shares.add_sum("vine/tokens", num_tokens)
+        self.shares.add_sum("vine/continuations", self.config.vine_k * len(rows))
+        return values
+
+    def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b, C) clipped surrogate with the advantages of chunks, and (b, C) metrics by name."""
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
+        return clipped_policy_loss(logprobs, entropy, minibatch, self.config.clip_ranges)
