@@ -119,6 +119,9 @@ class Run:
     def add_samples(self, step: int, split: str, rollouts: Rollouts, parts: dict[str, Tensor]) -> None:
         """Write the first few rows of a batch to samples.jsonl; outside `with run:` nothing is written.
 
+        Of a group for training the completions are compared; of held-out prompts, which every evaluation begins with
+        the same ones, there is one completion each.
+
         Args:
             step: the step.
             split: "train" or "eval".
@@ -127,6 +130,7 @@ class Run:
         """
         if self._log is None:
             return
+        every = self.config.eval_num_samples if split == "eval" else 1
         rows = [
             {
                 "split": split,
@@ -137,7 +141,7 @@ class Run:
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
             }
-            for row in range(min(NUM_SAMPLES, len(rollouts)))
+            for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
         self._log.samples(step, rows)
 

@@ -1,0 +1,5 @@
+
+drawHeader();
+drawCurves();
+drawFilters();
+draw();
