@@ -147,7 +147,7 @@ def _stop(keeper: multiprocessing.process.BaseProcess, connection: Connection, o
 
 
 def _send(connection: Connection, content: Any) -> None:
-    # Not connection.send: torch teaches it to pass tensors as handles, which end with the process that made them.
+    # Not connection.send, which torch teaches to share the memory of each tensor: a file and a thread for a number.
     connection.send_bytes(pickle.dumps(content))
 
 

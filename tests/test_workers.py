@@ -47,9 +47,10 @@ def score(completions: list[str], limits: Limits | None = SHORT, **columns: list
     return scores.tolist(), scorer.over_limit["obedient"].tolist()
 
 
-@pytest.mark.parametrize("accident", ["hang", "swallow", "crash"])
-def test_an_accident_costs_its_row_the_score_and_no_other_row_anything(accident):
-    assert score(["a", accident, "bbb", accident, "cc"]) == ([1, 0, 3, 0, 2], [False, True, False, True, False])
+@pytest.mark.parametrize(("accident", "seconds"), [("hang", 0.3), ("swallow", 60), ("crash", 60)])
+def test_an_accident_costs_its_row_the_score_and_no_other_row_anything(accident, seconds):
+    found = score(["a", accident, "bbb", accident, "cc"], Limits(seconds=seconds, gigabytes=0.5))
+    assert found == ([1, 0, 3, 0, 2], [False, True, False, True, False])
 
 
 def test_the_limit_is_of_wall_clock_time_for_each_row():
