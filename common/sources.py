@@ -1,4 +1,4 @@
-"""Rows of a task's data: from a local .jsonl, .jsonl.gz, .json or .parquet file, or from the hub.
+"""Rows of a task's data: from a local file or a folder of `datasets`, or from the hub.
 
 What the columns mean, and which rows are held out, is each task's affair.
 """
@@ -18,9 +18,11 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
     """Read the named columns of all rows, or all columns.
 
     Args:
-        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, or a hub id,
-            with a configuration as `owner/name:config`.
-        split: split of a hub data set, slices such as ``train[:1000]`` included; local files have no splits.
+        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, of a folder
+            that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or a hub id, with a configuration as
+            `owner/name:config`.
+        split: split of a hub data set, slices such as ``train[:1000]`` included, or of a folder that has several;
+            local files have none.
         columns: the columns that the task needs, others are left out; None: what each row has.
 
     Returns:
@@ -31,7 +33,9 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
     """
     readers = {".jsonl": _read_jsonl, ".gz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
     reader = readers.get(Path(source).suffix)
-    if reader is None:
+    if Path(source).is_dir():
+        rows = _read_folder(source, split)
+    elif reader is None:
         rows = _read_hub(source, split)
     elif Path(source).is_file():
         rows = reader(source)
@@ -98,6 +102,24 @@ def _read_parquet(source: str) -> list[dict]:
         return pyarrow.parquet.read_table(source).to_pylist()
     except pyarrow.ArrowException as error:
         raise ValueError(f"dataset={source}: no readable parquet file ({error}). Write or fetch it again.") from error
+
+
+def _read_folder(source: str, split: str) -> list[dict]:
+    try:
+        data = datasets.load_from_disk(source)
+    except (FileNotFoundError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"dataset={source}: a folder, but not one that datasets' save_to_disk wrote ({error}). Give --dataset a "
+            "file, or such a folder."
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(
+                f"dataset={source}, dataset_split={split}: the folder has the splits {', '.join(data)}. Pass "
+                "--dataset_split with one of these."
+            )
+        data = data[split]
+    return data.to_list()
 
 
 def _read_hub(source: str, split: str) -> list[dict]:

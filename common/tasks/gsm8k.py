@@ -59,7 +59,7 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     source = config.dataset or HUB_DATASET
     write_prompt = plain_prompt if tokenizer.chat_template is None else chat_prompt
     train = read_problems(source, config.dataset_split, write_prompt)
-    if Path(source).is_file():
+    if Path(source).exists():
         train, held_out = split_held_out(train, config.num_eval_prompts)
     else:
         held_out = take_held_out(read_problems(source, "test", write_prompt), config.num_eval_prompts)

@@ -83,7 +83,7 @@ def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     source = config.dataset or HUB_DATASET
     is_chat = tokenizer.chat_template is not None
     train = read_problems(source, config.dataset_split, is_chat=is_chat)
-    if Path(source).is_file():
+    if Path(source).exists():
         train, held_out = split_held_out(train, config.num_eval_prompts)
     elif config.num_eval_prompts == 0:
         held_out = []
