@@ -28,7 +28,7 @@ class RLConfig:
 
     # What to train, on what
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    """Hub id or folder of the policy; "tiny" is the embedded one, built on this machine without a download."""
+    """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded, built on this machine without a download."""
     task: str = "countdown"
     """Module of common/tasks that gives prompts, answer columns and rewards."""
     dataset: str | None = None

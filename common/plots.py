@@ -104,7 +104,7 @@ def _picture(curves: Curves, title: str) -> bytes | None:
     for index, (name, draw) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         draw(axes, curves)
-        _dress(axes, name)
+        dress(axes, name)
     figure.subplots_adjust(
         left=0.55 / width, right=1 - 0.2 / width, bottom=0.45 / height, top=1 - 0.75 / height, wspace=0.2, hspace=0.42
     )
@@ -141,7 +141,7 @@ def _line(axes: "Axes", steps: "np.ndarray", values: "np.ndarray", color: str, l
     """Single steps faintly, no more of them than leave the line visible, and the running mean over all."""
     every = max(len(steps) // MAX_DOTS, 1)
     axes.plot(steps[::every], values[::every], ".", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
-    axes.plot(steps, _running_mean(values), color=color, linewidth=1.8, label=label)
+    axes.plot(steps, running_mean(values), color=color, linewidth=1.8, label=label)
 
 
 def _evaluation(axes: "Axes", curves: Curves, name: str) -> None:
@@ -171,13 +171,13 @@ def _time_by_phase(axes: "Axes", curves: Curves) -> None:
         stacked[phase] = np.array([seconds.get(step, 0.0) for step in steps])
     stacked["other"] = np.maximum(totals - sum(stacked.values()), 0)
     shown = {phase: seconds for phase, seconds in stacked.items() if seconds.sum() > 0.005 * totals.sum()}
-    smooth = [_running_mean(seconds) for seconds in shown.values()]
+    smooth = [running_mean(seconds) for seconds in shown.values()]
     axes.stackplot(steps, *smooth, labels=shown, colors=[PHASE_COLORS[phase] for phase in shown], linewidth=0)
     axes.set_ylim(0, 1.35 * max(sum(smooth)))
     axes.legend(loc="upper left", ncols=5, **_LEGEND)
 
 
-def _running_mean(values: "np.ndarray") -> "np.ndarray":
+def running_mean(values: "np.ndarray") -> "np.ndarray":
     """Centred mean over about a tenth of the run, taken twice for roundness; at the ends over what is there."""
     import numpy as np
 
@@ -190,7 +190,8 @@ def _running_mean(values: "np.ndarray") -> "np.ndarray":
     return values
 
 
-def _dress(axes: "Axes", title: str) -> None:
+def dress(axes: "Axes", title: str) -> None:
+    """Give a panel its title and the look that all pictures of runs have."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from common.plots import Curves, _panels, _running_mean, draw_curves
+from common.plots import Curves, _panels, draw_curves, running_mean
 
 
 def metrics_of(step, num_steps):
@@ -99,9 +99,9 @@ def test_what_cannot_be_drawn_is_a_warning_and_leaves_the_old_picture(tmp_path):
 
 
 def test_the_running_mean_keeps_a_constant_and_a_line_and_removes_noise():
-    np.testing.assert_allclose(_running_mean(np.full(50, 3.0)), 3.0)
+    np.testing.assert_allclose(running_mean(np.full(50, 3.0)), 3.0)
     line = np.arange(200.0)
-    np.testing.assert_allclose(_running_mean(line)[30:-30], line[30:-30])
+    np.testing.assert_allclose(running_mean(line)[30:-30], line[30:-30])
     noise = np.random.default_rng(0).normal(size=1000)
-    assert _running_mean(noise).std() < 0.15
-    assert _running_mean(np.array([1.0])).tolist() == [1.0]
+    assert running_mean(noise).std() < 0.15
+    assert running_mean(np.array([1.0])).tolist() == [1.0]

@@ -1,0 +1,145 @@
+"""R1-Zero in small: a base model learns to reason from two rules. Any setting: `python grpo_r1.py --kl_coef 0.001`.
+
+`--task math` trains on MetaMathQA and evaluates on MATH-500. Without a GPU a tiny policy learns to search.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from r1_figure import FIGURE_FILE, write_figure
+
+from common.cli import parse_config, report, run_script
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+
+SETTINGS = GRPOConfig(
+    # What to train, on what
+    model="Qwen/Qwen2.5-1.5B",  # a base model: nobody has taught it to reason in tags
+    task="countdown",
+    dataset="Jiayi-Pan/Countdown-Tasks-3to4",
+    dataset_split="train",
+    num_eval_prompts=500,
+    rewards=["format", "equation"],  # the shape, and the right result with every number once
+    reward_weights=[1.0, 1.0],
+    reward_format="text",
+    reward_time_limit=1.0,
+    reward_memory_limit=2.0,
+    prompt_file=None,
+    enable_thinking=None,
+    # Steps
+    num_steps=1000,
+    prompts_per_step=16,
+    num_generations=4,
+    num_minibatches=1,  # one optimizer step per rollout: on-policy, so that no ratio is ever clipped
+    num_update_epochs=1,
+    # Sampling
+    sampler="vllm",
+    temperature=1.0,
+    max_prompt_length=256,
+    max_completion_length=1024,
+    # GRPO
+    scale_by_std=True,
+    average_over="tokens",  # the mean over rows would favour short right answers and long wrong ones
+    clip_range=0.2,
+    clip_range_high=None,
+    kl_coef=0.0,  # sparse leaves rows out, whose KL would be missing; and no reference model is kept
+    kl_estimator=None,
+    kl_place="loss",
+    whiten_advantages=False,
+    mask_truncated=False,
+    missing_eos_penalty=0.0,
+    sparse=True,  # groups that are all right or all wrong teach nothing and cost nothing
+    keep_per_group=False,
+    # Optimizer
+    learning_rate=1e-6,
+    lr_scheduler="constant",
+    warmup_steps=0,
+    min_lr_ratio=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    # LoRA: README.md has the settings for a card of 24 GB
+    use_lora=False,
+    lora_r=64,
+    lora_alpha=64,
+    lora_target_modules="all-linear",
+    load_in_4bit=False,
+    # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
+    max_tokens_per_microbatch=16384,
+    gradient_checkpointing=True,
+    offload="auto",
+    dtype="auto",
+    attn_implementation="sdpa",
+    vllm_memory_share=0.4,
+    vllm_sleep_level=1,
+    vllm_enforce_eager=False,
+    vllm_max_num_seqs=256,
+    # Evaluation on the held-out prompts
+    eval_every=25,
+    eval_temperature=0.3,
+    eval_top_p=1.0,
+    eval_top_k=0,
+    eval_num_samples=1,
+    eval_kl=False,
+    early_stopping_patience=0,
+    # The run
+    preset="auto",  # without a GPU: cpu, with EMBEDDED below
+    output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
+    resume="auto",
+    save_every=50,
+    save_total_limit=2,
+    push_to_hub=None,
+    report_to=None,  # ["wandb"], say
+    samples_every=5,
+    progress=True,
+    seed=0,
+)
+
+# What --task math wants to be different; data and rewards are the task's own: MetaMathQA, the last box, MATH-500.
+MATH = {
+    "num_steps": 200,
+    "prompts_per_step": 128,
+    "num_generations": 4,
+    "max_prompt_length": 512,
+    "max_completion_length": 3000,  # the longest that leaves MATH-500's prompts within a context of 4096
+    "eval_every": 10,
+    "eval_temperature": 0.0,  # greedy, as MATH-500 is usually reported
+}
+# Without a GPU, all the room that the tiny policy has: enough to try --task math, not to learn it.
+MATH_EMBEDDED = {"max_prompt_length": 384, "max_completion_length": 128}
+
+# Without a GPU: problems with three and four numbers, made on the spot, and a tiny policy that can search but gives up
+# early. Like the demo (common/presets/cpu.yaml), but with longer tries and more room for them.
+EMBEDDED = {
+    "model": "tiny-r1",
+    "dataset": "generated-3to4",
+    "num_eval_prompts": 512,
+    "num_steps": 80,
+    "max_completion_length": 360,
+    "eval_temperature": 1.0,  # what is trained; below it the tiny policy repeats itself
+}
+
+
+def parse(args: list[str] | None = None) -> GRPOConfig:
+    """The settings above for the task that is asked for; `args` as of `parse_config`."""
+    config = parse_config(SETTINGS, embedded=EMBEDDED, args=args)
+    if config.task == "math":
+        config = parse_config(replace(SETTINGS, **MATH), embedded=MATH_EMBEDDED, args=args)
+    return config
+
+
+def main() -> None:
+    """Train with the settings above, and draw accuracy and response length into the run's folder."""
+    trainer = GRPOTrainer(parse())
+    report(trainer)
+    if trainer.accelerator.is_main_process:
+        figure = trainer.run.folder / FIGURE_FILE
+        write_figure([trainer.run.folder], figure)
+        print(f"accuracy and response length: {figure.resolve()}")
+
+
+if __name__ == "__main__":
+    run_script(main)
