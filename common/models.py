@@ -80,7 +80,8 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
     Args:
         model: its generation configuration may name one or several.
-        tokenizer: its end token counts too.
+        tokenizer: its end token counts too, and the one that its chat template ends a turn with: a base model's own
+            end token is often another one.
 
     Returns:
         Distinct ids in ascending order.
@@ -92,12 +93,26 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ids = {named} if isinstance(named, int) else set(named or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
+    turn_end = turn_end_token(tokenizer)
+    if turn_end is not None:
+        ids.add(tokenizer.convert_tokens_to_ids(turn_end))
     if not ids:
         raise ValueError(
             "neither the model's generation configuration nor its tokenizer names an end token: completions could "
             "never end. Set eos_token_id in generation_config.json."
         )
     return tuple(sorted(ids))
+
+
+def turn_end_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The token that the chat template writes after an answer; None without a template, or if it writes none."""
+    if tokenizer.chat_template is None:
+        return None
+    said = "what the assistant says"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(said)[2]
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return next((token for token in tokenizer.tokenize(rest) if token in special), None)
 
 
 def unused_token_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> range:

@@ -10,7 +10,15 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from common import models
 from common.config import RLConfig
-from common.models import check_model, end_token_ids, load_policy, load_reference, save_model, token_logprobs
+from common.models import (
+    check_model,
+    end_token_ids,
+    load_policy,
+    load_reference,
+    save_model,
+    token_logprobs,
+    turn_end_token,
+)
 from common.rollouts import Completion, PromptBatch, Rollouts
 
 T = 0.7
@@ -216,6 +224,17 @@ def test_end_tokens_are_those_of_generation_config_and_tokenizer(policy, tokeniz
     nameless.eos_token = None
     with pytest.raises(ValueError, match="end token"):
         end_token_ids(policy, nameless)
+
+
+def test_what_the_chat_template_ends_a_turn_with_is_an_end_token_too(policy, tokenizer):
+    chat = copy.deepcopy(tokenizer)
+    chat.add_tokens(["<|im_end|>"], special_tokens=True)
+    alone = end_token_ids(policy, chat)
+    chat.chat_template = "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    assert turn_end_token(chat) == "<|im_end|>"
+    assert set(end_token_ids(policy, chat)) == {*alone, chat.convert_tokens_to_ids("<|im_end|>")}
+    chat.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    assert turn_end_token(chat) is None and end_token_ids(policy, chat) == alone
 
 
 def test_a_model_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
 
 from common.data import AS_IT_IS, PromptSet, PromptStyle
+from common.models import turn_end_token
 from common.sources import read_rows
 from common.tasks import gsm8k, math
 
@@ -140,14 +141,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
     Raises:
         ValueError: there is no such token.
     """
-    if tokenizer.chat_template is not None:
-        said = "what the assistant says"
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
-        rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(said)[2]
-        special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-        found = next((token for token in tokenizer.tokenize(rest) if token in special), None)
-        if found is not None:
-            return found
+    found = turn_end_token(tokenizer)
+    if found is not None:
+        return found
     if tokenizer.eos_token is None:
         raise ValueError(
             "the tokenizer has no end token, and no chat template that writes one after an answer: completions could "
