@@ -261,6 +261,7 @@ def test_an_adapter_of_another_base_is_refused_by_its_shapes(base, adapter, tmp_
         run_merge(tmp_path / "merged", model=other, adapter=tmp_path / "adapter")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of adapters on embeddings, which is what is tested
 def test_embeddings_and_their_adapters_are_compared_by_their_shapes_too(tiny_folder, tmp_path):
     save_adapter(tiny_folder, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
     with pytest.raises(ValueError, match="ties the two"):  # this base has one tensor for both embeddings
