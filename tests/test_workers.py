@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -12,7 +14,7 @@ import torch
 from benchmarks.hostile import hostile_completions, task_rules
 from common.rewards import Scorer
 from common.workers import Limits, RuleWorker, is_rule, rule
-from tests.toy import algorithms, metrics_of, toy_config, toy_task
+from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task
 
 SHORT = Limits(seconds=0.3, gigabytes=0.5)
 
@@ -166,3 +168,43 @@ def test_rows_over_the_limit_are_in_the_metrics_of_a_run(tiny_folder, tmp_path):
     last = metrics_of(tmp_path / "run")[-1]
     hung = sum(row["total"] == 5 for row in task.train) * config.num_generations
     assert last["over_limit/sometimes"] == hung > 0
+
+
+# Runs alone, since an audit hook can never be taken off again. Python reports to it whatever it compiles, executes,
+# starts or connects to.
+AUDIT = """
+import common, re, sys
+from benchmarks.hostile import hostile_completions, task_rules
+
+listening, forbidden = False, []
+# What sympy compiles of numbers that it reads, of its own names, and of its own polynomials.
+own = re.compile(
+    r"(Integer|Float|Symbol) \\(('[A-Za-z0-9.]+'|[0-9]+) \\)|E |from sympy import \\*|"
+    r"def monomial_[a-z]+\\(A(, [Bk])*\\):.*", re.DOTALL
+)
+
+def hook(event, arguments):
+    if not listening:
+        return
+    if event == "compile" and arguments[1] == "<string>":
+        source = arguments[0]
+        text = bytes(source).decode() if isinstance(source, bytes | bytearray) else str(source)
+        if not own.fullmatch(text):
+            forbidden.append(text)
+    if event.startswith(("os.system", "os.exec", "os.posix_spawn", "subprocess", "socket", "shutil", "ctypes.dlopen")):
+        forbidden.append(event)
+
+sys.addaudithook(hook)
+completions = hostile_completions(1500)
+listening = True
+for rule, row in task_rules().values():
+    columns = {key: [value] * len(completions) for key, value in row.items()}
+    rule(prompts=["p"] * len(completions), completions=completions, **columns)
+listening = False
+print(forbidden)
+"""
+
+
+def test_no_rule_runs_what_a_model_wrote():
+    done = subprocess.run([sys.executable, "-c", AUDIT], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,8 +1,8 @@
 r"""Mathematics: reason step by step and put the answer in ``\boxed{}``; it may have any form that means the same.
 
-Math-Verify reads and compares answers; only its reader of LaTeX is used, which evaluates no text as code. What it
-could work on without end, such as 9^(9^9), is compared as text alone. There is no clock here, so a score is the same
-on every machine.
+Math-Verify reads and compares answers; only its reader of LaTeX is used, which hands only the digits of numbers to
+sympy's evaluator. What it could work on without end, such as 9^(9^9), is compared as text alone. There is no clock
+here, so a score is the same on every machine, unless it takes longer than the worker's limit.
 """
 
 import logging
