@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, pre_tokenizers
 from tqdm import tqdm
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from common.cache import cached_folder
 from common.tasks.countdown import (
@@ -119,9 +119,9 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_policy(settings: TinySettings) -> Qwen2ForCausalLM:
-    """Make an untrained float32 policy; the global random state stays as it was."""
-    tokenizer = build_tokenizer()
+def build_policy(settings: TinySettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2ForCausalLM:
+    """Make an untrained float32 policy for a tokenizer, None: this module's; the global random state stays."""
+    tokenizer = tokenizer or build_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,

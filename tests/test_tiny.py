@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.arithmetic import evaluate
 from common.tasks.countdown import equation_reward, format_reward, problem_key, problems
 from common.tiny import (
     TINY_POLICIES,
@@ -148,7 +149,7 @@ def test_lessons_of_up_to_four_numbers_are_true_and_use_each_number_once():
             for step in tape:
                 operation, result = step.split("=")
                 used += [int(digit) for digit in re.findall("[0-9]", operation)]
-                value = eval(operation if value is None else f"{value}{operation}")
+                value = evaluate(operation if value is None else f"{value}{operation}").value
                 assert value == int(result)
             assert sorted(used) == nums and len(tape) == len(nums) - 1
             assert verdict == ("yes" if value == target else "low" if value < target else "high")

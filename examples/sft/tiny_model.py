@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from common.tasks import gsm8k, math
+from common.tiny import TinySettings, build_policy
 
 VOCABULARY = 1024
 MAX_POSITIONS = 2048
@@ -42,26 +42,6 @@ def save_tiny(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> No
         tokenizer: from build_tokenizer.
         seed: of the weights.
     """
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,  # vLLM on the CPU wants heads of at least 32
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.06,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    model.save_pretrained(folder)
+    sizes = TinySettings(num_hidden_layers=2, max_position_embeddings=MAX_POSITIONS, seed=seed)
+    build_policy(sizes, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
