@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -72,13 +72,7 @@ def parse_config(settings: Config, *, embedded: dict | None = None, args: list[s
         defaults |= {"dataset": None, "dataset_split": "train", "rewards": None}
     if {"task", "rewards"} & given:  # and weights to the rewards
         defaults["reward_weights"] = None
-    parser = _Parser(type(settings), allow_abbrev=False)
-    parser.set_defaults_with_config(**(defaults | yaml_settings))
-    if {"-h", "--help"}.intersection(args):
-        _add_descriptions(parser, type(settings))
-    config, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
-    if unread:
-        raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
+    config = _parse(type(settings), defaults | yaml_settings, args)
     config.preset = preset
     return config
 
@@ -98,9 +92,48 @@ def parse_settings(settings_class: type[Settings], args: list[str] | None = None
     given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--")]
     _refuse_unknown(given, [*names, "config", "help"], "on the command line")
     args, yaml_settings = _take_yaml(args, names)
+    return _parse(settings_class, yaml_settings, args)
+
+
+def as_arguments(settings: dict[str, Any]) -> list[str]:
+    """Settings as words of a command line that reads them back; one that is None is left out."""
+    words = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        if value is not None:
+            words += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in values)]
+    return words
+
+
+def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
+    """Read a YAML file of settings.
+
+    Args:
+        path: of the file.
+        option: what named it on the command line, for messages.
+        remedy: what to do if there is no such file.
+
+    Raises:
+        ValueError: it is not there or holds no settings.
+    """
+    named = f"{option} {path}".lstrip()
+    if not path.is_file():
+        raise ValueError(f"{named}: there is no such file. {remedy}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{named}: not readable as YAML: {error}. Mend the file.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{named}: need lines of the form `setting: value`. Mend the file.")
+    return settings
+
+
+def _parse(settings_class: type[Settings], defaults: dict[str, Any], args: list[str]) -> Settings:
+    """Read a command line on top of defaults; every word has to be a setting's."""
     parser = _Parser(settings_class, allow_abbrev=False)
-    parser.set_defaults_with_config(**yaml_settings)
-    _add_descriptions(parser, settings_class)
+    parser.set_defaults_with_config(**defaults)
+    if {"-h", "--help"}.intersection(args):
+        _add_descriptions(parser, settings_class)
     settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
     if unread:
         raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
@@ -211,14 +244,7 @@ def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], dict]:
         return args, {}
     place = args.index("--config")
     path = Path([*args, ""][place + 1])
-    if not path.is_file():
-        raise ValueError(f"--config {path}: there is no such file. Pass the path of a YAML file of settings.")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not readable as YAML: {error}. Mend the file.") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config {path}: need lines of the form `setting: value`. Mend the file.")
+    settings = read_yaml(path, option="--config", remedy="Pass the path of a YAML file of settings.")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     _refuse_unknown(list(settings), names, f"in {path}")
     return args[:place] + args[place + 2 :], settings

@@ -296,8 +296,7 @@ def _plain(model: PreTrainedModel, ids: Tensor, is_completion: Tensor, temperatu
 
 def _without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
     plain = deepcopy(config)
-    if vars(plain).pop("quantization_config", None) is not None:
-        plain.dtype = config.dtype
+    vars(plain).pop("quantization_config", None)
     return plain
 
 

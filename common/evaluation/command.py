@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from common.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
-from common.cli import parse_settings
+from common.cli import as_arguments, parse_settings
 from common.data import PromptSet
 from common.evaluation import confidence_interval, evaluation_shares, judge
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
@@ -288,10 +288,7 @@ def _run_in_a_process(settings: EvaluationSettings) -> None:
     Raises:
         SystemExit: if it failed; it has said why.
     """
-    words = []
-    for name, value in asdict(settings).items():
-        if value is not None:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    words = as_arguments(asdict(settings))
     done = subprocess.run([sys.executable, "-m", "common.evaluation", *words], stdout=subprocess.DEVNULL)
     if done.returncode:
         raise SystemExit(done.returncode)

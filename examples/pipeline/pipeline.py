@@ -23,12 +23,12 @@ from filelock import FileLock, Timeout
 from transformers.utils import CONFIG_NAME
 
 from common.checkpoints import FINAL_FOLDER, STATE_FILE, write_file
-from common.cli import ROOT, parse_config, parse_settings, run_script
+from common.cli import ROOT, as_arguments, parse_config, parse_settings, read_yaml, run_script
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
 from examples.compare_algorithms.compare_algorithms import find_algorithms
 from examples.pipeline.records import TEST_FILE, TRAIN_FILE, RecordSettings
-from examples.pipeline.stages import Stage, as_arguments
+from examples.pipeline.stages import Stage
 from examples.sft import sft as sft_script
 
 DEFAULT_CONFIG = Path(__file__).parent / "gsm8k-tiny" / "pipeline.yaml"
@@ -41,6 +41,7 @@ RESERVED = {
     "evaluate": ("output_dir", "model", "adapter"),
 }
 Product = tuple[Stage, str]  # a path that a stage leaves in its folder
+MEND_NAME = "A recipe names YAML files beside itself; mend the name."
 FILES = (".jsonl", ".gz", ".json", ".parquet")
 
 
@@ -70,7 +71,7 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
     parser.add_argument("--output_dir", type=Path, help="runs/pipeline-<name of the recipe's folder> if not given")
     parser.add_argument("--algorithm", help="folder of an algorithm, in place of the recipe's")
     options, rest = parser.parse_known_args(arguments)
-    recipe = read_yaml(options.config)
+    recipe = read_yaml(options.config, remedy=MEND_NAME)
     if unknown := sorted(recipe.keys() - {"algorithm", *PARTS}):
         raise ValueError(
             f"{options.config}: nothing reads {', '.join(unknown)}; a recipe has algorithm, and the files of "
@@ -79,7 +80,7 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
     parts = {}
     for part in PARTS:
         name = recipe.get(part)
-        parts[part] = None if name is None else read_yaml(options.config.parent / name)
+        parts[part] = None if name is None else read_yaml(options.config.parent / name, remedy=MEND_NAME)
     for name, value in _changes(rest):
         part, _, setting = name.partition(".")
         if not setting and part == "records" and value is None:
@@ -94,23 +95,6 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
     output_dir = options.output_dir or Path("runs") / f"pipeline-{options.config.resolve().parent.name}"
     algorithm = options.algorithm or recipe.get("algorithm", "GRPO")
     return PipelineSettings(algorithm=algorithm, parts=parts, output_dir=output_dir.resolve())
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of settings.
-
-    Raises:
-        ValueError: it is not there or holds no settings.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file. A recipe names YAML files beside itself; mend the name.")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not readable as YAML: {error}. Mend the file.") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: need lines of the form `setting: value`. Mend the file.")
-    return settings
 
 
 def _changes(words: list[str]) -> Iterator[tuple[str, Any]]:
@@ -145,7 +129,7 @@ def make_stages(settings: PipelineSettings) -> list[Stage]:
     script = str(found[settings.algorithm].relative_to(ROOT))
     rl = _training("rl", script, parts["rl"], data("rl", TRAIN_FILE) | {"model": (after_sft, "")})
     after_rl = _merge("rl-merged", rl)
-    base = sft_script.read_settings(part_arguments(parts["sft"])).model
+    base = sft_script.read_settings(as_arguments(parts["sft"])).model
     measured = {
         "evaluate-base": (sft, sft_script.BASE_FOLDER) if base == "tiny" else base,
         "evaluate-sft": (after_sft, ""),
@@ -215,16 +199,11 @@ def check_parts(settings: PipelineSettings, script: Path) -> None:
         if source.endswith(FILES) and not Path(source).is_file():
             raise ValueError(f"{part}: dataset={source}: there is no such file. Give an existing one, or a hub id.")
     if parts["records"] is not None:
-        parse_settings(RecordSettings, part_arguments(parts["records"]))
-    sft_script.check_settings(sft_script.read_settings(part_arguments(parts["sft"])))
-    parse_settings(EvaluationSettings, ["--model", "any", *part_arguments(parts["evaluate"])])
+        parse_settings(RecordSettings, as_arguments(parts["records"]))
+    sft_script.check_settings(sft_script.read_settings(as_arguments(parts["sft"])))
+    parse_settings(EvaluationSettings, ["--model", "any", *as_arguments(parts["evaluate"])])
     module = importlib.import_module(f"{script.parent.name}.{script.stem}")
-    parse_config(module.SETTINGS, args=part_arguments(parts["rl"]))
-
-
-def part_arguments(settings: dict[str, Any]) -> list[str]:
-    """A part's settings as the words of a command line."""
-    return as_arguments({name: value for name, value in settings.items() if value is not None})
+    parse_config(module.SETTINGS, args=as_arguments(parts["rl"]))
 
 
 def run_pipeline(settings: PipelineSettings) -> str:

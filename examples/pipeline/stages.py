@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from common.checkpoints import write_file
-from common.cli import ROOT
+from common.cli import ROOT, as_arguments
 from examples.compare_algorithms.compare_algorithms import run_environment
 
 DIGITS = 6  # of a hash in a folder's name
@@ -117,12 +117,3 @@ def _file_digest(value: object) -> str | None:
         return None
     with open(value, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def as_arguments(settings: dict[str, Any]) -> list[str]:
-    """Settings as words of a command line."""
-    words = []
-    for name, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in values)]
-    return words
