@@ -1,15 +1,14 @@
 """GRPO: group relative policy optimization (huggingface.co/papers/2402.03300)."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from common.advantages import group_relative, rows_with_signal
-from common.batching import keep_one_per_group
 from common.config import ClippedConfig, check_group
-from common.losses import clipped_policy_loss, kl_estimate
-from common.models import token_logprobs
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio, kl_estimate
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 
@@ -89,9 +88,9 @@ class GRPOTrainer(OnPolicyTrainer):
         # 3. Sparse GRPO: forward and backward only the groups that have something to teach. The rows left out still
         #    count in the loss's mean, so leaving them out changes no gradient.
         if config.sparse:
-            rollouts = replace(rollouts[rows_with_signal(scores, group_size)], old_logprobs=None)
+            rollouts = rollouts.only(rows_with_signal(scores, group_size))
         if config.keep_per_group:
-            rollouts = keep_one_per_group(rollouts, group_size, seed=config.seed, step=prompts.step)
+            rollouts = self.keep_one_per_group(rollouts)
         # 4. What the sampling policy and the reference thought of these tokens.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         if config.kl_coef and config.kl_place == "loss":
@@ -103,7 +102,8 @@ class GRPOTrainer(OnPolicyTrainer):
         """(b, C) clipped surrogate plus the KL to the reference, equation 3 of the paper; (b, C) metrics by name."""
         config = self.config
         logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
-        loss, metrics = clipped_policy_loss(logprobs, entropy, minibatch, config.clip_ranges)
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
+        loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
         if config.kl_coef and config.kl_place == "loss":
             kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator or "k3")
             loss = loss + config.kl_coef * kl

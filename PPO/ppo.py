@@ -5,74 +5,74 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import parse_config, report, run_script
+from common.start import start
 from PPO.ppo_trainer import PPOConfig, PPOTrainer
 
 SETTINGS = PPOConfig(
     # What to train, on what
-    model="Qwen/Qwen2.5-1.5B-Instruct",
-    task="hh_rlhf",
+    model="Qwen/Qwen2.5-1.5B-Instruct",  # cpu: "tiny"
+    task="hh_rlhf",  # cpu: "countdown"
     dataset=None,  # the task's own: Anthropic/hh-rlhf
     dataset_split="train",
     num_eval_prompts=256,
-    rewards=None,  # the task's own; or names, reward models (hub id or folder), file.py:function
-    reward_weights=None,
+    rewards=None,  # cpu: ["format", "equation"]; names, reward models, file.py:function; None: the task's own
+    reward_weights=None,  # cpu: [0.1, 0.9]
     reward_format="text",
     reward_time_limit=1.0,
     reward_memory_limit=2.0,
     prompt_file=None,
     enable_thinking=None,
     # Steps
-    num_steps=500,
-    prompts_per_step=64,
-    num_generations=4,
+    num_steps=500,  # cpu: 60
+    prompts_per_step=64,  # cpu: 32
+    num_generations=4,  # cpu: 8
     num_minibatches=1,
     num_update_epochs=1,
     # Sampling
     sampler="vllm",
     temperature=1.0,
-    max_prompt_length=512,
-    max_completion_length=1024,
+    max_prompt_length=512,  # cpu: 16
+    max_completion_length=1024,  # cpu: 240
     # PPO
     gamma=1.0,
     gae_lambda=0.95,
     clip_range=0.2,
     clip_range_high=None,  # as clip_range
-    kl_coef=0.01,  # in the reward
+    kl_coef=0.01,  # cpu: 0.0; in the reward
     missing_eos_penalty=0.0,
     whiten_rewards=False,
     whiten_advantages=False,  # the value model is the baseline already
     average_over="tokens",
     mask_truncated=False,
     # The value model
-    value_backbone="shared",  # the policy's frozen base with its own adapter; "own": a second model
-    value_learning_rate=3e-5,
+    value_backbone="shared",  # cpu: "own"; the policy's frozen base with its own adapter; "own": a second model
+    value_learning_rate=3e-5,  # cpu: 3e-4
     value_clip_range=0.2,
     value_loss_coef=0.5,
     value_init="fit",  # "none", "zero_head", or a model with a score
-    value_init_prompts=640,
-    value_init_generations=4,
-    value_init_epochs=4,
-    value_init_minibatches=64,
-    value_init_learning_rate=1e-4,
+    value_init_prompts=640,  # cpu: 760
+    value_init_generations=4,  # cpu: 8
+    value_init_epochs=4,  # cpu: 3
+    value_init_minibatches=64,  # cpu: 256
+    value_init_learning_rate=1e-4,  # cpu: 1e-3
     # Optimizer
-    learning_rate=1e-5,  # ten times what full training takes, as usual with LoRA
+    learning_rate=1e-5,  # cpu: 3e-4; ten times what full training takes, as usual with LoRA
     lr_scheduler="cosine",
-    warmup_steps=10,
+    warmup_steps=10,  # cpu: 2
     min_lr_ratio=0.1,
     adam_beta1=0.9,
-    adam_beta2=0.999,
+    adam_beta2=0.999,  # cpu: 0.98
     weight_decay=0.0,
     max_grad_norm=1.0,
     # LoRA
-    use_lora=True,
+    use_lora=True,  # cpu: False
     lora_r=64,
     lora_alpha=64,
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,
-    gradient_checkpointing=True,
+    max_tokens_per_microbatch=16384,  # cpu: 8192
+    gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
     attn_implementation="sdpa",
@@ -81,7 +81,7 @@ SETTINGS = PPOConfig(
     vllm_enforce_eager=False,
     vllm_max_num_seqs=256,
     # Evaluation on the held-out prompts
-    eval_every=25,
+    eval_every=25,  # cpu: 10
     eval_temperature=1.0,
     eval_top_p=1.0,
     eval_top_k=0,
@@ -89,10 +89,10 @@ SETTINGS = PPOConfig(
     eval_kl=False,
     early_stopping_patience=0,
     # The run
-    preset="auto",  # without a GPU: cpu, the embedded default
+    preset="auto",  # without a GPU: cpu, the embedded default; it replaces what is marked, unless you edit it
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
-    save_every=50,
+    save_every=50,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
     report_to=None,  # ["wandb"], say
@@ -101,23 +101,18 @@ SETTINGS = PPOConfig(
     seed=0,
 )
 
-# What the embedded default (common/presets/cpu.yaml) needs besides: full training, so a value model of its own; for
-# its fit most of the 764 training prompts, since few prompts would be learnt by heart.
+# What the preset cpu (common/presets/cpu.yaml) needs besides: setting -> (value above, value without a GPU). Full
+# training, so a value model of its own; for its fit most of the 764 training prompts: few would be learnt by heart.
 EMBEDDED = {
-    "value_backbone": "own",
-    "value_learning_rate": 3e-4,
-    "value_init_prompts": 760,
-    "value_init_generations": 8,
-    "value_init_epochs": 3,
-    "value_init_minibatches": 256,
-    "value_init_learning_rate": 1e-3,
+    "value_backbone": ("shared", "own"),
+    "value_learning_rate": (3e-5, 3e-4),
+    "value_init_prompts": (640, 760),
+    "value_init_generations": (4, 8),
+    "value_init_epochs": (4, 3),
+    "value_init_minibatches": (64, 256),
+    "value_init_learning_rate": (1e-4, 1e-3),
 }
 
 
-def main() -> None:
-    """Train with the settings above."""
-    report(PPOTrainer(parse_config(SETTINGS, embedded=EMBEDDED)))
-
-
 if __name__ == "__main__":
-    run_script(main)
+    start(PPOTrainer, SETTINGS, embedded=EMBEDDED, script=__file__)

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from common.advantages import generalized_advantages
 from common.config import ClippedConfig, check_discount
-from common.losses import clipped_policy_loss, clipped_value_loss
-from common.models import token_logprobs
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
-from common.values import explained_variance, save_value_model, token_values
 from PPO.value_initializer import NUM_PARTS, initialize_values, make_value_model
+from PPO.value_model import clipped_value_loss, explained_variance, save_value_model, token_values
 
 
 @dataclass(kw_only=True)
@@ -88,15 +88,15 @@ class PPOTrainer(OnPolicyTrainer):
 
     def __init__(self, config: PPOConfig, *, task: Task | None = None) -> None:
         super().__init__(config, task=task)
-        model, place = make_value_model(self)
+        model, in_pool = make_value_model(self)
         if self.run.checkpoint is None:
-            initialize_values(self, model, place)
+            initialize_values(self, model, in_pool)
         self.value = self.add_learner(
             "value",
             model,
             replace(config, learning_rate=config.value_learning_rate),
             save=self.save_value_model,
-            **place,
+            **in_pool,
         )
 
     def step(self, prompts: PromptBatch) -> None:
@@ -108,16 +108,16 @@ class PPOTrainer(OnPolicyTrainer):
         rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
         # 2. What the value model expected in each state, and how much better or worse it went.
         mask = rollouts.completion_mask
-        rollouts.values = self.values(rollouts)
+        rollouts.values = self.for_each_token("value", rollouts, token_values, phase="values")
         advantages, rollouts.returns = generalized_advantages(
             rewards, rollouts.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
         )
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)
         self.describe(rollouts, rollouts.advantages)
         explained = explained_variance(
-            rollouts.values, rollouts.returns, mask, sum_over_processes=self.passes.sum_over_processes
+            rollouts.values, rollouts.returns, mask, sum_over_processes=self.sum_over_processes
         )
-        self.shares.add("value/explained_variance", explained, 1)
+        self.metrics.add("value/explained_variance", explained, 1)
         # 3. Clipped steps of the policy, then of the value model; one of them is on the device at a time.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.policy_loss, average_over=config.average_over)
@@ -130,8 +130,9 @@ class PPOTrainer(OnPolicyTrainer):
 
     def policy_loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, equation 7 of the paper, and (b, C) metrics by name."""
-        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
-        return clipped_policy_loss(logprobs, entropy, minibatch, self.config.clip_ranges)
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
+        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
 
     def value_loss(self, value_model: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped squared error of the values, and (b, C) metrics by name."""

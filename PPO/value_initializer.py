@@ -7,7 +7,6 @@ models alike.
 
 import logging
 import time
-from copy import copy
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from common.advantages import rewards_to_go
-from common.learner import Learner
-from common.models import resolve_model
 from common.rollouts import Rollouts
 from common.trainer import OnPolicyTrainer
-from common.values import (
+from common.update.learner import Learner
+from PPO.value_model import (
     ValueModel,
     explained_variance,
     load_scored_value_model,
@@ -55,13 +53,13 @@ def make_value_model(trainer: OnPolicyTrainer) -> tuple[ValueModel, dict[str, An
     if config.value_backbone == "shared":
         with trainer.models.use("policy") as policy:
             model = share_backbone(policy, config, zero_head=zero_head)
-        return model, {"beside": "policy", "context": partial(value_adapter, policy)}
+        return model, {"needs": "policy", "context": partial(value_adapter, policy)}
     if config.value_init in ("none", "zero_head", "fit"):
-        return load_value_model(resolve_model(config.model), config, dtype=dtype, zero_head=zero_head), {}
+        return load_value_model(trainer.model_path, config, dtype=dtype, zero_head=zero_head), {}
     return load_scored_value_model(config.value_init, config, dtype=dtype, tokenizer=trainer.tokenizer), {}
 
 
-def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[str, Any]) -> None:
+def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, in_pool: dict[str, Any]) -> None:
     """Fit the value model to returns of the untrained policy, and record how much of them it foresees.
 
     A model from elsewhere has its head scaled and shifted to the returns instead, since its score may be another one.
@@ -70,22 +68,14 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[s
     Args:
         trainer: its sampler, rewards and passes are used.
         model: trained in place.
-        place: from make_value_model.
+        in_pool: from make_value_model.
     """
     config = trainer.config
     if config.value_init in ("none", "zero_head"):
         return
     start = time.perf_counter()
     held_out, *fitted = [_returns(trainer, part) for part in range(1, NUM_PARTS + 1)]
-    settings = copy(config)
-    vars(settings).update(  # not checked: mini-batches of the fit may differ by a row
-        learning_rate=config.value_init_learning_rate,
-        lr_scheduler="constant",
-        warmup_steps=0,
-        num_update_epochs=1,
-        num_minibatches=max(config.value_init_minibatches // len(fitted), 1),
-    )
-    learner = trainer.add_learner("value", model, settings, **place)  # PPO's own takes its place afterwards
+    learner = trainer.add_learner("value", model, config, **in_pool)  # PPO's own replaces it afterwards
     before = _explained(trainer, held_out)
     if config.value_init == "fit":
         _fit(trainer, learner, fitted, held_out)
@@ -93,18 +83,18 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, place: dict[s
         _calibrate(trainer, model.head, fitted)
     after = _explained(trainer, held_out)
     trainer.models.evict()
-    trainer.shares.reduce(trainer.accelerator)  # what the fit recorded is no part of the first step
-    trainer.shares.add("value_init/explained_variance_before", before, 1)
-    trainer.shares.add("value_init/explained_variance_after", after, 1)
-    trainer.shares.add("time/value_init", time.perf_counter() - start, 1)
+    trainer.metrics.reduce(trainer.accelerator)  # what the fit recorded is no part of the first step
+    trainer.metrics.add("value_init/explained_variance_before", before, 1)
+    trainer.metrics.add("value_init/explained_variance_after", after, 1)
+    trainer.metrics.add("time/value_init", time.perf_counter() - start, 1)
     logger.info("value model: explained variance of held-out returns %.3f before, %.3f after", before, after)
 
 
 def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
-    """Completions of a part of the prompts, other ones than PPO will sample, with the returns that it computes."""
+    """Completions of a part of the prompts, different from the ones PPO samples, with the returns it would compute."""
     config = trainer.config
     prompts = trainer.training_prompts(part, config.value_init_prompts // NUM_PARTS)
-    rollouts = trainer.sample(prompts, num_generations=config.value_init_generations, stream="value_init")
+    rollouts = trainer.sample(prompts, num_generations=config.value_init_generations, purpose="value_init")
     rollouts.scores = trainer.score(rollouts)
     rewards = trainer.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
     rollouts.returns = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
@@ -112,16 +102,22 @@ def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
 
 
 def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: Rollouts) -> None:
+    config, epochs = trainer.config, trainer.config.value_init_epochs
+    num_minibatches = max(config.value_init_minibatches // len(fitted), 1)
     best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
-    epochs = trainer.config.value_init_epochs
     for epoch in range(epochs):
-        for part, rollouts in enumerate(fitted):
-            # The rate falls to 0: at the end the noise of small mini-batches would cost more than they teach.
-            share_left = 1 - (epoch + part / len(fitted)) / epochs
-            learner.config.learning_rate = trainer.config.value_init_learning_rate * share_left
-            trainer.current_step = epoch * len(fitted) + part  # other mini-batches in each pass
-            trainer.update(learner, rollouts, _squared_error, average_over="tokens")
-        trainer.current_step = 0
+        with trainer.models.use("value", train=True) as model:
+            for part, rollouts in enumerate(fitted):
+                # The rate falls to 0: at the end the noise of small mini-batches would cost more than they teach.
+                share_left = 1 - (epoch + part / len(fitted)) / epochs
+                learner.update(
+                    rollouts,
+                    partial(_squared_error, model),
+                    batches=trainer.batches,
+                    step=epoch * len(fitted) + part,  # different mini-batches in each pass
+                    rate=config.value_init_learning_rate * share_left,
+                    num_minibatches=num_minibatches,
+                )
         error = _error(trainer, held_out)
         since_best += 1
         if error < best:
@@ -137,7 +133,7 @@ def _calibrate(trainer: OnPolicyTrainer, head: nn.Linear, fitted: list[Rollouts]
     """Scale and shift the head's values so that they have the least squared error."""
     values, returns = _flat(trainer, fitted)
     moments = torch.stack([torch.ones_like(values), values, returns, values.square(), values * returns]).sum(1)
-    count, value, target, square, product = trainer.passes.sum_over_processes(moments)
+    count, value, target, square, product = trainer.sum_over_processes(moments)
     spread = square / count - (value / count).square()
     scale = (product / count - value * target / count.square()) / spread if spread > 0 else torch.zeros(())
     with torch.no_grad(), trainer.models.use("value", train=True):
@@ -148,20 +144,23 @@ def _calibrate(trainer: OnPolicyTrainer, head: nn.Linear, fitted: list[Rollouts]
 def _explained(trainer: OnPolicyTrainer, held_out: Rollouts) -> float:
     values, returns = _flat(trainer, [held_out])
     everything = torch.ones(values.shape, dtype=torch.bool)
-    return explained_variance(values, returns, everything, sum_over_processes=trainer.passes.sum_over_processes)
+    return explained_variance(values, returns, everything, sum_over_processes=trainer.sum_over_processes)
 
 
 def _error(trainer: OnPolicyTrainer, held_out: Rollouts) -> float:
     """Mean squared error over the tokens of all processes."""
     values, returns = _flat(trainer, [held_out])
     parts = torch.stack([(values - returns).square().sum(), torch.tensor(float(len(values)))])
-    total, count = trainer.passes.sum_over_processes(parts.double())
+    total, count = trainer.sum_over_processes(parts.double())
     return float(total / count)
 
 
 def _flat(trainer: OnPolicyTrainer, batches: list[Rollouts]) -> tuple[Tensor, Tensor]:
     """Values and returns of all tokens, (tokens,) float64 both."""
-    values = [trainer.values(rollouts)[rollouts.completion_mask] for rollouts in batches]
+    values = [
+        trainer.for_each_token("value", rollouts, token_values, phase="values")[rollouts.completion_mask]
+        for rollouts in batches
+    ]
     returns = [rollouts.returns[rollouts.completion_mask] for rollouts in batches]
     return torch.cat(values).double(), torch.cat(returns).double()
 

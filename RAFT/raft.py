@@ -5,34 +5,34 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli import parse_config, report, run_script
+from common.start import start
 from RAFT.raft_trainer import RAFTConfig, RAFTTrainer
 
 SETTINGS = RAFTConfig(
     # What to train, on what
-    model="Qwen/Qwen2.5-1.5B-Instruct",
-    task="hh_rlhf",
+    model="Qwen/Qwen2.5-1.5B-Instruct",  # cpu: "tiny"
+    task="hh_rlhf",  # cpu: "countdown"
     dataset=None,  # the task's own: Anthropic/hh-rlhf
     dataset_split="train",
     num_eval_prompts=256,
-    rewards=None,  # the task's own; or names, reward models (hub id or folder), file.py:function
-    reward_weights=None,
+    rewards=None,  # cpu: ["format", "equation"]; names, reward models, file.py:function; None: the task's own
+    reward_weights=None,  # cpu: [0.1, 0.9]
     reward_format="text",
     reward_time_limit=1.0,
     reward_memory_limit=2.0,
     prompt_file=None,
     enable_thinking=None,
     # Steps
-    num_steps=500,
-    prompts_per_step=64,
-    num_generations=4,
+    num_steps=500,  # cpu: 60
+    prompts_per_step=64,  # cpu: 32
+    num_generations=4,  # cpu: 8
     num_minibatches=1,
     num_update_epochs=1,
     # Sampling
     sampler="vllm",
     temperature=1.0,
-    max_prompt_length=512,
-    max_completion_length=1024,
+    max_prompt_length=512,  # cpu: 16
+    max_completion_length=1024,  # cpu: 240
     # RAFT
     kl_coef=0.0,  # above 0 completions are ranked by their score less what they pay in KL
     missing_eos_penalty=0.0,
@@ -40,23 +40,23 @@ SETTINGS = RAFTConfig(
     average_over="tokens",
     mask_truncated=False,
     # Optimizer
-    learning_rate=1e-5,  # ten times what full training takes, as usual with LoRA
+    learning_rate=1e-5,  # cpu: 3e-4; ten times what full training takes, as usual with LoRA
     lr_scheduler="cosine",
-    warmup_steps=10,
+    warmup_steps=10,  # cpu: 2
     min_lr_ratio=0.1,
     adam_beta1=0.9,
-    adam_beta2=0.999,
+    adam_beta2=0.999,  # cpu: 0.98
     weight_decay=0.0,
     max_grad_norm=1.0,
     # LoRA
-    use_lora=True,
+    use_lora=True,  # cpu: False
     lora_r=64,
     lora_alpha=64,
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,
-    gradient_checkpointing=True,
+    max_tokens_per_microbatch=16384,  # cpu: 8192
+    gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
     attn_implementation="sdpa",
@@ -65,7 +65,7 @@ SETTINGS = RAFTConfig(
     vllm_enforce_eager=False,
     vllm_max_num_seqs=256,
     # Evaluation on the held-out prompts
-    eval_every=25,
+    eval_every=25,  # cpu: 10
     eval_temperature=1.0,
     eval_top_p=1.0,
     eval_top_k=0,
@@ -73,10 +73,10 @@ SETTINGS = RAFTConfig(
     eval_kl=False,
     early_stopping_patience=0,
     # The run
-    preset="auto",  # without a GPU: cpu, the embedded default
+    preset="auto",  # without a GPU: cpu, the embedded default; it replaces what is marked, unless you edit it
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
-    save_every=50,
+    save_every=50,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
     report_to=None,  # ["wandb"], say
@@ -86,10 +86,5 @@ SETTINGS = RAFTConfig(
 )
 
 
-def main() -> None:
-    """Train with the settings above."""
-    report(RAFTTrainer(parse_config(SETTINGS)))
-
-
 if __name__ == "__main__":
-    run_script(main)
+    start(RAFTTrainer, SETTINGS, script=__file__)

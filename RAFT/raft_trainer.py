@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.advantages import best_of_group
+from common.advantages import as_groups
 from common.config import RLConfig, check_group
-from common.models import token_logprobs
+from common.logprobs import token_logprobs
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 
@@ -51,8 +51,8 @@ class RAFTTrainer(OnPolicyTrainer):
         is_best = torch.zeros(len(rollouts)).index_fill(0, best, 1.0)  # (B,)
         self.describe(rollouts, is_best)
         # 2. Learn the best of each group; the others do not count in the mean either.
-        chosen = self.passes.one_of_each_group(rollouts[best], group_size)
-        self.shares.add("best_score", chosen.scores.sum(), len(chosen))
+        chosen = rollouts.only(best).renumbered()
+        self.metrics.add("best_score", chosen.scores.sum(), len(chosen))
         self.update(self.policy, chosen, self.loss, average_over=config.average_over)
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
@@ -60,3 +60,23 @@ class RAFTTrainer(OnPolicyTrainer):
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
         difference = (logprobs.detach() - minibatch.sampling_logprobs).abs()
         return -logprobs, {"entropy": entropy, "first/sampler/logprob_diff": difference}
+
+
+def best_of_group(scores: Tensor, num_generations: int) -> Tensor:
+    """The row of each group with the highest score; of equal ones the first.
+
+    Args:
+        scores: (B,) float, rows of one prompt adjacent.
+        num_generations: K, at least 2; divides B.
+
+    Returns:
+        (B / K,) int64 row indices.
+
+    Raises:
+        ValueError: if num_generations is below 2 or does not divide B.
+    """
+    groups = as_groups(scores, num_generations)
+    is_best = groups == groups.amax(dim=1, keepdim=True)
+    # argmax does not promise which of several maxima it gives.
+    first = is_best.int().cumsum(1).eq(0).sum(1)
+    return torch.arange(len(groups)) * num_generations + first

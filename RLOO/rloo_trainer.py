@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import leave_one_out
-from common.batching import keep_one_per_group
 from common.config import ClippedConfig, check_group
-from common.losses import RATIO_LEVELS, clipped_policy_loss
-from common.models import token_logprobs
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio, sequence_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
+
+RATIO_LEVELS = ("token", "sequence")
 
 
 @dataclass(kw_only=True)
@@ -63,13 +64,15 @@ class RLOOTrainer(OnPolicyTrainer):
         self.describe(rollouts, rollouts.advantages)
         # 3. Train on all, or on one of each group.
         if config.keep_per_group:
-            rollouts = keep_one_per_group(rollouts, group_size, seed=config.seed, step=prompts.step)
+            rollouts = self.keep_one_per_group(rollouts)
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, of the completion's ratio or the token's, and (b, C) metrics by name."""
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
-        return clipped_policy_loss(
-            logprobs, entropy, minibatch, self.config.clip_ranges, level=self.config.ratio_level
-        )
+        if self.config.ratio_level == "sequence":
+            ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)  # (b, C), equal in a row
+        else:
+            ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
+        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)

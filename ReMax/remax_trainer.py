@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from common.advantages import rewards_to_go
 from common.config import ClippedConfig, check_discount
-from common.losses import clipped_policy_loss
-from common.models import token_logprobs
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 
@@ -46,7 +46,7 @@ class ReMaxTrainer(OnPolicyTrainer):
         rollouts = self.returns(self.sample(prompts, num_generations=config.num_generations))
         rollouts.advantages = self.maybe_whiten(rollouts.returns - rollouts.spread(baselines), rollouts)
         self.describe(rollouts, rollouts.advantages)
-        self.shares.add("baseline", baselines.sum(), len(baselines))
+        self.metrics.add("baseline", baselines.sum(), len(baselines))
         # 3. Clipped policy-gradient steps; the greedy completions are not trained on.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
@@ -60,5 +60,6 @@ class ReMaxTrainer(OnPolicyTrainer):
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate and (b, C) metrics by name."""
-        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
-        return clipped_policy_loss(logprobs, entropy, minibatch, self.config.clip_ranges)
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
+        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)

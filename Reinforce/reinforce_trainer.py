@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from common.advantages import group_relative, rewards_to_go
 from common.config import ClippedConfig, check_discount, check_group
-from common.losses import clipped_policy_loss
-from common.models import token_logprobs
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 
@@ -63,5 +63,6 @@ class ReinforceTrainer(OnPolicyTrainer):
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, and (b, C) metrics by name."""
-        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
-        return clipped_policy_loss(logprobs, entropy, minibatch, self.config.clip_ranges)
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
+        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)

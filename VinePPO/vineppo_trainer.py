@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.advantages import chunk_advantages, leave_one_out, rewards_to_go
+from common.advantages import leave_one_out, rewards_to_go
 from common.config import ClippedConfig
-from common.losses import clipped_policy_loss
-from common.models import token_logprobs
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
-from VinePPO.continuations import chunk_starts, sample_continuations
+from VinePPO.chunks import chunk_advantages, chunk_starts
 
 
 @dataclass(kw_only=True)
@@ -67,8 +67,8 @@ class VinePPOTrainer(OnPolicyTrainer):
         # 3. A chunk is as good as the change in value that it made. Its KL a token pays from itself on: in the reward,
         #    where the gradient is that of the KL, and without a baseline, so that no continuation needs a reference.
         advantages = chunk_advantages(values, starts, scores, rollouts.completion_mask)
-        self.shares.add("vine/advantage", advantages.abs().sum(), rollouts.lengths.sum())
-        self.shares.add("vine/chunks", starts.sum(), len(rollouts))
+        self.metrics.add("vine/advantage", advantages.abs().sum(), rollouts.lengths.sum())
+        self.metrics.add("vine/chunks", starts.sum(), len(rollouts))
         paid = self.token_rewards(rollouts, torch.zeros(len(rollouts)))
         advantages = advantages + rewards_to_go(paid, rollouts.completion_mask)
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)
@@ -87,19 +87,18 @@ class VinePPOTrainer(OnPolicyTrainer):
         Returns:
             (B, C) float32, 0 elsewhere.
         """
-        values, num_tokens = torch.zeros(to_value.shape), torch.tensor(0)
+        values, k = torch.zeros(to_value.shape), self.config.vine_k
         rows, places = to_value.nonzero(as_tuple=True)
+        continuations = self.continue_from(rollouts, rows, places, num_generations=k, purpose="vine")
         if len(rows):
-            continuations = sample_continuations(self, rollouts, rows, places, self.config.vine_k)
-            scores = self.score(continuations).reshape(-1, self.config.vine_k)
+            scores = self.score(continuations).reshape(-1, k)
             values[rows, places] = scores.double().mean(1).float()  # exactly the score that all have, where they do
-            num_tokens = continuations.lengths.sum() - self.config.vine_k * places.sum()
-        self.run.count_tokens(int(self.passes.sum_over_processes(num_tokens)))
-        self.shares.add_sum("vine/tokens", num_tokens)
-        self.shares.add_sum("vine/continuations", self.config.vine_k * len(rows))
+        self.metrics.add_sum("vine/tokens", continuations.lengths.sum() - k * places.sum())
+        self.metrics.add_sum("vine/continuations", k * len(rows))
         return values
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate with the advantages of chunks, and (b, C) metrics by name."""
-        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
-        return clipped_policy_loss(logprobs, entropy, minibatch, self.config.clip_ranges)
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
+        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)

@@ -18,7 +18,7 @@ from benchmarks.shapes import SHAPES, save_shape
 from benchmarks.timing import machine
 from benchmarks.updates import BareLoop, budget_microbatches, compare_batching, compare_update, sampled_rollouts
 from common.cli import parse_config, run_script
-from common.models import resolve_model
+from common.embedded import resolve_model
 from GRPO.grpo import EMBEDDED, SETTINGS
 from GRPO.grpo_trainer import GRPOTrainer
 

@@ -1,8 +1,7 @@
 """Generation through the sampler against vLLM called bare, with the same requests and the same engine."""
 
 from benchmarks.timing import comparison, seconds_in_turns
-from common.decoding import SamplingSettings
-from common.sampling import sampling_seed
+from common.sampling.protocol import SamplingSettings, sampling_seed
 from common.trainer import OnPolicyTrainer
 
 
@@ -21,13 +20,13 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
     """
     from vllm import SamplingParams  # not at the top: its import changes the process, which the engine prevents
 
-    config, sampler = trainer.config, trainer.generation.sampler
+    config, sampler = trainer.config, trainer.policy_sampler.sampler
     prompts = trainer.prompts.batch(1, num_prompts=config.prompts_per_step)
     seeds = [sampling_seed(config.seed, 1, row, "benchmark") for row in prompts.rows]
     settings = SamplingSettings(
         temperature=config.temperature,
         max_tokens=config.max_completion_length,
-        stop_token_ids=trainer.generation.end_token_ids,
+        stop_token_ids=trainer.policy_sampler.end_token_ids,
     )
     # The engine is private to the sampler: nothing but this comparison goes past it.
     llm = sampler._engine.llm
@@ -46,7 +45,7 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
                 seed=seed,
                 temperature=config.temperature,
                 max_tokens=config.max_completion_length,
-                stop_token_ids=list(trainer.generation.end_token_ids),
+                stop_token_ids=list(trainer.policy_sampler.end_token_ids),
                 ignore_eos=True,
                 logprobs=0,
                 flat_logprobs=True,

@@ -11,9 +11,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from common.rewards import Scorer
+from common.embedded.policy import build_tokenizer
+from common.rewards.scorer import Scorer
 from common.tasks import countdown, gsm8k, math
-from common.tiny import build_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "hostile-rewards.json"
 LONG = 100_000  # characters

@@ -11,8 +11,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.updates import BareLoop, BareMicrobatch, update
-from common.metrics import GB, memory_report
 from common.rollouts import Rollouts
+from common.runs.metrics import GB, memory_report
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
-from common.metrics import METRICS_FILE
+from common.runs.log import METRICS_FILE
 
 ROOT = Path(__file__).parent.parent
 NUM_STEPS = 8

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-from common.tiny import build_tokenizer
+from common.embedded.policy import build_tokenizer
 
 # After the config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-1.5B. "mini" is small enough for a CPU, and the
 # head's share of its weights is theirs: a third.

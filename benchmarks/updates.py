@@ -15,11 +15,13 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from benchmarks.timing import comparison, seconds_in_turns
-from common.batching import hashed_seed
 from common.config import RLConfig
-from common.models import compute_dtype, forward_context, resolve_model
+from common.embedded import resolve_model
+from common.models.loading import compute_dtype
 from common.rollouts import Completion, Rollouts
+from common.seeds import hashed_seed
 from common.trainer import OnPolicyTrainer
+from common.update.batches import forward_context
 
 # Gradients of both ways are sums in another order, and in bfloat16 from another head.
 NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -91,7 +93,7 @@ def budget_microbatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> list[Ba
     return [
         _bare(part, width=int(part.total_lengths.max()))
         for _, minibatch in _minibatches(trainer, rollouts)
-        for _, part in trainer.passes.microbatches(minibatch)
+        for _, part in trainer.batches.microbatches(minibatch)
     ]
 
 
@@ -185,15 +187,15 @@ def update(trainer: OnPolicyTrainer, rollouts: Rollouts) -> None:
 def _check_same_gradient(
     trainer: OnPolicyTrainer, bare: BareLoop, rollouts: Rollouts, microbatches: list[BareMicrobatch]
 ) -> None:
-    trainer.shares.reduce(trainer.accelerator)
+    trainer.metrics.reduce(trainer.accelerator)
     update(trainer, rollouts)
-    norm, expected = trainer.shares.reduce(trainer.accelerator)["policy/grad_norm"], bare.gradient_norm(microbatches)
+    norm, expected = trainer.metrics.reduce(trainer.accelerator)["policy/grad_norm"], bare.gradient_norm(microbatches)
     difference = abs(norm - expected) / expected
     assert difference < NORM_TOLERANCE[trainer.dtype], f"gradient norms differ: update {norm}, bare loop {expected}"
 
 
 def _minibatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> Iterator[tuple[Tensor, Rollouts]]:
-    return trainer.passes.minibatches(
+    return trainer.batches.minibatches(
         rollouts, step=trainer.current_step, epoch=0, average_over=trainer.config.average_over
     )
 

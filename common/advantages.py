@@ -33,7 +33,7 @@ def group_relative(scores: Tensor, num_generations: int, *, scale_by_std: bool =
     Raises:
         ValueError: if num_generations is below 2 or does not divide B.
     """
-    groups = _groups(scores, num_generations)  # (B / G, G)
+    groups = as_groups(scores, num_generations)  # (B / G, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if scale_by_std:
         # 1e-4 bounds the result when scores differ by little; it is the constant of the common implementations.
@@ -57,29 +57,9 @@ def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
     Raises:
         ValueError: if num_generations is below 2 or does not divide B.
     """
-    groups = _groups(scores, num_generations)  # (B / G, G)
+    groups = as_groups(scores, num_generations)  # (B / G, G)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (num_generations - 1)
     return torch.where(_undecided(groups), 0.0, groups - others).reshape(-1)
-
-
-def best_of_group(scores: Tensor, num_generations: int) -> Tensor:
-    """The row of each group with the highest score; of equal ones the first.
-
-    Args:
-        scores: (B,) float, rows of one prompt adjacent.
-        num_generations: K, at least 2; divides B.
-
-    Returns:
-        (B / K,) int64 row indices.
-
-    Raises:
-        ValueError: if num_generations is below 2 or does not divide B.
-    """
-    groups = _groups(scores, num_generations)
-    is_best = groups == groups.amax(dim=1, keepdim=True)
-    # argmax does not promise which of several maxima it gives.
-    first = is_best.int().cumsum(1).eq(0).sum(1)
-    return torch.arange(len(groups)) * num_generations + first
 
 
 def per_token_rewards(scores: Tensor, mask: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
@@ -145,32 +125,6 @@ def generalized_advantages(
     return advantages, advantages + values
 
 
-def chunk_advantages(values: Tensor, starts: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    """What each chunk of a completion changed: the value at its end less the value at its start, for all its tokens.
-
-    The end of a chunk is the start of the next one, and the value at the end of the last one is the score: the
-    advantages of huggingface.co/papers/2410.01679, section 4, where no reward comes before the end. The chunks of a
-    completion add up to its score less its first value.
-
-    Args:
-        values: (B, C) float; column t is the value of the state in which token t was chosen. Read where chunks start.
-        starts: (B, C) bool, the first token of each chunk; True in column 0, False at padding.
-        scores: (B,) float.
-        mask: (B, C) bool.
-
-    Returns:
-        (B, C) float32, 0 at padding.
-    """
-    before, after = torch.zeros(mask.shape), torch.zeros(mask.shape)
-    value = scores.float()
-    for t in reversed(range(mask.shape[1])):
-        after[:, t] = value
-        value = torch.where(starts[:, t], values[:, t].float(), value)
-    for t in range(mask.shape[1]):
-        value = before[:, t] = torch.where(starts[:, t], values[:, t].float(), value)
-    return torch.where(mask, after - before, 0.0)
-
-
 def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:
     """Rows of the groups whose scores differ: the others have advantage 0 and need neither forward nor backward.
 
@@ -184,7 +138,7 @@ def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:
     Raises:
         ValueError: if num_generations is below 2 or does not divide B.
     """
-    undecided = _undecided(_groups(scores, num_generations))  # (B / G, 1)
+    undecided = _undecided(as_groups(scores, num_generations))  # (B / G, 1)
     return (~undecided).expand(-1, num_generations).reshape(-1).nonzero().squeeze(1)
 
 
@@ -216,7 +170,12 @@ def whiten(
     return whitened.float()
 
 
-def _groups(scores: Tensor, num_generations: int) -> Tensor:
+def as_groups(scores: Tensor, num_generations: int) -> Tensor:
+    """Scores of (B,) as float32 (B / G, G), a row for each prompt.
+
+    Raises:
+        ValueError: if num_generations is below 2 or does not divide B.
+    """
     if num_generations < 2 or scores.dim() != 1 or len(scores) % num_generations:
         raise ValueError(
             f"scores of shape {tuple(scores.shape)} with num_generations={num_generations}: completions of one prompt "

@@ -1,79 +1,92 @@
 """How a script reads its settings and how it tells a user what is wrong with them.
 
-Class default < SETTINGS on top of the script < preset < YAML file (--config) < command line.
+Class default < preset < SETTINGS on top of the script, where its user edited them < YAML file (--config) < command
+line. A preset names, for each setting, the value that scripts are shipped with and its own: a line that holds any
+other value was edited, and stands.
 """
 
 import ast
 import difflib
 import inspect
-import json
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
-from huggingface_hub.utils import enable_progress_bars
-from transformers.utils import logging as transformers_logging
-from trl import TrlParser
 
-from common.checkpoints import FINAL_FOLDER
 from common.config import RLConfig
-from common.metrics import METRICS_FILE
-from common.plots import CURVES_FILE
-from common.trainer import OnPolicyTrainer
+from common.presets.preset import Pairs, Preset
 
-PRESETS = Path(__file__).parent / "presets"
 ROOT = Path(__file__).parent.parent
 
 Config = TypeVar("Config", bound=RLConfig)
 Settings = TypeVar("Settings")
 
 
-class _Parser(TrlParser):
-    """TrlParser whose errors are ValueErrors rather than a page of usage."""
+@cache
+def _parser_class() -> type:
+    from trl import TrlParser
 
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message}. See --help for every setting.")
+    class Parser(TrlParser):
+        """TrlParser whose errors are ValueErrors rather than a page of usage."""
+
+        def error(self, message: str) -> None:
+            raise ValueError(f"{message}. See --help for every setting.")
+
+    return Parser
 
 
-def parse_config(settings: Config, *, embedded: dict | None = None, args: list[str] | None = None) -> Config:
+def parse_config(
+    settings: Config, *, embedded: Pairs | None = None, script: str | None = None, args: list[str] | None = None
+) -> Config:
     """Combine the script's settings, the preset, the YAML file and the command line.
 
     Args:
         settings: the literal on top of the script.
-        embedded: what the algorithm wants to be different when preset "cpu" applies.
+        embedded: further pairs for preset "cpu": setting -> (value of the script as shipped, value without a GPU).
+        script: the script's `__file__`, for messages. None: settings were made in Python, where one that has its
+            class's default is taken for one that nobody gave.
         args: command line without the program's name; None: sys.argv.
 
     Returns:
-        Settings of the same class, checked.
+        Settings of the same class, checked. Their `notes` say what the preset replaced.
 
     Raises:
-        ValueError: for an unknown setting (naming the nearest), preset or file, and for what RLConfig refuses.
+        ValueError: for an unknown setting (naming the nearest), preset or file, and for what RLConfig refuses, with
+            where the value came from.
     """
     args = _gather_rewards(_in_plain_words(sys.argv[1:] if args is None else args, settings))
     names = [field.name for field in fields(settings)]
     given = [arg[2:] for arg in args if arg.startswith("--")]
     _refuse_unknown(given, [*names, "config", "help"], "on the command line")
-    args, yaml_settings = _take_yaml(args, names)
-    presets = [yaml_settings.get("preset", settings.preset)]
-    presets += [value for name, value in pairwise(args) if name == "--preset"]
-    preset, preset_settings = _preset(presets[-1])
-    if preset == "cpu":
-        preset_settings |= embedded or {}
-    defaults = asdict(settings) | preset_settings
-    given = {*yaml_settings, *(arg[2:].replace("-", "_") for arg in args if arg.startswith("--"))}
-    if "task" in given:  # data and rewards belong to the task they were written for
+    args, path, yaml_settings = _take_yaml(args, names)
+    on_command_line = {arg[2:].replace("-", "_"): value for arg, value in pairwise([*args, ""]) if arg[:2] == "--"}
+    typed, written = yaml_settings | on_command_line, asdict(settings)
+    preset = Preset.read(typed.get("preset", settings.preset))
+    if preset.name == "cpu":
+        preset.pairs.update(embedded or {})
+    _refuse_unknown(list(preset.pairs), names, f"in preset {preset.name}")
+    nobodys = {field.name: field.default for field in fields(settings)} if script is None else {}
+    replaced, kept = preset.replacements(written, typed, model=typed.get("model"), nobodys=nobodys)
+    defaults = written | replaced
+    if "task" in typed:  # data and rewards belong to the task that they were written for
         defaults |= {"dataset": None, "dataset_split": "train", "rewards": None}
-    if {"task", "rewards"} & given:  # and weights to the rewards
+    if {"task", "rewards"} & typed.keys():  # and weights to the rewards
         defaults["reward_weights"] = None
-    config = _parse(type(settings), defaults | yaml_settings, args)
-    config.preset = preset
+    replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
+    place = _place(script)
+    origins = dict.fromkeys(names, place) | dict.fromkeys(replaced, f"preset {preset.name}")
+    origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
+    config = _parse(type(settings), defaults | yaml_settings, args, origins)
+    config.preset = preset.name
+    config.notes = tuple(preset.notes(place, written, replaced, kept))
     return config
 
 
@@ -91,8 +104,8 @@ def parse_settings(settings_class: type[Settings], args: list[str] | None = None
     names = [field.name for field in fields(settings_class)]
     given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--")]
     _refuse_unknown(given, [*names, "config", "help"], "on the command line")
-    args, yaml_settings = _take_yaml(args, names)
-    return _parse(settings_class, yaml_settings, args)
+    args, path, yaml_settings = _take_yaml(args, names)
+    return _parse(settings_class, yaml_settings, args, dict.fromkeys(yaml_settings, str(path)))
 
 
 def as_arguments(settings: dict[str, Any]) -> list[str]:
@@ -122,25 +135,49 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{named}: not readable as YAML: {error}. Mend the file.") from None
+        raise ValueError(f"{named}: not readable as YAML: {error}. Fix the file.") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{named}: need lines of the form `setting: value`. Mend the file.")
+        raise ValueError(f"{named}: need lines of the form `setting: value`. Fix the file.")
     return settings
 
 
-def _parse(settings_class: type[Settings], defaults: dict[str, Any], args: list[str]) -> Settings:
-    """Read a command line on top of defaults; every word has to be a setting's."""
-    parser = _Parser(settings_class, allow_abbrev=False)
+def _place(script: str | None) -> str:
+    """What messages call the script: its path from the repository's root."""
+    path = Path(script or "the script").resolve()
+    return str(path.relative_to(ROOT)) if script and path.is_relative_to(ROOT) else (script or "the script")
+
+
+def _parse(
+    settings_class: type[Settings], defaults: dict[str, Any], args: list[str], origins: dict[str, str]
+) -> Settings:
+    """Read a command line on top of defaults; every word has to be a setting's.
+
+    Args:
+        settings_class: what to make.
+        defaults: values of settings.
+        args: the command line.
+        origins: where the value of a setting comes from, for messages; empty: the command line.
+    """
+    parser = _parser_class()(settings_class, allow_abbrev=False)
     parser.set_defaults_with_config(**defaults)
     if {"-h", "--help"}.intersection(args):
         _add_descriptions(parser, settings_class)
-    settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
+    try:
+        settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
+    except ValueError as error:
+        raise ValueError(f"{error}{_origins_in(str(error), origins)}") from error
     if unread:
         raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
     return settings
 
 
-def _add_descriptions(parser: _Parser, config_class: type) -> None:
+def _origins_in(message: str, origins: dict[str, str]) -> str:
+    """Where the values come from that a message is about, unless its reader has just typed them."""
+    found = dict.fromkeys(name for name in re.findall(r"\b([a-z][a-z_0-9]+)=", message) if origins.get(name))
+    return f" ({', '.join(f'{name} is from {origins[name]}' for name in found)}.)" if found else ""
+
+
+def _add_descriptions(parser: Any, config_class: type) -> None:
     """Show the text under each field of the settings classes in --help."""
     descriptions = {}
     for cls in reversed([cls for cls in config_class.__mro__ if is_dataclass(cls)]):
@@ -169,9 +206,10 @@ def run_script(
     Raises:
         SystemExit: with status 2 after printing such a message.
     """
-    # Bars for loading and saving would come between the lines of a run's own bar; those of downloads stay.
-    transformers_logging.disable_progress_bar()
-    enable_progress_bars()
+    if "transformers" in sys.modules:
+        # Bars for loading and saving would come between the lines of a run's own bar; those of downloads stay.
+        sys.modules["transformers"].logging.disable_progress_bar()
+        sys.modules["huggingface_hub"].utils.enable_progress_bars()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
     try:
@@ -189,65 +227,16 @@ def run_script(
         sys.exit(130)
 
 
-def report(trainer: OnPolicyTrainer) -> None:
-    """Train, and print where the run is, how good the policy was before and after, and where its curves are.
-
-    Args:
-        trainer: ready to train.
-    """
-    folder = trainer.run.folder.resolve()
-    say = print if trainer.accelerator.is_main_process else _say_nothing
-    begun = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
-    if trainer.config.preset == "cpu":
-        why = "asked for" if torch.cuda.is_available() else "there is no CUDA GPU"
-        say(f"preset cpu ({why}): the embedded default; common/presets/cpu.yaml replaces settings of the script")
-    say(f"run: {folder} ({begun})")
-    if trainer.prompts.num_dropped:
-        say(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")
-    trainer.train()
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-    name = "eval/accuracy" if any("eval/accuracy" in line for line in lines) else "eval/score"
-    evaluations = [line for line in lines if name in line]
-    if len(evaluations) > 1:
-        first, last = evaluations[0], evaluations[-1]
-        prompts = f"{len(trainer.eval_prompts)} held-out prompts"
-        say(f"{name} on {prompts}: {first[name]:.3f} before (step {first['step']})", end="")
-        say(f", {last[name]:.3f} after step {last['step']}")
-    say(f"curves: {folder / CURVES_FILE}")
-    say(f"model: {folder / FINAL_FOLDER}")
-    # Threads of a process group that are still there when Python ends can abort the process.
-    trainer.accelerator.state.destroy_process_group()
-
-
-def _say_nothing(*_: object, **__: object) -> None:
-    """What processes other than the main one print."""
-
-
-def _preset(name: str) -> tuple[str, dict]:
-    """Resolve "auto" and read the preset's settings."""
-    if name == "auto":
-        name = "none" if torch.cuda.is_available() else "cpu"
-    if name == "none":
-        return name, {}
-    path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
-        raise ValueError(
-            f"preset={name!r}: there is no such preset. Pass --preset with one of {', '.join(known)}, none."
-        )
-    return name, yaml.safe_load(path.read_text())
-
-
-def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], dict]:
-    """The arguments without `--config FILE`, and the settings in that file."""
+def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], Path | None, dict]:
+    """The arguments without `--config FILE`, that file, and the settings in it."""
     if "--config" not in args:
-        return args, {}
+        return args, None, {}
     place = args.index("--config")
     path = Path([*args, ""][place + 1])
     settings = read_yaml(path, option="--config", remedy="Pass the path of a YAML file of settings.")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     _refuse_unknown(list(settings), names, f"in {path}")
-    return args[:place] + args[place + 2 :], settings
+    return args[:place] + args[place + 2 :], path, settings
 
 
 def _in_plain_words(args: list[str], settings: RLConfig) -> list[str]:

@@ -3,16 +3,29 @@
 Every check runs before any model is loaded. How a script reads its settings is in common/cli.py.
 """
 
+import difflib
 import math
+import types
 import typing
 from dataclasses import dataclass, fields
 
-from common.declared import as_declared
-from common.losses import AVERAGES
-
+AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+
+# The group "Memory and speed": what may be changed without changing the result of a run, up to rounding.
+MEMORY_SETTINGS = (
+    "max_tokens_per_microbatch",
+    "gradient_checkpointing",
+    "offload",
+    "dtype",
+    "attn_implementation",
+    "vllm_memory_share",
+    "vllm_sleep_level",
+    "vllm_enforce_eager",
+    "vllm_max_num_seqs",
+)
 
 # vLLM silently raises lower temperatures to this, which would make its log-probs others than the trainer's.
 LOWEST_TEMPERATURE = 0.01
@@ -25,6 +38,8 @@ class RLConfig:
 
     The groups are those of the scripts. Only the memory group may be changed without changing the result of a run.
     """
+
+    notes = ()  # lines about where settings come from, shown when a run begins; no setting itself
 
     # What to train, on what
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -168,6 +183,15 @@ class RLConfig:
     """Show a progress bar."""
     seed: int = 0
     """Everything random is a function of (seed, step, row)."""
+
+    def __new__(cls, **settings: object) -> typing.Self:
+        """Name the nearest setting for one that there is not; Python itself would only name the wrong one."""
+        names = [field.name for field in fields(cls)]
+        for name in settings.keys() - set(names):
+            near = difflib.get_close_matches(name, names, n=1)
+            advice = f"Did you mean {near[0]}?" if near else f"The settings are the fields of {cls.__name__}."
+            raise TypeError(f"unknown setting {name!r} in {cls.__name__}(...): nothing reads it. {advice}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check each setting and the settings against each other.
@@ -342,3 +366,35 @@ def check_group(num_generations: int, reason: str) -> None:
             f"num_generations={num_generations}: {reason}, so it needs at least 2. Pass --num_generations 8, or use "
             "an algorithm with another baseline."
         )
+
+
+def as_declared(name: str, value: object, declared: type | types.UnionType) -> object:
+    """The value as the declared type, entries of lists too.
+
+    Args:
+        name: of the setting, for messages.
+        value: as it was read: YAML takes 2e-6 for text and 1 for an integer.
+        declared: a type, or a union of types.
+
+    Raises:
+        ValueError: if the value is of another type.
+    """
+    options = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
+    plain = {typing.get_origin(option) or option: typing.get_args(option) for option in options}
+    if isinstance(value, list) and list in plain:
+        return [as_declared(name, entry, *plain[list]) for entry in value]
+    if float in plain and isinstance(value, str | int) and not isinstance(value, bool):
+        return _number(name, value)
+    if not isinstance(value, tuple(plain)) or (isinstance(value, bool) and bool not in plain):
+        names = " or ".join("null" if option is types.NoneType else option.__name__ for option in plain)
+        raise ValueError(
+            f"{name}={value!r}: need {names}. Pass --{name} with such a value, or mend it in the YAML file."
+        )
+    return value
+
+
+def _number(name: str, value: str | int) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name}={value!r}: need a number. Pass --{name} 1e-6, say.") from None

@@ -7,28 +7,30 @@ sums, so that no memory setting can change a gradient. float32 throughout.
 import torch
 from torch import Tensor
 
+from common.config import AVERAGES
 from common.rollouts import Rollouts
 
 # |log ratio| above this is cut before exp(): e^20 is 5e8, far beyond any clip range, and float32 stays finite.
 MAX_LOG_RATIO = 20.0
 
-AVERAGES = ("tokens", "rows", "constant")
-RATIO_LEVELS = ("token", "sequence")
 
-
-def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """Probability of each token now over its probability when it was sampled.
+def log_importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """Log of each token's probability now over its probability when it was sampled.
 
     Args:
         logprobs: (b, C) float32, with gradient.
         old_logprobs: (b, C) float32 under the policy that sampled. None: that policy is the one being updated, so
-            the ratio is exactly 1 and only its gradient matters.
+            the result is exactly 0 and only its gradient matters.
 
     Returns:
         (b, C) float32.
     """
-    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-    return (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return logprobs - (logprobs.detach() if old_logprobs is None else old_logprobs)
+
+
+def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
+    """Probability of each token now over its probability when it was sampled; arguments as log_importance_ratio's."""
+    return log_importance_ratio(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor) -> Tensor:
@@ -36,14 +38,13 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor) 
 
     Args:
         logprobs: (b, C) float32, with gradient.
-        old_logprobs: (b, C) float32, or None as in importance_ratio.
+        old_logprobs: (b, C) float32, or None as in log_importance_ratio.
         mask: (b, C) bool.
 
     Returns:
         (b, C) float32, the same number in each row.
     """
-    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).sum(1, keepdim=True)  # (b, 1)
+    log_ratio = torch.where(mask, log_importance_ratio(logprobs, old_logprobs), 0.0).sum(1, keepdim=True)  # (b, 1)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().expand(mask.shape)
 
 
@@ -74,24 +75,20 @@ def clipped_tokens(ratio: Tensor, advantages: Tensor, clip_range: float, clip_ra
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, entropy: Tensor, minibatch: Rollouts, clip_ranges: tuple[float, float], *, level: str = "token"
+    ratio: Tensor, logprobs: Tensor, entropy: Tensor, minibatch: Rollouts, clip_ranges: tuple[float, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate of a micro-batch with its metrics.
 
     Args:
-        logprobs: (b, C) float32, with gradient.
+        ratio: (b, C) float32, with gradient: of tokens, of whole completions, or any other.
+        logprobs: (b, C) float32.
         entropy: (b, C) float32.
-        minibatch: b rows with advantages; old_logprobs None: the policy that sampled is the one being updated.
+        minibatch: b rows with advantages.
         clip_ranges: how far the ratio may fall, and rise.
-        level: "token" or "sequence", whose probability the ratio is of.
 
     Returns:
         (b, C) loss, and (b, C) metrics by name.
     """
-    if level == "sequence":
-        ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.completion_mask)  # (b, C)
-    else:
-        ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
     loss = clipped_surrogate(ratio, minibatch.advantages, *clip_ranges)
     clipped = clipped_tokens(ratio, minibatch.advantages, *clip_ranges)
     return loss, policy_metrics(ratio, clipped, entropy, logprobs, minibatch.sampling_logprobs)
@@ -120,30 +117,6 @@ def policy_metrics(
         "first/policy/first_ratio": ratio.detach(),
         "first/sampler/logprob_diff": (logprobs.detach() - sampling_logprobs).abs(),
     }
-
-
-def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None
-) -> tuple[Tensor, Tensor]:
-    """Squared error of the values, kept from moving far from where they were (huggingface.co/papers/2006.05990).
-
-    loss = max((value - return)^2, (clip(value, old_value - clip_range, old_value + clip_range) - return)^2)
-
-    Args:
-        values: (b, C) float32, with gradient.
-        old_values: (b, C) float32, of the value model that the advantages were made with.
-        returns: (b, C) float32, the targets.
-        clip_range: above 0, in units of the score; None: the plain squared error.
-
-    Returns:
-        (b, C) float32 loss, and (b, C) float32 that is 1 where the clip takes the gradient away.
-    """
-    error = (values - returns).square()
-    if clip_range is None:
-        return error, torch.zeros_like(error)
-    kept = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    clipped_error = (kept - returns).square()
-    return torch.maximum(error, clipped_error), (clipped_error > error).float()
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:

@@ -4,6 +4,8 @@ Merged are an adapter and its base, the shards of a checkpoint, or what a run ho
 its checkpoints. Nothing is overwritten, and what cannot be merged is refused before any weight is loaded.
 """
 
+from __future__ import annotations  # types that take seconds to import are named, not loaded
+
 import json
 import os
 import re
@@ -11,16 +13,19 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import PeftModel
+import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
-from common.checkpoints import CONFIG_FILE, FINAL_FOLDER, STATE_FILE, latest_checkpoint, load_state
 from common.cli import parse_settings, run_script
-from common.models import check_model, resolve_model
-from common.weights import checkpoint_shapes, policy_weights
+from common.embedded import check_model, resolve_model
+from common.models.weights import checkpoint_shapes, policy_weights
+from common.runs.checkpoints import CONFIG_FILE, FINAL_FOLDER, STATE_FILE, latest_checkpoint, load_state
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 POLICY_FOLDER = "policy"  # of a run's checkpoint
@@ -95,13 +100,13 @@ def merge(settings: MergeSettings) -> Source:
         check_adapter(source.adapter, source.base)
     model = load(source)
     weights = {name: tensor.detach().clone() for name, tensor in policy_weights(model)}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = model if source.adapter is None else model.get_base_model()
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         base.save_pretrained(aside, state_dict=weights, max_shard_size=settings.max_shard_size)
         has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()
-        AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base).save_pretrained(aside)
+        transformers.AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base).save_pretrained(aside)
         os.replace(aside, output)
     except BaseException:  # a full disk or Ctrl-C
         shutil.rmtree(aside, ignore_errors=True)
@@ -234,14 +239,14 @@ def check_adapter(adapter: Path, base: str) -> None:
                 )
 
 
-def load(source: Source) -> PreTrainedModel | PeftModel:
+def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
     """Load the base in its own precision on the CPU, and the adapter on top of it.
 
     Raises:
         ValueError: the checkpoint lacks weights.
     """
-    config = AutoConfig.from_pretrained(source.base)
-    model, found = AutoModelForCausalLM.from_pretrained(
+    config = transformers.AutoConfig.from_pretrained(source.base)
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
         source.base, config=config, dtype="auto", output_loading_info=True
     )
     if found["missing_keys"] or found["mismatched_keys"]:
@@ -251,8 +256,12 @@ def load(source: Source) -> PreTrainedModel | PeftModel:
             "model would have weights that nothing set. Fetch or write the checkpoint again."
         )
     if (Path(source.own) / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.own)
-    return model if source.adapter is None else PeftModel.from_pretrained(model, source.adapter)
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.own)
+    if source.adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, source.adapter)
 
 
 def main(args: list[str] | None = None) -> None:

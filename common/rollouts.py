@@ -10,9 +10,11 @@ prompt are adjacent. Everything lives on the CPU; only micro-batches travel to t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,16 @@ class Rollouts:
     """Prompts with their completions and everything that is later known about each token.
 
     Attributes:
-        rows: (B,) int64, position of the row among all rows of the step, over all processes.
+        rows: (B,) int64, number of the row among all rows of the step, over all processes.
         prompt_ids: (B, P) int64, left-padded.
         prompt_mask: (B, P) bool.
         completion_ids: (B, C) int64, right-padded; the end token counts as real.
         completion_mask: (B, C) bool.
         truncated: (B,) bool, stopped by the length limit.
-        step_lengths: completion tokens of every row of the step, over all processes and by row number, so that rows
-            that were left out still count in the means; not (B,), and the same in every part of the rollouts.
+        loss_mask: (B, C) bool, real tokens that are trained on; without one it is completion_mask.
+        step_lengths: trained tokens of every row of the step over all processes, by row number. One entry per row of
+            the whole step, kept when rows are left out, which therefore still count in the means. None: the rows at
+            hand are all that count; they are numbered before their first pass.
         sampling_logprobs: (B, C) float32, as the sampler reported them.
         prompts: B strings.
         completions: B strings, special tokens removed.
@@ -85,6 +89,9 @@ class Rollouts:
         advantages: (B, C) float32.
         returns: (B, C) float32.
         token_weights: (B, C) float32, weight in the loss; sums to 1 over the mini-batch of all processes.
+
+    Raises:
+        ValueError: if a mask has a hole, or loss_mask names a token that is padding.
     """
 
     rows: Tensor
@@ -94,6 +101,7 @@ class Rollouts:
     completion_mask: Tensor
     truncated: Tensor
     sampling_logprobs: Tensor
+    loss_mask: Tensor | None = None
     step_lengths: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
     completions: list[str] = field(default_factory=list)
@@ -107,6 +115,33 @@ class Rollouts:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     token_weights: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the masks, where looking at them costs nothing.
+
+        Raises:
+            ValueError: if a mask has a hole, or a token is trained on that is none.
+        """
+        if self.loss_mask is None:
+            self.loss_mask = self.completion_mask
+        if self.completion_mask.device.type == "cpu":
+            self._check_masks()
+
+    def _check_masks(self) -> None:
+        left_padded = (self.prompt_mask[:, 1:] >= self.prompt_mask[:, :-1]).all()
+        right_padded = (self.completion_mask[:, 1:] <= self.completion_mask[:, :-1]).all()
+        if not (left_padded and right_padded):
+            name, side = ("completion_mask", "right") if left_padded else ("prompt_mask", "left")
+            raise ValueError(
+                f"{name} has a hole: padding between real tokens would give the tokens behind it the log-probs of "
+                f"their neighbours. Put all padding on the {side}; tokens that are real but not trained on are False "
+                "in loss_mask alone."
+            )
+        if (self.loss_mask > self.completion_mask).any():
+            raise ValueError(
+                "loss_mask is True where completion_mask is False: only real tokens can be trained on. Pass "
+                "loss_mask & completion_mask."
+            )
 
     @classmethod
     def from_completions(
@@ -145,6 +180,69 @@ class Rollouts:
     def __len__(self) -> int:
         """B, the number of completions."""
         return len(self.rows)
+
+    @staticmethod
+    def joined(parts: Sequence["Rollouts"]) -> "Rollouts":
+        """Put rollouts of one step together, such as those of refills; every row counts that counted in its part.
+
+        Args:
+            parts: at least one, as `sample` gives them, rows left out or not; all with the same optional fields.
+
+        Returns:
+            Their rows one after another, as wide as the widest. `renumbered` drops the rows that were left out.
+
+        Raises:
+            ValueError: if a part is not numbered, or the parts have different fields.
+        """
+        contents = [dict(part._content()) for part in parts]
+        if len({frozenset(content) for content in contents}) != 1 or "step_lengths" not in contents[0]:
+            raise ValueError(
+                f"rollouts with the fields {', or '.join(' '.join(content) for content in contents)} to join: need "
+                "the same fields in all, step_lengths among them. Join what `sample` gave before `renumbered`, after "
+                "the same verbs."
+            )
+        # Row numbers of a part begin after all rows of the step that the parts before it count, on every process.
+        first_rows = accumulate((len(part.step_lengths) for part in parts[:-1]), initial=0)
+        joined = {"rows": torch.cat([part.rows + first for part, first in zip(parts, first_rows, strict=True)])}
+        for name in contents[0].keys() - joined.keys():
+            values = [content[name] for content in contents]
+            if isinstance(values[0], Tensor):
+                joined[name] = _stacked(values, left=name.startswith("prompt"))
+            elif name == "parts":
+                joined[name] = {part: torch.cat([value[part] for value in values]) for part in values[0]}
+            elif isinstance(values[0], dict):
+                joined[name] = {key: [item for value in values for item in value[key]] for key in values[0]}
+            else:
+                joined[name] = [item for value in values for item in value]
+        return Rollouts(**joined)
+
+    def only(self, index: Tensor | slice) -> "Rollouts":
+        """Leave rows out of all passes to come; they still count in the means, so that no gradient changes.
+
+        Args:
+            index: the rows that stay: an int64 tensor, a bool mask or a slice.
+
+        Returns:
+            These rows. old_logprobs is cleared: the passes of fewer rows may round differently, and the ratio before
+            the first optimizer step must be exactly 1.
+        """
+        return replace(self[index], old_logprobs=None)
+
+    def renumbered(self, counted: Tensor | None = None) -> "Rollouts":
+        """Decide anew which rows of the step count in the means; the others leave them.
+
+        Args:
+            counted: (n,) int64 ascending row numbers over all processes, those of the rows at hand among them.
+                None: the rows at hand, on all processes, and no others.
+
+        Returns:
+            The same rows, numbered without gaps, for None before their next pass. old_logprobs is cleared, as by
+            `only`.
+        """
+        if counted is None:
+            return replace(self, step_lengths=None, old_logprobs=None)
+        rows, lengths = torch.searchsorted(counted, self.rows), self.step_lengths[counted]
+        return replace(self, rows=rows, step_lengths=lengths, old_logprobs=None)
 
     def __getitem__(self, index: Tensor | slice) -> "Rollouts":
         """The rows `index` names (an int64 tensor, a bool mask or a slice), as Rollouts of the same width."""
@@ -247,6 +345,16 @@ def filler(like: Rollouts) -> Rollouts:
         if torch.is_tensor(value) and name != "step_lengths"
     }
     return Rollouts(**(fields_of_one_row | {"prompt_mask": torch.ones(1, 1, dtype=torch.bool)}))
+
+
+def _stacked(tensors: list[Tensor], *, left: bool) -> Tensor:
+    """Tensors (B_i, C_i), or (B_i,), one below the other, padded with 0 to the widest."""
+    if tensors[0].dim() == 1:
+        return torch.cat(tensors)
+    width = max(tensor.shape[1] for tensor in tensors)
+    missing = [width - tensor.shape[1] for tensor in tensors]
+    sides = [(more, 0) if left else (0, more) for more in missing]
+    return torch.cat([pad(tensor, side) for tensor, side in zip(tensors, sides, strict=True)])
 
 
 def _pad(rows: list[list], dtype: torch.dtype, *, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -18,31 +18,22 @@ from torch import Tensor, nn
 
 from common.advantages import per_token_rewards, whiten
 from common.config import RLConfig
-from common.data import PromptSet
-from common.evaluation import evaluation_shares, judge, rollout_shares, with_confidence_interval
-from common.generation import Generation
-from common.learner import Learner
+from common.data.prompts import PromptSet
+from common.embedded import check_model, load_tokenizer, resolve_model
+from common.logprobs import token_logprobs
 from common.losses import kl_estimate
-from common.metrics import MetricShares, Stopwatch, choose_trackers
-from common.models import (
-    check_model,
-    compute_dtype,
-    end_token_ids,
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    resolve_model,
-    token_logprobs,
-)
-from common.offload import ModelPool
-from common.passes import Passes, check_processes
+from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
+from common.models.pool import ModelPool
 from common.rollouts import PromptBatch, Rollouts
-from common.run import Run
-from common.sampling import check_sampler
-from common.sanity import check_first_step
+from common.runs.log import choose_trackers
+from common.runs.measures import evaluation_means, judge, rollout_means, with_confidence_interval
+from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.run import Run
+from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, load_task, task_scorer
-from common.updates import optimizer_steps
-from common.values import token_values
+from common.update.batches import Batches, check_processes
+from common.update.learner import Learner
+from common.update.rows import keep_one_per_group
 
 logger = logging.getLogger("nanorlhf")
 
@@ -61,10 +52,11 @@ class OnPolicyTrainer(ABC):
         task: prompts and rewards; None: the task the settings name.
 
     Attributes:
+        model_path: hub id or folder of the policy.
         models: the pool with "policy", "ref" where a KL is wanted, and what the algorithm adds.
         policy: the learner of the policy.
-        shares: the step's metrics so far; reduced over processes at its end.
-        watch: seconds by phase.
+        metrics: the step's metrics so far; reduced over processes at its end.
+        stopwatch: seconds by phase.
 
     Raises:
         ValueError: for anything wrong with settings, data, model or folder, before a model is loaded where possible.
@@ -81,12 +73,16 @@ class OnPolicyTrainer(ABC):
         self.tokenizer = load_tokenizer(config.model)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=type(self).__name__.removesuffix("Trainer"))
+        if self.accelerator.is_main_process:  # from here on loading takes its time
+            logger.info("%s", "\n".join([*config.notes, f"loading {config.model} and {config.sampler} ..."]))
 
-        self.shares, self.watch = MetricShares(), Stopwatch(self.accelerator.device)
+        self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
         self.dtype = compute_dtype(config, self.accelerator.device)
-        self.passes = Passes(config, self.accelerator, self.dtype)
-        self.models = ModelPool(self.accelerator.device, config.offload, self.watch)
+        self.batches = Batches(config, self.accelerator, self.dtype)
+        self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
+        self._used_settings: set[str] = set()
+        self.model_path = resolve_model(config.model)
         self._load_models()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
@@ -105,7 +101,7 @@ class OnPolicyTrainer(ABC):
             The metrics of the last step.
         """
         metrics = {}
-        self.watch.read_and_reset()  # loading is no part of the first step
+        self.stopwatch.read_and_reset()  # loading is no part of the first step
         with self.run as run:
             if self.current_step == 0 and self._evaluates_at(0):
                 self.evaluate()
@@ -113,6 +109,8 @@ class OnPolicyTrainer(ABC):
             while self.current_step < self.config.num_steps and not run.stopped_early:
                 self.current_step += 1
                 self.step(self.training_prompts(self.current_step))
+                if self.current_step == run.first_step:
+                    warn_of_unused_settings(self.config, self._used_settings, algorithm=type(self).__name__)
                 if self._evaluates_at(self.current_step):
                     self.evaluate()
                 metrics = self._end_step()
@@ -122,14 +120,21 @@ class OnPolicyTrainer(ABC):
     # --------------------------------------------------------------------------------------------------- the verbs
 
     @final
-    def training_prompts(self, step: int, num_prompts: int | None = None) -> PromptBatch:
-        """This process's prompts of a step, from 1; num_prompts over all processes, None: prompts_per_step."""
+    def training_prompts(self, step: int, num_prompts: int | None = None, *, refill: int = 0) -> PromptBatch:
+        """The prompts this process samples at `step` (counted from 1).
+
+        Args:
+            step: the step.
+            num_prompts: the total over all processes; None: prompts_per_step.
+            refill: 0 for the step's own prompts; 1, 2, ... for further ones, to fill the step up.
+        """
         share = {"process": self.accelerator.process_index, "num_processes": self.accelerator.num_processes}
-        return self.prompts.batch(step, num_prompts=num_prompts or self.config.prompts_per_step, **share)
+        num_prompts = num_prompts or self.config.prompts_per_step
+        return self.prompts.batch(step, num_prompts=num_prompts, refill=refill, **share)
 
     @final
     def sample(
-        self, prompts: PromptBatch, *, num_generations: int = 1, greedy: bool = False, stream: str = "train"
+        self, prompts: PromptBatch, *, num_generations: int = 1, greedy: bool = False, purpose: str = "train"
     ) -> Rollouts:
         """Complete each prompt with the current policy, at the training temperature or greedily.
 
@@ -137,16 +142,43 @@ class OnPolicyTrainer(ABC):
             prompts: this process's prompts of the step.
             num_generations: completions per prompt, G; 1 if greedy.
             greedy: take the most likely token each time.
-            stream: completions of the same prompts in another stream are other ones.
+            purpose: a different one gives different completions of the same prompts.
 
         Returns:
             B = len(prompts) x G rows, rows of one prompt adjacent.
         """
-        rollouts = self.generation.sample(prompts, num_generations=num_generations, greedy=greedy, stream=stream)
-        num_rows = len(rollouts) * self.accelerator.num_processes
-        rollouts.step_lengths = self.passes.step_lengths(rollouts, num_rows)
-        self.run.count_tokens(int(self.passes.sum_over_processes(rollouts.lengths.sum())))
+        settings = {"num_generations": num_generations, "greedy": greedy, "purpose": purpose}
+        rollouts = self.policy_sampler.sample(prompts, **settings)
+        if self.config.mask_truncated:
+            rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]  # (B, C)
+        self.batches.number(rollouts)
+        self.run.count_tokens(int(self.sum_over_processes(rollouts.lengths.sum())))
         return rollouts
+
+    @final
+    def continue_from(
+        self, rollouts: Rollouts, rows: Tensor, places: Tensor, *, num_generations: int, purpose: str
+    ) -> Rollouts:
+        """Complete anew from states that completions came through, with what is left of the length limit.
+
+        All processes call it, also one without states. The time counts as that of values.
+
+        Args:
+            rollouts: B rows of the current policy.
+            rows: (S,) int64, which completion each state belongs to.
+            places: (S,) int64, tokens of it that belong to the state; fewer than it has, 0 is the prompt alone.
+            num_generations: K, per state.
+            purpose: as in `sample`.
+
+        Returns:
+            S x K whole completions, rows of one state adjacent, that begin with the state's tokens and have the text
+            of all of them. Their noise is a function of (seed, step, row, place).
+        """
+        request = {"step": self.current_step, "num_generations": num_generations, "purpose": purpose}
+        continuations = self.policy_sampler.continue_from(rollouts, rows, places, **request)
+        num_tokens = continuations.lengths.sum() - num_generations * places.sum()
+        self.run.count_tokens(int(self.sum_over_processes(num_tokens)))
+        return continuations
 
     @final
     def score(self, rollouts: Rollouts) -> Tensor:
@@ -172,15 +204,16 @@ class OnPolicyTrainer(ABC):
             kl = self._add_kl(rollouts, "kl")
         rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
         if whitened:
-            rewards = whiten(rewards, mask, sum_over_processes=self.passes.sum_over_processes, shift_mean=False)
+            rewards = whiten(rewards, mask, sum_over_processes=self.sum_over_processes, shift_mean=False)
         return rewards
 
     @final
     def maybe_whiten(self, advantages: Tensor, rollouts: Rollouts) -> Tensor:
         """(B, C) float32: the advantages, over all processes of mean 0 and variance 1 if whiten_advantages is set."""
+        self._used_settings.add("whiten_advantages")
         if not self.config.whiten_advantages:
             return advantages
-        return whiten(advantages, rollouts.completion_mask, sum_over_processes=self.passes.sum_over_processes)
+        return whiten(advantages, rollouts.completion_mask, sum_over_processes=self.sum_over_processes)
 
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
@@ -190,11 +223,17 @@ class OnPolicyTrainer(ABC):
             rollouts: all rows of this process, scored.
             advantages: (B,) or (B, C) float.
         """
-        rollout_shares(rollouts, advantages, shares=self.shares)
-        self.shares.add("lr", self.policy.rate(self.current_step), 1)
+        rollout_means(rollouts, advantages, metrics=self.metrics)
+        self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
             self.run.add_samples(self.current_step, "train", rollouts, rollouts.parts)
+
+    @final
+    def keep_one_per_group(self, rollouts: Rollouts) -> Rollouts:
+        """A random completion of each prompt, to train on after all made the baseline; the others leave the means."""
+        how = {"seed": self.config.seed, "step": self.current_step}
+        return keep_one_per_group(rollouts, self.config.num_generations, **how)
 
     @final
     def logprobs(self, name: str, rollouts: Rollouts) -> Tensor:
@@ -207,7 +246,7 @@ class OnPolicyTrainer(ABC):
         Returns:
             (B, C) float32, 0 at padding.
         """
-        return self._for_each_token(name, rollouts, lambda *args: token_logprobs(*args, self.config.temperature)[0])
+        return self.for_each_token(name, rollouts, lambda *args: token_logprobs(*args, self.config.temperature)[0])
 
     @final
     def old_logprobs(self, rollouts: Rollouts) -> Tensor | None:
@@ -225,9 +264,29 @@ class OnPolicyTrainer(ABC):
         return self.logprobs("policy", rollouts)
 
     @final
-    def values(self, rollouts: Rollouts) -> Tensor:
-        """(B, C) float32: what the model "value" expects of the state each token was chosen in, 0 at padding."""
-        return self._for_each_token("value", rollouts, token_values)
+    def for_each_token(
+        self, name: str, rollouts: Rollouts, forward: TokenFunction, *, phase: str = "logprobs"
+    ) -> Tensor:
+        """What a model of the pool says about each completion token, without gradient.
+
+        Args:
+            name: of the model.
+            rollouts: B rows.
+            forward: gives (b, C) float32 for the model and a micro-batch.
+            phase: what the time is charged to.
+
+        Returns:
+            (B, C) float32, 0 at padding.
+        """
+        if name == "ref":
+            self._used_settings.add("kl_coef")
+        with self.stopwatch(phase), self.models.use(name) as model:
+            return self.batches.for_each_token(rollouts, partial(forward, model), step=self.current_step)
+
+    @final
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """The tensor added up over all processes, on the device it came from."""
+        return self.batches.sum_over_processes(tensor)
 
     @final
     def update(self, learner: Learner, rollouts: Rollouts, loss: LossFunction, *, average_over: str) -> None:
@@ -239,33 +298,35 @@ class OnPolicyTrainer(ABC):
             loss: per-token loss and metrics of a micro-batch; token weights make it a mean.
             average_over: "tokens", "rows" or "constant", what the mean is over.
         """
-        settings = {"passes": self.passes, "step": self.current_step, "average_over": average_over}
-        with self.watch("update"), self.models.use(learner.name, train=True) as model:
-            for share in optimizer_steps(learner, rollouts, partial(loss, model), **settings):
-                self.shares.add(*share)
-        self.shares.add_sum(f"{learner.name}/tokens", learner.config.num_update_epochs * rollouts.lengths.sum())
+        num_epochs = learner.config.num_update_epochs
+        settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
+        with self.stopwatch("update"), self.models.use(learner.name, train=True) as model:
+            for epoch in range(num_epochs):
+                for part in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
+                    self.metrics.add(*part)
+        self.metrics.add_sum(f"{learner.name}/tokens", num_epochs * rollouts.loss_mask.sum())
         if learner is self.policy:
-            self.generation.policy_has_changed()
+            self.policy_sampler.policy_has_changed()
 
     @final
     def add_learner(
-        self, name: str, module: nn.Module, config: RLConfig, *, save: SaveModel | None = None, **place: Any
+        self, name: str, module: nn.Module, config: RLConfig, *, save: SaveModel | None = None, **in_pool: Any
     ) -> Learner:
-        """Give a model of one's own a place in the pool, an optimizer and a place in every checkpoint.
+        """Register a trainable model: pool, optimizer, checkpoints. It replaces a model of the same name.
 
         Args:
             name: its name in the pool and the prefix of its metrics.
             module: the model, on the CPU; of its parameters those that require a gradient are trained and saved.
             config: settings of its optimizer, epochs and mini-batches.
             save: writes it into a folder of final/ that transformers loads.
-            place: what else ModelPool.add takes, for a model that shares weights with another one.
+            in_pool: what else ModelPool.add takes, for a model that shares weights with another one.
 
         Returns:
             What `update` takes.
         """
-        with place.get("context", nullcontext)():  # which decides what requires a gradient
+        with in_pool.get("context", nullcontext)():  # which decides what requires a gradient
             learner = Learner(name, module, config)
-        self.models.add(name, module, optimizer=learner.optimizer, **place)
+        self.models.add(name, module, optimizer=learner.optimizer, **in_pool)
         self.run.restore(learner, module, save)
         return learner
 
@@ -274,12 +335,11 @@ class OnPolicyTrainer(ABC):
         """Record the held-out score, accuracy and length of the current policy; changes nothing else."""
         process, num_samples = self.accelerator.process_index, self.config.eval_num_samples
         prompts = self.eval_prompts.share(process=process, num_processes=self.accelerator.num_processes)
-        with self.watch("eval"):
-            rollouts = self.generation.sample_for_evaluation(prompts)
+        with self.stopwatch("eval"):
+            rollouts = self.policy_sampler.sample_for_evaluation(prompts)
             rollouts.scores = self._rewards(rollouts)
-            evaluation_shares(rollouts, **self.judged_by, num_samples=num_samples, shares=self.shares)
+            evaluation_means(rollouts, **self.judged_by, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
-                rollouts.step_lengths = self.passes.step_lengths(rollouts, len(self.eval_prompts) * num_samples)
                 self._add_kl(rollouts, "eval/kl")
         self.run.add_samples(self.current_step, "eval", rollouts, rollouts.parts)
 
@@ -293,7 +353,7 @@ class OnPolicyTrainer(ABC):
         self.scorer.check_columns(list(self.prompts.columns))
 
     def _load_models(self) -> None:
-        config, path = self.config, resolve_model(self.config.model)
+        config, path = self.config, self.model_path
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         self.policy = self.add_learner("policy", module, config)
@@ -303,21 +363,19 @@ class OnPolicyTrainer(ABC):
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
-        self.generation = Generation(config, path, models=self.models, dtype=self.dtype, watch=self.watch, **tokens)
-        plan = self.models.plan(sampler_bytes=self.generation.sampler.resident_bytes)
+        self.policy_sampler = PolicySampler(
+            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, **tokens
+        )
+        plan = self.models.plan(sampler_bytes=self.policy_sampler.sampler.resident_bytes)
         if self.models.device.type == "cuda":
             logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
-    def _for_each_token(self, name: str, rollouts: Rollouts, forward: TokenFunction) -> Tensor:
-        with self.watch("values" if name == "value" else "logprobs"), self.models.use(name) as model:
-            return self.passes.for_each_token(rollouts, partial(forward, model), step=self.current_step)
-
     def _rewards(self, rollouts: Rollouts) -> Tensor:
         """(B,) float32, the weighted sum of the rewards; each of them is kept in rollouts.parts."""
-        with self.watch("score"):
+        with self.stopwatch("score"):
             scores = judge(rollouts, self.scorer)
         for name, rows in self.scorer.over_limit.items():
-            self.shares.add_sum(f"over_limit/{name}", rows.sum())
+            self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores
 
     def _add_kl(self, rollouts: Rollouts, metric: str) -> Tensor:
@@ -325,7 +383,7 @@ class OnPolicyTrainer(ABC):
         rollouts.old_logprobs = self.logprobs("policy", rollouts)
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
-        self.shares.add(metric, kl.sum(), rollouts.completion_mask.sum())
+        self.metrics.add(metric, kl.sum(), rollouts.completion_mask.sum())
         return kl
 
     def _evaluates_at(self, step: int) -> bool:
@@ -335,12 +393,12 @@ class OnPolicyTrainer(ABC):
     def _end_step(self) -> dict[str, float]:
         """Reduce and write the step's metrics, and save what is due."""
         step = self.current_step
-        metrics = self.shares.reduce(self.accelerator)
+        metrics = self.metrics.reduce(self.accelerator)
         metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
         check_first_step(metrics, step=step, dtype=self.dtype)
-        timings = self.watch.read_and_reset()
+        timings = self.stopwatch.read_and_reset()
         # Charged to the next step, since this step's line is what is being written.
-        with self.watch("save"):
+        with self.stopwatch("save"):
             self.run.end_step(step, metrics, timings)
             self.run.save_if_due(step, self.tokenizer)
         return metrics

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.rollouts import Completion, PromptBatch, Rollouts
-from common.tiny import build_tokenizer, save_untrained
+from common.embedded.policy import build_tokenizer, save_untrained
 
 
 # Seconds per example say more about the neighbours of a shared machine than about the code.

@@ -27,20 +27,18 @@ def main() -> None:
     advantages = group_relative(rollouts.scores, 4)
     rollouts.advantages = rollouts.spread(advantages)
     trainer.describe(rollouts, rollouts.advantages)
-    whitened = whiten(
-        rollouts.advantages, rollouts.completion_mask, sum_over_processes=trainer.passes.sum_over_processes
-    )
-    moments = trainer.passes.sum_over_processes(
+    whitened = whiten(rollouts.advantages, rollouts.completion_mask, sum_over_processes=trainer.sum_over_processes)
+    moments = trainer.sum_over_processes(
         torch.stack([whitened.sum(), whitened.square().sum(), rollouts.completion_mask.sum().float()])
     )
     rollouts = rollouts[rows_with_signal(rollouts.scores, 4)]
     num_rows = torch.zeros(trainer.accelerator.num_processes)
     num_rows[trainer.accelerator.process_index] = len(rollouts)
-    num_rows = trainer.passes.sum_over_processes(num_rows)
+    num_rows = trainer.sum_over_processes(num_rows)
     rollouts.old_logprobs = trainer.logprobs("policy", rollouts)
     rollouts.ref_logprobs = trainer.logprobs("ref", rollouts)
     trainer.update(trainer.policy, rollouts, trainer.loss, average_over="tokens")
-    metrics = trainer.shares.reduce(trainer.accelerator)
+    metrics = trainer.metrics.reduce(trainer.accelerator)
     if trainer.accelerator.is_main_process:
         step = torch.cat([(p.detach() - b).flatten() for p, b in zip(trainer.policy.parameters, before, strict=True)])
         content = {"step": step, "metrics": metrics, "moments": moments, "num_rows": num_rows}

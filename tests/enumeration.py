@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from common.learner import Learner
 from common.rollouts import Completion
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
+from common.update.learner import Learner
 
 LETTERS, END = "abc", 3
 PROMPT, PROMPT_IDS = "ba", [1, 0]
@@ -200,7 +200,7 @@ class Enumeration:
         groups = torch.tensor(list(product(range(len(self.ids)), repeat=trainer.config.num_generations)))
         completions = self.completions
         sampled = [completions[i] for i in groups.flatten().tolist()]
-        trainer.generation.sampler = FixedSampler(sampled, greedy=completions[self.greedy])
+        trainer.policy_sampler.sampler = FixedSampler(sampled, greedy=completions[self.greedy])
         return self.weighed_step(trainer, self.probabilities.detach()[groups].prod(1), move_to=move_to)
 
     def weighed_step(
@@ -238,7 +238,7 @@ def record_gradients(learner: Learner, *, move_to: list[Tensor] | None = None) -
     """A list that gets the gradient of each optimizer step, float64, in place of the step being taken."""
     gradients: list[Tensor] = []
 
-    def record(step: int, accelerator: object) -> float:
+    def record(step: int, accelerator: object, *, rate: float | None = None) -> float:
         gradients.append(torch.cat([parameter.grad.flatten().double() for parameter in learner.parameters]))
         learner.optimizer.zero_grad()
         if move_to is not None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from common.sampling import VLLMSampler
-from common.weights import policy_weights
+from common.models.weights import policy_weights
+from common.sampling.vllm_sampler import VLLMSampler
 
 # vLLM pads the vocabulary to a multiple of 64: 8 rows of its head belong to no token.
 VOCABULARY = 120

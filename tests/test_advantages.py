@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.advantages import (
-    best_of_group,
-    chunk_advantages,
     generalized_advantages,
     group_relative,
     leave_one_out,
@@ -18,6 +16,8 @@ from common.advantages import (
     rows_with_signal,
     whiten,
 )
+from RAFT.raft_trainer import best_of_group
+from VinePPO.chunks import chunk_advantages
 
 NAN = float("nan")
 

@@ -12,14 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.batching import (
-    hashed_seed,
-    keep_one_per_group,
-    microbatch_rows,
-    minibatch_rows,
-    seeded_permutation,
-)
 from common.rollouts import Completion, PromptBatch, Rollouts
+from common.seeds import hashed_seed, seeded_permutation
+from common.update.rows import keep_one_per_group, microbatch_rows, minibatch_rows
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +30,7 @@ def flat(parts: list[torch.Tensor]) -> list[int]:
 
 def test_a_seed_is_the_same_on_every_machine_and_in_every_process():
     """Python's own hash would differ from process to process."""
-    program = "from common.batching import *; print(hashed_seed(1, 2, 'x'), seeded_permutation(5, 3).tolist())"
+    program = "from common.seeds import *; print(hashed_seed(1, 2, 'x'), seeded_permutation(5, 3).tolist())"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", program]
     told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout

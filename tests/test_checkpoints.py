@@ -14,7 +14,7 @@ import torch
 import yaml
 from trl import TrlParser
 
-from common.checkpoints import (
+from common.runs.checkpoints import (
     better_checkpoint,
     latest_checkpoint,
     list_checkpoints,

@@ -1,21 +1,18 @@
 """The command line: what wins over what, how a mistake is answered, and that a written configuration reads back."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 import yaml
 
-from common.cli import PRESETS, parse_config, report, run_script
-from common.config import RLConfig
+from common.cli import parse_config, run_script
+from common.config import MEMORY_SETTINGS, RLConfig
+from common.presets.preset import PRESETS
+from common.start import report
 from GRPO.grpo import EMBEDDED, SETTINGS
 from GRPO.grpo_trainer import GRPOConfig
-from tests.toy import toy_trainer
-
-MEMORY_GROUP = {
-    *("max_tokens_per_microbatch", "gradient_checkpointing", "offload", "dtype", "attn_implementation"),
-    *("vllm_memory_share", "vllm_sleep_level", "vllm_enforce_eager", "vllm_max_num_seqs"),
-}
+from tests.toy import ROOT, toy_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +48,16 @@ def refused(*args: str, **settings: object) -> str:
 
 
 def test_each_source_of_settings_wins_over_the_one_before(write_yaml):
-    """Class default < literal < preset < YAML file < command line: each source sets one setting less than before."""
+    """Class default < preset < edited literal < YAML file < command line: each source sets one less than before."""
     default = GRPOConfig()
-    literal = {"prompts_per_step": 11, "warmup_steps": 12, "num_steps": 13, "eval_every": 14}
+    literal = {"warmup_steps": 12, "num_steps": 13, "eval_every": 14}
     preset = yaml.safe_load((PRESETS / "cpu.yaml").read_text())
     from_file = write_yaml("num_steps: 33\neval_every: 34\n")
     config = parse(*from_file, "--eval_every", "44", **literal, preset="cpu", lora_r=5)
     assert config.lora_alpha == default.lora_alpha  # nobody but the class
-    assert config.lora_r == 5  # the literal
-    assert config.prompts_per_step == preset["prompts_per_step"] == 32
-    assert config.warmup_steps == preset["warmup_steps"] == 2
+    assert config.lora_r == 5  # the literal, which no preset speaks about
+    assert config.prompts_per_step == preset["prompts_per_step"][1] == 32
+    assert config.warmup_steps == 12 != preset["warmup_steps"][1]  # edited
     assert config.num_steps == 33
     assert config.eval_every == 44
 
@@ -92,7 +89,7 @@ def test_without_a_gpu_the_bare_command_is_the_embedded_default():
     assert config.preset == "cpu"
     assert config.model == "tiny" and config.dataset is None  # nothing to download
     assert config.use_lora is False and config.kl_coef == 0.0
-    assert {name: vars(config)[name] for name in EMBEDDED} == EMBEDDED
+    assert {name: vars(config)[name] for name in EMBEDDED} == {name: pair[1] for name, pair in EMBEDDED.items()}
 
 
 def test_with_a_gpu_the_bare_command_is_what_stands_on_top_of_the_script(monkeypatch):
@@ -105,7 +102,7 @@ def test_with_a_gpu_the_bare_command_is_what_stands_on_top_of_the_script(monkeyp
 def test_a_preset_can_be_named_anywhere(write_yaml, where):
     args = {"command line": ["--preset=gpu-24gb"], "file": write_yaml("preset: gpu-24gb\n"), "literal": []}[where]
     settings = GRPOConfig(preset="gpu-24gb" if where == "literal" else "auto")
-    config = parse_config(settings, embedded={"num_steps": 7}, args=args)
+    config = parse_config(settings, embedded={"num_steps": (200, 7)}, args=args)
     assert config.preset == "gpu-24gb" and config.vllm_sleep_level == 2 and config.vllm_memory_share == 0.5
     assert config.num_steps == 200  # what an algorithm wants embedded concerns the preset cpu alone
 
@@ -121,9 +118,111 @@ def test_the_last_preset_on_the_command_line_counts_like_the_last_of_any_setting
 def test_presets_hold_known_settings_and_those_for_gpus_change_no_result(path):
     preset = yaml.safe_load(path.read_text())
     assert set(preset) <= {field.name for field in fields(RLConfig)}
-    GRPOConfig(**preset)
+    GRPOConfig(**{name: value for name, (_, value) in preset.items()})
     if path.stem.startswith("gpu"):
-        assert set(preset) <= MEMORY_GROUP
+        assert set(preset) <= set(MEMORY_SETTINGS)
+
+
+# What is written on top is what runs
+
+SCRIPT = str(ROOT / "GRPO" / "grpo.py")
+
+
+def edited(*args: str, **settings: object) -> GRPOConfig:
+    """What grpo.py runs, on this machine without a GPU, after a user has edited these lines."""
+    return parse_config(replace(SETTINGS, **settings), embedded=EMBEDDED, script=SCRIPT, args=list(args))
+
+
+def test_an_edited_line_wins_over_the_preset_and_the_others_are_replaced_as_ever():
+    config, shipped = edited(num_steps=3, prompts_per_step=4, learning_rate=7e-5), edited()
+    assert (config.num_steps, config.prompts_per_step, config.learning_rate) == (3, 4, 7e-5)
+    changed = {name for name in asdict(config) if vars(config)[name] != vars(shipped)[name]}
+    assert changed == {"num_steps", "prompts_per_step", "learning_rate"}
+
+
+def test_a_line_that_is_edited_to_the_default_of_the_class_counts_as_edited_too():
+    assert GRPOConfig().num_steps == 200 == edited(num_steps=200).num_steps
+
+
+def test_an_edited_line_loses_against_the_command_line_and_a_file(write_yaml):
+    assert edited("--num_steps", "9", num_steps=3).num_steps == 9
+    assert edited(*write_yaml("num_steps: 8"), num_steps=3).num_steps == 8
+
+
+def test_the_run_says_what_was_replaced_and_what_was_kept():
+    said = "\n".join(edited(num_steps=3).notes)
+    assert "preset cpu (there is no CUDA GPU)" in said and "GRPO/grpo.py" in said and "--preset none" in said
+    assert "prompts_per_step 64 -> 32" in said and "model Qwen/Qwen2.5-1.5B-Instruct -> tiny" in said
+    assert "average_over rows -> tokens" in said
+    assert "num_steps 500" not in said and "num_steps=3" in said
+    assert "seed" not in said and "num_minibatches" not in said  # the same with the preset and without
+    assert edited("--preset", "none").notes == ()
+
+
+def test_edited_data_keep_their_task_and_rewards():
+    config = edited(dataset="mine.jsonl")
+    assert (config.task, config.dataset, config.rewards) == ("hh_rlhf", "mine.jsonl", None)
+    assert config.model == "tiny"
+
+
+@pytest.mark.parametrize("how", ["command line", "file", "edited"])
+def test_what_the_embedded_policy_learns_with_never_reaches_another_model(write_yaml, how):
+    model = "Qwen/Qwen2.5-0.5B-Instruct"
+    args = {"command line": ["--model", model], "file": write_yaml(f"model: {model}"), "edited": []}[how]
+    config = edited(*args, **({"model": model} if how == "edited" else {}))
+    without = parse_config(SETTINGS, script=SCRIPT, args=["--preset", "none", "--model", model])
+    changed = {name for name in asdict(config) if vars(config)[name] != vars(without)[name]}
+    assert config.preset == "cpu" and changed <= {*MEMORY_SETTINGS, "preset"}
+    assert config.max_tokens_per_microbatch == 8192 and config.gradient_checkpointing is False
+    assert "num_steps" not in "".join(config.notes)
+
+
+def test_another_embedded_policy_learns_with_them():
+    config = edited("--model", "tiny-r1")
+    assert (config.model, config.task, config.num_steps) == ("tiny-r1", "countdown", 60)
+
+
+def test_an_edited_line_wins_over_a_preset_for_a_gpu_too():
+    config = edited("--preset", "gpu-24gb", vllm_memory_share=0.3)
+    assert config.vllm_memory_share == 0.3 and config.vllm_sleep_level == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "settings", "where"),
+    [
+        ([], {"num_minibatches": 7}, "num_minibatches is from GRPO/grpo.py"),
+        (["--num_minibatches", "7"], {}, None),
+        (["--preset", "none"], {"temperature": 1.5, "num_minibatches": 7}, "num_minibatches is from GRPO/grpo.py"),
+    ],
+)
+def test_a_message_says_where_a_value_comes_from_unless_it_was_just_typed(args, settings, where):
+    with pytest.raises(ValueError, match="num_minibatches=7") as caught:
+        written = replace(SETTINGS)
+        vars(written).update(settings)  # a literal is checked before the preset is known
+        parse_config(written, embedded=EMBEDDED, script=SCRIPT, args=args)
+    assert (where is None and " is from " not in str(caught.value)) or where in str(caught.value)
+
+
+def test_a_message_names_the_preset_or_the_file_a_value_is_from(write_yaml):
+    with pytest.raises(ValueError, match=r"max_completion_length=0.*max_completion_length is from .*settings.yaml"):
+        edited(*write_yaml("max_completion_length: 0"))
+    with pytest.raises(ValueError, match=r"num_minibatches=7 with 32 prompts"):
+        edited("--num_minibatches", "7")
+    with pytest.raises(ValueError, match=r"max_completion_length=0.*\(max_completion_length is from preset cpu.\)"):
+        parse_config(SETTINGS, embedded={"max_completion_length": (1024, 0)}, script=SCRIPT, args=[])
+
+
+@pytest.mark.parametrize("text", ["learning_rat: [1, 2]", "num_steps: 60", "num_steps: [1, 2, 3]"])
+def test_a_preset_with_a_mistake_names_it(monkeypatch, tmp_path, text):
+    (tmp_path / "cpu.yaml").write_text(text)
+    monkeypatch.setattr("common.presets.preset.PRESETS", tmp_path)
+    with pytest.raises(ValueError, match=text.partition(":")[0]):
+        edited()
+
+
+def test_a_literal_with_a_misspelt_setting_names_it():
+    with pytest.raises(TypeError, match=r"'num_stepz' in GRPOConfig.*Did you mean num_steps"):
+        GRPOConfig(num_stepz=3)
 
 
 def test_a_preset_that_is_not_there_is_answered_with_those_that_are():
@@ -199,7 +298,7 @@ def test_a_configuration_that_was_written_reads_back_the_same(tmp_path, preset):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(asdict(config)))
     assert parse_config(SETTINGS, embedded=EMBEDDED, args=["--config", str(path)]) == config
-    assert parse_config(GRPOConfig(), embedded={"num_steps": 1}, args=["--config", str(path)]) == config
+    assert parse_config(GRPOConfig(), embedded={"num_steps": (200, 1)}, args=["--config", str(path)]) == config
 
 
 # Mistakes

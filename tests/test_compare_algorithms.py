@@ -16,7 +16,7 @@ import yaml
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from common.plots import PALETTE
+from common.runs.plots import PALETTE
 from examples.compare_algorithms.compare_algorithms import compare, find_algorithms, run_environment
 from examples.compare_algorithms.report import mean_with_interval, write_report
 from examples.compare_algorithms.runs import comparable_runs
@@ -150,6 +150,7 @@ def test_grpos_own_script_is_compared_with_itself(tiny_folder, tmp_path):
     settings = {
         **{"model": tiny_folder, "sampler": "transformers", "max_completion_length": 8, "num_eval_prompts": 4},
         **{"num_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_every": 1, "save_every": 0},
+        **{"task": "countdown", "use_lora": "false", "max_prompt_length": 64},
     }
     passed_on = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     script = ROOT / "examples" / "compare_algorithms" / "compare_algorithms.py"

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.arithmetic import evaluate
 from common.config import RLConfig
+from common.data.rows import split_held_out
+from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
+from common.tasks._arithmetic import evaluate
 from common.tasks.countdown import (
     compact_prompt,
     equation_reward,
@@ -23,8 +25,6 @@ from common.tasks.countdown import (
     problems,
     tries,
 )
-from common.tasks.prompts import split_held_out
-from common.tiny import build_tokenizer
 
 
 def formats(completion, prompt="3 5 6 make 48\n", **options):

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from common.config import RLConfig
-from common.data import PromptSet, PromptStyle, render_prompt
+from common.data.prompts import PromptSet, PromptStyle, render_prompt
 
 START, UNKNOWN = "<s>", "<unk>"
 # As many instruction-tuned models have it: the template writes the first special token itself.

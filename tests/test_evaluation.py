@@ -6,18 +6,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.evaluation import (
+from common.rewards.scorer import Scorer
+from common.rollouts import Completion, PromptBatch, Rollouts
+from common.runs.measures import (
     confidence_interval,
-    evaluation_shares,
+    evaluation_means,
     is_one,
     judge,
     pass_at_k,
     sizes_of_k,
     with_confidence_interval,
 )
-from common.metrics import MetricShares
-from common.rewards import Scorer
-from common.rollouts import Completion, PromptBatch, Rollouts
+from common.runs.metrics import StepMetrics
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,14 @@ def held_out(lengths: list[int], *, num_samples: int = 1) -> Rollouts:
 
 def evaluated(accelerator, parts: list[tuple], *, num_samples: int = 1) -> dict[str, float]:
     """The global means of what each process contributes: (lengths, scores, correct)."""
-    shares = MetricShares()
+    metrics = StepMetrics()
     for lengths, scores, correct in parts:
         rollouts = held_out(lengths, num_samples=num_samples)
         rollouts.scores = torch.tensor(scores)
         if correct is not None:
             rollouts.parts["right"] = torch.tensor(correct).float()
-        evaluation_shares(rollouts, accuracy="right", format=None, num_samples=num_samples, shares=shares)
-    return shares.reduce(accelerator)
+        evaluation_means(rollouts, accuracy="right", format=None, num_samples=num_samples, metrics=metrics)
+    return metrics.reduce(accelerator)
 
 
 # Means
@@ -87,10 +87,10 @@ def test_without_a_reward_that_says_right_there_is_no_accuracy(accelerator):
 
 
 def test_the_share_of_the_right_form_is_that_of_its_reward_being_one(accelerator):
-    rollouts, shares = held_out([1, 2, 3, 4]), MetricShares()
+    rollouts, metrics = held_out([1, 2, 3, 4]), StepMetrics()
     rollouts.scores, rollouts.parts = torch.zeros(4), {"shape": torch.tensor([1.0, 0.5, 0.0, 1.0])}
-    evaluation_shares(rollouts, accuracy=None, format="shape", num_samples=1, shares=shares)
-    assert shares.reduce(accelerator)["eval/format"] == 0.5
+    evaluation_means(rollouts, accuracy=None, format="shape", num_samples=1, metrics=metrics)
+    assert metrics.reduce(accelerator)["eval/format"] == 0.5
 
 
 def test_judging_gives_the_weighted_sum_and_keeps_each_reward():

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_settings
+from common.embedded.policy import TinySettings, build_policy, build_tokenizer, save_untrained, train_policy
 from common.evaluation import command, results
 from common.evaluation.command import Evaluation, evaluate
 from common.evaluation.results import table
@@ -21,7 +22,6 @@ from common.evaluation.sets import NAMED_SETS, find_set, load_problems
 from common.evaluation.settings import EvaluationSettings
 from common.merge import MergeSettings, merge
 from common.tasks.countdown import problems
-from common.tiny import TinySettings, build_policy, build_tokenizer, save_untrained, train_policy
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 ROOT = Path(__file__).parent.parent

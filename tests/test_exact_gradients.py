@@ -135,7 +135,7 @@ def test_remax_subtracts_the_score_of_the_greedy_completion(world, tmp_path):
     """No baseline biases the expectation, so that it is the right one has to be looked at apart from it."""
     trainer = world.trainer(ReMaxTrainer, tmp_path, **TOKENS)
     world.step_gradients(trainer)
-    metrics = trainer.shares.reduce(trainer.accelerator)
+    metrics = trainer.metrics.reduce(trainer.accelerator)
     assert metrics["baseline"] == pytest.approx(float(world.scores[world.greedy]), abs=1e-6)
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from common.models import unused_token_ids
-from common.tiny import build_tokenizer
+from common.embedded.policy import build_tokenizer
+from common.models.loading import unused_token_ids
 from tests.toy import metrics_of, save_toy_policy, toy_trainer, without_curves
 
 
@@ -35,7 +35,7 @@ def test_an_id_without_a_token_ends_the_completion_as_truncated_and_training_goe
     assert any(bad) and not all(bad)
     for tokens, ends_badly, truncated in zip(rollouts.completion_tokens, bad, rollouts.truncated, strict=True):
         assert not set(tokens[:-1]) & set(unused)
-        assert truncated == (ends_badly or tokens[-1] not in trainer.generation.end_token_ids)
+        assert truncated == (ends_badly or tokens[-1] not in trainer.policy_sampler.end_token_ids)
     with without_curves():
         trainer.train()
     line = metrics_of(tmp_path / "run")[-1]

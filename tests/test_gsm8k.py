@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from common.config import RLConfig
+from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
 from common.tasks.gsm8k import (
     SYSTEM_TEXT,
@@ -20,7 +21,6 @@ from common.tasks.gsm8k import (
     strict_format_reward,
     tags_reward,
 )
-from common.tiny import build_tokenizer
 
 RECORDS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from common.config import RLConfig
-from common.data import render_prompt
-from common.dialogues import conversation, dialogue, turns
-from common.sources import read_rows
+from common.data.dialogues import conversation, dialogue, turns
+from common.data.prompts import render_prompt
+from common.data.rows import read_rows
+from common.embedded.policy import build_tokenizer
 from common.tasks import Task, load_task
 from common.tasks.hh_rlhf import REWARD_MODEL
-from common.tiny import build_tokenizer
 
 RECORDS = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"
 needs_records = pytest.mark.skipif(not RECORDS.exists(), reason="the real records are not here")

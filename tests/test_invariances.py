@@ -68,18 +68,18 @@ def test_padding_changes_no_gradient_even_if_it_holds_garbage(tiny_folder, tmp_p
     trainer = make_trainer(tiny_folder, tmp_path)
     rollouts = sampled(trainer)
     clean = step_taken(trainer, rollouts)
-    clean_loss = trainer.shares.reduce(trainer.accelerator)["policy/loss"]
+    clean_loss = trainer.metrics.reduce(trainer.accelerator)["policy/loss"]
     wide = trainer.sample(trainer.training_prompts(1), num_generations=4)
-    for name in ("completion_ids", "completion_mask", "sampling_logprobs", "advantages"):
+    for name in ("completion_ids", "completion_mask", "loss_mask", "sampling_logprobs", "advantages"):
         value = getattr(rollouts, name)
         garbage = torch.full((len(value), 5), float("nan")) if value.is_floating_point() else torch.full((16, 5), 9)
         setattr(wide, name, torch.cat([value, garbage.to(value.dtype)], dim=1))
-    wide.completion_mask[:, -5:] = False
+    wide.completion_mask[:, -5:] = wide.loss_mask[:, -5:] = False
     wide.scores = rollouts.scores
     for name in ("advantages", "sampling_logprobs"):
         getattr(wide, name)[~wide.completion_mask] = float("nan")
     torch.testing.assert_close(step_taken(trainer, wide), clean, atol=1e-6, rtol=1e-5)
-    assert trainer.shares.reduce(trainer.accelerator)["policy/loss"] == pytest.approx(clean_loss, abs=1e-6)
+    assert trainer.metrics.reduce(trainer.accelerator)["policy/loss"] == pytest.approx(clean_loss, abs=1e-6)
 
 
 def test_the_order_of_rows_changes_no_gradient(tiny_folder, tmp_path):
@@ -115,7 +115,7 @@ def test_gradient_clipping_sees_the_whole_minibatch(tiny_folder, tmp_path):
     for budget in (1, 100_000):
         trainer = make_trainer(tiny_folder, tmp_path / str(budget), max_tokens_per_microbatch=budget)
         step = step_taken(trainer, sampled(trainer))
-        norms.append(trainer.shares.reduce(trainer.accelerator)["policy/grad_norm"])
+        norms.append(trainer.metrics.reduce(trainer.accelerator)["policy/grad_norm"])
         assert norms[-1] == pytest.approx(float(step.norm()), rel=1e-4)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
@@ -125,7 +125,7 @@ def test_loss_and_metrics_do_not_depend_on_the_token_budget(tiny_folder, tmp_pat
     for budget in (1, 100_000):
         trainer = make_trainer(tiny_folder, tmp_path / str(budget), max_tokens_per_microbatch=budget, kl_coef=0.1)
         step_taken(trainer, sampled(trainer))
-        seen.append(trainer.shares.reduce(trainer.accelerator))
+        seen.append(trainer.metrics.reduce(trainer.accelerator))
     assert seen[0].keys() == seen[1].keys()
     for name, value in seen[0].items():
         assert value == pytest.approx(seen[1][name], abs=1e-5), name

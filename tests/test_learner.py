@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.config import RLConfig
-from common.learner import Learner
+from common.update.learner import Learner
 
 PEAK = 1e-3
 

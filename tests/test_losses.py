@@ -12,13 +12,13 @@ from common.losses import (
     clipped_policy_loss,
     clipped_surrogate,
     clipped_tokens,
-    clipped_value_loss,
     importance_ratio,
     kl_estimate,
     policy_metrics,
     sequence_ratio,
     token_weights,
 )
+from PPO.value_model import clipped_value_loss
 
 ESTIMATORS = ["k1", "k2", "k3"]
 
@@ -165,7 +165,11 @@ def test_the_clip_sees_the_ratio_of_a_token_or_of_the_whole_completion(rollouts,
     minibatch.advantages = torch.ones(1, 3)
     minibatch.old_logprobs = torch.tensor([[-1.0, -1.0, -1.0]])
     logprobs = minibatch.old_logprobs + torch.tensor([[2.0, 0.5, 1.0]]).log()
-    loss, metrics = clipped_policy_loss(logprobs, torch.zeros(1, 3), minibatch, (0.2, 0.3), level=level)
+    if level == "token":
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)
+    else:
+        ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)
+    loss, metrics = clipped_policy_loss(ratio, logprobs, torch.zeros(1, 3), minibatch, (0.2, 0.3))
     assert metrics["policy/clip_fraction"].tolist() == clipped
     expected = [[-1.3, -0.5, -1.0]] if level == "token" else [[-1.0, -1.0, -1.0]]
     torch.testing.assert_close(loss, torch.tensor(expected))

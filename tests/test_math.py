@@ -12,9 +12,9 @@ import pytest
 
 import common.tasks.math
 from common.config import RLConfig
+from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
 from common.tasks.math import boxed_reward, correct_reward
-from common.tiny import build_tokenizer
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

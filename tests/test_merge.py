@@ -10,10 +10,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common.checkpoints import save_checkpoint, save_final
+from common.embedded.policy import save_untrained
 from common.merge import MergeSettings, find_source, main, merge
-from common.tiny import save_untrained
-from common.weights import policy_weights
+from common.models.weights import policy_weights
+from common.runs.checkpoints import save_checkpoint, save_final
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.metrics import MetricShares, Progress, RunLog, Stopwatch, choose_trackers, memory_report
+from common.runs.log import Progress, RunLog, choose_trackers
+from common.runs.metrics import StepMetrics, Stopwatch, memory_report
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +36,21 @@ def read_lines(path):
 
 
 def test_a_mean_over_micro_batches_weighs_each_row_the_same(accelerator):
-    shares = MetricShares()
+    shares = StepMetrics()
     shares.add("length", 10.0, 1)
     shares.add("length", torch.tensor(2.0 + 3.0 + 5.0), torch.tensor(3))
     assert shares.reduce(accelerator) == {"length": 5.0}
 
 
 def test_a_mean_over_nothing_is_left_out(accelerator):
-    shares = MetricShares()
+    shares = StepMetrics()
     shares.add("kl", torch.tensor(0.0), torch.tensor(0))
     shares.add("score", 1.0, 2)
     assert shares.reduce(accelerator) == {"score": 0.5}
 
 
 def test_every_step_starts_from_nothing(accelerator):
-    shares = MetricShares()
+    shares = StepMetrics()
     shares.add("score", 6.0, 2)
     shares.reduce(accelerator)
     shares.add("score", 1.0, 1)
@@ -57,7 +58,7 @@ def test_every_step_starts_from_nothing(accelerator):
 
 
 def test_thousands_of_small_float32_shares_lose_nothing(accelerator):
-    shares, share = MetricShares(), torch.tensor(0.1)
+    shares, share = StepMetrics(), torch.tensor(0.1)
     for _ in range(2000):
         shares.add("kl", share, 1)
     assert shares.reduce(accelerator)["kl"] == pytest.approx(share.item(), rel=1e-12)
@@ -65,14 +66,14 @@ def test_thousands_of_small_float32_shares_lose_nothing(accelerator):
 
 def test_a_share_keeps_no_graph_and_no_later_change_of_the_tensor(accelerator):
     loss = torch.ones((), requires_grad=True) * 3.0
-    shares = MetricShares()
+    shares = StepMetrics()
     shares.add("policy/loss", loss, 1)
     loss.detach().zero_()
     assert shares.reduce(accelerator) == {"policy/loss": 3.0}
 
 
 def test_sums_are_added_and_of_peaks_the_highest_counts(accelerator):
-    shares = MetricShares()
+    shares = StepMetrics()
     for tokens, peak in ((7, 1.5), (5, 2.5), (1, 0.5)):
         shares.add_sum("tokens", tokens)
         shares.add_max("memory/peak_gb", peak)
@@ -83,7 +84,7 @@ def reduce_in_process(rank, port, answers):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     accelerator = Accelerator(cpu=True)
-    shares = MetricShares()
+    shares = StepMetrics()
     if rank == 0:  # three rows here, one there
         shares.add("score", torch.tensor(1.0 + 2.0 + 3.0), 3)
         shares.add("only_here", 4.0, 1)

@@ -8,18 +8,13 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from common import models
+from common import logprobs as logprobs_module
 from common.config import RLConfig
-from common.models import (
-    check_model,
-    end_token_ids,
-    load_policy,
-    load_reference,
-    save_model,
-    token_logprobs,
-    turn_end_token,
-)
+from common.embedded import check_model
+from common.logprobs import token_logprobs
+from common.models.loading import end_token_ids, load_policy, load_reference, save_model, turn_end_token
 from common.rollouts import Completion, PromptBatch, Rollouts
+from common.update.batches import forward_context
 
 T = 0.7
 
@@ -117,7 +112,7 @@ def test_chunking_the_head_changes_neither_values_nor_gradients(policy, rollouts
         return logprobs.detach(), [p.grad.clone() for p in policy.parameters()]
 
     whole = result()
-    monkeypatch.setattr(models, "MAX_CHUNK_LOGITS", chunk_tokens * policy.config.vocab_size)
+    monkeypatch.setattr(logprobs_module, "MAX_CHUNK_LOGITS", chunk_tokens * policy.config.vocab_size)
     chunked = result()
     torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=1e-5)
 
@@ -127,7 +122,7 @@ def test_the_fused_head_agrees_with_the_plain_one_in_values_and_gradients(policy
     places = torch.arange(ids.shape[1])[None, :]
     chosen = (places >= prompt_lengths[:, None]) & (places < rollouts.total_lengths[:, None])
     results = []
-    for head in (models._plain, models._fused):
+    for head in (logprobs_module._plain, logprobs_module._fused):
         policy.zero_grad()
         logprobs, entropy = head(policy, ids, chosen, T)
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
@@ -207,7 +202,7 @@ def test_bfloat16_trains_float32_weights(tiny_folder, rollouts):
     policy = load_policy(str(tiny_folder), RLConfig(), dtype=torch.bfloat16)
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     exact, _ = token_logprobs(policy, rollouts, 1.0)
-    with models.forward_context(torch.device("cpu"), torch.bfloat16):
+    with forward_context(torch.device("cpu"), torch.bfloat16):
         rounded, _ = token_logprobs(policy, rollouts, 1.0)
     assert rounded.dtype == torch.float32
     assert 0 < abs(rounded - exact).max() < 0.05

@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from common.tiny import save_untrained
+from common.embedded.policy import save_untrained
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.toy import without_curves
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.offload import ModelPool
+from common.models.pool import ModelPool
 
 
 def make_pool(offload: str = "always") -> tuple[ModelPool, nn.Linear, nn.Linear, torch.optim.Optimizer]:
@@ -155,7 +155,7 @@ def test_a_model_beside_another_brings_it_along_and_moves_only_what_is_its_own()
     pool, policy, *_ = make_pool()
     model = Beside(policy)
     homes = [model.head.weight.data_ptr(), policy.weight.data_ptr()]
-    pool.add("value", model, beside="policy")
+    pool.add("value", model, needs="policy")
     with pool.use("policy"):
         before = policy.weight.data_ptr()
         assert pool.resident == {"policy"} and model.head.weight.data_ptr() == homes[0]
@@ -174,7 +174,7 @@ def test_models_that_share_weights_train_the_same_bits_whatever_moves_and_each_o
         model = Beside(policy)
         nn.init.ones_(model.head.weight), nn.init.zeros_(model.head.bias)
         own = torch.optim.AdamW(model.head.parameters(), lr=0.1)
-        pool.add("value", model, optimizer=own, beside="policy")
+        pool.add("value", model, optimizer=own, needs="policy")
         frozen = policy.weight.clone()
         for _ in range(2):
             with pool.use("value", train=True) as value:

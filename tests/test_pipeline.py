@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.models import end_token_ids
-from common.sampling import SamplingSettings, VLLMSampler
-from common.sources import read_rows
+from common.data.rows import read_rows
+from common.models.loading import end_token_ids
+from common.models.weights import policy_weights
+from common.sampling.protocol import SamplingSettings
+from common.sampling.vllm_sampler import VLLMSampler
 from common.tasks.gsm8k import correct_reward
-from common.weights import policy_weights
 from examples.compare_algorithms.compare_algorithms import find_algorithms
 from examples.pipeline.pipeline import make_stages, read_settings, run_pipeline
 from examples.pipeline.records import RecordSettings, write_records

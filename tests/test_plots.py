@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from common.plots import Curves, _panels, draw_curves, running_mean
+from common.runs.plots import Curves, _panels, draw_curves, running_mean
 
 
 def metrics_of(step, num_steps):

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from common.advantages import generalized_advantages
-from common.values import token_values
 from PPO import value_initializer
 from PPO.ppo_trainer import PPOTrainer
+from PPO.value_model import token_values
 from tests.test_values import save_classifier
 from tests.toy import (
     metrics_of,
@@ -49,6 +49,10 @@ def toy_folder(tmp_path_factory):
 @pytest.fixture(params=BACKBONES)
 def backbone(request):
     return BACKBONES[request.param]
+
+
+def values_of(trainer, rollouts) -> torch.Tensor:
+    return trainer.for_each_token("value", rollouts, token_values)
 
 
 def ppo(model, folder, **settings) -> PPOTrainer:
@@ -100,9 +104,9 @@ def test_values_stay_with_their_rows_through_minibatches_and_micro_batches(toy_f
         settings = {"max_tokens_per_microbatch": budget, "num_minibatches": num_minibatches, "value_init": "none"}
         trainer = ppo(toy_folder, tmp_path / f"{budget} {num_minibatches}", **settings)
         rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
-        values = trainer.values(rollouts)
+        values = values_of(trainer, rollouts)
         order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
-        torch.testing.assert_close(trainer.values(rollouts[order]), values[order], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(values_of(trainer, rollouts[order]), values[order], atol=1e-6, rtol=1e-5)
         results.append(values)
     with trainer.models.use("value") as model:
         for row in range(16):
@@ -133,7 +137,7 @@ def test_values_do_not_depend_on_the_temperature(toy_folder, tmp_path):
     for temperature in (1.0, 0.5):
         trainer = ppo(toy_folder, tmp_path / str(temperature), temperature=temperature, value_init="none")
         rollouts = trainer.sample(trainer.training_prompts(1), greedy=True)
-        values.append(trainer.values(rollouts))
+        values.append(values_of(trainer, rollouts))
     assert torch.equal(*values)
 
 
@@ -188,7 +192,7 @@ def test_final_has_the_value_model_as_transformers_load_it(toy_folder, tmp_path,
     updates = updates_of(trainer)
     trainer.train()
     _, rollouts = updates[-1]
-    values = trainer.values(rollouts)
+    values = values_of(trainer, rollouts)
     folder = tmp_path / "run" / "final" / "value_model"
     model = AutoModelForTokenClassification.from_pretrained(folder)
     ids, prompt_lengths = rollouts.sequences()
@@ -300,7 +304,7 @@ def test_a_continued_run_does_not_fit_again(toy_folder, tmp_path, monkeypatch, b
 def test_a_zero_head_starts_at_zero_and_none_does_not(toy_folder, tmp_path, backbone):
     for kind in ("zero_head", "none"):
         trainer = ppo(toy_folder, tmp_path / kind, value_init=kind, **backbone)
-        values = trainer.values(trainer.sample(trainer.training_prompts(1), num_generations=2))
+        values = values_of(trainer, trainer.sample(trainer.training_prompts(1), num_generations=2))
         assert bool(values.any()) is (kind == "none")
 
 
@@ -327,7 +331,7 @@ def test_the_weights_with_the_least_held_out_error_are_kept_and_two_passes_witho
 
 def test_a_fit_that_only_makes_it_worse_leaves_the_values_at_zero(toy_folder, tmp_path):
     trainer = ppo(toy_folder, tmp_path / "run", num_steps=1, **(FIT | {"value_init_learning_rate": 3.0}))
-    values = trainer.values(trainer.sample(trainer.training_prompts(1), num_generations=2))
+    values = values_of(trainer, trainer.sample(trainer.training_prompts(1), num_generations=2))
     trainer.train()
     (line,) = metrics_of(tmp_path / "run")
     assert not values.any() and line["value_init/explained_variance_after"] == pytest.approx(0.0)
@@ -344,7 +348,7 @@ def test_a_model_with_a_score_is_scaled_and_shifted_to_the_returns(toy_folder, t
     trainer = ppo(toy_folder, tmp_path / "run", value_init=str(folder), value_init_prompts=20, num_steps=1, **lora)
     raw, _ = value_initializer.make_value_model(trainer)  # the model as it was
     batches = [value_initializer._returns(trainer, part) for part in range(1, 6)]
-    calibrated = [trainer.values(rollouts) for rollouts in batches]
+    calibrated = [values_of(trainer, rollouts) for rollouts in batches]
     uncalibrated = [token_values(raw, rollouts).detach() for rollouts in batches]
     masks = [rollouts.completion_mask for rollouts in batches]
     flat = [

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from common.config import RLConfig
-from common.data import PromptSet
+from common.data.prompts import PromptSet
+from common.data.rows import split_held_out
+from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
-from common.tasks.prompts import split_held_out
-from common.tiny import build_tokenizer
 
 
 def write(path, rows):

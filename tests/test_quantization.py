@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.config import RLConfig
-from common.models import load_policy, save_model
-from common.offload import ModelPool
-from common.quantization import in_floating_point, is_quantized, scales
-from common.tiny import build_tokenizer
-from common.weights import policy_weights
+from common.embedded.policy import build_tokenizer
+from common.models.loading import load_policy, save_model
+from common.models.pool import ModelPool
+from common.models.quantization import in_floating_point, is_quantized, scales
+from common.models.weights import policy_weights
 from tests.toy import metrics_of, save_toy_policy, toy_trainer, without_curves
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from common.models import check_model, load_tokenizer, resolve_model
-from common.tiny import TINY_POLICIES, tiny_policy
+from common.embedded import check_model, load_tokenizer, resolve_model
+from common.embedded.policy import TINY_POLICIES, tiny_policy
 from GRPO.grpo_trainer import GRPOConfig
 from tests.toy import metrics_of, without_curves
 
@@ -62,7 +62,9 @@ def test_with_a_gpu_it_is_sparse_grpo_of_a_base_model_on_countdown(with_gpu):
 def test_without_a_gpu_it_is_the_larger_embedded_default():
     config = grpo_r1.parse([])
     assert config.preset == "cpu" and config.sparse
-    assert {name: vars(config)[name] for name in grpo_r1.EMBEDDED} == grpo_r1.EMBEDDED
+    assert {name: vars(config)[name] for name in grpo_r1.EMBEDDED} == {
+        name: pair[1] for name, pair in grpo_r1.EMBEDDED.items()
+    }
 
 
 def test_mathematics_has_its_own_data_and_settings(with_gpu):
@@ -70,7 +72,7 @@ def test_mathematics_has_its_own_data_and_settings(with_gpu):
     assert config.task == "math" and config.num_steps == 7
     assert config.dataset is config.rewards is config.reward_weights is None  # the task's own
     assert config.num_eval_prompts == 500 and config.eval_temperature == 0 and config.num_generations == 4
-    changed = {name for name, value in vars(config).items() if value != vars(grpo_r1.SETTINGS)[name]}
+    changed = {name for name, value in asdict(config).items() if value != vars(grpo_r1.SETTINGS)[name]}
     assert changed == {*grpo_r1.MATH, "task", "dataset", "rewards", "reward_weights", "preset"} - {"num_generations"}
 
 
@@ -99,7 +101,7 @@ def test_the_larger_policy_is_known_by_its_name_and_built_from_its_own_settings(
 
 
 def test_a_run_ends_with_both_curves_in_its_folder(tiny_folder, tmp_path, monkeypatch, capsys):
-    rows = train(monkeypatch, tiny_folder, tmp_path / "run")
+    rows = train(monkeypatch, tiny_folder, tmp_path / "run", "--dataset", "generated-3to4")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all({"eval/accuracy", "eval/length"} <= row.keys() for row in rows)
     assert (tmp_path / "run" / "r1.png").read_bytes().startswith(b"\x89PNG")

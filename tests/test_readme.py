@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.models import token_logprobs
-from common.reward_choice import load_reward
+from common.logprobs import token_logprobs
+from common.rewards.choose import load_reward
 from common.trainer import OnPolicyTrainer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.toy import toy_config, toy_task

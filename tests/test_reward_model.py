@@ -19,9 +19,9 @@ from transformers import (
     Qwen2ForSequenceClassification,
 )
 
-from common.offload import ModelPool
-from common.reward_model import RewardModel, as_messages
-from common.tiny import EOS, build_tokenizer
+from common.embedded.policy import EOS, build_tokenizer
+from common.models.pool import ModelPool
+from common.rewards.reward_model import RewardModel, as_messages
 
 CPU = torch.device("cpu")
 HH_RLHF = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf" / "harmless-base" / "test.jsonl.gz"

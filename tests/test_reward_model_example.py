@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from common.offload import ModelPool
-from common.reward_model import RewardModel
+from common.models.pool import ModelPool
+from common.rewards.reward_model import RewardModel
 from examples.reward_model.reward_model import (
     SETTINGS,
     TINY,

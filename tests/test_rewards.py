@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from common.offload import ModelPool
-from common.reward_choice import ScoringSettings, load_reward, make_scorer
-from common.rewards import RewardModel, Scorer
+from common.models.pool import ModelPool
+from common.rewards.choose import ScoringSettings, load_reward, make_scorer
+from common.rewards.scorer import RewardModel, Scorer
 from tests.test_reward_model import save_pair_encoder
 
 MESSAGES = ScoringSettings(conversational=True)

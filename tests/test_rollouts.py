@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.batching import microbatch_rows
 from common.rollouts import Completion, PromptBatch, Rollouts, filler
+from common.update.rows import microbatch_rows
 
 END = 9
 
@@ -164,7 +164,7 @@ def test_what_is_not_known_yet_stays_unknown(rollouts):
 def test_moving_to_a_device_moves_every_tensor(rollouts):
     moved = with_every_field(rollouts).to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 15 and all(tensor.device.type == "meta" for tensor in tensors)
+    assert len(tensors) == 16 and all(tensor.device.type == "meta" for tensor in tensors)
     assert moved.prompts == rollouts.prompts
 
 

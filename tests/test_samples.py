@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import run_script
-from common.samples import MAX_TEXT, PAGE_PARTS, _hash, main, read_run, spread_evenly, write_page
+from common.samples.page import MAX_TEXT, PAGE_PARTS, _hash, main, read_run, spread_evenly, write_page
 from tests.toy import samples_of, toy_trainer
 
 HOSTILE = [
@@ -245,7 +245,7 @@ def test_the_page_of_several_runs_needs_a_place(tmp_path):
 def test_the_page_is_part_of_an_installation():
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["common"]
-    installed = {path for pattern in patterns for path in PAGE_PARTS.parent.glob(pattern)}
+    installed = {path for pattern in patterns for path in (PAGE_PARTS.parents[1]).glob(pattern)}
     assert set(PAGE_PARTS.iterdir()) <= installed
 
 

@@ -9,9 +9,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from common.engine import check_installed
-from common.sampling import SamplingSettings, TransformersSampler, VLLMSampler, sampling_seed
-from common.weights import policy_weights
+from common.models.weights import policy_weights
+from common.sampling.protocol import SamplingSettings, sampling_seed
+from common.sampling.torch_sampler import TransformersSampler
+from common.sampling.vllm_engine import check_installed
+from common.sampling.vllm_sampler import VLLMSampler
 from tests.fixtures_engine import (
     VOCABULARY,
     completion_logits,
@@ -30,8 +32,8 @@ def on_the_policy(model, **options):
     return TransformersSampler(lambda: nullcontext(model), device=torch.device("cpu"), **options)
 
 
-def seeds_of(step, count, stream="train"):
-    return [sampling_seed(0, step, row, stream) for row in range(count)]
+def seeds_of(step, count, purpose="train"):
+    return [sampling_seed(0, step, row, purpose) for row in range(count)]
 
 
 def tokens(completions):
@@ -372,8 +374,9 @@ ONE_OF_TWO_PROCESSES = """
 import common.environment; common.environment.prepare_environment()
 import gc, os, random, sys
 import numpy, torch, torch.distributed as dist
-from common.sampling import SamplingSettings, VLLMSampler, sampling_seed
-from common.weights import policy_weights
+from common.sampling.protocol import SamplingSettings, sampling_seed
+from common.sampling.vllm_sampler import VLLMSampler
+from common.models.weights import policy_weights
 from tests.fixtures_engine import untrained_model
 
 torch.set_num_threads(2)

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl.chat_template_utils import qwen2_5_chat_template, qwen3_chat_template
 
 from common.config import RLConfig
-from common.data import PromptSet
-from common.models import end_token_ids
+from common.data.prompts import PromptSet
+from common.embedded.policy import build_tokenizer as byte_tokenizer
+from common.models.loading import end_token_ids
 from common.tasks import load_task
 from common.tasks.gsm8k import correct_reward, strict_format_reward, tags_reward
-from common.tiny import build_tokenizer as byte_tokenizer
 from examples.sft.conversations import IGNORED, encode, end_of_turn, read_examples
 from examples.sft.sft import (
     SFTSettings,

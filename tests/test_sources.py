@@ -4,9 +4,9 @@ import datasets
 import pytest
 
 from common.config import RLConfig
-from common.sources import read_rows
+from common.data.rows import read_rows
+from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
-from common.tiny import build_tokenizer
 
 ROWS = [{"question": f"What is {a} + 1?", "answer": f"#### {a + 1}"} for a in range(6)]
 

@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.arithmetic import evaluate
-from common.tasks.countdown import equation_reward, format_reward, problem_key, problems
-from common.tiny import (
+from common.embedded.policy import (
     TINY_POLICIES,
     TinySettings,
     build_policy,
@@ -27,6 +25,8 @@ from common.tiny import (
     train_policy,
     write_lesson,
 )
+from common.tasks._arithmetic import evaluate
+from common.tasks.countdown import equation_reward, format_reward, problem_key, problems
 
 SMALL = TinySettings(
     hidden_size=16,
@@ -293,7 +293,7 @@ def test_an_interrupted_warm_start_leaves_nothing_that_is_picked_up(tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("common.tiny.train_policy", interrupt)
+        patch.setattr("common.embedded.policy.train_policy", interrupt)
         tiny_policy(SMALL, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     assert (tiny_policy(SMALL, tmp_path) / "model.safetensors").is_file()

@@ -77,7 +77,7 @@ def our_step(trainer: OnPolicyTrainer) -> Step:
     """A real step of two epochs."""
     sampling, later = two_policies(trainer.policy.parameters)
     put_weights(trainer.policy.parameters, sampling)
-    trainer.generation.sampler = FixedSampler(fixed_completions(trainer.tokenizer.eos_token_id))
+    trainer.policy_sampler.sampler = FixedSampler(fixed_completions(trainer.tokenizer.eos_token_id))
     gradients = record_gradients(trainer.policy, move_to=later)
     loss, advantages = trainer.loss, {}
 
@@ -88,7 +88,7 @@ def our_step(trainer: OnPolicyTrainer) -> Step:
     trainer.loss = recorded_loss
     trainer.current_step = 1
     trainer.step(trainer.training_prompts(1))
-    metrics = trainer.shares.reduce(trainer.accelerator)
+    metrics = trainer.metrics.reduce(trainer.accelerator)
     return Step(gradients, metrics, [advantages[row] for row in range(len(SCORES))])
 
 

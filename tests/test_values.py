@@ -12,8 +12,9 @@ from transformers import (
 )
 
 from common.config import RLConfig
-from common.models import forward_context, load_policy
-from common.values import (
+from common.models.loading import load_policy
+from common.update.batches import forward_context
+from PPO.value_model import (
     ValueModel,
     explained_variance,
     load_scored_value_model,

@@ -10,9 +10,11 @@ from itertools import islice, product
 import pytest
 import torch
 
+from common.embedded.policy import save_untrained
 from common.rollouts import Completion, PromptBatch, Rollouts
-from common.sampling import SamplingSettings, TransformersSampler, sampling_seed
-from common.tiny import save_untrained
+from common.sampling.prefixes import PrefixSampler
+from common.sampling.protocol import SamplingSettings, sampling_seed
+from common.sampling.torch_sampler import TransformersSampler
 from tests.enumeration import PROMPT_IDS, Enumeration, FixedSampler, save_four_token_model
 from tests.fixtures_engine import completion_logprobs, untrained_model
 from tests.toy import (
@@ -24,7 +26,7 @@ from tests.toy import (
     updates_of,
     without_curves,
 )
-from VinePPO.continuations import PrefixSampler, chunk_starts, sample_continuations
+from VinePPO.chunks import chunk_starts
 from VinePPO.vineppo_trainer import VinePPOConfig, VinePPOTrainer
 
 
@@ -162,7 +164,7 @@ def test_no_request_is_longer_than_the_sampler_takes_and_equal_prefixes_need_one
             num_steps=1,
             max_prompt_length=9,
         )
-        trainer.generation.sampler = recording = Recording(trainer.generation.sampler)
+        trainer.policy_sampler.sampler = recording = Recording(trainer.policy_sampler.sampler)
         trainer.train()
         for prompts, max_tokens, _ in recording.requests:
             assert max(map(len, prompts)) + max_tokens <= 9 + 12
@@ -171,7 +173,7 @@ def test_no_request_is_longer_than_the_sampler_takes_and_equal_prefixes_need_one
 
 def test_every_seed_of_a_run_is_another_one(toy_folder, tmp_path):
     trainer = vine_trainer(toy_folder, tmp_path / "run", chunk_length=1, num_generations=2, num_steps=3)
-    trainer.generation.sampler = recording = Recording(trainer.generation.sampler)
+    trainer.policy_sampler.sampler = recording = Recording(trainer.policy_sampler.sampler)
     trainer.train()
     seeds = [seed for _, _, seeds in recording.requests for seed in seeds]
     assert len(seeds) > 100 and len(set(seeds)) == len(seeds)
@@ -183,7 +185,7 @@ def test_a_continuation_is_scored_as_a_completion_of_its_prompt_with_its_columns
     rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
     rows, places = torch.tensor([15, 3, 7]), torch.tensor([2, 0, 1])
     rows = torch.where(rollouts.lengths[rows] > places, rows, rollouts.lengths.argmax())
-    vine = sample_continuations(trainer, rollouts, rows, places, 3)
+    vine = trainer.continue_from(rollouts, rows, places, num_generations=3, purpose="vine")
     for number, text in enumerate(vine.completions):
         row, place = int(rows[number // 3]), int(places[number // 3])
         assert vine.prompts[number] == rollouts.prompts[row]
@@ -250,7 +252,7 @@ def test_values_do_not_depend_on_who_else_is_on_the_process(toy_folder, tmp_path
         parts = []
         for process in range(num_processes):
             prompts = trainer.prompts.batch(1, num_prompts=4, process=process, num_processes=num_processes)
-            rollouts = trainer.generation.sample(prompts, num_generations=4, greedy=False, stream="train")
+            rollouts = trainer.policy_sampler.sample(prompts, num_generations=4, greedy=False, purpose="train")
             starts = chunk_starts(rollouts, trainer.tokenizer, chunk_length=2, separator=None)
             part = trainer.state_values(rollouts, starts)
             parts.append(torch.nn.functional.pad(part, (0, 12 - part.shape[1])))
@@ -341,7 +343,7 @@ def gradient_of_step(world, folder, **settings):
         for _, _, vine in group:
             for place, rest in vine:
                 script.setdefault(place, []).append(rest)
-    trainer.generation.sampler = Scripted([row[1] for group in groups for row in group], script)
+    trainer.policy_sampler.sampler = Scripted([row[1] for group in groups for row in group], script)
     (gradient,) = world.weighed_step(trainer, probabilities)
     return gradient
 
@@ -423,7 +425,7 @@ def test_with_vllm_continuations_are_the_trained_policys_and_a_run_resumes(tmp_p
     trainer.current_step = 5
     rollouts = trainer.sample(trainer.training_prompts(5), num_generations=4)
     rows = (rollouts.lengths > 5).nonzero().flatten()
-    vine = sample_continuations(trainer, rollouts, rows, torch.full((len(rows),), 5), 3)
+    vine = trainer.continue_from(rollouts, rows, torch.full((len(rows),), 5), num_generations=3, purpose="vine")
     vine.step_lengths = vine.lengths
     vine.rows = torch.arange(len(vine))
     logprobs = trainer.logprobs("policy", vine)
@@ -440,6 +442,7 @@ def test_two_processes_train_as_one(tiny_folder, tmp_path):
             *("VinePPO/vineppo.py", "--preset", "cpu", "--model", str(tiny_folder), "--sampler", "transformers"),
             *("--output_dir", str(folder), "--num_steps", "2", "--prompts_per_step", "4", "--num_generations", "2"),
             *("--max_completion_length", "24", "--chunk_length", "7", "--eval_every", "0", "--kl_coef", "0.01"),
+            *("--task", "countdown", "--use_lora", "false", "--max_prompt_length", "16", "--learning_rate", "3e-4"),
         ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

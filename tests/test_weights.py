@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from common.sampling import SamplingSettings, TransformersSampler, sampling_seed
-from common.weights import checkpoint_shapes, policy_weights
+from common.models.weights import checkpoint_shapes, policy_weights
+from common.sampling.protocol import SamplingSettings, sampling_seed
+from common.sampling.torch_sampler import TransformersSampler
 from tests.fixtures_engine import completion_logprobs, greedy_by_full_passes, untrained_model
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks.hostile import hostile_completions, task_rules
-from common.rewards import Scorer
-from common.workers import Limits, RuleWorker, is_rule, rule
+from common.rewards.rules import Limits, RuleWorker, is_rule, rule
+from common.rewards.scorer import Scorer
 from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task
 
 SHORT = Limits(seconds=0.3, gigabytes=0.5)

@@ -13,11 +13,11 @@ import torch
 from transformers import GenerationConfig
 
 from common.config import RLConfig
-from common.learner import Learner
+from common.embedded.policy import save_untrained
 from common.rollouts import Rollouts
 from common.tasks import Task
-from common.tiny import save_untrained
 from common.trainer import OnPolicyTrainer
+from common.update.learner import Learner
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +121,7 @@ def _align_weights(file: Path) -> None:
 def without_curves() -> Iterator[None]:
     """Leave curves.png out, which takes most of a toy run's time; test_plots.py and test_trainer.py look at it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.run.draw_curves", lambda folder: None)
+        patch.setattr("common.runs.run.draw_curves", lambda folder: None)
         yield
 
 

@@ -4,6 +4,8 @@ Completions come from the sampler that training uses, with the same seeds; score
 that training uses. The same command shows the result that is there, and samples only what is not.
 """
 
+from __future__ import annotations  # types that take seconds to import are named, not loaded
+
 import logging
 import os
 import subprocess
@@ -12,28 +14,27 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import Accelerator
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
-from common.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
 from common.cli import as_arguments, parse_settings
-from common.data import PromptSet
-from common.evaluation import confidence_interval, evaluation_shares, judge
+from common.data.prompts import PromptSet
+from common.embedded import check_model, load_tokenizer, resolve_model
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
-from common.generation import Generation
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, load
-from common.metrics import MetricShares, Stopwatch
-from common.models import check_model, compute_dtype, end_token_ids, load_tokenizer, resolve_model
-from common.offload import ModelPool
+from common.models.loading import compute_dtype, end_token_ids
+from common.models.pool import ModelPool
+from common.models.weights import policy_weights
 from common.rollouts import Rollouts
-from common.sampling import check_sampler
+from common.runs.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
+from common.runs.measures import confidence_interval, evaluation_means, judge
+from common.runs.metrics import StepMetrics, Stopwatch
+from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import task_scorer
-from common.weights import policy_weights
 
 logger = logging.getLogger("nanorlhf")
 
@@ -99,18 +100,18 @@ class Evaluation:
     def run(self) -> None:
         """Sample, score, and write the folder."""
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        watch = Stopwatch(accelerator.device)
+        stopwatch = Stopwatch(accelerator.device)
         scorer = task_scorer(self.task, self.config)  # first: it forks, and that is cheap while no model is loaded
-        with watch("load"):
-            generation = self._load(accelerator.device, watch)
+        with stopwatch("load"):
+            generation = self._load(accelerator.device, stopwatch)
         num_samples = self.config.eval_num_samples
         logger.info("%s: sampling %d x %d completions", self.model, len(self.prompts), num_samples)
         rollouts = generation.sample_for_evaluation(self.prompts.share(), show_progress=sys.stderr.isatty())
-        with watch("score"):
+        with stopwatch("score"):
             rollouts.scores = judge(rollouts, scorer)
-        judged_by, shares = {"accuracy": self.task.accuracy, "format": self.task.format}, MetricShares()
-        evaluation_shares(rollouts, **judged_by, num_samples=num_samples, shares=shares)
-        score = self._score(rollouts, shares.reduce(accelerator), watch.read_and_reset())
+        judged_by, metrics = {"accuracy": self.task.accuracy, "format": self.task.format}, StepMetrics()
+        evaluation_means(rollouts, **judged_by, num_samples=num_samples, metrics=metrics)
+        score = self._score(rollouts, metrics.reduce(accelerator), stopwatch.read_and_reset())
         score["over_limit"] = {name: int(rows.sum()) for name, rows in scorer.over_limit.items()}
         score["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         write_result(self.folder, score, rollouts, accuracy=self.task.accuracy)
@@ -129,15 +130,15 @@ class Evaluation:
                 "--max_prompt_length."
             )
 
-    def _load(self, device: torch.device, watch: Stopwatch) -> Generation:
+    def _load(self, device: torch.device, stopwatch: Stopwatch) -> PolicySampler:
         """The model, ready to sample from."""
         dtype = compute_dtype(self.config, device)
         model = _load_merged(self.source).to(dtype)
         # vLLM has weights of its own, and takes the device for itself.
-        models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", watch)
+        models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
         models.add("policy", model)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
-        return Generation(self.config, self.source.base, models=models, dtype=dtype, watch=watch, **tokens)
+        return PolicySampler(self.config, self.source.base, models=models, dtype=dtype, stopwatch=stopwatch, **tokens)
 
     def _score(self, rollouts: Rollouts, means: dict[str, float], timings: dict[str, float]) -> Score:
         means = {name.removeprefix("eval/"): value for name, value in means.items()}
@@ -222,7 +223,7 @@ def _find_model(model: str, adapter: str | None) -> Source:
     return source
 
 
-def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+def _load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer that lies with the adapter, else that of the model."""
     has_own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
     place = str(source.adapter) if has_own else source.base
@@ -239,10 +240,10 @@ def _load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_merged(source: Source) -> PreTrainedModel:
+def _load_merged(source: Source) -> transformers.PreTrainedModel:
     """The model on the CPU, its adapter merged as `python -m common.merge` merges it."""
     model = load(source)
-    if not isinstance(model, PeftModel):
+    if source.adapter is None:
         return model
     weights = dict(policy_weights(model))
     model = model.unload()
@@ -252,7 +253,7 @@ def _load_merged(source: Source) -> PreTrainedModel:
 
 def _context_length(model: str) -> int | None:
     """Tokens that a model has room for; None if its configuration does not say."""
-    return AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
+    return transformers.AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
 
 
 def _fingerprint(source: Source) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.evaluation import is_one, sizes_of_k
-from common.metrics import json_line
 from common.rollouts import Rollouts
+from common.runs.log import json_line
+from common.runs.measures import is_one, sizes_of_k
 
 SCORE_FILE, OUTPUTS_FILE, TABLE_FILE = "score.json", "outputs.jsonl", "table.md"
 

@@ -7,10 +7,10 @@ of the set counts, unless the set is what is held out of a larger one.
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from common.config import RLConfig
-from common.sources import read_rows
+from common.data.rows import read_rows
 from common.tasks import Task, load_task
 from common.tasks.countdown import GENERATED, problems
 from common.tasks.math import ANSWER_COLUMNS, QUESTION_COLUMNS
@@ -68,7 +68,7 @@ def find_set(name: str, dataset: str | None, *, is_chat: bool) -> EvaluationSet:
     return named if dataset is None else replace(named, dataset=dataset)
 
 
-def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
     """Load a set with the rewards of its task.
 
     Args:

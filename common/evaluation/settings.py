@@ -5,8 +5,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
-from common.config import RLConfig
-from common.declared import as_declared
+from common.config import RLConfig, as_declared
 
 # Longer than any prompt or completion.
 NO_LIMIT = 2**31

@@ -1,88 +1,9 @@
 """Tasks: each module gives prompts with their answer columns, and the rewards that go with them.
 
-A task is a module with `load(config, tokenizer) -> Task`; its name is the value of `--task`. No list to edit.
+A task is a module with `load(config, tokenizer) -> Task`; its name is the value of `--task`. No list to edit: every
+module in here is a task, unless its name begins with an underscore.
 """
 
-import importlib
-import pkgutil
-from dataclasses import dataclass
+from common.tasks._task import Task, check_task, load_task, task_scorer
 
-from transformers import PreTrainedTokenizerBase
-
-from common.config import RLConfig
-from common.reward_choice import ScoringSettings, make_scorer
-from common.rewards import RewardFunction, Scorer
-from common.workers import Limits
-
-
-@dataclass(kw_only=True)
-class Task:
-    """What to learn.
-
-    Attributes:
-        train: rows to train on: {"prompt": text or a list of chat messages, **columns}.
-        eval: rows held out, same form.
-        rewards: the task's reward functions by name.
-        reward_weights: weight of each in the score.
-        accuracy: the reward whose value 1 means a right answer; None if no reward says so.
-        format: the reward whose value 1 means that the answer has the form that was asked for; None if none says so.
-        default_rewards: what the setting `rewards` is if it is not given, also reward models; None: all of `rewards`.
-    """
-
-    train: list[dict]
-    eval: list[dict]
-    rewards: dict[str, RewardFunction]
-    reward_weights: dict[str, float]
-    accuracy: str | None
-    format: str | None = None
-    default_rewards: list[str] | None = None
-
-
-def load_task(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
-    """Load the task that `config.task` names.
-
-    Args:
-        config: task, dataset, dataset_split and num_eval_prompts are read.
-        tokenizer: the policy's; tasks look whether it has a chat template.
-
-    Returns:
-        The task.
-
-    Raises:
-        ValueError: if there is no such task, or its data cannot be read.
-    """
-    check_task(config.task)
-    return importlib.import_module(f"common.tasks.{config.task}").load(config, tokenizer)
-
-
-def task_scorer(task: Task, config: RLConfig) -> Scorer:
-    """The rewards that the settings name, or else the task's own.
-
-    Raises:
-        ValueError: for a reward that is not there.
-    """
-    limits = None
-    if config.reward_time_limit:
-        limits = Limits(seconds=config.reward_time_limit, gigabytes=config.reward_memory_limit)
-    return make_scorer(
-        task.rewards,
-        task.reward_weights,
-        names=config.rewards or task.default_rewards,
-        weights=config.reward_weights,
-        settings=ScoringSettings(
-            conversational=config.reward_format == "conversational",
-            max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-            limits=limits,
-        ),
-    )
-
-
-def check_task(name: str) -> None:
-    """Refuse a task that is not there, before any model is loaded.
-
-    Raises:
-        ValueError: naming the tasks that are there.
-    """
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    if name not in known:
-        raise ValueError(f"task={name!r}: there is no such task. Pass --task with one of {', '.join(known)}.")
+__all__ = ["Task", "check_task", "load_task", "task_scorer"]

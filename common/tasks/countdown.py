@@ -2,7 +2,7 @@
 
 Problems are generated here (small enough for the tiny policy), or read from a hub data set or a local file in the
 schema of Jiayi-Pan/Countdown-Tasks-3to4. The rewards are two rules: one for the shape of the completion, one for the
-equation. Policies and their training are elsewhere; common/tiny.py builds its lessons from `problems` and `tries`.
+equation. Policies and their training are elsewhere; common/embedded/policy.py builds its lessons from `problems` and `tries`.
 """
 
 import re
@@ -10,14 +10,13 @@ from functools import cache, partial
 from itertools import chain, combinations_with_replacement, permutations, product
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+import transformers
 
-from common.arithmetic import evaluate
 from common.config import RLConfig
-from common.sources import read_rows
+from common.data.rows import read_rows, split_held_out
+from common.rewards.rules import rule
 from common.tasks import Task
-from common.tasks.prompts import split_held_out
-from common.workers import rule
+from common.tasks._arithmetic import evaluate
 
 NUM_HELD_OUT = 256  # generated problems of each size that neither the tiny policies' warm start nor RL ever sees
 TOLERANCE = 1e-5
@@ -41,7 +40,7 @@ _ARITHMETIC = re.compile(r"[0-9+\-*/().\s]+", re.ASCII)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
     """Give Countdown prompts, held-out prompts and the two rewards.
 
     Args:

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from common.config import RLConfig
-from common.sources import read_rows
+from common.data.rows import read_rows, split_held_out, take_held_out
+from common.rewards.rules import rule
 from common.tasks import Task
-from common.tasks.prompts import split_held_out, take_held_out
-from common.workers import rule
 
 HUB_DATASET = "openai/gsm8k:main"
 TOLERANCE = 1e-6
@@ -44,7 +43,7 @@ _NUMBER = re.compile(
 _GOLD = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 
 
-def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
     """Give GSM8K prompts, held-out prompts and the five rewards.
 
     Args:
@@ -159,7 +158,7 @@ def length_reward(
     prompts: list[str],
     completions: list[str],
     *,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: transformers.PreTrainedTokenizerBase,
     full_length: int,
     **columns: list,
 ) -> list[float]:

@@ -5,19 +5,18 @@ prompts are read here: which answer people preferred teaches a reward model, in 
 """
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from common.config import RLConfig
-from common.dialogues import conversation, dialogue
-from common.sources import read_rows
+from common.data.dialogues import conversation, dialogue
+from common.data.rows import SPLIT_SEED, read_rows
 from common.tasks import Task
 
 DATASET = "Anthropic/hh-rlhf"
 REWARD_MODEL = "OpenAssistant/reward-model-deberta-v3-large-v2"
-SPLIT_SEED = 42  # held-out prompts are the same whatever the seed of the run
 
 
-def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
     """Give dialogues that end in a human's turn; the reward is a model.
 
     Args:

@@ -12,15 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import sympy
+import transformers
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy.functions.combinatorial.factorials import CombinatorialFunction
-from transformers import PreTrainedTokenizerBase
 
 from common.config import RLConfig
-from common.sources import read_rows
+from common.data.rows import read_rows, split_held_out, take_held_out
+from common.rewards.rules import rule
 from common.tasks import Task
-from common.tasks.prompts import split_held_out, take_held_out
-from common.workers import rule
 
 # Math-Verify warns that its time limits are off. They are signals, which only the main thread can use.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -69,7 +68,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0)]
 
 
-def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
     """Give problems, held-out problems and the two rewards.
 
     Args:

@@ -1,22 +1,17 @@
 """Any data set with a column `prompt`: text, or chat messages in the conversational form of trl.
 
 What a good completion is, the run says: this task has no rewards of its own, and every other column of the data set
-travels to the rewards that the settings name. Here is also how tasks without a split of their own hold rows out.
+travels to the rewards that the settings name.
 """
 
-from collections.abc import Callable, Hashable
-
-import numpy as np
-from transformers import PreTrainedTokenizerBase
+import transformers
 
 from common.config import RLConfig
-from common.sources import read_rows
+from common.data.rows import read_rows, split_held_out
 from common.tasks import Task
 
-SPLIT_SEED = 42  # of published results on Countdown and others, whatever the seed of the run
 
-
-def load(config: RLConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
     """Give the prompts of `config.dataset` with all its columns; a column that a row lacks is None there.
 
     Args:
@@ -65,59 +60,3 @@ def _is_prompt(prompt: object) -> bool:
         isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         for message in prompt
     )
-
-
-def prompt_key(row: dict) -> str:
-    """What makes two rows the same prompt."""
-    return str(row["prompt"])
-
-
-def split_held_out(
-    rows: list[dict], num_held_out: int, *, key: Callable[[dict], Hashable] = prompt_key
-) -> tuple[list[dict], list[dict]]:
-    """Shuffle rows and hold some out; what is held out does not stay among the training rows in another row.
-
-    The shuffle is that of `datasets.Dataset.train_test_split(seed=42)`, so that on data whose published results used
-    it, results can be compared.
-
-    Args:
-        rows: `prompt` each, or what `key` needs, and any other columns.
-        num_held_out: number of rows to hold out; with 0 the rows stay in their order.
-        key: equal for rows that are the same problem.
-
-    Returns:
-        Training rows and held-out rows.
-
-    Raises:
-        ValueError: no row would be left to train on.
-    """
-    if num_held_out == 0:
-        return rows, []
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows)).tolist()
-    held_out = [rows[index] for index in order[:num_held_out]]
-    seen = {key(row) for row in held_out}
-    train = [rows[index] for index in order[num_held_out:] if key(rows[index]) not in seen]
-    if not train:
-        raise ValueError(
-            f"num_eval_prompts={num_held_out}: the data has {len(rows)} rows, and none would be left to train on that "
-            f"is not also held out. Pass a smaller --num_eval_prompts or more data."
-        )
-    return train, held_out
-
-
-def take_held_out(rows: list[dict], num_held_out: int) -> list[dict]:
-    """The first rows of a split that is there for evaluation.
-
-    Args:
-        rows: the whole split.
-        num_held_out: how many to take.
-
-    Raises:
-        ValueError: the split has fewer.
-    """
-    if num_held_out > len(rows):
-        raise ValueError(
-            f"num_eval_prompts={num_held_out}: the split for evaluation has {len(rows)} rows, and each is evaluated "
-            f"once. Pass --num_eval_prompts {len(rows)} or fewer."
-        )
-    return rows[:num_held_out]

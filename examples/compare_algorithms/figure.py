@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.plots import FAINT, INK, PALETTE
+from common.runs.plots import FAINT, INK, PALETTE
 from examples.compare_algorithms.runs import FinishedRun
 
 PANELS = {

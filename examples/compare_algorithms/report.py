@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from common.checkpoints import MAY_CHANGE, write_file
+from common.runs.checkpoints import MAY_CHANGE, write_file
 from examples.compare_algorithms.figure import picture
 from examples.compare_algorithms.runs import FinishedRun, check_equal, comparable_runs, must_be_equal
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from common.checkpoints import CONFIG_FILE, FINAL_FOLDER, MAY_CHANGE
-from common.metrics import METRICS_FILE
-from common.plots import Curves
+from common.runs.checkpoints import CONFIG_FILE, FINAL_FOLDER, MAY_CHANGE
+from common.runs.log import METRICS_FILE
+from common.runs.plots import Curves
 
 # Two runs are comparable when these settings are equal, and all whose names begin with EQUAL_PREFIXES.
 EQUAL = (

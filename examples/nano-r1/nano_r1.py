@@ -8,40 +8,40 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import parse_config, report, run_script
+from common.start import start
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 SETTINGS = GRPOConfig(
     # What to train, on what
-    model="Qwen/Qwen2.5-3B-Instruct",
-    task="gsm8k",
+    model="Qwen/Qwen2.5-3B-Instruct",  # cpu: "tiny"
+    task="gsm8k",  # cpu: "countdown"
     dataset=None,  # openai/gsm8k
     dataset_split="train",
     num_eval_prompts=256,
-    rewards=["correct", "strict_format", "soft_format", "tags", "length"],
-    reward_weights=[2.0, 0.5, 0.5, 0.5, 2.0],
+    rewards=["correct", "strict_format", "soft_format", "tags", "length"],  # cpu: ["format", "equation"]
+    reward_weights=[2.0, 0.5, 0.5, 0.5, 2.0],  # cpu: [0.1, 0.9]
     reward_format="text",
     reward_time_limit=1.0,
     reward_memory_limit=2.0,
     prompt_file=None,
     enable_thinking=None,
     # Steps
-    num_steps=250,
-    prompts_per_step=8,  # the original has 1, and 1000 steps: cheaper steps and noisier ones
-    num_generations=12,
+    num_steps=250,  # cpu: 60
+    prompts_per_step=8,  # cpu: 32; the original has 1, and 1000 steps: cheaper steps and noisier ones
+    num_generations=12,  # cpu: 8
     num_minibatches=1,
     num_update_epochs=1,
     # Sampling
     sampler="vllm",
     temperature=1.0,
-    max_prompt_length=256,
-    max_completion_length=1024,
+    max_prompt_length=256,  # cpu: 16
+    max_completion_length=1024,  # cpu: 240
     # GRPO
     scale_by_std=True,  # False: Dr. GRPO
-    average_over="rows",  # "tokens": DAPO; "constant": Dr. GRPO
+    average_over="rows",  # cpu: "tokens"; which is DAPO; "constant": Dr. GRPO
     clip_range=0.2,
     clip_range_high=None,  # as clip_range; 0.28: DAPO
-    kl_coef=0.04,
+    kl_coef=0.04,  # cpu: 0.0
     kl_estimator=None,  # k3 in the loss, k1 in the reward
     kl_place="loss",
     whiten_advantages=False,  # the group is the baseline already
@@ -50,14 +50,14 @@ SETTINGS = GRPOConfig(
     sparse=False,
     keep_per_group=False,
     # Optimizer
-    learning_rate=5e-6,
+    learning_rate=5e-6,  # cpu: 3e-3
     lr_scheduler="cosine",
-    warmup_steps=25,  # a tenth of the steps
-    min_lr_ratio=0.0,
+    warmup_steps=25,  # cpu: 2; a tenth of the steps
+    min_lr_ratio=0.0,  # cpu: 0.1
     adam_beta1=0.9,
-    adam_beta2=0.99,
-    weight_decay=0.1,
-    max_grad_norm=0.1,
+    adam_beta2=0.99,  # cpu: 0.98
+    weight_decay=0.1,  # cpu: 0.0
+    max_grad_norm=0.1,  # cpu: 1.0
     # LoRA
     use_lora=True,
     lora_r=64,
@@ -65,8 +65,8 @@ SETTINGS = GRPOConfig(
     lora_target_modules="all-linear",  # the seven projections of each layer
     load_in_4bit=True,
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,
-    gradient_checkpointing=True,
+    max_tokens_per_microbatch=16384,  # cpu: 8192
+    gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
     attn_implementation="sdpa",
@@ -75,7 +75,7 @@ SETTINGS = GRPOConfig(
     vllm_enforce_eager=False,
     vllm_max_num_seqs=256,
     # Evaluation on the held-out prompts
-    eval_every=25,
+    eval_every=25,  # cpu: 10
     eval_temperature=1.0,
     eval_top_p=1.0,
     eval_top_k=0,
@@ -83,10 +83,10 @@ SETTINGS = GRPOConfig(
     eval_kl=False,
     early_stopping_patience=0,
     # The run
-    preset="auto",  # without a GPU: cpu, the embedded default
+    preset="auto",  # without a GPU: cpu, the embedded default; it replaces what is marked, unless you edit it
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
-    save_every=125,
+    save_every=125,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
     report_to=None,  # ["wandb"], say
@@ -96,22 +96,30 @@ SETTINGS = GRPOConfig(
 )
 
 # Without a GPU: the tiny policy of the embedded default, in 4 bits with LoRA too. It has no words for GSM8K, so it
-# learns Countdown.
+# learns Countdown. setting -> (value above, value without a GPU)
 EMBEDDED = {
-    "average_over": "tokens",
-    "use_lora": True,
-    "load_in_4bit": True,
-    "learning_rate": 3e-3,
-    "min_lr_ratio": 0.1,
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
+    "model": ("Qwen/Qwen2.5-3B-Instruct", "tiny"),
+    "task": ("gsm8k", "countdown"),
+    "rewards": (["correct", "strict_format", "soft_format", "tags", "length"], ["format", "equation"]),
+    "reward_weights": ([2.0, 0.5, 0.5, 0.5, 2.0], [0.1, 0.9]),
+    "num_steps": (250, 60),
+    "prompts_per_step": (8, 32),
+    "num_generations": (12, 8),
+    "max_prompt_length": (256, 16),
+    "max_completion_length": (1024, 240),
+    "average_over": ("rows", "tokens"),
+    "kl_coef": (0.04, 0.0),
+    "learning_rate": (5e-6, 3e-3),
+    "warmup_steps": (25, 2),
+    "min_lr_ratio": (0.0, 0.1),
+    "adam_beta2": (0.99, 0.98),
+    "weight_decay": (0.1, 0.0),
+    "max_grad_norm": (0.1, 1.0),
+    "use_lora": (True, True),
+    "load_in_4bit": (True, True),
+    "save_every": (125, 20),
 }
 
 
-def main() -> None:
-    """Train with the settings above."""
-    report(GRPOTrainer(parse_config(SETTINGS, embedded=EMBEDDED)))
-
-
 if __name__ == "__main__":
-    run_script(main)
+    start(GRPOTrainer, SETTINGS, embedded=EMBEDDED, script=__file__)

@@ -22,7 +22,7 @@ import yaml
 from filelock import FileLock, Timeout
 from transformers.utils import CONFIG_NAME
 
-from common.checkpoints import FINAL_FOLDER, STATE_FILE, write_file
+from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, write_file
 from common.cli import ROOT, as_arguments, parse_config, parse_settings, read_yaml, run_script
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
@@ -203,7 +203,7 @@ def check_parts(settings: PipelineSettings, script: Path) -> None:
     sft_script.check_settings(sft_script.read_settings(as_arguments(parts["sft"])))
     parse_settings(EvaluationSettings, ["--model", "any", *as_arguments(parts["evaluate"])])
     module = importlib.import_module(f"{script.parent.name}.{script.stem}")
-    parse_config(module.SETTINGS, args=as_arguments(parts["rl"]))
+    parse_config(module.SETTINGS, script=module.__file__, args=as_arguments(parts["rl"]))
 
 
 def run_pipeline(settings: PipelineSettings) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from common.checkpoints import write_file
 from common.cli import ROOT, as_arguments
+from common.runs.checkpoints import write_file
 from examples.compare_algorithms.compare_algorithms import run_environment
 
 DIGITS = 6  # of a hash in a folder's name

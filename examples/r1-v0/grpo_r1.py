@@ -11,34 +11,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from r1_figure import FIGURE_FILE, write_figure
 
-from common.cli import parse_config, report, run_script
+from common.cli import parse_config, run_script
+from common.start import report
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 SETTINGS = GRPOConfig(
     # What to train, on what
-    model="Qwen/Qwen2.5-1.5B",  # a base model: nobody has taught it to reason in tags
+    model="Qwen/Qwen2.5-1.5B",  # cpu: "tiny-r1"; a base model: nobody has taught it to reason in tags
     task="countdown",
-    dataset="Jiayi-Pan/Countdown-Tasks-3to4",
+    dataset="Jiayi-Pan/Countdown-Tasks-3to4",  # cpu: "generated-3to4"
     dataset_split="train",
-    num_eval_prompts=500,
+    num_eval_prompts=500,  # cpu: 512
     rewards=["format", "equation"],  # the shape, and the right result with every number once
-    reward_weights=[1.0, 1.0],
+    reward_weights=[1.0, 1.0],  # cpu: [0.1, 0.9]
     reward_format="text",
     reward_time_limit=1.0,
     reward_memory_limit=2.0,
     prompt_file=None,
     enable_thinking=None,
     # Steps
-    num_steps=1000,
-    prompts_per_step=16,
-    num_generations=4,
+    num_steps=1000,  # cpu: 80
+    prompts_per_step=16,  # cpu: 32
+    num_generations=4,  # cpu: 8
     num_minibatches=1,  # one optimizer step per rollout: on-policy, so that no ratio is ever clipped
     num_update_epochs=1,
     # Sampling
     sampler="vllm",
     temperature=1.0,
-    max_prompt_length=256,
-    max_completion_length=1024,
+    max_prompt_length=256,  # cpu: 16
+    max_completion_length=1024,  # cpu: 360
     # GRPO
     scale_by_std=True,
     average_over="tokens",  # the mean over rows would favour short right answers and long wrong ones
@@ -53,12 +54,12 @@ SETTINGS = GRPOConfig(
     sparse=True,  # groups that are all right or all wrong teach nothing and cost nothing
     keep_per_group=False,
     # Optimizer
-    learning_rate=1e-6,
-    lr_scheduler="constant",
-    warmup_steps=0,
+    learning_rate=1e-6,  # cpu: 3e-4
+    lr_scheduler="constant",  # cpu: "cosine"
+    warmup_steps=0,  # cpu: 2
     min_lr_ratio=0.1,
     adam_beta1=0.9,
-    adam_beta2=0.999,
+    adam_beta2=0.999,  # cpu: 0.98
     weight_decay=0.0,
     max_grad_norm=1.0,
     # LoRA: README.md has the settings for a card of 24 GB
@@ -68,8 +69,8 @@ SETTINGS = GRPOConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,
-    gradient_checkpointing=True,
+    max_tokens_per_microbatch=16384,  # cpu: 8192
+    gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
     attn_implementation="sdpa",
@@ -78,8 +79,8 @@ SETTINGS = GRPOConfig(
     vllm_enforce_eager=False,
     vllm_max_num_seqs=256,
     # Evaluation on the held-out prompts
-    eval_every=25,
-    eval_temperature=0.3,
+    eval_every=25,  # cpu: 10
+    eval_temperature=0.3,  # cpu: 1.0
     eval_top_p=1.0,
     eval_top_k=0,
     eval_num_samples=1,
@@ -89,7 +90,7 @@ SETTINGS = GRPOConfig(
     preset="auto",  # without a GPU: cpu, with EMBEDDED below
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
-    save_every=50,
+    save_every=50,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
     report_to=None,  # ["wandb"], say
@@ -108,26 +109,44 @@ MATH = {
     "eval_every": 10,
     "eval_temperature": 0.0,  # greedy, as MATH-500 is usually reported
 }
-# Without a GPU, all the room that the tiny policy has: enough to try --task math, not to learn it.
-MATH_EMBEDDED = {"max_prompt_length": 384, "max_completion_length": 128}
-
 # Without a GPU: problems with three and four numbers, made on the spot, and a tiny policy that can search but gives up
 # early. Like the demo (common/presets/cpu.yaml), but with longer tries and more room for them.
+# setting -> (value above, value without a GPU)
 EMBEDDED = {
-    "model": "tiny-r1",
-    "dataset": "generated-3to4",
-    "num_eval_prompts": 512,
-    "num_steps": 80,
-    "max_completion_length": 360,
-    "eval_temperature": 1.0,  # what is trained; below it the tiny policy repeats itself
+    "model": ("Qwen/Qwen2.5-1.5B", "tiny-r1"),
+    "task": ("countdown", "countdown"),
+    "dataset": ("Jiayi-Pan/Countdown-Tasks-3to4", "generated-3to4"),
+    "num_eval_prompts": (500, 512),
+    "rewards": (["format", "equation"], ["format", "equation"]),
+    "reward_weights": ([1.0, 1.0], [0.1, 0.9]),
+    "num_steps": (1000, 80),
+    "prompts_per_step": (16, 32),
+    "max_prompt_length": (256, 16),
+    "max_completion_length": (1024, 360),
+    "kl_coef": (0.0, 0.0),
+    "learning_rate": (1e-6, 3e-4),
+    "lr_scheduler": ("constant", "cosine"),
+    "warmup_steps": (0, 2),
+    "use_lora": (False, False),
+    "eval_temperature": (0.3, 1.0),
+}
+
+# Without a GPU --task math gets all the room that a tiny policy has: enough to try it, not to learn it.
+MATH_EMBEDDED = EMBEDDED | {
+    "model": ("Qwen/Qwen2.5-1.5B", "tiny"),
+    "num_steps": (200, 60),
+    "prompts_per_step": (128, 32),
+    "max_prompt_length": (512, 384),
+    "max_completion_length": (3000, 128),
+    "eval_temperature": (0.0, 0.0),
 }
 
 
 def parse(args: list[str] | None = None) -> GRPOConfig:
     """The settings above for the task that is asked for; `args` as of `parse_config`."""
-    config = parse_config(SETTINGS, embedded=EMBEDDED, args=args)
+    config = parse_config(SETTINGS, embedded=EMBEDDED, script=__file__, args=args)
     if config.task == "math":
-        config = parse_config(replace(SETTINGS, **MATH), embedded=MATH_EMBEDDED, args=args)
+        config = parse_config(replace(SETTINGS, **MATH), embedded=MATH_EMBEDDED, script=__file__, args=args)
     return config
 
 

@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from common.checkpoints import write_file
 from common.cli import run_script
-from common.metrics import METRICS_FILE
-from common.plots import BLUE, GREEN, Curves, dress, running_mean
+from common.runs.checkpoints import write_file
+from common.runs.log import METRICS_FILE
+from common.runs.plots import BLUE, GREEN, Curves, dress, running_mean
 
 FIGURE_FILE = "r1.png"
 

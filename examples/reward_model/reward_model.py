@@ -29,8 +29,8 @@ from transformers import (
 from trl import RewardConfig, RewardTrainer, TrlParser
 
 from common.cli import run_script
-from common.sources import read_rows
-from common.dialogues import dialogue, turns
+from common.data.rows import read_rows
+from common.data.dialogues import dialogue, turns
 
 RESULT_FILE = "accuracy.json"
 

@@ -11,9 +11,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl.chat_template_utils import get_training_chat_template, is_chat_template_stop_token_trained
 
-from common.data import AS_IT_IS, PromptSet, PromptStyle
-from common.models import turn_end_token
-from common.sources import read_rows
+from common.data.prompts import AS_IT_IS, PromptSet, PromptStyle
+from common.data.rows import read_rows
+from common.models.loading import turn_end_token
 from common.tasks import gsm8k, math
 
 # The columns of each form; the first form whose columns a data set has is the one it is read in.

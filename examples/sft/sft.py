@@ -21,13 +21,13 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from common.checkpoints import FINAL_FOLDER, latest_checkpoint, prepare_run_folder, save_final, write_file
+from common.runs.checkpoints import FINAL_FOLDER, latest_checkpoint, prepare_run_folder, save_final, write_file
 from common.cli import parse_settings, run_script
-from common.data import PromptStyle
-from common.metrics import METRICS_FILE
-from common.models import check_model
-from common.sources import read_rows
-from common.tasks.prompts import split_held_out
+from common.data.prompts import PromptStyle
+from common.runs.log import METRICS_FILE
+from common.embedded import check_model
+from common.data.rows import read_rows
+from common.data.rows import split_held_out
 from examples.sft.conversations import FORMS, encode, end_of_turn, example_key, read_examples
 from examples.sft.tiny_model import build_tokenizer, save_tiny
 

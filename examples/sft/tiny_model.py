@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from common.embedded.policy import TinySettings, build_policy
 from common.tasks import gsm8k, math
-from common.tiny import TinySettings, build_policy
 
 VOCABULARY = 1024
 MAX_POSITIONS = 2048

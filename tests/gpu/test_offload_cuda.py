@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.offload import ModelPool
+from common.models.pool import ModelPool
 
 pytestmark = pytest.mark.gpu
 

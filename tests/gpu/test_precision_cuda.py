@@ -6,7 +6,9 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from common.config import RLConfig
-from common.models import forward_context, load_policy, load_reference, token_logprobs
+from common.logprobs import token_logprobs
+from common.models.loading import load_policy, load_reference
+from common.update.batches import forward_context
 
 pytestmark = pytest.mark.gpu
 

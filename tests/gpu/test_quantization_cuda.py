@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from common.config import RLConfig
-from common.models import load_policy
-from common.offload import ModelPool
-from common.quantization import in_floating_point, is_quantized, scales
+from common.models.loading import load_policy
+from common.models.pool import ModelPool
+from common.models.quantization import in_floating_point, is_quantized, scales
 from tests.toy import metrics_of, save_toy_policy, toy_trainer, without_curves
 
 pytestmark = pytest.mark.gpu

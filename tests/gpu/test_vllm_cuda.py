@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from common.sampling import SamplingSettings, VLLMSampler, sampling_seed
-from common.weights import policy_weights
+from common.models.weights import policy_weights
+from common.sampling.protocol import SamplingSettings, sampling_seed
+from common.sampling.vllm_sampler import VLLMSampler
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,252 @@
+"""The value model of actor-critic algorithms: a causal backbone with a scalar head, and its value of each token.
+
+It is made from the policy, or from any model with the policy's vocabulary. With LoRA it may share the policy's frozen
+base: then only an adapter and the head are its own.
+"""
+
+from __future__ import annotations  # types that take seconds to import are named, not loaded
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from common.config import RLConfig
+from common.logprobs import without_adapter
+from common.models.loading import add_adapter, load_without_dropout, lora_config
+from common.models.weights import merged_weights
+from common.rollouts import Rollouts
+from common.seeds import hashed_seed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# The adapter of a value model beside the policy's own, which peft calls "default".
+VALUE_ADAPTER = "value"
+
+# Deviation of a random head's weights, as transformers initialises new heads.
+RANDOM_HEAD_STD = 0.02
+
+
+class ValueModel(nn.Module):
+    """A causal backbone with one number for each state.
+
+    Args:
+        backbone: a transformers model without a head, LoRA layers or not.
+        head: from hidden states to one number, float32.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
+        """Values of chosen states.
+
+        Args:
+            input_ids: (b, L) int64, padded on the right.
+            places: (b, C) int64, positions in [0, L).
+
+        Returns:
+            (b, C) float32.
+        """
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (b, L, hidden)
+        chosen = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]  # (b, C, hidden)
+        # Autocast would round the value of a state to three digits.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(chosen.float()).squeeze(-1)
+
+
+def token_values(model: ValueModel, rollouts: Rollouts) -> Tensor:
+    """The value of the state in which each completion token was chosen.
+
+    Args:
+        model: on the device of `rollouts`.
+        rollouts: b rows.
+
+    Returns:
+        (b, C) float32 with gradient, 0 at padding. Column t is read from the token before completion token t.
+    """
+    sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
+    mask = rollouts.completion_mask
+    places = prompt_lengths[:, None] - 1 + torch.arange(mask.shape[1], device=mask.device)[None, :]  # (b, C)
+    values = model(sequence_ids, places.clamp(max=sequence_ids.shape[1] - 1))
+    return torch.where(mask, values, 0.0)
+
+
+def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_head: bool) -> ValueModel:
+    """A value model with a backbone of its own, on the CPU.
+
+    Args:
+        path: hub id or folder of the backbone.
+        config: seed, LoRA, attention and gradient checkpointing are read.
+        dtype: precision of forward passes; weights that are trained are float32.
+        zero_head: every value is 0 at first; else the head's weights are random.
+    """
+    backbone = load_without_dropout(
+        transformers.AutoModel, path, config, dtype=dtype if config.use_lora else torch.float32
+    )
+    return _with_head(backbone, _new_head(backbone.config.hidden_size, config.seed, zero=zero_head), config)
+
+
+def load_scored_value_model(
+    path: str, config: RLConfig, *, dtype: torch.dtype, tokenizer: transformers.PreTrainedTokenizerBase
+) -> ValueModel:
+    """A value model from a reward model or a saved value model: backbone and head.
+
+    Args:
+        path: hub id or folder of a model for sequence or token classification with one label.
+        config: as load_value_model's.
+        dtype: as load_value_model's.
+        tokenizer: the policy's; the model must know the same tokens.
+
+    Raises:
+        ValueError: if it has another head, other tokens, or is not there.
+    """
+    try:
+        model_config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"value_init={path!r}: cannot be loaded: {str(error).splitlines()[0]}. Pass --value_init none, zero_head, "
+            "fit, or a folder or hub id of a model with a score."
+        ) from error
+    architecture = (model_config.architectures or [""])[0]
+    kinds = {
+        "ForTokenClassification": transformers.AutoModelForTokenClassification,
+        "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
+    }
+    kind = next((kind for ending, kind in kinds.items() if architecture.endswith(ending)), None)
+    if kind is None or model_config.num_labels != 1 or model_config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"value_init={path!r}: {architecture or 'a model'} with {model_config.num_labels} labels and "
+            f"{model_config.vocab_size} tokens; need one for sequence or token classification with 1 label and the "
+            f"policy's {len(tokenizer)} tokens, since it reads the policy's token ids. Pass --value_init fit, or such "
+            "a model."
+        )
+    model = load_without_dropout(kind, path, config, dtype=dtype if config.use_lora else torch.float32)
+    head = _new_head(model_config.hidden_size, config.seed, zero=True)
+    with torch.no_grad():
+        head.weight.copy_(model.score.weight)
+        if model.score.bias is not None:
+            head.bias.copy_(model.score.bias)
+    return _with_head(model.base_model, head, config)
+
+
+def share_backbone(policy: PeftModel, config: RLConfig, *, zero_head: bool) -> ValueModel:
+    """A value model on the policy's frozen base: its own adapter and head.
+
+    Args:
+        policy: with its own adapter; gets a second one, which rests outside `value_adapter`.
+        config: seed and LoRA settings.
+        zero_head: as load_value_model's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hashed_seed(config.seed, "value lora"))
+        policy.add_adapter(VALUE_ADAPTER, lora_config(config, task_type="CAUSAL_LM"))
+    base = policy.get_base_model()
+    return ValueModel(base.base_model, _new_head(base.config.hidden_size, config.seed, zero=zero_head))
+
+
+@contextmanager
+def value_adapter(policy: PeftModel) -> Iterator[None]:
+    """The policy's base with the value model's adapter in place of the policy's."""
+    policy.set_adapter(VALUE_ADAPTER)
+    try:
+        yield
+    finally:
+        policy.set_adapter("default")
+
+
+def save_value_model(model: ValueModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder that AutoModelForTokenClassification loads, adapters merged.
+
+    Args:
+        model: on the CPU or the device; one that shares the policy's base needs `value_adapter` around the call.
+        tokenizer: saved in the same folder.
+        folder: made if it is not there.
+    """
+    backbone = without_adapter(model.backbone)
+    config = deepcopy(backbone.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        whole = transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+    prefixes = {f"{whole.base_model_prefix}.": backbone, "score.": model.head}
+    whole.save_pretrained(
+        folder,
+        state_dict={
+            name: tensor.detach().cpu().clone()
+            for prefix, module in prefixes.items()
+            for name, tensor in merged_weights(module, prefix)
+        },
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the values, kept from moving far from where they were (huggingface.co/papers/2006.05990).
+
+    loss = max((value - return)^2, (clip(value, old_value - clip_range, old_value + clip_range) - return)^2)
+
+    Args:
+        values: (b, C) float32, with gradient.
+        old_values: (b, C) float32, of the value model that the advantages were made with.
+        returns: (b, C) float32, the targets.
+        clip_range: above 0, in units of the score; None: the plain squared error.
+
+    Returns:
+        (b, C) float32 loss, and (b, C) float32 that is 1 where the clip takes the gradient away.
+    """
+    error = (values - returns).square()
+    if clip_range is None:
+        return error, torch.zeros_like(error)
+    kept = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    clipped_error = (kept - returns).square()
+    return torch.maximum(error, clipped_error), (clipped_error > error).float()
+
+
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, *, sum_over_processes: Callable[[Tensor], Tensor]
+) -> float:
+    """How much of the returns' variance the values foresee: 1 - Var(return - value) / Var(return).
+
+    Args:
+        values: (B, C) float; padding may hold anything, in returns too.
+        returns: (B, C) float.
+        mask: (B, C) bool.
+        sum_over_processes: adds a tensor over all processes; the identity on one process.
+
+    Returns:
+        1: all of it; 0: no better than one constant; below 0: worse. NaN if all returns are equal.
+    """
+
+    def variance(numbers: Tensor) -> Tensor:
+        numbers = torch.where(mask, numbers.double(), 0.0)
+        count, total = sum_over_processes(torch.stack([mask.sum().double(), numbers.sum()]))
+        return sum_over_processes(torch.where(mask, numbers - total / count, 0.0).square().sum())
+
+    of_returns = variance(returns)
+    return float(1 - variance(returns - values) / of_returns) if of_returns > 0 else float("nan")
+
+
+def _with_head(backbone: nn.Module, head: nn.Linear, config: RLConfig) -> ValueModel:
+    if config.gradient_checkpointing:
+        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.use_lora:
+        backbone = add_adapter(backbone, config, task_type="FEATURE_EXTRACTION")
+    return ValueModel(backbone, head).train()
+
+
+def _new_head(hidden_size: int, seed: int, *, zero: bool) -> nn.Linear:
+    head = nn.utils.skip_init(nn.Linear, hidden_size, 1)
+    generator = torch.Generator().manual_seed(hashed_seed(seed, "value head"))
+    nn.init.zeros_(head.bias)
+    nn.init.normal_(head.weight, std=0.0 if zero else RANDOM_HEAD_STD, generator=generator)
+    return head

@@ -1,0 +1,75 @@
+"""Where the chunks of a completion begin, and what each of them changed."""
+
+import torch
+import transformers
+from torch import Tensor
+
+from common.rollouts import Rollouts
+
+
+def chunk_starts(
+    rollouts: Rollouts, tokenizer: transformers.PreTrainedTokenizerBase, *, chunk_length: int, separator: str | None
+) -> Tensor:
+    """Cut every completion into chunks.
+
+    A chunk ends with the first token that may end one, from its chunk_length-th on: any token, or where there is a
+    separator the token that completes it. Whether it ends depends on nothing that comes later.
+
+    Args:
+        rollouts: B rows.
+        tokenizer: gives the text of each token.
+        chunk_length: fewest tokens of a chunk but the last, at least 1; without a separator the number of them.
+        separator: text, not empty; None: chunks of equal length.
+
+    Returns:
+        (B, C) bool: the first token of each chunk, among them that of the completion.
+    """
+    starts = torch.zeros_like(rollouts.completion_mask)
+    distinct = rollouts.completion_ids[rollouts.completion_mask].unique().tolist()
+    texts = dict(zip(distinct, tokenizer.batch_decode([[token] for token in distinct]), strict=True))
+    for row, length in enumerate(rollouts.lengths.tolist()):
+        ids = rollouts.completion_ids[row, :length].tolist()
+        ends = _completes(separator, [texts[token] for token in ids]) if separator else [True] * length
+        begun = [0]
+        for place in range(1, length):
+            if place - begun[-1] >= chunk_length and ends[place - 1]:
+                begun.append(place)
+        starts[row, begun] = True
+    return starts
+
+
+def _completes(separator: str, pieces: list[str]) -> list[bool]:
+    """For each piece of a text, whether the separator, which may lie across pieces, is complete with it."""
+    tail, completed = "", []
+    for piece in pieces:
+        tail += piece
+        completed.append(separator in tail)
+        rest = tail.rpartition(separator)[2]
+        tail = rest[max(len(rest) - len(separator) + 1, 0) :]
+    return completed
+
+
+def chunk_advantages(values: Tensor, starts: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """What each chunk of a completion changed: the value at its end less the value at its start, for all its tokens.
+
+    The end of a chunk is the start of the next one, and the value at the end of the last one is the score: the
+    advantages of huggingface.co/papers/2410.01679, section 4, where no reward comes before the end. The chunks of a
+    completion add up to its score less its first value.
+
+    Args:
+        values: (B, C) float; column t is the value of the state in which token t was chosen. Read where chunks start.
+        starts: (B, C) bool, the first token of each chunk; True in column 0, False at padding.
+        scores: (B,) float.
+        mask: (B, C) bool.
+
+    Returns:
+        (B, C) float32, 0 at padding.
+    """
+    before, after = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    value = scores.float()
+    for t in reversed(range(mask.shape[1])):
+        after[:, t] = value
+        value = torch.where(starts[:, t], values[:, t].float(), value)
+    for t in range(mask.shape[1]):
+        value = before[:, t] = torch.where(starts[:, t], values[:, t].float(), value)
+    return torch.where(mask, after - before, 0.0)

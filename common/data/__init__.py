@@ -1,0 +1,1 @@
+"""Rows of data, prompts of a step, and dialogues."""

@@ -1,0 +1,236 @@
+"""Prompts: from rows to token ids, and which prompts belong to which step.
+
+The batch of a step is a pure function of (seed, step), so a resumed run needs no data cursor.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+from common.config import RLConfig
+from common.rollouts import PromptBatch
+from common.seeds import seeded_permutation
+
+PLACE = "{prompt}"  # where a prompt goes in a template
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptStyle:
+    """What the run adds to the prompts of its data; reward models do not see it.
+
+    Attributes:
+        template: text with {prompt} in it, put around a prompt, or around the last user message of a chat.
+        enable_thinking: what the chat template is told; None: nothing.
+    """
+
+    template: str = PLACE
+    enable_thinking: bool | None = None
+
+    @classmethod
+    def of(cls, config: RLConfig) -> "PromptStyle":
+        """The style that the settings prompt_file and enable_thinking describe.
+
+        Raises:
+            ValueError: if there is no such file, or {prompt} is not in it once.
+        """
+        if config.prompt_file is None:
+            return cls(enable_thinking=config.enable_thinking)
+        file = Path(config.prompt_file)
+        if not file.is_file():
+            raise ValueError(f"prompt_file={file}: there is no such file. Pass --prompt_file with a text file.")
+        template = file.read_text(encoding="utf-8")
+        if template.count(PLACE) != 1:
+            raise ValueError(
+                f"prompt_file={file}: it has {PLACE} {template.count(PLACE)} times; need it once, where each prompt "
+                "of the data goes. Mend the file."
+            )
+        return cls(template=template, enable_thinking=config.enable_thinking)
+
+    def around(self, prompt: str | list[dict]) -> str | list[dict]:
+        """The prompt, text or chat messages, with the template around it."""
+        if isinstance(prompt, str):
+            return self.template.replace(PLACE, prompt)
+        last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+        if self.template == PLACE or last is None:
+            return prompt
+        content = self.template.replace(PLACE, prompt[last]["content"])
+        return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
+
+
+AS_IT_IS = PromptStyle()
+
+
+def render_prompt(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompt: str | list[dict], style: PromptStyle = AS_IT_IS
+) -> str:
+    """The text the policy continues.
+
+    Args:
+        tokenizer: the policy's.
+        prompt: text, taken as it is; or chat messages, put through the chat template. A last message of the
+            assistant is a prefilled start of the answer that the policy goes on from.
+        style: what is added.
+
+    Returns:
+        The text; with a chat template it holds every special token, the first one included.
+
+    Raises:
+        ValueError: for messages with a tokenizer that has no chat template, and for a switch that it does not know.
+    """
+    prompt = style.around(prompt)
+    if isinstance(prompt, str):
+        return prompt
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{len(prompt)} chat messages for a tokenizer without a chat template: it says how messages become text. "
+            "Pass --model with an instruction-tuned model, or prompts that are plain text."
+        )
+    switches = {}
+    if style.enable_thinking is not None:
+        if "enable_thinking" not in str(tokenizer.chat_template):
+            raise ValueError(
+                f"enable_thinking={style.enable_thinking}: this model's chat template has no such switch, so it would "
+                "change nothing. Leave the setting out, or pass --model with one that has it, such as Qwen/Qwen3-0.6B."
+            )
+        switches = {"enable_thinking": style.enable_thinking}
+    prefilled = prompt[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled, **switches
+    )
+
+
+class PromptSet:
+    """Prompts as token ids, in a random order that is a function of (seed, epoch).
+
+    Args:
+        rows: {"prompt": text or chat messages, **columns}, all with the same columns.
+        tokenizer: the policy's.
+        max_prompt_length: longer prompts are dropped, in tokens.
+        seed: the run's seed.
+        style: what is added to each prompt.
+
+    Attributes:
+        num_dropped: prompts that were too long.
+
+    Raises:
+        ValueError: if a row has no prompt or an empty one, or none is short enough.
+    """
+
+    def __init__(
+        self,
+        rows: list[dict],
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        *,
+        max_prompt_length: int,
+        seed: int,
+        style: PromptStyle = AS_IT_IS,
+    ) -> None:
+        self.seed = seed
+        texts, ids = _encode(rows, tokenizer, style)
+        if not all(ids):
+            raise ValueError(
+                f"row {ids.index([])} has a prompt without tokens: there is nothing to continue. Remove the row, or "
+                "give its prompt some text."
+            )
+        kept = [i for i in range(len(rows)) if len(ids[i]) <= max_prompt_length]
+        self.num_dropped = len(rows) - len(kept)
+        if not kept:
+            shortest = f", the shortest has {min(map(len, ids))} tokens" if ids else ""
+            raise ValueError(
+                f"max_prompt_length={max_prompt_length}: no prompt of {len(rows)} is short enough{shortest}. Pass "
+                "a larger --max_prompt_length, or other data."
+            )
+        self.texts = [texts[i] for i in kept]
+        self.raw = [rows[i]["prompt"] for i in kept]
+        self.ids = [ids[i] for i in kept]
+        names = [name for name in rows[0] if name != "prompt"]
+        if taken := {"prompts", "completions"}.intersection(names):
+            raise ValueError(
+                f"columns {', '.join(sorted(taken))}: a reward function gets every column by its name, and these "
+                "names are those of its own arguments. Rename the columns."
+            )
+        self.columns = {name: [rows[i][name] for i in kept] for name in names}
+
+    @classmethod
+    def of(cls, rows: list[dict], tokenizer: transformers.PreTrainedTokenizerBase, config: RLConfig) -> "PromptSet":
+        """The prompts as a run has them: by its max_prompt_length, seed, prompt_file and enable_thinking.
+
+        Raises:
+            ValueError: see PromptSet and PromptStyle.
+        """
+        limits = {"max_prompt_length": config.max_prompt_length, "seed": config.seed}
+        return cls(rows, tokenizer, **limits, style=PromptStyle.of(config))
+
+    def __len__(self) -> int:
+        """Number of prompts that are short enough."""
+        return len(self.ids)
+
+    def batch(
+        self, step: int, *, num_prompts: int, refill: int = 0, process: int = 0, num_processes: int = 1
+    ) -> PromptBatch:
+        """The prompts of a step that this process samples from.
+
+        Every prompt comes once before any comes again, each time in another order; refills have orders of their own.
+
+        Args:
+            step: from 1.
+            num_prompts: prompts of the step over all processes; a multiple of num_processes.
+            refill: 0 for the step's own prompts; k gives the k-th further batch, with seeds of its own.
+            process: number of this process.
+            num_processes: how many there are; each takes a contiguous part.
+
+        Returns:
+            num_prompts / num_processes prompts.
+        """
+        share = num_prompts // num_processes
+        rows = list(range(process * share, (process + 1) * share))
+        first = (step - 1) * num_prompts
+        name = f"prompts refill {refill}" if refill else "prompts"
+        orders: dict[int, list[int]] = {}
+        chosen = []
+        for row in rows:
+            epoch, place = divmod(first + row, len(self))
+            if epoch not in orders:
+                orders[epoch] = seeded_permutation(len(self), self.seed, epoch, name).tolist()
+            chosen.append(orders[epoch][place])
+        return self._select(step, [refill * num_prompts + row for row in rows], chosen)
+
+    def share(self, *, process: int = 0, num_processes: int = 1) -> PromptBatch:
+        """This process's part of all prompts in their own order, for evaluation (step 0)."""
+        chosen = list(range(process, len(self), num_processes))
+        return self._select(0, chosen, chosen)
+
+    def _select(self, step: int, rows: list[int], chosen: list[int]) -> PromptBatch:
+        return PromptBatch(
+            step=step,
+            rows=rows,
+            prompt_ids=[self.ids[i] for i in chosen],
+            prompts=[self.texts[i] for i in chosen],
+            columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},
+            raw_prompts=[self.raw[i] for i in chosen],
+        )
+
+
+def _encode(
+    rows: list[dict], tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle
+) -> tuple[list[str], list[list[int]]]:
+    """Texts and token ids of all rows; the tokenizer works on all of them at once, on several cores."""
+    for number, row in enumerate(rows):
+        if "prompt" not in row:
+            raise ValueError(f"row {number} has the columns {', '.join(row)}: need a column `prompt`. Rename one.")
+    if style.enable_thinking is not None and not any(isinstance(row["prompt"], list) for row in rows):
+        raise ValueError(
+            f"enable_thinking={style.enable_thinking} with prompts that are plain text: it is a switch of chat "
+            "templates, so it would change nothing. Leave the setting out, or use chat messages."
+        )
+    texts = [render_prompt(tokenizer, row["prompt"], style) for row in rows]
+    # A chat template writes the first special token itself; plain text gets it from the tokenizer.
+    ids: list[list[int]] = [[] for _ in rows]
+    for chat in (False, True):
+        numbers = [i for i, row in enumerate(rows) if isinstance(row["prompt"], list) is chat]
+        if numbers:
+            encoded = tokenizer([texts[i] for i in numbers], add_special_tokens=not chat)["input_ids"]
+            for i, sequence in zip(numbers, encoded, strict=True):
+                ids[i] = sequence
+    return texts, ids

@@ -1,0 +1,104 @@
+"""Log-probs of completions.
+
+Every log-prob of the project comes from `token_logprobs`, so that old, new and reference log-probs differ only by
+their weights: the ratio before the first optimizer step and the KL before the first update are exact.
+"""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.rollouts import Rollouts
+
+# Logits of one chunk of the plain path: 2^25 float32 are 128 MiB.
+MAX_CHUNK_LOGITS = 2**25
+
+# Settings of model configurations that change logits after the head: the fused head knows them, the plain one not.
+_LOGIT_SETTINGS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
+
+
+def token_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of each completion token under the model's distribution at `temperature`.
+
+    Args:
+        model: a causal language model from `load_policy` or `load_reference`, on the device of `rollouts`.
+        rollouts: b rows.
+        temperature: above 0; logits are divided by it.
+
+    Returns:
+        logprobs: (b, C) float32, log softmax(logits / temperature) at the sampled token, with gradient.
+        entropy: (b, C) float32 in nats, without gradient. Both are 0 at padding.
+    """
+    sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
+    places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)[None, :]  # (1, L)
+    is_completion = (places >= prompt_lengths[:, None]) & (places < rollouts.total_lengths[:, None])  # (b, L)
+    base = without_adapter(model)
+    if sequence_ids.device.type == "cuda" or _changes_logits(base):
+        logprobs, entropy = _fused(base, sequence_ids, is_completion, temperature)
+    else:
+        logprobs, entropy = _plain(base, sequence_ids, is_completion, temperature)
+    # Both are flat, row by row in the order of the tokens, and so is the completion mask.
+    mask = rollouts.completion_mask
+    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy.detach())  # (b, C) both
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model is inside peft, which takes seconds to import: what was never imported has wrapped nothing."""
+    return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
+
+
+def without_adapter(model: nn.Module) -> nn.Module:
+    """The transformers model inside peft, with its LoRA layers; any other model as it is."""
+    return model.get_base_model() if has_adapter(model) else model
+
+
+def _changes_logits(model: nn.Module) -> bool:
+    settings = model.config.get_text_config().to_dict()
+    return any(settings.get(name) is not None for name in _LOGIT_SETTINGS)
+
+
+def _fused(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Trl's fused head: the logits never exist. Returns both (completion tokens,)."""
+    if "fused_temperature" not in vars(model):
+        # Imported here: it takes a second, and small models on the CPU do without.
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+        model.fused_temperature = temperature
+    assert model.fused_temperature == temperature, "the head of a model has one temperature"
+    labels = torch.where(is_completion, ids, -100)
+    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    chosen = is_completion[:, 1:]
+    return output.log_probs[chosen].float(), output.entropy[chosen].float()
+
+
+def _plain(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits of completion tokens only, a chunk at a time. Returns both (completion tokens,)."""
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, hidden)
+    predicts_completion = is_completion[:, 1:]
+    hidden, targets = hidden[:, :-1][predicts_completion], ids[:, 1:][predicts_completion]
+    head = model.get_output_embeddings()
+
+    def chunk_logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        all_logprobs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # (tokens, V)
+        entropy = -(all_logprobs.detach().exp() * all_logprobs.detach()).sum(-1)
+        return all_logprobs.gather(1, targets[:, None]).squeeze(1), entropy
+
+    chunk = max(MAX_CHUNK_LOGITS // head.weight.shape[0], 1)
+    if len(targets) <= chunk:
+        return chunk_logprobs(hidden, targets)
+    # Chunks are computed again in the backward pass, so that the logits of one chunk exist at a time.
+    parts = [
+        checkpoint(chunk_logprobs, h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])

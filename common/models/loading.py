@@ -1,0 +1,202 @@
+"""Load policy and reference, and save the policy. Everything is loaded on the CPU."""
+
+from __future__ import annotations  # types that take seconds to import are named, not loaded
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+
+from common.config import RLConfig
+from common.logprobs import has_adapter
+from common.models.quantization import four_bits, keep_trainable
+from common.models.weights import policy_weights
+from common.seeds import hashed_seed
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+
+def end_token_ids(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> tuple[int, ...]:
+    """The one list of end tokens for sampler, masks and rewards.
+
+    Args:
+        model: its generation configuration may name one or several.
+        tokenizer: its end token counts too, and the one that its chat template ends a turn with: a base model's own
+            end token is often another one.
+
+    Returns:
+        Distinct ids in ascending order.
+
+    Raises:
+        ValueError: if neither names one.
+    """
+    named = model.generation_config.eos_token_id
+    ids = {named} if isinstance(named, int) else set(named or ())
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    turn_end = turn_end_token(tokenizer)
+    if turn_end is not None:
+        ids.add(tokenizer.convert_tokens_to_ids(turn_end))
+    if not ids:
+        raise ValueError(
+            "neither the model's generation configuration nor its tokenizer names an end token: completions could "
+            "never end. Set eos_token_id in generation_config.json."
+        )
+    return tuple(sorted(ids))
+
+
+def turn_end_token(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
+    """The token that the chat template writes after an answer; None without a template, or if it writes none."""
+    if tokenizer.chat_template is None:
+        return None
+    said = "what the assistant says"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(said)[2]
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    return next((token for token in tokenizer.tokenize(rest) if token in special), None)
+
+
+def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase) -> range:
+    """Ids that the model can give and the tokenizer has no token for, such as the padding of an embedding matrix.
+
+    Args:
+        path: hub id or folder of the model.
+        tokenizer: its tokenizer.
+    """
+    known = max(tokenizer.get_vocab().values()) + 1
+    return range(known, transformers.AutoConfig.from_pretrained(path).get_text_config().vocab_size)
+
+
+def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
+    """Precision of forward passes: the setting `dtype`, "auto" resolved by the device."""
+    name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def load_policy(
+    path: str, config: RLConfig, *, dtype: torch.dtype, checkpoint: Path | None = None
+) -> transformers.PreTrainedModel | PeftModel:
+    """Load the model to train, on the CPU.
+
+    Trained weights are float32 whatever `dtype` is: at usual learning rates most updates are below the resolution of
+    bfloat16. With LoRA the frozen base is in `dtype`.
+
+    Args:
+        path: hub id or folder.
+        config: temperature, LoRA, attention and gradient checkpointing are read.
+        dtype: precision of forward passes.
+        checkpoint: folder with the weights, or the adapter, to go on from.
+
+    Returns:
+        The model in train mode, without dropout.
+    """
+    if not config.use_lora:
+        model = _load(checkpoint or path, config, dtype=torch.float32)
+    elif checkpoint is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(_load(path, config, dtype=dtype), checkpoint, is_trainable=True)
+    else:
+        model = add_adapter(_load(path, config, dtype=dtype), config, task_type="CAUSAL_LM")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def load_reference(path: str, config: RLConfig) -> transformers.PreTrainedModel:
+    """Load a frozen second copy of the policy, for training without LoRA.
+
+    float32 like the policy's weights: only then is the KL exactly 0 as long as the policy has not moved.
+    """
+    return _load(path, config, dtype=torch.float32).requires_grad_(False).eval()
+
+
+def load_without_dropout(
+    auto_class: type, path: str | Path, config: RLConfig, *, dtype: torch.dtype, **options: Any
+) -> transformers.PreTrainedModel:
+    """Load a model of transformers on the CPU.
+
+    Args:
+        auto_class: such as AutoModelForCausalLM.
+        path: hub id or folder.
+        config: attention is read.
+        dtype: of the weights.
+        options: of from_pretrained, besides these.
+    """
+    model_config = transformers.AutoConfig.from_pretrained(path)
+    # Dropout would make two passes over the same tokens differ: the ratio would not be 1 where it must be.
+    for name, value in model_config.to_dict().items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
+            setattr(model_config, name, 0.0)
+    model = auto_class.from_pretrained(
+        path, config=model_config, dtype=dtype, attn_implementation=config.attn_implementation, **options
+    )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _load(path: str | Path, config: RLConfig, *, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    options = {}
+    if config.load_in_4bit:
+        options = {"quantization_config": four_bits(dtype), "device_map": {"": "cpu"}}
+    model = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype, **options)
+    if config.load_in_4bit:
+        keep_trainable(model)
+    return model
+
+
+def lora_config(config: RLConfig, *, task_type: str) -> LoraConfig:
+    """Peft's configuration for the LoRA settings."""
+    from peft import LoraConfig
+
+    targets = config.lora_target_modules
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type=task_type,
+    )
+
+
+def add_adapter(model: transformers.PreTrainedModel, config: RLConfig, *, task_type: str) -> PeftModel:
+    """Put a LoRA adapter, new and drawn from the seed, around a model whose own weights then rest."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hashed_seed(config.seed, "lora"))
+        return get_peft_model(model, lora_config(config, task_type=task_type))
+
+
+def _without_quantization(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
+    plain = deepcopy(config)
+    vars(plain).pop("quantization_config", None)
+    return plain
+
+
+def save_model(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a folder that AutoModelForCausalLM and vLLM load; with LoRA the merged model, and the adapter beside it.
+
+    Args:
+        model: the policy, on the CPU or the device.
+        tokenizer: saved in the same folder.
+        folder: made if it is not there.
+    """
+    if has_adapter(model):
+        model.save_pretrained(folder / "adapter", selected_adapters=["default"])
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in policy_weights(model)}
+        base = model.get_base_model()
+        with torch.device("meta"):  # a configuration that says nothing of quantization, which the merged weights lack
+            plain = transformers.AutoModelForCausalLM.from_config(_without_quantization(base.config))
+        plain.generation_config = base.generation_config
+        plain.save_pretrained(folder, state_dict=weights)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

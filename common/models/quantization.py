@@ -1,0 +1,62 @@
+"""Frozen weights in 4 bits (QLoRA, huggingface.co/papers/2305.14314), by bitsandbytes, which is imported on demand.
+
+The adapter beside them is trained as ever. The sampler and the saved model get the weights back in floating point,
+with the adapter merged: what vLLM samples from is what was trained, up to rounding.
+"""
+
+import sys
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+
+def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    """How transformers loads linear layers in 4 bits: NF4, its scales quantized too, computing in `dtype`.
+
+    Raises:
+        ValueError: if bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"load_in_4bit=True, but bitsandbytes cannot be imported ({error}). Run pip install bitsandbytes, or "
+            "leave out --load_in_4bit."
+        ) from error
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Stop bitsandbytes on the CPU from packing weights anew for inference, after which they could not be trained."""
+    for module in model.modules():
+        if isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is packed into 4 bits."""
+    # A library that was never imported has packed nothing.
+    return "bitsandbytes" in sys.modules and isinstance(weight, sys.modules["bitsandbytes"].nn.Params4bit)
+
+
+def scales(module: nn.Module) -> list[Tensor]:
+    """Tensors that belong to the packed weights of a model and are neither parameters nor buffers."""
+    states = [weight.quant_state for weight in module.parameters() if is_quantized(weight)]
+    found = []
+    for state in states:
+        found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    return list(dict.fromkeys(found))  # weights share their code
+
+
+@torch.no_grad()
+def in_floating_point(weight: Tensor) -> Tensor:
+    """A weight as it takes part in the computation: unpacked if it is packed, else itself."""
+    if not is_quantized(weight):
+        return weight
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)

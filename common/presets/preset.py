@@ -1,0 +1,118 @@
+"""A preset and the lines of a script that it replaces.
+
+It names, for each setting, the value that scripts are shipped with and its own. A line of a script that holds any
+other value was edited by its user: it stays, and the run says so.
+"""
+
+import textwrap
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.config import MEMORY_SETTINGS
+from common.embedded import is_embedded
+
+PRESETS = Path(__file__).parent
+# Data and rewards belong to the task that they were written for: edited together, replaced together.
+TASK_GROUP = ("task", "dataset", "rewards", "reward_weights")
+
+Pairs = dict[str, tuple[Any, Any]]  # setting -> the value of the scripts as shipped, and the preset's
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset that was read.
+
+    Attributes:
+        name: of its file, or "none".
+        pairs: for each setting the value that scripts are shipped with, and the preset's.
+        why: the preset is used, in words.
+    """
+
+    name: str
+    pairs: Pairs
+    why: str = "asked for"
+
+    @classmethod
+    def read(cls, name: str) -> "Preset":
+        """Read a preset.
+
+        Args:
+            name: of a file in common/presets, "none", or "auto": cpu without a CUDA GPU, none with one.
+
+        Raises:
+            ValueError: there is no such preset, or it is not written as it has to be.
+        """
+        if name == "auto":
+            import torch
+
+            return cls("none", {}) if torch.cuda.is_available() else cls("cpu", _pairs("cpu"), "there is no CUDA GPU")
+        return cls(name, {} if name == "none" else _pairs(name))
+
+    def replacements(
+        self, written: dict[str, Any], given: Collection[str], *, model: str | None, nobodys: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What the preset replaces.
+
+        Args:
+            written: the settings of the script.
+            given: names of the settings that a file or the command line has, which are none of the preset's business.
+            model: which model a file or the command line asks for; None: neither does.
+            nobodys: values that count as unwritten besides the shipped ones, by setting.
+
+        Returns:
+            Replaced settings, and the names of those that were edited and stay.
+        """
+        edited = {
+            name
+            for name, (shipped, value) in self.pairs.items()
+            if written[name] not in (shipped, value) and (name not in nobodys or written[name] != nobodys[name])
+        }
+        stay = edited | set(TASK_GROUP) if edited.intersection(TASK_GROUP) else edited
+        replaced = {name: value for name, (_, value) in self.pairs.items() if name not in stay and name not in given}
+        kept = [name for name in self.pairs if name in stay and name not in given and self._differs(name, written)]
+        # What the embedded policy learns with is nothing for another model.
+        if not is_embedded(model or replaced.get("model", written["model"])):
+            replaced = {name: value for name, value in replaced.items() if name in MEMORY_SETTINGS}
+            kept = [name for name in kept if name in MEMORY_SETTINGS]
+        return replaced, kept
+
+    def _differs(self, name: str, written: dict[str, Any]) -> bool:
+        return written[name] != self.pairs[name][1]
+
+    def notes(self, script: str, written: dict[str, Any], replaced: dict[str, Any], kept: list[str]) -> list[str]:
+        """A few lines about what was replaced, with old and new values, and what stays; none if nothing changed."""
+        changed = [name for name in replaced if self._differs(name, written)]
+        lines = []
+        if changed:
+            shown = ", ".join(f"{name} {_shown(written[name])} -> {_shown(replaced[name])}" for name in changed)
+            lines.append(f"preset {self.name} ({self.why}) replaces these lines of {script}, --preset none does not:")
+            lines += textwrap.wrap(shown, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        if kept:
+            shown = ", ".join(f"{name}={_shown(written[name])}" for name in kept)
+            lines.append(f"edited in {script}, so the preset leaves them: {shown}")
+        return lines
+
+
+def _pairs(name: str) -> Pairs:
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
+        raise ValueError(
+            f"preset={name!r}: there is no such preset. Pass --preset with one of {', '.join(known)}, none."
+        )
+    pairs = yaml.safe_load(path.read_text())
+    for setting, pair in pairs.items():
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(
+                f"{path}: {setting} is {pair!r}: need two values, that of the scripts as shipped and the preset's, to "
+                f"tell which lines were edited. Write {setting}: [shipped, preset's]."
+            )
+    return {setting: tuple(pair) for setting, pair in pairs.items()}
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

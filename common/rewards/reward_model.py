@@ -1,0 +1,219 @@
+"""RewardModel: a learned judge of completions that is used like any reward function.
+
+It is any sequence classifier with one label, with its own tokenizer and chat template: the policy's never reach it.
+Each text gets the score that the model gives to it alone, whatever else is in the batch. No training of reward models.
+"""
+
+import itertools
+import logging
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from common.data.dialogues import conversation
+from common.models.pool import ModelPool
+from common.update.rows import microbatch_rows
+
+logger = logging.getLogger("nanorlhf")
+
+# How dialogues are written where no chat template says it; that of hh-rlhf, which most pair encoders have seen.
+_SPEAKERS = {"user": "Human: ", "assistant": "Assistant: "}
+
+
+def as_messages(prompt: str | list[dict]) -> list[dict]:
+    """Chat messages as they are; a dialogue in the form of hh-rlhf as its turns, other text as one of the user."""
+    if not isinstance(prompt, str):
+        return prompt
+    return (conversation(prompt) if prompt.startswith("\n\nHuman:") else []) or [{"role": "user", "content": prompt}]
+
+
+class RewardModel:
+    """Scores completions with a sequence classifier that has one label.
+
+    Here the configuration and the tokenizer are read; `load` loads the weights, before the first call.
+
+    Args:
+        model: hub id or folder.
+        max_tokens_per_microbatch: padded tokens per forward pass; larger is faster and needs more memory.
+
+    Attributes:
+        name: the last part of the hub id or folder.
+        max_length: longest text in tokens; of a longer one the beginning of the prompt is cut, and only where the
+            completion alone is too long, the end of that.
+        num_truncated: texts that were cut so far.
+
+    Raises:
+        ValueError: if the model cannot be loaded, is no sequence classifier or has several labels.
+    """
+
+    def __init__(self, model: str, *, max_tokens_per_microbatch: int = 16384) -> None:
+        try:
+            config, self.tokenizer = (
+                transformers.AutoConfig.from_pretrained(model),
+                transformers.AutoTokenizer.from_pretrained(model),
+            )
+            # What transformers makes up where a folder has no tokenizer files.
+            if set(self.tokenizer.get_vocab().values()) <= set(self.tokenizer.all_special_ids):
+                raise OSError("it has no tokenizer")
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"reward model {model!r}: cannot be loaded: {reason}. Need a folder with weights and tokenizer, or a "
+                "hub id that this machine can reach. Pass --rewards with one, a reward of the task or "
+                "file.py:function."
+            ) from error
+        architectures = config.architectures or []
+        if not any(name.endswith("ForSequenceClassification") for name in architectures):
+            raise ValueError(
+                f"reward model {model!r}: its architecture is {', '.join(architectures) or 'not named'}. Need one "
+                "that ends in ForSequenceClassification: to any other a head of random weights would be added. Pass "
+                "a model that was trained to score, such as one by trl.RewardTrainer."
+            )
+        if config.num_labels != 1:
+            raise ValueError(
+                f"reward model {model!r}: has {config.num_labels} labels. Need 1, since a completion gets one score. "
+                "Pass a model with one label, or write a function that makes one number of them and pass "
+                "file.py:function."
+            )
+        self.model = model
+        self.name = Path(model).absolute().name
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.num_truncated = 0
+        settings = config.get_text_config().to_dict()
+        limits = [
+            self.tokenizer.model_max_length,
+            settings.get("max_position_embeddings"),
+            settings.get("n_positions"),
+        ]
+        self.max_length = min(limit for limit in limits if limit is not None and limit > 0)
+        self._pad_token_id = settings.get("pad_token_id")
+        self._models: ModelPool | None = None
+
+    def load(self, models: ModelPool) -> None:
+        """Load the weights on the CPU, float32 or, for a CUDA device, as they were saved; hand them to the pool.
+
+        Args:
+            models: has the model on the device while it scores.
+
+        Raises:
+            ValueError: if weights are missing, such as the head.
+        """
+        dtype = "auto" if models.device.type == "cuda" else torch.float32
+        with torch.random.fork_rng(devices=[]):
+            module, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                self.model, dtype=dtype, output_loading_info=True
+            )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"reward model {self.model!r}: has no weights for {', '.join(sorted(report['missing_keys']))}. Need "
+                "all of them, since random ones would score at random. Pass a model that was trained to score."
+            )
+        module.config.use_cache = False
+        models.add(f"reward/{self.name}", module.eval().requires_grad_(False))
+        self._models = models
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str | list[dict]], completions: list[str], **columns: list) -> list[float]:
+        """Score completions.
+
+        With a chat template a text is the conversation with the completion as its last turn; without one it is the
+        pair of prompt and completion, a prompt of several turns written as a dialogue.
+
+        Args:
+            prompts: B times text, or chat messages of which a last one by the assistant is the completion's start.
+            completions: B strings.
+            columns: not used.
+
+        Returns:
+            B scores.
+        """
+        assert self._models is not None
+        if not completions:
+            return []
+        rows = self._encode(prompts, completions)
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        scores = torch.zeros(len(rows))
+        with (
+            self._models.use(f"reward/{self.name}") as module,
+            torch.autocast(self._models.device.type, enabled=False),
+        ):
+            for numbers in microbatch_rows(lengths, self.max_tokens_per_microbatch):
+                scores[numbers] = self._forward(module, [rows[i] for i in numbers]).float().cpu()
+        return scores.tolist()
+
+    def _forward(self, module: nn.Module, rows: list[dict[str, list[int]]]) -> Tensor:
+        """(b,) scores of rows padded on the right."""
+        pad = self._pad_token_id
+        if pad is None:
+            # Decoders read the score at the last token that is not this one: an id that ends no row here.
+            ends = {row["input_ids"][-1] for row in rows}
+            pad = next(i for i in itertools.count() if i not in ends)
+            module.config.get_text_config().pad_token_id = pad
+        inputs = {
+            key: pad_sequence(
+                [torch.tensor(row[key]) for row in rows],
+                batch_first=True,
+                padding_value=pad if key == "input_ids" else 0,
+            ).to(self._models.device)
+            for key in rows[0]
+        }
+        return module(**inputs).logits[:, 0]
+
+    def _encode(self, prompts: list[str | list[dict]], completions: list[str]) -> list[dict[str, list[int]]]:
+        """The model's inputs for each text, of at most max_length tokens."""
+        pairs = [_split(as_messages(prompt), text) for prompt, text in zip(prompts, completions, strict=True)]
+        # verbose=False: the tokenizer would warn of long texts, which are cut below.
+        options = {"return_attention_mask": True, "verbose": False}
+        if self.tokenizer.chat_template is not None:
+            texts = [self._render(*pair) for pair in pairs]
+            encoded = self.tokenizer(texts, add_special_tokens=False, **options)
+        else:
+            encoded = self.tokenizer([_dialogue(m) for m, _ in pairs], [text for _, text in pairs], **options)
+        rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
+        too_long = [row for row, inputs in enumerate(rows) if len(inputs["input_ids"]) > self.max_length]
+        if too_long and not self.num_truncated:
+            logger.warning(
+                "reward model %s: %d of %d texts are longer than its limit of %d tokens, so the beginning of their "
+                "prompts is not seen. Pass a smaller --max_prompt_length, or a reward model for longer texts.",
+                *(self.name, len(too_long), len(rows), self.max_length),
+            )
+        self.num_truncated += len(too_long)
+        for row in too_long:
+            if self.tokenizer.chat_template is not None:
+                expendable = self._expendable(rows[row]["input_ids"], pairs[row][0])
+            else:
+                parts = encoded.sequence_ids(row)  # 0: prompt, 1: completion, None: special token
+                expendable = [i for i, part in enumerate(parts) if part == 0]
+                expendable += [i for i, part in enumerate(parts) if part == 1][::-1]
+            cut = set(expendable[: len(rows[row]["input_ids"]) - self.max_length])
+            rows[row] = {key: [v for i, v in enumerate(values) if i not in cut] for key, values in rows[row].items()}
+        return rows
+
+    def _render(self, messages: list[dict], completion: str) -> str:
+        answer = {"role": "assistant", "content": completion}
+        return self.tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+
+    def _expendable(self, ids: list[int], messages: list[dict]) -> list[int]:
+        """Places of a conversation's tokens as they may be cut: the prompt from its start, the rest from its end."""
+        empty = self.tokenizer(self._render(messages, ""), add_special_tokens=False, verbose=False)["input_ids"]
+        differs = (place for place, (a, b) in enumerate(zip(empty, ids, strict=False)) if a != b)
+        num_before = next(differs, min(len(empty), len(ids)))
+        # Models have never seen a text without the first special token.
+        first = int(ids[0] == self.tokenizer.bos_token_id)
+        return [*range(first, num_before), *reversed(range(num_before, len(ids)))]
+
+
+def _split(messages: list[dict], completion: str) -> tuple[list[dict], str]:
+    """Messages up to the answer, and the answer: a prefilled start belongs to it."""
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], messages[-1]["content"] + completion
+    return messages, completion
+
+
+def _dialogue(messages: list[dict]) -> str:
+    """A single turn as it is, several with their speakers; a system message has none."""
+    several = sum(message["role"] != "system" for message in messages) > 1
+    return "\n\n".join(_SPEAKERS.get(m["role"], "") * several + m["content"] for m in messages)

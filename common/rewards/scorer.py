@@ -1,0 +1,254 @@
+"""Reward functions: the type a user writes, and the weighted sum that makes a score of several of them.
+
+A reward is one of the task's, a function from a file, or a `RewardModel`. Functions that are marked as rules run in a
+worker with limits (rules.py); the others run in the training process, without any.
+"""
+
+import asyncio
+import inspect
+import math
+import reprlib
+import weakref
+from collections.abc import Awaitable, Collection
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+
+from common.models.pool import ModelPool
+from common.rewards.reward_model import RewardModel, as_messages
+from common.rewards.rules import DEFAULT_LIMITS, Arguments, Limits, RuleWorker, is_rule
+
+# Long enough to recognise a prompt, short enough for an error message.
+_SHORTEN = reprlib.Repr()
+_SHORTEN.maxstring = _SHORTEN.maxother = 120
+
+# What a reward function gets that is no column of the data set.
+_GIVEN = {"prompts", "completions", "completion_ids"}
+
+
+class RewardFunction(Protocol):
+    """Score a batch of completions, by the signature of trl; it may be asynchronous."""
+
+    def __call__(
+        self, prompts: list[str], completions: list[str], **columns: list
+    ) -> list[float | None] | Awaitable[list[float | None]]:
+        """Score each completion.
+
+        Args:
+            prompts: the text each completion continues; chat messages in trl's conversational form.
+            completions: the completions, special tokens removed; in the conversational form a list with one message.
+            columns: every other column of the data set, one value per completion. Who names `completion_ids` gets the
+                token ids of the completions too.
+
+        Returns:
+            One finite number per completion; None where the function has no say.
+        """
+
+
+class Scorer:
+    """The weighted sum of reward functions, each also reported raw.
+
+    Args:
+        functions: reward functions by name.
+        weights: weight of each, by the same names.
+        conversational: names of the functions that get chat messages, not text.
+        limits: of rules for each row; None: rules run in the training process like other functions.
+
+    Attributes:
+        over_limit: for each rule, (B,) bool: the rows of the last call that scored 0 because they were over a limit.
+    """
+
+    def __init__(
+        self,
+        functions: dict[str, RewardFunction],
+        weights: dict[str, float],
+        *,
+        conversational: Collection[str] = (),
+        limits: Limits | None = DEFAULT_LIMITS,
+    ) -> None:
+        self.functions = functions
+        self.weights = weights
+        self.conversational = conversational
+        self.over_limit: dict[str, Tensor] = {}
+        self._rules = {name: function for name, function in functions.items() if limits and is_rule(function)}
+        self._worker = RuleWorker(self._rules, limits) if self._rules else None
+        # One event loop for the whole run: a client that a function keeps open belongs to the loop that opened it.
+        self._loop = asyncio.Runner()
+        weakref.finalize(self, self._loop.close)
+
+    def load(self, models: ModelPool) -> None:
+        """Load the weights of every reward model.
+
+        Args:
+            models: has each on the device while it scores.
+
+        Raises:
+            ValueError: if a model's weights are not complete.
+        """
+        for function in self.functions.values():
+            if isinstance(function, RewardModel):
+                function.load(models)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Refuse data that lack what a reward function asks for.
+
+        Args:
+            columns: names of the data set's columns.
+
+        Raises:
+            ValueError: naming the reward, what it lacks and what there is.
+        """
+        for name, function in self.functions.items():
+            missing = [column for column in _required(function) if column not in _GIVEN.union(columns)]
+            if missing:
+                raise ValueError(
+                    f"reward {name!r} needs the columns {', '.join(missing)}; the data set has "
+                    f"{', '.join(columns) or 'none besides the prompt'}. Pass data with these columns, or give the "
+                    "function's parameters defaults."
+                )
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        columns: dict[str, list],
+        *,
+        raw_prompts: list[str | list[dict]] | None = None,
+        completion_ids: list[list[int]] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score completions.
+
+        Args:
+            prompts: B strings.
+            completions: B strings.
+            columns: a list of B values each.
+            raw_prompts: B prompts as the data set has them, text or chat messages; None or empty: as `prompts`.
+            completion_ids: token ids of the B completions, for functions that name this parameter.
+
+        Returns:
+            scores: (B,) float32, the weighted sum over the functions that had a say; 0 where none had.
+            parts: for each function (B,) float32, raw; NaN where it had none.
+
+        Raises:
+            ValueError: if a function raises, or returns the wrong number of values or something that is no number,
+                or if none has a say on any completion.
+        """
+        text = {"prompts": prompts, "completions": completions, **columns}
+        raw = raw_prompts or prompts
+        arguments = {name: self._arguments(name, text, raw, completion_ids) for name in self.functions}
+        answers = self._answers(arguments)
+        parts = {
+            name: torch.tensor(self._numbers(name, answers[name], arguments[name], completions), dtype=torch.float32)
+            for name in self.functions
+        }
+        if completions and all(part.isnan().all() for part in parts.values()):
+            raise ValueError(
+                f"{', '.join(parts)}: no reward has a say on any of {len(completions)} completions. Need a number for "
+                "some of them, or there is nothing to learn from. Mend the functions so that None is the exception."
+            )
+        weighted = [self.weights[name] * torch.nan_to_num(part, nan=0.0) for name, part in parts.items()]
+        return torch.stack(weighted).sum(0), parts
+
+    def _arguments(
+        self, name: str, text: dict[str, list], raw_prompts: list, completion_ids: list[list[int]] | None
+    ) -> Arguments:
+        """What a function is called with."""
+        arguments = dict(text)
+        if isinstance(self.functions[name], RewardModel):
+            arguments["prompts"] = raw_prompts
+        elif name in self.conversational:
+            arguments["prompts"] = [as_messages(prompt) for prompt in raw_prompts]
+            arguments["completions"] = [[{"role": "assistant", "content": c}] for c in text["completions"]]
+        if "completion_ids" in inspect.signature(self.functions[name]).parameters:
+            arguments["completion_ids"] = completion_ids
+        return arguments
+
+    def _answers(self, arguments: dict[str, Arguments]) -> dict[str, object]:
+        """What each function returned or raised; asynchronous ones wait together."""
+        answers = {}
+        for name, given in arguments.items():
+            if name in self._rules:
+                answers[name] = self._rule_answers(name, given)
+                continue
+            if isinstance(self.functions[name], RewardModel):
+                answers[name] = self.functions[name](**given)
+                continue
+            try:
+                answers[name] = self.functions[name](**given)
+            except Exception as error:  # whatever the user's function may raise
+                answers[name] = error
+        waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
+
+        async def together() -> list[object]:
+            return await asyncio.gather(*waiting.values(), return_exceptions=True)
+
+        if waiting:
+            answers |= zip(waiting, self._loop.run(together()), strict=True)
+        return answers
+
+    def _rule_answers(self, name: str, arguments: Arguments) -> list:
+        """What a rule says of each row, 0 where it was over a limit."""
+        rows = self._worker(name, arguments)
+        if rows and rows[-1].error:
+            self._refuse(name, rows[-1].error, self._shown(arguments, len(rows) - 1))
+        self.over_limit[name] = torch.tensor([row.over_limit for row in rows], dtype=torch.bool)
+        return [0.0 if row.over_limit else row.reward for row in rows]
+
+    def _numbers(self, name: str, rewards: object, arguments: dict[str, list], completions: list[str]) -> list[float]:
+        """A function's answer as one number per completion, NaN for None."""
+        if isinstance(rewards, Exception):
+            self._refuse(name, f"{type(rewards).__name__}: {rewards}", self._failing_row(name, arguments), rewards)
+        is_list = isinstance(rewards, list | tuple) or (isinstance(rewards, Tensor) and rewards.dim() == 1)
+        if not is_list or len(rewards) != len(completions):
+            given = f"{len(rewards)} values" if is_list else _SHORTEN.repr(rewards)
+            raise ValueError(
+                f"reward {name!r} returned {given} for {len(completions)} completions: need a list with one number "
+                "each, in the same order. Mend the function."
+            )
+        return [self._checked(name, reward, row, completions[row]) for row, reward in enumerate(rewards)]
+
+    @staticmethod
+    def _refuse(name: str, error: str, where: str, cause: Exception | None = None) -> NoReturn:
+        raise ValueError(
+            f"reward {name!r} raised {error}; {where}. A reward function must give a number for any text a model may "
+            "write. Mend the function, or return None where it has no say."
+        ) from cause
+
+    @staticmethod
+    def _checked(name: str, reward: float | None, row: int, completion: str) -> float:
+        if reward is None:
+            return math.nan
+        try:
+            value = float(reward)
+        except (TypeError, ValueError, OverflowError):
+            value = math.nan
+        if not abs(value) <= torch.finfo(torch.float32).max:
+            raise ValueError(
+                f"reward {name!r} returned {_SHORTEN.repr(reward)} in row {row} for {_SHORTEN.repr(completion)}: need "
+                "a finite float32 number, since one such value would spoil the whole batch. Mend the function, or "
+                "return None there."
+            )
+        return value
+
+    def _failing_row(self, name: str, arguments: dict[str, list]) -> str:
+        """Call the function row by row to find the one it fails on, with its arguments shortened."""
+        num_rows = len(arguments["completions"])
+        for row in range(num_rows):
+            # A column may be None as a whole: token ids that nobody gave.
+            single = {key: values and [values[row]] for key, values in arguments.items()}
+            if isinstance(self._answers({name: single})[name], Exception):
+                return self._shown(arguments, row)
+        return "no single row fails alone"
+
+    @staticmethod
+    def _shown(arguments: Arguments, row: int) -> str:
+        shown = ", ".join(f"{key}={_SHORTEN.repr(values[row])}" for key, values in arguments.items() if values)
+        return f"row {row} of {len(arguments['completions'])}: {shown}"
+
+
+def _required(function: RewardFunction) -> list[str]:
+    """Parameters without a default that are passed by name."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in by_name and p.default is p.empty]

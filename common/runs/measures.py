@@ -1,0 +1,136 @@
+"""What a batch of completions says about the policy, and how sure the numbers are. Trains nothing.
+
+Training's evaluation and the command ``python -m common.evaluation`` (command.py) both measure with what is here.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from common.rewards.scorer import Scorer
+from common.rollouts import Rollouts
+from common.runs.metrics import StepMetrics
+
+
+def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetrics) -> None:
+    """Add this process's part of the means over what was sampled for training.
+
+    Args:
+        rollouts: B rows, scored.
+        advantages: (B,) or (B, C) float.
+        metrics: where the parts go: score, length, truncated, zero_advantage (share of rows without any), and
+            reward/<name> (raw, over the rows in which that reward had a say).
+    """
+    rows = len(rollouts)
+    metrics.add("score", rollouts.scores.sum(), rows)
+    metrics.add("length", rollouts.lengths.sum(), rows)
+    metrics.add("truncated", rollouts.truncated.sum(), rows)
+    metrics.add("zero_advantage", (advantages.reshape(rows, -1) == 0).all(1).sum(), rows)
+    for name, part in rollouts.parts.items():
+        metrics.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
+
+
+def judge(rollouts: Rollouts, scorer: Scorer) -> Tensor:
+    """(B,) float32: the weighted sum of the rewards; each of them is kept in rollouts.parts."""
+    texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
+    ids = rollouts.completion_tokens
+    scores, rollouts.parts = scorer(*texts, completion_ids=ids, raw_prompts=rollouts.raw_prompts)
+    return scores
+
+
+def evaluation_means(
+    rollouts: Rollouts, *, accuracy: str | None, format: str | None, num_samples: int, metrics: StepMetrics
+) -> None:
+    """Add this process's part of the evaluation's means.
+
+    Args:
+        rollouts: B scored completions of held-out prompts, num_samples adjacent rows per prompt.
+        accuracy: the reward that gives 1 for a right answer; None if the task has none.
+        format: the reward that gives 1 for the form that was asked for; None if the task has none.
+        num_samples: completions per prompt, at least 1.
+        metrics: where the parts go: eval/score, eval/length, eval/truncated, eval/format (share of completions of the
+            right form) and eval/accuracy (share of right ones) with its square for the confidence interval, and
+            eval/pass@k for k = 2, 4, ... up to num_samples.
+    """
+    rows = len(rollouts)
+    metrics.add("eval/score", rollouts.scores.sum(), rows)
+    metrics.add("eval/length", rollouts.lengths.sum(), rows)
+    metrics.add("eval/truncated", rollouts.truncated.sum(), rows)
+    formed = is_one(rollouts.parts, format)
+    if formed is not None:
+        metrics.add("eval/format", formed.sum(), rows)
+    correct = is_one(rollouts.parts, accuracy)
+    if correct is None:
+        return
+    num_correct = correct.reshape(-1, num_samples).sum(1)  # (prompts,)
+    per_prompt = num_correct.double() / num_samples
+    metrics.add("eval/accuracy", per_prompt.sum(), len(per_prompt))
+    metrics.add("eval/accuracy_square", per_prompt.square().sum(), len(per_prompt))
+    for k in sizes_of_k(num_samples)[1:]:
+        metrics.add(f"eval/pass@{k}", pass_at_k(num_correct, num_samples, k).sum(), len(per_prompt))
+
+
+def is_one(parts: dict[str, Tensor], name: str | None) -> Tensor | None:
+    """(B,) bool: the named reward gives 1; None if there is no name or the run does not use that reward."""
+    return torch.isclose(parts[name], torch.tensor(1.0)) if name in parts else None
+
+
+def sizes_of_k(num_samples: int) -> list[int]:
+    """1, 2, 4, ... and num_samples: the k for which pass@k is reported."""
+    return [k for k in (2**i for i in range(num_samples.bit_length())) if k < num_samples] + [num_samples]
+
+
+def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
+    """Probability that of k completions, drawn from a prompt's n without replacement, at least one is right.
+
+    1 - C(n - c, k) / C(n, k) with c of them right: unbiased (huggingface.co/papers/2107.03374, equation 1), where the
+    share of prompts solved by the first k completions would be as right on average and less sure.
+
+    Args:
+        num_correct: (prompts,) int64, c.
+        num_samples: n.
+        k: from 1 to n.
+
+    Returns:
+        (prompts,) float64.
+    """
+    all_draws = math.comb(num_samples, k)
+    all_wrong = [math.comb(num_samples - right, k) for right in num_correct.tolist()]
+    return torch.tensor([1 - draws / all_draws for draws in all_wrong], dtype=torch.float64)
+
+
+def confidence_interval(mean: float, mean_square: float, num_prompts: int) -> tuple[float, float]:
+    """Middle and half width of the 95 % confidence interval of an accuracy.
+
+    Prompts are the independent draws, not completions: it is 1.96 standard errors of the mean over prompts. Four
+    prompts are added to them, two solved always and two never. With one completion per prompt this is the interval of
+    Agresti and Coull (The American Statistician 52, 1998): it keeps its 95 % for few prompts too, and has a width when
+    none or all are solved.
+
+    Args:
+        mean: over prompts, of the share of right completions.
+        mean_square: over prompts, of its square.
+        num_prompts: how many there are.
+    """
+    count = num_prompts + 4
+    middle = (num_prompts * mean + 2) / count
+    variance = (num_prompts * mean_square + 2) / count - middle**2
+    return middle, 1.96 * math.sqrt(max(variance, 0.0) / count)
+
+
+def with_confidence_interval(metrics: dict[str, float], num_prompts: int) -> dict[str, float]:
+    """Replace the mean square by the half width of the 95 % confidence interval of the accuracy.
+
+    Args:
+        metrics: reduced over all processes.
+        num_prompts: held-out prompts on all processes.
+
+    Returns:
+        The metrics with eval/accuracy_ci95 in place of eval/accuracy_square.
+    """
+    metrics = dict(metrics)
+    if "eval/accuracy_square" in metrics:
+        mean_square = metrics.pop("eval/accuracy_square")
+        _, metrics["eval/accuracy_ci95"] = confidence_interval(metrics["eval/accuracy"], mean_square, num_prompts)
+    return metrics

@@ -1,0 +1,217 @@
+"""What a step measures: global means, seconds and memory by phase, and the checks that run in every step.
+
+Which quantities exist is the trainer's and the algorithms' business; where they are written is in log.py.
+"""
+
+import logging
+import operator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from common.config import RLConfig
+
+logger = logging.getLogger("nanorlhf")
+
+GB = 2**30
+
+# Mean |sampler's log-prob - trainer's log-prob| above which something is wrong, not only rounded.
+MAX_LOGPROB_DIFF = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+Number = float | torch.Tensor
+
+
+class StepMetrics:
+    """Global means from the part that each process and each micro-batch contributes.
+
+    A mean over all rows or tokens is the sum of all totals over the sum of all counts, so a process without rows, or
+    with fewer of them, counts for exactly what it has. Tensors stay on their device until `reduce`.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Number] = {}
+        self._counts: dict[str, Number] = {}
+        self._sums: dict[str, Number] = {}
+        self._maxima: dict[str, float] = {}
+
+    def add(self, name: str, total: Number, count: Number) -> None:
+        """Adds this process's part of a mean: the sum over `count` real rows or tokens, never over padding."""
+        self._totals[name] = self._totals.get(name, 0) + _as_scalar(total)
+        self._counts[name] = self._counts.get(name, 0) + _as_scalar(count)
+
+    def add_sum(self, name: str, total: Number) -> None:
+        """Adds to a quantity whose global value is a sum, such as the number of tokens."""
+        self._sums[name] = self._sums.get(name, 0) + _as_scalar(total)
+
+    def add_max(self, name: str, value: float) -> None:
+        """Offers a value of a quantity whose global value is the largest, such as a memory peak."""
+        self._maxima[name] = max(self._maxima.get(name, value), value)
+
+    def reduce(self, accelerator: Accelerator) -> dict[str, float]:
+        """The global values of everything added since the last call, in float64; every process gets the same.
+
+        All processes have to call it, and their names may differ. A mean over nothing is left out.
+        """
+        own = [_as_numbers(part) for part in (self._totals, self._counts, self._sums, self._maxima)]
+        self._totals, self._counts, self._sums, self._maxima = {}, {}, {}, {}
+        everyone = gather_object([own]) if accelerator.num_processes > 1 else [own]
+        totals, counts, sums = (_merge([parts[kind] for parts in everyone], operator.add) for kind in range(3))
+        maxima = _merge([parts[3] for parts in everyone], max)
+        means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
+        return means | sums | maxima
+
+
+def _as_scalar(value: Number) -> Number:
+    return value.detach().double().reshape(()) if isinstance(value, torch.Tensor) else value
+
+
+def _as_numbers(values: dict[str, Number]) -> dict[str, float]:
+    """The same with Python numbers; one transfer from each device."""
+    numbers = dict(values)
+    names_by_device = defaultdict(list)
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            names_by_device[value.device].append(name)
+    for names in names_by_device.values():
+        numbers.update(zip(names, torch.stack([values[name] for name in names]).tolist(), strict=True))
+    return numbers
+
+
+def _merge(parts: list[dict[str, float]], combine: Callable[[float, float], float]) -> dict[str, float]:
+    merged: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            merged[name] = combine(merged[name], value) if name in merged else value
+    return merged
+
+
+class Stopwatch:
+    """Seconds, and on a GPU peak memory, by phase: `with watch("sample"): ...`.
+
+    A phase inside another one is taken out of the outer one, so the phases add up to the step, but for what runs in
+    none of them. Only "eval" keeps what is inside it: its sampling is not part of training. A GPU is waited for at the
+    borders of phases.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._running: list[str] = []
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._peaks: dict[str, float] = defaultdict(float)
+        self._step_start = self._last_border = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Charges what runs inside to `phase`: sample, score, logprobs, values, update, push, offload, eval, save."""
+        self._charge()
+        self._running.append("eval" if "eval" in self._running else phase)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._running.pop()
+
+    def read_and_reset(self) -> dict[str, float]:
+        """time/<phase> of the step that ends now, time/step, and its memory as in `memory_report`.
+
+        On a GPU memory/<phase>_peak_gb too: the peak within each phase, whoever is on the device then.
+        """
+        self._charge()
+        report = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        report["time/step"] = self._last_border - self._step_start
+        report |= memory_report(self._device)
+        if self._device.type == "cuda":
+            report |= {f"memory/{phase}_peak_gb": peak for phase, peak in self._peaks.items() if phase}
+            report["memory/peak_gb"] = max(self._peaks.values())
+        self._seconds.clear()
+        self._peaks.clear()
+        self._step_start = self._last_border
+        return report
+
+    def _charge(self) -> None:
+        """Books what passed since the last border on the innermost phase."""
+        phase = self._running[-1] if self._running else ""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            self._peaks[phase] = max(self._peaks[phase], _take_device_peak(self._device))
+        now = time.perf_counter()
+        if phase:
+            self._seconds[phase] += now - self._last_border
+        self._last_border = now
+
+
+def memory_report(device: torch.device | str) -> dict[str, float]:
+    """Memory in GB of 2^30 bytes; begins a new peak on a GPU.
+
+    Returns:
+        memory/peak_gb: highest allocation on the device since the last call; on the CPU the process's highest resident
+            memory so far.
+        memory/host_gb: the process's resident memory now.
+    """
+    device = torch.device(device)
+    # getrusage would start from the peak of the process that launched this one.
+    status = Path("/proc/self/status").read_text()
+    resident, highest = (int(status.partition(f"{name}:")[2].split()[0]) * 1024 / GB for name in ("VmRSS", "VmHWM"))
+    peak = _take_device_peak(device) if device.type == "cuda" else highest
+    return {"memory/peak_gb": peak, "memory/host_gb": resident}
+
+
+def _take_device_peak(device: torch.device) -> float:
+    peak = torch.cuda.max_memory_allocated(device) / GB
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+# What is said when a step does not use a setting that was given.
+_UNUSED = {
+    "kl_coef": "kl_coef=%s: %s.step uses neither the reference's log-probs nor token_rewards, so there is no KL. Use "
+    "one of them in `step`, or pass --kl_coef 0.",
+    "whiten_advantages": "whiten_advantages=%s: %s.step never calls maybe_whiten, so nothing is whitened. Call it in "
+    "`step`, or pass --whiten_advantages false.",
+}
+
+
+def warn_of_unused_settings(config: RLConfig, used: Collection[str], *, algorithm: str) -> None:
+    """Warn if a step made nothing of a setting that was given: the run is not what was asked for.
+
+    Args:
+        config: the run's.
+        used: the settings among kl_coef and whiten_advantages that the step had a use for.
+        algorithm: name of its trainer.
+    """
+    for name, message in _UNUSED.items():
+        if vars(config)[name] and name not in used:
+            logger.warning(message, vars(config)[name], algorithm)
+
+
+def check_first_step(metrics: dict[str, float], *, step: int, dtype: torch.dtype) -> None:
+    """Warn if the policy that was updated does not look like the policy that sampled.
+
+    Args:
+        metrics: the step's; policy/first_ratio and sampler/logprob_diff are read where they are there.
+        step: the step.
+        dtype: precision of forward passes.
+    """
+    ratio = metrics.get("policy/first_ratio", 1.0)
+    if ratio != 1.0:
+        logger.warning(
+            "step %d: the ratio before the first optimizer step is %.8f, not 1: two forward passes over the same "
+            "tokens differ. Look for dropout or other randomness in the model.",
+            step,
+            ratio,
+        )
+    difference, bound = metrics.get("sampler/logprob_diff", 0.0), MAX_LOGPROB_DIFF[dtype]
+    if difference > bound:
+        logger.warning(
+            "step %d: log-probs of sampler and trainer differ by %.4f on average, more than %.4f: the sampler may "
+            "hold other weights. Try --sampler transformers to find out.",
+            step,
+            difference,
+            bound,
+        )

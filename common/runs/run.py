@@ -1,0 +1,252 @@
+"""Run: a run's folder, its log and its checkpoints, as the trainer sees them.
+
+What the files are is in metrics.py, checkpoints.py and plots.py; when they are written is here.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import transformers
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.config import RLConfig
+from common.models.loading import save_model
+from common.rollouts import Rollouts
+from common.runs import checkpoints
+from common.runs.log import METRICS_FILE, Progress, RunLog
+from common.runs.plots import CURVES_FILE, draw_curves
+from common.update.learner import Learner
+
+logger = logging.getLogger("nanorlhf")
+
+# Rows of each entry in samples.jsonl: enough to read, little enough to keep for every few steps.
+NUM_SAMPLES = 8
+
+
+class Run:
+    """The folder of one run, new or continued.
+
+    Args:
+        config: the run's settings.
+        accelerator: the main process writes, the others only read.
+        algorithm: its name, for the folder's name.
+
+    Attributes:
+        folder: where everything is.
+        checkpoint: what to continue from, None at the beginning.
+        first_step: the next step to do, from 1.
+        stopped_early: early stopping has ended the run.
+
+    Raises:
+        ValueError: if the folder is another run's, or a finished one.
+    """
+
+    def __init__(self, config: RLConfig, accelerator: Accelerator, *, algorithm: str) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.folder = Path(config.output_dir or Path("runs") / default_name(config, algorithm))
+        if accelerator.is_main_process:
+            # With a schedule that ends at num_steps a longer run is another run from its first step on.
+            may_grow = checkpoints.MAY_GROW if config.lr_scheduler == "constant" else ()
+            notes = {"may_grow": may_grow, "notes": config.notes}
+            checkpoints.prepare_run_folder(self.folder, asdict(config), config.resume, **notes)
+        accelerator.wait_for_everyone()
+        self.checkpoint = checkpoints.latest_checkpoint(self.folder)
+        state = checkpoints.load_state(self.checkpoint) if self.checkpoint else {"step": 0}
+        self.first_step = state["step"] + 1
+        self.best: dict | None = state.get("best")
+        self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
+        self._num_tokens: int = state.get("tokens", 0)
+        self._learners: dict[str, tuple[Learner, nn.Module]] = {}
+        self._exports: dict[str, Callable[[Path], None]] = {}
+        self._log: RunLog | None = None
+        self._progress: Progress | None = None
+
+    @property
+    def stopped_early(self) -> bool:
+        """True once as many evaluations as the setting says brought no new best."""
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self._evaluations_since_best >= patience
+
+    def __enter__(self) -> "Run":
+        """Open log and progress bar; lines that a killed run wrote after its last checkpoint go."""
+        is_main, config = self.accelerator.is_main_process, self.config
+        self._log = RunLog(self.folder, self.accelerator, asdict(config))
+        self._log.rewind(self.first_step - 1 if self.checkpoint else -1)
+        self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Close them; the curves show what there is, also after an error."""
+        self._progress.close()
+        self._log.close()
+        if self.accelerator.is_main_process:
+            draw_curves(self.folder)
+
+    def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
+        """Keep a learner in every checkpoint from now on, and give it its state of the one to continue from.
+
+        The policy's own weights are loaded with the policy; every other module's trained ones are here.
+
+        Args:
+            learner: what is trained.
+            module: its model.
+            save: writes the model into the folder final/<name>_model; None: it is not part of final/.
+        """
+        self._learners[learner.name] = (learner, module)
+        if save is not None:
+            self._exports[learner.name] = save
+        if self.checkpoint is None:
+            return
+        learner.optimizer.load_state_dict(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
+        if learner.name != "policy":
+            weights = load_file(self.checkpoint / f"{learner.name}.safetensors")
+            _, unknown = module.load_state_dict(weights, strict=False)  # frozen weights are not in the file
+            assert not unknown and len(weights) == len(learner.parameters)
+
+    def count_tokens(self, tokens: int) -> None:
+        """Add completion tokens that were sampled for training, over all processes."""
+        self._num_tokens += tokens
+
+    def add_samples(self, step: int, split: str, rollouts: Rollouts, parts: dict[str, Tensor]) -> None:
+        """Write the first few rows of a batch to samples.jsonl; outside `with run:` nothing is written.
+
+        Of a group for training the completions are compared; of held-out prompts, which every evaluation begins with
+        the same ones, there is one completion each.
+
+        Args:
+            step: the step.
+            split: "train" or "eval".
+            rollouts: scored.
+            parts: (B,) raw rewards by name.
+        """
+        if self._log is None:
+            return
+        every = self.config.eval_num_samples if split == "eval" else 1
+        rows = [
+            {
+                "split": split,
+                "prompt": rollouts.prompts[row],
+                "completion": rollouts.completions[row],
+                "score": float(rollouts.scores[row]),
+                "parts": {name: float(part[row]) for name, part in parts.items()},
+                "length": int(rollouts.lengths[row]),
+                "truncated": bool(rollouts.truncated[row]),
+            }
+            for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
+        ]
+        self._log.samples(step, rows)
+
+    def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
+        """Write the step's line, and on evaluation steps note whether it is the best so far.
+
+        Args:
+            step: the step that has ended; 0 before training.
+            metrics: global values.
+            timings: time and memory of this process.
+        """
+        counts = {"episodes": step * self.config.completions_per_step, "tokens": self._num_tokens}
+        self._log.log(step, counts | metrics | timings)
+        self._progress.update(step, metrics)
+        metric = "eval/accuracy" if "eval/accuracy" in metrics else "eval/score"
+        if metric in metrics:
+            best = checkpoints.better_checkpoint(self.best, step, metric, metrics[metric])
+            self._evaluations_since_best = 0 if best != self.best else self._evaluations_since_best + 1
+            self.best = best
+            if self.accelerator.is_main_process:
+                draw_curves(self.folder)
+
+    def save_if_due(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        """Save a checkpoint every save_every steps, and one of every new best; after the step's line is written."""
+        every = self.config.save_every
+        is_new_best = self.best is not None and self.best["checkpoint"] == f"checkpoint-{step}"
+        if not every or step == 0 or not (step % every == 0 or is_new_best):
+            return
+        if self.accelerator.is_main_process:
+            state = {
+                "best": self.best,
+                "evaluations_since_best": self._evaluations_since_best,
+                "tokens": self._num_tokens,
+            }
+            checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
+            checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        """Write final/, and send it to the hub if asked."""
+        if self.accelerator.is_main_process:
+            policy = self._learners["policy"][1]
+
+            def fill(folder: Path) -> None:
+                save_model(policy, tokenizer, folder)
+                for name, save in self._exports.items():
+                    save(folder / f"{name}_model")
+
+            checkpoints.save_final(self.folder, step, fill=fill, stopped_early=self.stopped_early)
+            if self.config.push_to_hub:
+                from huggingface_hub import HfApi
+
+                api = HfApi()
+                repository = api.create_repo(self.config.push_to_hub, exist_ok=True).repo_id
+                api.upload_folder(repo_id=repository, folder_path=self.folder / checkpoints.FINAL_FOLDER)
+        self.accelerator.wait_for_everyone()
+
+    def outcome(self, num_eval_prompts: int) -> list[str]:
+        """Lines about a finished run: the held-out metric before and after, and where curves and model are."""
+        folder = self.folder.resolve()
+        lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+        name = "eval/accuracy" if any("eval/accuracy" in line for line in lines) else "eval/score"
+        evaluations = [line for line in lines if name in line]
+        said = [f"curves: {folder / CURVES_FILE}", f"model: {folder / checkpoints.FINAL_FOLDER}"]
+        if len(evaluations) > 1:
+            first, last = evaluations[0], evaluations[-1]
+            before, after = f"{first[name]:.3f} before (step {first['step']})", f"{last[name]:.3f} after"
+            said.insert(0, f"{name} on {num_eval_prompts} held-out prompts: {before}, {after} step {last['step']}")
+        return said
+
+    def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
+        writers = {}
+        for name, (learner, module) in self._learners.items():
+            writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
+                learner.optimizer.state_dict(), path
+            )
+            if name == "policy":
+                writers[name] = lambda path, module=module: _save_trainable(
+                    module, tokenizer, path, use_lora=self.config.use_lora
+                )
+            else:
+                writers[f"{name}.safetensors"] = lambda path, learner=learner, module=module: save_file(
+                    _trained_weights(learner, module), path
+                )
+        return writers
+
+
+def default_name(config: RLConfig, algorithm: str) -> str:
+    """Name of a run's folder: the same settings have the same folder, so that the same command continues a run."""
+    science = {name: value for name, value in asdict(config).items() if name not in checkpoints.MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:6]
+    return f"{algorithm.lower()}-{config.task}-seed{config.seed}-{digest}"
+
+
+def _trained_weights(learner: Learner, module: nn.Module) -> dict[str, Tensor]:
+    trained = set(learner.parameters)
+    named = module.named_parameters()
+    return {name: parameter.detach().contiguous() for name, parameter in named if parameter in trained}
+
+
+def _save_trainable(
+    module: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, *, use_lora: bool
+) -> None:
+    """The policy as transformers or peft load it; of a LoRA model the adapter alone."""
+    with torch.no_grad():
+        adapters = {"selected_adapters": ["default"]} if use_lora else {}
+        module.save_pretrained(folder, **adapters)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,6 @@
+"""``python -m common.samples``."""
+
+from common.cli import run_script
+from common.samples.page import main
+
+run_script(main)

@@ -1,0 +1,187 @@
+"""PolicySampler: completions of the current policy, from a sampler that always has the policy's weights.
+
+An id without a token, which a model can give whose vocabulary is larger than its tokenizer's, ends a completion as the
+length limit does: it is truncated. Nothing is masked, so what is sampled from is what is trained.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+import transformers
+from torch import Tensor
+
+from common.config import RLConfig
+from common.models.loading import unused_token_ids
+from common.models.pool import ModelPool
+from common.models.weights import policy_weights
+from common.rollouts import Completion, PromptBatch, Rollouts
+from common.sampling import vllm_engine
+from common.sampling.prefixes import PrefixSampler, states
+from common.sampling.protocol import Sampler, SamplingSettings, sampling_seed
+from common.sampling.torch_sampler import TransformersSampler
+from common.sampling.vllm_sampler import VLLMSampler
+
+
+def check_sampler(config: RLConfig) -> None:
+    """Refuse a sampler that is not installed.
+
+    Raises:
+        ValueError: saying how to install it.
+    """
+    if config.sampler == "vllm":
+        vllm_engine.check_installed()
+
+
+def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: torch.device, pool: ModelPool) -> Sampler:
+    """The sampler the settings name.
+
+    Args:
+        config: sampler, lengths and vllm_* are read.
+        path: folder or hub id of the policy.
+        dtype: of forward passes.
+        device: where models are used.
+        pool: lends the model "policy" to a sampler without weights of its own.
+    """
+    if config.sampler == "transformers":
+        return TransformersSampler(lambda: pool.use("policy"), device=device, dtype=dtype)
+    return VLLMSampler(
+        path,
+        sleep_level=config.vllm_sleep_level,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=config.max_prompt_length + config.max_completion_length,
+        max_num_seqs=config.vllm_max_num_seqs,
+        memory_share=config.vllm_memory_share,
+        enforce_eager=config.vllm_enforce_eager,
+    )
+
+
+class PolicySampler:
+    """Draws completions; weights are pushed when, and only when, the policy has changed since.
+
+    Args:
+        config: sampler, lengths, temperatures and seed.
+        path: folder or hub id of the policy.
+        tokenizer: turns completions into text.
+        models: the pool with "policy".
+        end_token_ids: what a completion ends with.
+        dtype: of forward passes.
+        stopwatch: charges time to "push" and "sample".
+
+    Attributes:
+        sampler: what samples.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        path: str,
+        *,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        models: ModelPool,
+        end_token_ids: tuple[int, ...],
+        dtype: torch.dtype,
+        stopwatch: Callable[[str], AbstractContextManager],
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.models = models
+        self.end_token_ids = end_token_ids
+        self._unused_token_ids = unused_token_ids(path, tokenizer)
+        self.stopwatch = stopwatch
+        self.sampler = make_sampler(config, path, dtype=dtype, device=models.device, pool=models)
+        self._is_stale = True
+
+    def policy_has_changed(self) -> None:
+        """Push the policy's weights before the next completion."""
+        self._is_stale = True
+
+    def sample(self, prompts: PromptBatch, *, num_generations: int, greedy: bool = False, purpose: str) -> Rollouts:
+        """Complete prompts for training, at the training temperature or greedily.
+
+        Args:
+            prompts: this process's prompts, possibly none.
+            num_generations: completions per prompt, G; 1 if greedy.
+            greedy: take the most likely token each time.
+            purpose: with the seed, the step and the row it decides the noise.
+
+        Returns:
+            B = len(prompts) x G rows, rows of one prompt adjacent.
+        """
+        settings = self._settings(0.0 if greedy else self.config.temperature)
+        return self._generate(prompts, settings, num_generations=num_generations, purpose=purpose)
+
+    def continue_from(
+        self, rollouts: Rollouts, rows: Tensor, places: Tensor, *, step: int, num_generations: int, purpose: str
+    ) -> Rollouts:
+        """Complete anew from states that completions came through, at the training temperature.
+
+        Args:
+            rollouts: B rows.
+            rows: (S,) int64, which completion each state belongs to.
+            places: (S,) int64, tokens of it that belong to the state; fewer than it has, 0 is the prompt alone.
+            step: the step.
+            num_generations: K, per state.
+            purpose: with the seed, the step, the row and the place it decides the noise.
+
+        Returns:
+            S x K rows, those of one state adjacent. The time is charged to the phase "values": scores of such
+            completions estimate the states' values.
+        """
+        prompts, prefixes = states(
+            rollouts, rows, places, step=step, max_completion_length=self.config.max_completion_length
+        )
+        sampler = PrefixSampler(self.sampler, prefixes, max_prompt_length=self.config.max_prompt_length)
+        request = {"num_generations": num_generations, "purpose": purpose, "phase": "values"}
+        return self._generate(prompts, self._settings(self.config.temperature), sampler=sampler, **request)
+
+    def sample_for_evaluation(self, prompts: PromptBatch, *, show_progress: bool = False) -> Rollouts:
+        """Complete held-out prompts as the eval_* settings say; eval_num_samples rows per prompt."""
+        config = self.config
+        shape = {"top_p": config.eval_top_p, "top_k": config.eval_top_k, "show_progress": show_progress}
+        settings = self._settings(config.eval_temperature, **shape)
+        return self._generate(prompts, settings, num_generations=config.eval_num_samples, purpose="eval")
+
+    def _settings(self, temperature: float, **shape: float) -> SamplingSettings:
+        stops = (*self.end_token_ids, *self._unused_token_ids)
+        limits = {"max_tokens": self.config.max_completion_length, "stop_token_ids": stops}
+        return SamplingSettings(temperature=temperature, **shape, **limits)
+
+    def _generate(
+        self,
+        prompts: PromptBatch,
+        settings: SamplingSettings,
+        *,
+        num_generations: int,
+        purpose: str,
+        sampler: Sampler | None = None,
+        phase: str = "sample",
+    ) -> Rollouts:
+        seeds = None  # greedy completions draw nothing
+        if settings.temperature:
+            seeds = [sampling_seed(self.config.seed, prompts.step, row, purpose) for row in prompts.rows]
+        self._refresh()
+        with self.stopwatch(phase):
+            completions: list[Completion] = []
+            if len(prompts):
+                completions = (sampler or self.sampler).generate(
+                    prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
+                )
+            self.sampler.sleep()
+            completions = [replace(c, truncated=c.truncated or self._ends_badly(c)) for c in completions]
+            texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+            return Rollouts.from_completions(prompts, completions, texts, num_generations=num_generations)
+
+    def _ends_badly(self, completion: Completion) -> bool:
+        return bool(completion.token_ids) and completion.token_ids[-1] in self._unused_token_ids
+
+    def _refresh(self) -> None:
+        """Give the sampler the policy's weights if they have changed since, and the device."""
+        if self.sampler.needs_push and (self._is_stale or not self.sampler.has_weights):
+            with self.stopwatch("push"), self.models.use("policy") as model:
+                self.sampler.push(policy_weights(model))
+        self._is_stale = False
+        if self.sampler.needs_push:  # a sampler with weights of its own wants the device for itself
+            self.models.evict()
+        self.sampler.wake()

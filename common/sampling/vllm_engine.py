@@ -1,0 +1,347 @@
+"""The vLLM engine. The only module that imports vllm, so that each of its quirks has one home.
+
+The engine lives in the training process. Making one would change much of that process: random state, threads, the
+environment, process groups, the garbage collector. All of it is avoided or undone here. What to sample, with which
+seeds and in which order is decided in sampling.py, what is pushed in weights.py.
+
+Works with vLLM 0.25 to 0.32. vllm is imported inside functions: it takes seconds, and may not be installed.
+"""
+
+import gc
+import importlib.util
+import logging
+import math
+import os
+import weakref
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import Tensor, nn
+
+from common.environment import num_threads, preserved_random_state, process_unchanged
+from common.models.weights import checkpoint_shapes, complete_weights
+from common.rollouts import Completion
+from common.sampling.protocol import SamplingSettings
+
+# Tokens of a block of the cache on the CPU, the fewest it takes. Completions of one prompt share its full blocks: with
+# vLLM's 128, prompts shorter than that would be computed once for each of their completions.
+_CPU_BLOCK = 32
+# Prompt tokens of one forward pass on the CPU; more gains nothing, and activations grow with it.
+_CPU_BATCHED_TOKENS = 16384
+
+# Weights below which the matrices of a sampling step on the CPU are too small to share among threads: with 0.5 million
+# two threads take 1.2 to 1.4 times as long as one.
+_SHARED_FROM_WEIGHTS = 5_000_000
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(kw_only=True, frozen=True)
+class EngineSettings:
+    """How an engine is made.
+
+    Attributes:
+        model: hub id or folder; only its configuration is read, weights come by `push_weights`.
+        dtype: "float32", "bfloat16" or "float16".
+        max_model_len: tokens of the longest prompt and its completion.
+        max_num_seqs: completions sampled at the same time.
+        memory_share: of the GPU's memory, for weights, cache and activations; on the CPU of the free memory, and at
+            most what the cache can use.
+        enforce_eager: do not capture CUDA graphs.
+        can_sleep: memory can be given back, on CUDA.
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int = 256
+    memory_share: float = 0.4
+    enforce_eager: bool = False
+    can_sleep: bool = False
+
+
+class Engine:
+    """vLLM with the shapes of all tensors that a complete push holds, by checkpoint name.
+
+    Deleting it frees its memory and leaves the process groups of the trainer alone.
+    """
+
+    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.llm = llm
+        self.shapes = shapes
+        _Groups.users += 1
+        weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
+
+
+def create_engine(settings: EngineSettings) -> Engine:
+    """Start vLLM in this process; every process of a distributed run calls this at the same time.
+
+    Raises:
+        ValueError: if vLLM is not installed, or if it refuses the model or the memory.
+    """
+    check_installed()
+    with process_unchanged():
+        # Engine and trainer in one process: weights are handed over by reference.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # In a thread of its own: a module of vLLM keeps an exception, which keeps every frame that was on the stack
+        # when it was imported, and thereby whatever the trainer has in its local variables.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            LLM = thread.submit(lambda: importlib.import_module("vllm").LLM).result()
+        _avoid_side_effects()
+        _Groups.owned |= not torch.distributed.is_initialized()
+        llm = LLM(**_engine_arguments(settings))
+    # After an exception it would print the state of the engine, 30 kB of it. LLM() configures the parent logger.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+    return Engine(llm, checkpoint_shapes(settings.model))
+
+
+def check_installed() -> None:
+    """Raises a ValueError if vLLM is not installed; imports nothing."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(
+            "sampler=vllm, but the package vllm is not installed: completions are sampled by vLLM unless told "
+            "otherwise. Run `make install`, or pass --sampler transformers."
+        )
+
+
+def generate(
+    engine: Engine,
+    prompt_ids: list[list[int]],
+    settings: SamplingSettings,
+    *,
+    num_generations: int,
+    seeds: Sequence[int | None],
+) -> list[Completion]:
+    """Sample completions; the random state of the process stays as it is.
+
+    Args:
+        engine: awake, with weights.
+        prompt_ids: token ids of each prompt.
+        settings: shared by all prompts.
+        num_generations: completions per prompt; completion i of a prompt has the seed of the prompt plus i.
+        seeds: one per prompt; None: greedy.
+
+    Returns:
+        len(prompt_ids) x num_generations completions, rows of one prompt adjacent.
+    """
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
+    params = [
+        SamplingParams(
+            n=num_generations,
+            seed=seed,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_tokens=settings.max_tokens,
+            stop_token_ids=list(settings.stop_token_ids),
+            ignore_eos=True,  # stop_token_ids is the one list of end tokens
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        for seed in seeds
+    ]
+    weights = sum(math.prod(shape) for shape in engine.shapes.values())
+    small = weights < _SHARED_FROM_WEIGHTS and not torch.cuda.is_available()
+    try:
+        with preserved_random_state(), num_threads(1 if small else None):
+            outputs = engine.llm.generate(prompts, params, use_tqdm=settings.show_progress)
+    except BaseException:
+        abort_requests(engine)
+        raise
+    samples = [sample for output in outputs for sample in output.outputs]
+    reasons = {sample.finish_reason for sample in samples}
+    assert reasons <= {"stop", "length"}, reasons
+    return [Completion(list(s.token_ids), s.logprobs.logprobs, s.finish_reason == "length") for s in samples]
+
+
+def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Replace all weights of the engine and forget what it cached under the old ones.
+
+    vLLM's layerwise reload is used on the CPU and on CUDA. On the CPU nothing else works: Linear weights are packed,
+    and their parameters replaced by empty ones, so that model.load_weights has nothing to load into. On CUDA it copies
+    into the storage that captured graphs read, one layer at a time, it is what vLLM documents for waking from sleep
+    level 2, and it repeats what is done to weights after loading, which model.load_weights would leave out.
+
+    Args:
+        engine: awake, at least its weights.
+        weights: (checkpoint name, tensor) of every weight, in any order; each tensor unchanged until the last of its
+            layer was taken.
+
+    Raises:
+        ValueError: if a name is unknown, is there twice or is missing, or has another shape. The engine must not be
+            used before a push succeeds then, nor after any other exception.
+    """
+    config = engine.llm.llm_engine.model_config
+    try:
+        engine.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": complete_weights(weights, engine.shapes)}
+        )
+    except BaseException:
+        engine.llm.apply_model(lambda model: _abandon_reload(model, config))
+        raise
+    engine.llm.apply_model(_repack_tied_head)
+    # Blocks of the cache are found by their tokens: without this, prompts would be continued under the old weights.
+    if not engine.llm.reset_prefix_cache():
+        raise RuntimeError("the cache could not be reset: requests are running. Call abort_requests first.")
+
+
+def abort_requests(engine: Engine) -> None:
+    """Drop unfinished requests, which stay in the engine after an exception and would return with the next call."""
+    core = engine.llm.llm_engine
+    core.abort_request(list(core.output_processor.request_states), internal=True)
+    core.output_processor.parent_requests.clear()
+    while core.has_unfinished_requests():
+        core.step()
+
+
+def sleep(engine: Engine, level: int) -> None:
+    """Give back the GPU's memory: level 1 keeps the weights in the host's, level 2 drops them. CUDA only."""
+    engine.llm.sleep(level=level)
+
+
+def wake(engine: Engine, part: str) -> None:
+    """Take memory for "weights" or for the "kv_cache" again. CUDA only."""
+    # vLLM's pool takes memory from the driver, which cannot give what torch's cache of freed blocks holds.
+    torch.cuda.empty_cache()
+    engine.llm.wake_up(tags=[part])
+
+
+# ------------------------------------------------------------------------------------------------- making an engine
+
+
+def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    arguments = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "load_format": "dummy",  # the first push brings the weights
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        "logprobs_mode": "processed_logprobs",  # after the temperature
+        "use_tqdm_on_load": False,
+    }
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # One engine per process, each on the GPU of its LOCAL_RANK; the default would put all of them on the first.
+        arguments["distributed_executor_backend"] = "external_launcher"
+    if not current_platform.is_cpu():
+        return arguments | {
+            "gpu_memory_utilization": settings.memory_share,
+            "enforce_eager": settings.enforce_eager,
+            "enable_sleep_mode": settings.can_sleep,
+        }
+    return arguments | {
+        "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
+        "block_size": _CPU_BLOCK,
+        "enforce_eager": True,  # compiling takes 26 s and gains nothing
+        # A prompt cut in two makes vLLM turn back the request's random generator, which the CPU's cannot do:
+        # "CPU Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py, still so in 0.32).
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, settings.max_model_len),
+    }
+
+
+def _cpu_cache_bytes(settings: EngineSettings) -> int:
+    """Room for all sequences at full length, limited to a share of the free memory; it is taken at once."""
+    config = transformers.AutoConfig.from_pretrained(settings.model).get_text_config()
+    named = config.to_dict()
+    heads = named.get("num_key_value_heads") or config.num_attention_heads
+    width = named.get("head_dim") or config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * heads * width * _DTYPE_BYTES[settings.dtype]
+    blocks = -(-settings.max_model_len // _CPU_BLOCK) * settings.max_num_seqs + 1  # vLLM keeps one for itself
+    share = int(psutil.virtual_memory().available * settings.memory_share)
+    return min(blocks * _CPU_BLOCK * token_bytes, share)
+
+
+def _avoid_side_effects() -> None:
+    """Replace functions of vLLM that act on the whole process or take long for nothing."""
+    import vllm.v1.engine.core as core
+    import vllm.v1.sample.sampler as sampler
+    from vllm.platforms import current_platform
+
+    # Destroys every process group of the process, also the trainer's; `_shut_down` destroys vLLM's own.
+    core.cleanup_dist_env_and_memory = _do_nothing
+    # Hides all objects alive now from the garbage collector for ever, after a second of collecting.
+    core.freeze_gc_heap = _do_nothing
+    if current_platform.is_cpu():
+        # Compiled, this one-line function delays the first sampled token by 14 s.
+        sampler.batched_count_greater_than = _count_at_least
+        # Binds all memory of the process, the trainer's too, to one NUMA node.
+        torch.ops._C.init_cpu_memory_env = _do_nothing
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
+    """(rows,) int64: how many of the columns of x, (rows, columns), are not below values, (rows, 1)."""
+    return (x >= values).sum(-1)
+
+
+# ----------------------------------------------------------------------------------------------- deleting an engine
+
+
+class _Groups:
+    """vLLM's process groups are shared by all engines of the process."""
+
+    users = 0
+    # vLLM made the default group, so it is not the trainer's.
+    owned = False
+
+
+def _shut_down(core: Any) -> None:
+    """Free an engine's memory; the last one takes vLLM's process groups with it."""
+    from vllm.distributed import parallel_state
+
+    with process_unchanged():
+        if not torch.accelerator.is_available():  # vLLM waits for it here even on the CPU
+            torch.accelerator.synchronize = torch.accelerator.empty_cache = _do_nothing
+        core.shutdown()
+    _Groups.users -= 1
+    if _Groups.users == 0 and torch.distributed.is_initialized():  # else somebody has ended all groups already
+        parallel_state.destroy_model_parallel()
+        if _Groups.owned:
+            parallel_state.destroy_distributed_environment()
+            _Groups.owned = False
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+# -------------------------------------------------------------------------------------------------- pushing weights
+
+
+def _abandon_reload(model: nn.Module, config: Any) -> None:
+    """End a reload that failed midway: layers that are not complete get their old weights again.
+
+    Without this the next push would count the tensors of this one towards its own layers, and load half of them.
+    """
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
+
+    for layer in model.modules():
+        info = get_layerwise_info(layer)
+        info.loaded_weights.clear()
+        info.load_numel = 0
+    finalize_layerwise_reload(model, config)
+
+
+def _repack_tied_head(model: nn.Module) -> None:
+    """On the CPU a tied head computes with its own packed copy of the embeddings, which a reload leaves as it was."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)

@@ -1,0 +1,92 @@
+"""The sampler on vLLM: one engine for the whole run, asleep while models work, its weights replaced by `push`."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from common.rollouts import Completion
+from common.sampling import vllm_engine
+from common.sampling.protocol import SamplingSettings, check_request
+
+
+class VLLMSampler:
+    """vLLM in this process, with a copy of the weights that `push` replaces.
+
+    Args:
+        model_path: hub id or folder; its weights are not read.
+        sleep_level: what `sleep` gives back on CUDA: 0 nothing, 1 the cache (weights go to the host), 2 weights too.
+        engine_settings: the other fields of EngineSettings.
+    """
+
+    needs_push = True
+
+    def __init__(self, model_path: str, *, sleep_level: int = 0, **engine_settings: str | float) -> None:
+        self._sleep_level = sleep_level if torch.cuda.is_available() else 0
+        self._settings = vllm_engine.EngineSettings(
+            model=model_path, can_sleep=self._sleep_level > 0, **engine_settings
+        )
+        self._engine = vllm_engine.create_engine(self._settings)
+        self._asleep: set[str] = set()
+        self.has_weights = False
+
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory it keeps while it sleeps; about, at levels 1 and 2."""
+        if not torch.cuda.is_available() or self._sleep_level > 0:
+            return 0
+        return int(torch.cuda.get_device_properties().total_memory * self._settings.memory_share)
+
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        settings: SamplingSettings,
+        *,
+        num_generations: int = 1,
+        seeds: list[int] | None = None,
+    ) -> list[Completion]:
+        """See Sampler."""
+        check_request(prompt_ids, settings, num_generations, seeds)
+        longest, limit = max(map(len, prompt_ids), default=0), self._settings.max_model_len
+        if longest + settings.max_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens with max_tokens={settings.max_tokens}: the engine was made for "
+                f"max_model_len={limit} tokens together. Drop longer prompts, or raise max_prompt_length."
+            )
+        # vLLM would wait for ever for the memory, and sample from random weights.
+        if self._asleep:
+            raise RuntimeError(f"generate while {sorted(self._asleep)} sleep: vLLM has no memory. Call wake() first.")
+        if not self.has_weights:
+            raise RuntimeError("generate before push: vLLM has no weights of the policy. Call push(weights) first.")
+        return vllm_engine.generate(
+            self._engine,
+            prompt_ids,
+            settings,
+            num_generations=num_generations,
+            seeds=[None] * len(prompt_ids) if seeds is None else seeds,
+        )
+
+    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """See Sampler. Wakes the weights if they sleep, and not the cache: the policy is on the device too."""
+        self._wake("weights")
+        self.has_weights = False
+        vllm_engine.push_weights(self._engine, weights)
+        self.has_weights = True
+
+    def sleep(self) -> None:
+        """See Sampler."""
+        if self._sleep_level > 0 and not self._asleep:
+            vllm_engine.sleep(self._engine, self._sleep_level)
+        if self._sleep_level == 2:
+            self.has_weights = False
+        self._asleep = {"weights", "kv_cache"}
+
+    def wake(self) -> None:
+        """See Sampler."""
+        self._wake("weights")
+        self._wake("kv_cache")
+
+    def _wake(self, part: str) -> None:
+        if part in self._asleep and self._sleep_level > 0:
+            vllm_engine.wake(self._engine, part)
+        self._asleep.discard(part)

@@ -1,0 +1,1 @@
+"""Which rows go together, and the optimizer steps that are taken on them."""

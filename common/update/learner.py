@@ -1,0 +1,150 @@
+"""Learner: a model's trainable parameters with their optimizer, and exact optimizer steps over all processes."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from common.config import RLConfig
+from common.rollouts import Rollouts
+from common.update.batches import Batches
+
+# A process's part of a global mean: the metric's name, the sum, and what to divide by.
+MetricPart = tuple[str, Tensor | float, Tensor | float]
+
+
+class Learner:
+    """What is needed to train one model of the pool.
+
+    Gradients are summed over processes once per optimizer step, without a wrapper around the model: exact whatever
+    the number of rows on each process, also when one has none.
+
+    Args:
+        name: the model's name in the pool, and the prefix of its metrics.
+        module: the model; parameters that require a gradient are trained.
+        config: settings of the optimizer, of its schedule and of the steps per rollout.
+    """
+
+    def __init__(self, name: str, module: nn.Module, config: RLConfig) -> None:
+        self.name = name
+        self.config = config
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def update(
+        self,
+        rollouts: Rollouts,
+        loss: Callable[[Rollouts], tuple[Tensor, dict[str, Tensor]]],
+        *,
+        batches: Batches,
+        step: int,
+        epoch: int = 0,
+        rate: float | None = None,
+        average_over: str = "tokens",
+        num_minibatches: int | None = None,
+    ) -> list[MetricPart]:
+        """Make one pass over the rollouts, with an optimizer step for each mini-batch.
+
+        The model is on the device. Nothing but its weights and its optimizer changes.
+
+        Args:
+            rollouts: B rows; rows of the step that are missing here still count in the means.
+            loss: (b, C) loss of each token of a micro-batch, and (b, C) metrics; token weights make it a mean.
+            batches: makes mini-batches and micro-batches.
+            step: decides the learning rate and, with `epoch`, who is in which mini-batch.
+            epoch: which pass over the rollouts, from 0.
+            rate: learning rate; None: the schedule's at `step`.
+            average_over: "tokens", "rows" or "constant", what the mean is over.
+            num_minibatches: None: the setting.
+
+        Returns:
+            This process's parts of the metrics. Those that the loss names first/ come from the first mini-batch of
+            epoch 0 only, without that prefix.
+
+        Raises:
+            FloatingPointError: if a gradient is not finite.
+        """
+        parts: list[MetricPart] = []
+        is_first = epoch == 0
+        counts = int(batches.accelerator.is_main_process)  # one process counts the mini-batches that all have
+        dealt = batches.minibatches(
+            rollouts,
+            step=step,
+            epoch=epoch,
+            average_over=average_over,
+            num_minibatches=num_minibatches or self.config.num_minibatches,
+        )
+        for _, minibatch in dealt:
+            parts.append((f"{self.name}/loss", 0.0, counts))
+            for total, metrics, mask in batches.backward(minibatch, loss):
+                parts.append((f"{self.name}/loss", total, 0))
+                for name, values in metrics.items():
+                    if is_first or not name.startswith("first/"):
+                        value = torch.where(mask, values, 0.0).sum()
+                        parts.append((name.removeprefix("first/"), value, mask.sum()))
+            parts.append((f"{self.name}/grad_norm", self.optimizer_step(step, batches.accelerator, rate=rate), 1))
+            is_first = False
+        return parts
+
+    def optimizer_step(self, step: int, accelerator: Accelerator, *, rate: float | None = None) -> float:
+        """Sum the gradients over processes, clip them, and take one step.
+
+        A gradient of exactly 0 (no row had anything to teach) changes nothing: momentum and weight decay rest too.
+
+        Args:
+            step: the run's step, from 1.
+            accelerator: knows the processes.
+            rate: learning rate; None: the schedule's at `step`.
+
+        Returns:
+            Norm of the gradient before clipping.
+
+        Raises:
+            FloatingPointError: if the gradient is not finite.
+        """
+        _sum_over_processes(self.parameters, accelerator)
+        limit = self.config.max_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"step {step}: the gradient of {self.name} is {norm}; one more step would spoil its weights. The last "
+                "checkpoint is intact: go on from it with a lower --learning_rate or --max_grad_norm."
+            )
+        if norm > 0:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(step) if rate is None else rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, from 1: linear warm-up, then constant, or falling to its floor at the last step."""
+        config = self.config
+        if step < config.warmup_steps:
+            return config.learning_rate * step / config.warmup_steps
+        if config.lr_scheduler == "constant":
+            return config.learning_rate
+        progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
+        height = 1 - progress if config.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+
+
+def _sum_over_processes(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    # On one process too: AdamW leaves a parameter without gradient alone, and decays one whose gradient is 0.
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
+    flat = accelerator.reduce(flat, "sum")
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(gradient.view_as(parameter))

@@ -1,0 +1,72 @@
+"""Which rows go together: mini-batches (one optimizer step each) and micro-batches (one forward pass each).
+
+A mini-batch is science: it is a function of (seed, step, epoch) and of the row's place among all rows, never of the
+number of processes. A micro-batch is memory: any split of a mini-batch gives the same gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from common.rollouts import Rollouts
+from common.seeds import hashed_seed, seeded_permutation
+
+
+def minibatch_rows(num_rows: int, num_minibatches: int, *, seed: int, step: int, epoch: int) -> list[Tensor]:
+    """Deal all rows of a step out to its mini-batches at random.
+
+    Args:
+        num_rows: rows of the step on all processes.
+        num_minibatches: optimizer steps per epoch; sizes differ by at most one row.
+        seed: the run's seed.
+        step: the step.
+        epoch: which pass over the rollouts; each has its own order.
+
+    Returns:
+        num_minibatches int64 tensors of row numbers, together a permutation of 0 .. num_rows - 1.
+    """
+    order = seeded_permutation(num_rows, seed, step, epoch, "minibatches")
+    return list(order.tensor_split(num_minibatches))
+
+
+def microbatch_rows(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+    """Split rows into forward passes of at most `max_tokens` padded tokens, rows of similar length together.
+
+    Args:
+        lengths: (B,) int64, tokens of each row, prompt and completion.
+        max_tokens: padded tokens per forward pass; larger is faster and needs more memory. A row longer than that
+            gets a pass of its own.
+
+    Returns:
+        int64 tensors of row indices, together a permutation of 0 .. B - 1; empty for B = 0.
+    """
+    order = lengths.argsort(stable=True, descending=True).tolist()
+    microbatches: list[list[int]] = []
+    width = 0
+    for row in order:
+        # Longest first: the first row of a micro-batch is its width.
+        if microbatches and (len(microbatches[-1]) + 1) * width <= max_tokens:
+            microbatches[-1].append(row)
+        else:
+            microbatches.append([row])
+            width = int(lengths[row])
+    return [torch.tensor(rows, dtype=torch.int64) for rows in microbatches]
+
+
+def keep_one_per_group(rollouts: Rollouts, num_generations: int, *, seed: int, step: int) -> Rollouts:
+    """A random row of each group, to train on one completion per prompt after all of them made the baseline.
+
+    Args:
+        rollouts: rows of this process, numbered, rows of one prompt adjacent; some may have been left out.
+        num_generations: G.
+        seed: the run's seed.
+        step: the step.
+
+    Returns:
+        At most a row of each group, renumbered: the rows that were dropped leave the means, and the row that would
+        have been kept of a group that was left out before still counts.
+    """
+    num_groups = len(rollouts.step_lengths) // num_generations
+    generator = torch.Generator().manual_seed(hashed_seed(seed, step, "keep_per_group"))
+    offsets = torch.randint(num_generations, (num_groups,), generator=generator)
+    kept = torch.arange(num_groups) * num_generations + offsets  # (groups of the step,) row numbers
+    return rollouts.only(torch.isin(rollouts.rows, kept)).renumbered(kept)

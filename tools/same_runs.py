@@ -1,0 +1,36 @@
+"""Whether runs wrote the same: `python tools/same_runs.py RUNS_BEFORE RUNS_AFTER`, folders that hold a run each.
+
+Compares metrics.jsonl byte for byte, but for what a clock and the machine's memory decide (time/*, memory/*), and
+samples.jsonl as it is. To see that a change changes no result, train each algorithm before and after it:
+
+    for name in GRPO PPO RLOO ReMax RAFT Reinforce VinePPO; do
+        (cd $name && python ${name,,}.py --preset cpu --num_steps 3 --output_dir /tmp/before/$name)
+    done
+"""
+
+import json
+import sys
+from pathlib import Path
+
+
+def content(run: Path) -> tuple[list[str], bytes]:
+    """Lines of metrics.jsonl without clock and memory, and the bytes of samples.jsonl."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    measured = [
+        {name: value for name, value in json.loads(line).items() if not name.startswith(("time/", "memory/"))}
+        for line in lines
+    ]
+    return [json.dumps(row) for row in measured], (run / "samples.jsonl").read_bytes()
+
+
+def main() -> None:
+    """Compare all runs that both folders have."""
+    before, after = map(Path, sys.argv[1:3])
+    names = sorted(path.parent.name for path in before.glob("*/metrics.jsonl"))
+    different = [name for name in names if content(before / name) != content(after / name)]
+    print(f"{len(names)} runs: {', '.join(names)}; different: {', '.join(different) or 'none'}")
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    main()
