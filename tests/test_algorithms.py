@@ -13,35 +13,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.config import RLConfig
 from tests.toy import (
-    ROOT,
+    LORA,
     algorithms,
     described_by,
+    facts,
     learners_of,
     metrics_of,
     samples_of,
     save_toy_policy,
     toy_trainer,
     trained_weights,
-    without_curves,
 )
 
 NAMES = list(algorithms())
-LORA = {"use_lora": True, "lora_r": 4}
-# Runs with everything on: the value model, fitted first, beside the policy and on its base.
-FITTED = {"value_init": "fit", "value_init_prompts": 10, "value_init_epochs": 1, "value_init_minibatches": 4}
-VARIANTS = {name: (name, {}) for name in NAMES} | {
-    "GRPO lora": ("GRPO", LORA),
-    "PPO lora": ("PPO", LORA | FITTED),
-    "PPO shared": ("PPO", LORA | FITTED | {"value_backbone": "shared"}),
+# Runs with everything on.
+VARIANTS = {name: (name, {}) for name in NAMES} | {"GRPO lora": ("GRPO", LORA)}
+VARIANTS |= {
+    f"{name} {kind}": (name, more) for name in NAMES for kind, more in facts(name).get("VARIANTS", {}).items()
 }
 BUSY = {"num_steps": 4, "num_minibatches": 2, "num_update_epochs": 2, "kl_coef": 0.1, "missing_eos_penalty": 0.25}
 BUSY |= {"eval_every": 2, "save_every": 2, "offload": "never"}
-
-
-@pytest.fixture(scope="module")
-def toy_folder(tmp_path_factory):
-    with without_curves():
-        yield save_toy_policy(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
@@ -286,47 +277,6 @@ def specific_settings(name: str) -> set[str]:
     return {field.name for field in fields(algorithms()[name].config) if (field.name, field.default) not in shared}
 
 
-SEVERAL = {"num_minibatches": 2, "num_update_epochs": 3, "learning_rate": 1e-2, "num_steps": 1}
-CLIP = {"clip_range": (SEVERAL, 0.01), "clip_range_high": (SEVERAL, 0.001)}
-FIT = FITTED | {"value_init_learning_rate": 1e-3, "num_steps": 1}
-# For each setting: with which others, and changed to what. GRPO's are in test_grpo.py.
-ACTS = {
-    "PPO": CLIP
-    | {
-        "num_generations": ({}, 2),
-        "gamma": ({}, 0.5),
-        "gae_lambda": ({"value_init": "none"}, 0.5),
-        "whiten_rewards": ({}, True),
-        "value_learning_rate": ({}, 1e-2),
-        "value_clip_range": (SEVERAL | {"value_learning_rate": 1e-1}, None),
-        "value_loss_coef": ({}, 1e-4),
-        "value_backbone": (LORA | {"value_init": "none"}, "shared"),
-        "value_init": ({}, "none"),
-        "value_init_prompts": (FIT, 20),
-        "value_init_generations": (FIT, 2),
-        "value_init_epochs": (FIT, 2),
-        "value_init_minibatches": (FIT, 16),
-        "value_init_learning_rate": (FIT, 3e-3),
-    },
-    "RLOO": CLIP
-    | {
-        "average_over": ({"ratio_level": "token"}, "tokens"),
-        "ratio_level": (SEVERAL, "token"),
-        "whiten_rewards": ({}, True),
-        "keep_per_group": ({}, True),
-    },
-    "ReMax": CLIP | {"num_generations": ({}, 2), "gamma": ({}, 0.5)},
-    "RAFT": {},
-    "Reinforce": CLIP
-    | {
-        "num_generations": ({}, 2),
-        "whiten_advantages": ({}, False),
-        "gamma": ({}, 0.5),
-        "whiten_rewards": ({"whiten_advantages": False}, True),
-        "group_baseline": ({}, True),
-    },
-    "VinePPO": CLIP | {"vine_k": ({}, 3), "chunk_length": ({}, 5), "chunk_separator": ({}, "1")},
-}
 EVERYWHERE = {
     "kl_coef": ({"num_steps": 3, "learning_rate": 1e-2}, 10.0),
     "missing_eos_penalty": ({}, 1.0),
@@ -336,13 +286,14 @@ EVERYWHERE = {
 }
 
 
+def acts(name: str) -> dict:
+    """For each setting: with which others it acts, and changed to what; the algorithm's own word counts."""
+    return EVERYWHERE | facts(name).get("ACTS", {})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_setting_is_without_a_test_that_it_acts(name):
-    if name == "GRPO":
-        text = (ROOT / "tests" / "test_grpo.py").read_text()
-        assert all(f'"{setting}"' in text or f"{setting}=" in text for setting in specific_settings(name))
-    else:
-        assert specific_settings(name) == set(ACTS[name])
+    assert specific_settings(name) <= facts(name).get("ACTS", {}).keys()
 
 
 @pytest.fixture(scope="module")
@@ -361,13 +312,10 @@ def weights_with(toy_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"),
-    [(name, setting) for name in NAMES for setting in [*ACTS.get(name, {}), *EVERYWHERE]],
+    ("name", "setting"), [(name, setting) for name in NAMES for setting, how in acts(name).items() if how is not None]
 )
 def test_the_setting_acts(weights_with, name, setting):
-    others, changed = (EVERYWHERE | ACTS.get(name, {}))[setting]
-    if setting == "average_over" and name == "RLOO":
-        others, changed = ACTS[name][setting]
+    others, changed = acts(name)[setting]
     assert not torch.equal(weights_with(name, others), weights_with(name, others | {setting: changed}))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.test_values import save_classifier
+from PPO.test_value_model import save_classifier
 from tests.toy import algorithms, toy_config, toy_task, toy_trainer
 
 ROOT = Path(__file__).parent.parent

@@ -14,19 +14,11 @@ from common.advantages import generalized_advantages, group_relative, leave_one_
 from tests.toy import (
     algorithms,
     learners_of,
-    save_toy_policy,
     toy_trainer,
     trained_weights,
     updates_of,
     weights_of,
-    without_curves,
 )
-
-
-@pytest.fixture(scope="module")
-def toy_folder(tmp_path_factory):
-    with without_curves():
-        yield save_toy_policy(tmp_path_factory.mktemp("policy"))
 
 
 def policy_weights(trainer) -> torch.Tensor:

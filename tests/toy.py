@@ -1,6 +1,6 @@
 """A toy run for tests: an untrained policy of two layers, and a reward that any policy can learn in seconds."""
 
-import importlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +21,11 @@ from common.update.learner import Learner
 
 ROOT = Path(__file__).parent.parent
 
-# Settings in which the toy run of an algorithm differs from its defaults.
-TOY_SETTINGS = {
-    "PPO": {"value_init": "zero_head", "value_learning_rate": 1e-3},
-    "VinePPO": {"vine_k": 2, "chunk_length": 4},
-}
+LORA = {"use_lora": True, "lora_r": 4}
+# Several optimizer steps on one rollout, after which the clip acts.
+SEVERAL = {"num_minibatches": 2, "num_update_epochs": 3, "learning_rate": 1e-2, "num_steps": 1}
+# For the settings of every clipped algorithm: with which others they show, and changed to what.
+CLIP = {"clip_range": (SEVERAL, 0.01), "clip_range_high": (SEVERAL, 0.001)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,18 @@ def algorithms() -> dict[str, Algorithm]:
             script = file.with_name(f"{name.lower()}.py")
             found[name] = Algorithm(module[f"{name}Config"], module[f"{name}Trainer"], script, file)
     return found
+
+
+@cache
+def facts(name: str) -> dict:
+    """What the tests beside an algorithm say of it: `Name/test_name.py`, empty if there is no such file.
+
+    TOY_SETTINGS: settings in which its toy run differs from its defaults. VARIANTS: further runs that every test of
+    whole runs makes, by name. ACTS: for each setting of its own, with which others it acts, and changed to what; None
+    for one whose effect has a test there.
+    """
+    module = f"{name}.test_{name.lower()}"
+    return vars(importlib.import_module(module)) if importlib.util.find_spec(module) else {}
 
 
 def share_of_digits(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
@@ -90,7 +102,7 @@ def toy_config(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **sett
         "samples_every": 1,
         "progress": False,
     }
-    return algorithms()[algorithm].config(**(defaults | TOY_SETTINGS.get(algorithm, {}) | settings))
+    return algorithms()[algorithm].config(**(defaults | facts(algorithm).get("TOY_SETTINGS", {}) | settings))
 
 
 def toy_trainer(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **settings: object) -> OnPolicyTrainer:

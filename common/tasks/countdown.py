@@ -2,7 +2,8 @@
 
 Problems are generated here (small enough for the tiny policy), or read from a hub data set or a local file in the
 schema of Jiayi-Pan/Countdown-Tasks-3to4. The rewards are two rules: one for the shape of the completion, one for the
-equation. Policies and their training are elsewhere; common/embedded/policy.py builds its lessons from `problems` and `tries`.
+equation. Policies and their training are elsewhere; common/embedded/policy.py builds its lessons from `problems`
+and `tries`.
 """
 
 import re

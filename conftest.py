@@ -2,6 +2,7 @@
 
 import common  # noqa: F401, I001
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from common.rollouts import Completion, PromptBatch, Rollouts
+from tests.toy import save_toy_policy, without_curves
 from common.embedded.policy import build_tokenizer, save_untrained
 
 
@@ -31,6 +33,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained policy of two layers with its tokenizer."""
     folder = tmp_path_factory.mktemp("tiny")
     return save_untrained(folder, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained policy for which every eighth token is an end token."""
+    return save_toy_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def toy_folder(toy_policy: Path) -> Iterator[Path]:
+    """The same, in a module whose runs draw no curves."""
+    with without_curves():
+        yield toy_policy
 
 
 @pytest.fixture(scope="session")

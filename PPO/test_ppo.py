@@ -12,9 +12,12 @@ from transformers import AutoModelForTokenClassification
 from common.advantages import generalized_advantages
 from PPO import value_initializer
 from PPO.ppo_trainer import PPOTrainer
+from PPO.test_value_model import save_classifier
 from PPO.value_model import token_values
-from tests.test_values import save_classifier
 from tests.toy import (
+    CLIP,
+    LORA,
+    SEVERAL,
     metrics_of,
     samples_of,
     save_toy_policy,
@@ -22,7 +25,6 @@ from tests.toy import (
     toy_task,
     toy_trainer,
     updates_of,
-    without_curves,
 )
 
 BACKBONES = {
@@ -40,10 +42,28 @@ FIT = {
 }
 
 
-@pytest.fixture(scope="module")
-def toy_folder(tmp_path_factory):
-    with without_curves():
-        yield save_toy_policy(tmp_path_factory.mktemp("policy"))
+TOY_SETTINGS = {"value_init": "zero_head", "value_learning_rate": 1e-3}
+# Runs with everything on: the value model, fitted first, beside the policy and on its base.
+FITTED = {"value_init": "fit", "value_init_prompts": 10, "value_init_epochs": 1, "value_init_minibatches": 4}
+VARIANTS = {"lora": LORA | FITTED, "shared": LORA | FITTED | {"value_backbone": "shared"}}
+FITTED_STEP = FITTED | {"value_init_learning_rate": 1e-3, "num_steps": 1}
+# For each setting of its own: with which others it shows, and changed to what.
+ACTS = CLIP | {
+    "num_generations": ({}, 2),
+    "gamma": ({}, 0.5),
+    "gae_lambda": ({"value_init": "none"}, 0.5),
+    "whiten_rewards": ({}, True),
+    "value_learning_rate": ({}, 1e-2),
+    "value_clip_range": (SEVERAL | {"value_learning_rate": 1e-1}, None),
+    "value_loss_coef": ({}, 1e-4),
+    "value_backbone": (LORA | {"value_init": "none"}, "shared"),
+    "value_init": ({}, "none"),
+    "value_init_prompts": (FITTED_STEP, 20),
+    "value_init_generations": (FITTED_STEP, 2),
+    "value_init_epochs": (FITTED_STEP, 2),
+    "value_init_minibatches": (FITTED_STEP, 16),
+    "value_init_learning_rate": (FITTED_STEP, 3e-3),
+}
 
 
 @pytest.fixture(params=BACKBONES)

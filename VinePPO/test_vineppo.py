@@ -18,22 +18,19 @@ from common.sampling.torch_sampler import TransformersSampler
 from tests.enumeration import PROMPT_IDS, Enumeration, FixedSampler, save_four_token_model
 from tests.fixtures_engine import completion_logprobs, untrained_model
 from tests.toy import (
+    CLIP,
     ROOT,
     metrics_of,
-    save_toy_policy,
     toy_trainer,
     trained_weights,
     updates_of,
-    without_curves,
 )
 from VinePPO.chunks import chunk_starts
 from VinePPO.vineppo_trainer import VinePPOConfig, VinePPOTrainer
 
-
-@pytest.fixture(scope="module")
-def toy_folder(tmp_path_factory):
-    with without_curves():
-        yield save_toy_policy(tmp_path_factory.mktemp("policy"))
+TOY_SETTINGS = {"vine_k": 2, "chunk_length": 4}
+# For each setting of its own: with which others it shows, and changed to what.
+ACTS = CLIP | {"vine_k": ({}, 3), "chunk_length": ({}, 5), "chunk_separator": ({}, "1")}
 
 
 def vine_trainer(model, folder, **settings):

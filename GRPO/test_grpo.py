@@ -1,4 +1,4 @@
-"""GRPO as a whole: each of its settings acts. That it learns is in test_algorithms.py."""
+"""GRPO as a whole: each of its settings acts. That it learns is in tests/test_algorithms.py."""
 
 import warnings
 
@@ -7,7 +7,18 @@ import torch
 
 from common.advantages import group_relative
 from GRPO.grpo_trainer import GRPOConfig
-from tests.toy import metrics_of, toy_trainer, trained_weights, updates_of
+from tests.toy import CLIP, SEVERAL, metrics_of, toy_trainer, trained_weights, updates_of
+
+WITH_KL = SEVERAL | {"kl_coef": 1.0}
+# For each setting of its own: with which others it shows, and changed to what.
+ACTS = CLIP | {
+    "average_over": ({}, "tokens"),
+    "scale_by_std": ({}, False),
+    "kl_estimator": (WITH_KL, "k2"),
+    "kl_place": (WITH_KL, "reward"),
+    "sparse": None,  # changes no weight; that it spares passes is shown below
+    "keep_per_group": (SEVERAL, True),
+}
 
 
 def test_the_kl_before_the_first_update_is_exactly_zero(tiny_folder, tmp_path):
@@ -124,6 +135,20 @@ def test_the_estimator_left_to_the_place_is_k3_in_the_loss_and_k1_in_the_reward(
         assert torch.equal(*weights)
 
 
+@pytest.fixture(scope="module")
+def weights_with(tiny_folder, tmp_path_factory):
+    """The weights after training with these settings; the same ones are trained once."""
+    known = {}
+
+    def weights(settings: dict) -> torch.Tensor:
+        if str(settings) not in known:
+            folder = tmp_path_factory.mktemp("run") / "run"
+            known[str(settings)] = trained_weights(toy_trainer(tiny_folder, folder, **settings))
+        return known[str(settings)]
+
+    return weights
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -144,10 +169,8 @@ def test_the_estimator_left_to_the_place_is_k3_in_the_loss_and_k1_in_the_reward(
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_every_setting_of_the_loss_and_the_optimizer_acts(tiny_folder, tmp_path, settings):
-    plain = trained_weights(toy_trainer(tiny_folder, tmp_path / "plain"))
-    changed = trained_weights(toy_trainer(tiny_folder, tmp_path / "changed", **settings))
-    assert not torch.equal(plain, changed)
+def test_every_setting_of_the_loss_and_the_optimizer_acts(weights_with, settings):
+    assert not torch.equal(weights_with({}), weights_with(settings))
 
 
 @pytest.mark.parametrize(
@@ -164,12 +187,9 @@ def test_every_setting_of_the_loss_and_the_optimizer_acts(tiny_folder, tmp_path,
     ],
     ids=str,
 )
-def test_every_setting_of_several_optimizer_steps_acts(tiny_folder, tmp_path, settings):
-    common = {"num_minibatches": 2, "num_update_epochs": 3, "learning_rate": 1e-2, "num_steps": 1}
-    base = common | ({"kl_coef": 1.0} if "kl_coef" in settings else {})
-    plain = trained_weights(toy_trainer(tiny_folder, tmp_path / "plain", **base))
-    changed = trained_weights(toy_trainer(tiny_folder, tmp_path / "changed", **(base | settings)))
-    assert not torch.equal(plain, changed)
+def test_every_setting_of_several_optimizer_steps_acts(weights_with, settings):
+    base = SEVERAL | ({"kl_coef": 1.0} if "kl_coef" in settings else {})
+    assert not torch.equal(weights_with(base), weights_with(base | settings))
 
 
 def test_truncated_completions_can_be_left_out_of_gradient_and_mean(tiny_folder, tmp_path):

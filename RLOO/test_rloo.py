@@ -1,0 +1,72 @@
+"""RLOO alone: that its settings act, and by hand what it makes of a step."""
+
+import pytest
+import torch
+
+from RLOO.rloo_trainer import RLOOConfig
+from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_on
+from tests.toy import CLIP, SEVERAL, metrics_of, toy_trainer
+
+# For each setting of its own: with which others it shows, and changed to what.
+ACTS = CLIP | {
+    "average_over": ({"ratio_level": "token"}, "tokens"),
+    "ratio_level": (SEVERAL, "token"),
+    "whiten_rewards": ({}, True),
+    "keep_per_group": ({}, True),
+}
+
+
+def test_rloo_compares_score_less_kl_with_the_mean_of_the_prompts_others(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="RLOO", **WITH_KL)
+    rollouts = trained_on(trainer)
+    totals = [sum(rewards) for rewards in rewards_by_hand(rollouts, trainer.config)]
+    expected = []
+    for row, length in enumerate(rollouts.lengths.tolist()):
+        group = row // 4 * 4
+        others = [totals[i] for i in range(group, group + 4) if i != row]
+        expected.append([totals[row] - sum(others) / 3] * length)
+    assert_advantages(rollouts, expected)
+
+
+def test_rloo_can_train_on_one_completion_of_each_group_after_all_made_the_baseline(toy_folder, tmp_path):
+    rollouts = {}
+    for keep in (True, False):
+        trainer = toy_trainer(
+            toy_folder, tmp_path / str(keep), algorithm="RLOO", keep_per_group=keep, num_steps=1, num_minibatches=2
+        )
+        rollouts[keep] = trained_on(trainer)
+        assert metrics_of(tmp_path / str(keep))[0]["policy/first_ratio"] == 1.0
+    assert rollouts[True].rows.tolist() == [0, 1, 2, 3] and len(rollouts[False]) == 16
+    everything = list(zip(rollouts[False].completions, rollouts[False].advantages[:, 0].tolist(), strict=True))
+    for group, kept in enumerate(
+        zip(rollouts[True].completions, rollouts[True].advantages[:, 0].tolist(), strict=True)
+    ):
+        assert kept in everything[4 * group : 4 * group + 4]
+
+
+def test_rloo_has_one_loss_for_a_whole_completion(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="RLOO", num_update_epochs=2, learning_rate=1e-2)
+    ratios, whole = [], trainer.loss
+
+    def watched(policy, minibatch):
+        loss, metrics = whole(policy, minibatch)
+        ratios.append((metrics["policy/ratio"], minibatch.completion_mask))
+        return loss, metrics
+
+    trainer.loss = watched
+    trainer.train()
+    assert any((ratio != 1).any() for ratio, _ in ratios)
+    for ratio, _ in ratios:
+        assert torch.equal(ratio, ratio[:, :1].expand(ratio.shape))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"average_over": "tokens"}, r"average_over='tokens' with ratio_level='sequence'.*--average_over rows"),
+        ({"ratio_level": "word"}, r"ratio_level='word': need one of token, sequence"),
+    ],
+)
+def test_rloo_refuses_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RLOOConfig(**settings)
