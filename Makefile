@@ -1,6 +1,7 @@
 # make install  creates .venv with everything in it; instant when nothing changed
 # make demo     sets up and trains the embedded Countdown policy, on the CPU too: make demo ARGS="--seed 1"
 # make test     sets up and runs the whole test suite: make test ARGS="tests/test_losses.py"
+# make check    sets up and runs what every commit should pass: style, and the tests without engines and processes
 # make style    sets up, then corrects what ruff can correct and formats
 # Another interpreter than the first suitable one on the path: make install PYTHON=/path/to/python3.12
 
@@ -8,7 +9,7 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11 py
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$python && break; done),python3)
 
-.PHONY: install demo test style
+.PHONY: install demo test check style
 
 install:
 	@$(PYTHON) tools/install.py
@@ -16,8 +17,16 @@ install:
 demo: install
 	cd GRPO && ../.venv/bin/python grpo.py --preset cpu $(ARGS)
 
+# Two workers with a thread each: most of what is tested is too small for more threads.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
 test: install
-	.venv/bin/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
+
+check: install
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	$(PYTEST) -m "not slow and not gpu" $(ARGS)
 
 style: install
 	.venv/bin/ruff check --fix

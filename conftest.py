@@ -2,10 +2,13 @@
 
 import common  # noqa: F401, I001
 
+import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -19,10 +22,40 @@ hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
 pytest_plugins = ["tests.fixtures_engine"]
+ENGINE_FIXTURES = {"vllm_sampler", "make_vllm_sampler"}
+
+
+def seed_everything() -> None:
+    """The same random state for every fixture and test, whichever ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: object, request: object) -> None:
+    """A fixture that draws something draws the same in any company."""
+    seed_everything()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """So does a test."""
+    seed_everything()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a machine without a GPU `pytest -m gpu` says that it tested nothing, instead of failing in every test."""
+    """Mark what needs an engine as slow, and put the files that take longest first.
+
+    So that workers side by side end at about the same time.
+
+    On a machine without a GPU `pytest -m gpu` says that it tested nothing, instead of failing in every test.
+    """
+    for item in items:
+        if ENGINE_FIXTURES.intersection(item.fixturenames) or "vllm" in item.name.partition("[")[2]:
+            item.add_marker("slow")
+    slow = Counter(item.path for item in items if "slow" in item.keywords)
+    items.sort(key=lambda item: -slow[item.path])  # stable: the order within a file stays
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

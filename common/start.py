@@ -34,8 +34,9 @@ def report(trainer: OnPolicyTrainer) -> None:
         say(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")
     trainer.train()
     say(*trainer.run.outcome(len(trainer.eval_prompts or ())), sep="\n")
-    # Threads of a process group that are still there when Python ends can abort the process.
-    trainer.accelerator.state.destroy_process_group()
+    if trainer.accelerator.num_processes > 1:  # else the group is vLLM's, whose engine destroys it
+        # Threads of a process group that are still there when Python ends can abort the process.
+        trainer.accelerator.state.destroy_process_group()
 
 
 def _say_nothing(*_: object, **__: object) -> None:

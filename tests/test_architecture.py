@@ -114,6 +114,7 @@ def test_a_package_begins_with_its_public_names_and_nothing_else(package):
         assert is_docstring or is_list or isinstance(node, ast.ImportFrom), ast.unparse(node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

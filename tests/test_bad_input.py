@@ -35,10 +35,12 @@ def assert_one_message(done: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in done.stderr
 
 
+@pytest.mark.slow
 def test_a_misspelt_setting_names_the_nearest():
     assert_one_message(run_grpo("--learning_rat", "1e-3"), "learning_rat", "Did you mean learning_rate?")
 
 
+@pytest.mark.slow
 def test_a_missing_data_file_is_named_before_the_tiny_policy_is_built(tmp_path):
     arguments = ["--preset", "cpu", "--dataset", "no/such.jsonl", "--output_dir", str(tmp_path / "run")]
     done = run_grpo(*arguments, XDG_CACHE_HOME=str(tmp_path / "cache"))
@@ -46,6 +48,7 @@ def test_a_missing_data_file_is_named_before_the_tiny_policy_is_built(tmp_path):
     assert not (tmp_path / "cache" / "nanorlhf").exists() and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_vllm_the_message_says_what_to_install(tmp_path):
     arguments = ["--preset", "cpu", "--output_dir", str(tmp_path / "run")]
     done = run_grpo(*arguments, before="import sys; sys.modules['vllm'] = None")
@@ -53,6 +56,7 @@ def test_without_vllm_the_message_says_what_to_install(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_error_of_our_own_keeps_its_traceback(tmp_path):
     done = run_grpo(
         "--help",

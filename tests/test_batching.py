@@ -28,6 +28,7 @@ def flat(parts: list[torch.Tensor]) -> list[int]:
 # Seeds
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_on_every_machine_and_in_every_process():
     """Python's own hash would differ from process to process."""
     program = "from common.seeds import *; print(hashed_seed(1, 2, 'x'), seeded_permutation(5, 3).tolist())"

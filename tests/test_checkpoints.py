@@ -216,6 +216,7 @@ def save_blocked(folder, where, point):
     save_checkpoint(folder, 2, writers={"model": write_half, "optimizer": write_last}, state={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["in a writer", "before the state", "while syncing", "before the rename"])
 def test_a_kill_while_saving_leaves_the_previous_checkpoint_as_the_latest(where, tmp_path):
     run = tmp_path / "run"
@@ -271,6 +272,7 @@ def save_on_and_on(folder, point):
         rotate(folder, 2, None)
 
 
+@pytest.mark.slow
 def test_after_kills_at_random_moments_the_latest_checkpoint_is_whole_and_the_run_went_on(tmp_path):
     rng, last = random.Random(0), 0
     for _ in range(8):

@@ -105,6 +105,7 @@ def test_every_algorithm_runs_before_the_next_seed_and_is_given_what_follows_the
     }
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_the_others_started(root, tmp_path, capfd):
     arguments = ["--output_dir", str(tmp_path), "--seeds"]
     compare([*arguments, "0"], root)
@@ -310,6 +311,7 @@ def test_the_figure_has_a_line_for_each_algorithm_in_a_colour_that_stays_its_own
     assert colors_of(tmp_path / "comparison.png") == {PALETTE[2]}
 
 
+@pytest.mark.slow
 def test_runs_at_the_same_time_have_cpus_of_their_own(root, tmp_path, monkeypatch):
     cpus = sorted(os.sched_getaffinity(0))
     if len(cpus) < 2:

@@ -299,6 +299,7 @@ def test_an_interrupted_warm_start_leaves_nothing_that_is_picked_up(tmp_path, mo
     assert (tiny_policy(SMALL, tmp_path) / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_get_the_same_whole_folder(tmp_path):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         first, second = pool.starmap(tiny_policy, [(SMALL, tmp_path)] * 2)

@@ -90,6 +90,7 @@ def files() -> list[str]:
 # One code
 
 
+@pytest.mark.slow
 def test_the_final_model_of_a_run_measures_what_the_run_measured(model, tmp_path):
     config = GRPOConfig(
         model=str(model), task="countdown", num_steps=1, prompts_per_step=2, num_generations=4, num_eval_prompts=128,

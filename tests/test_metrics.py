@@ -100,6 +100,7 @@ def reduce_in_process(rank, port, answers):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_unequal_rows_and_names_get_the_same_exact_means():
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
@@ -303,6 +304,7 @@ def test_an_unknown_or_missing_tracker_is_refused_with_the_way_out():
     assert choose_trackers(None) == []
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account_works_offline_and_silently(tmp_path, monkeypatch, capfd):
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)

@@ -81,6 +81,7 @@ def playground(run_folder: Path | None, output_dir: Path, models: list[str]) -> 
     )
 
 
+@pytest.mark.slow
 def test_the_playground_shows_models_side_by_side_and_their_text_is_never_markup(finished_run, tmp_path):
     models = ["base", "checkpoint-1", "final"]
     notebook = run("playground.ipynb", playground(finished_run, tmp_path, models))
@@ -95,6 +96,7 @@ def test_the_playground_shows_models_side_by_side_and_their_text_is_never_markup
     }
 
 
+@pytest.mark.slow
 def test_a_model_that_the_run_does_not_have_is_answered_with_those_it_has(finished_run, tmp_path):
     with pytest.raises(
         CellExecutionError, match="MODELS has 'checkpoint-7'; the run has base, checkpoint-1 and final"
@@ -102,6 +104,7 @@ def test_a_model_that_the_run_does_not_have_is_answered_with_those_it_has(finish
         run("playground.ipynb", playground(finished_run, tmp_path, ["checkpoint-7"]))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_is_refused(tmp_path):
     with pytest.raises(CellExecutionError, match="there is no finished run"):
         run("playground.ipynb", playground(tmp_path / "nothing", tmp_path / "out", ["base"]))

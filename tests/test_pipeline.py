@@ -258,6 +258,7 @@ def test_a_recipe_that_is_none_is_refused(tmp_path, content, message):
         make_stages(read_settings(["--config", str(tmp_path / "pipeline.yaml")]))
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_ends_the_pipeline_with_the_end_of_its_log(tmp_path):
     arguments = [*words(QUICK), "--sft.max_length", "20", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match=r"(?s)stage sft ended with status 2.*no example .* is short enough.*goes on"):
@@ -297,6 +298,7 @@ def test_records_are_problems_of_the_task(tmp_path):
     assert correct_reward(gold, completions, answer=gold) == [1.0] * 5
 
 
+@pytest.mark.slow
 def test_records_that_cannot_be_made_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"there are \d+ different problems"):
         write_records(RecordSettings(largest=2, share_two_steps=0.0, num_train=9000, output_dir=str(tmp_path / "a")))

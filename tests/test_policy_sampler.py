@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from common.embedded.policy import build_tokenizer
@@ -15,6 +16,7 @@ def folder(tmp_path_factory) -> Path:
     """Of 1000 ids the tokenizer knows fewer than half."""
     folder = save_toy_policy(tmp_path_factory.mktemp("wide") / "policy", hidden_size=128)  # heads wide enough for vLLM
     model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)  # the new rows are drawn
     model.resize_token_embeddings(1000, mean_resizing=False)
     model.save_pretrained(folder)
     return folder

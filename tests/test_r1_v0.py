@@ -153,6 +153,7 @@ def test_the_picture_of_several_seeds_differs_from_that_of_one(tmp_path):
     assert one.shape == three.shape and (one != three).any()
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_again_by_its_command(tmp_path):
     runs = [str(write_run(tmp_path / f"seed{seed}", seed=seed)) for seed in range(2)]
     command = [sys.executable, "r1_figure.py", *runs, "--output", str(tmp_path / "both.png")]

@@ -153,6 +153,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_one_message_when_the_model_is_not_there(tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl", num_pairs=8)
     done = run_script(

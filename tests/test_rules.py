@@ -55,6 +55,7 @@ def test_an_accident_costs_its_row_the_score_and_no_other_row_anything(accident,
     assert found == ([1, 0, 3, 0, 2], [False, True, False, True, False])
 
 
+@pytest.mark.slow
 def test_the_limit_is_of_wall_clock_time_for_each_row():
     begun = time.perf_counter()
     score(["hang", "a", "hang", "hang"])
@@ -146,6 +147,7 @@ def test_an_asynchronous_rule_is_refused():
         rule(judge)
 
 
+@pytest.mark.slow
 def test_every_rule_of_every_task_is_marked_and_survives_hostile_completions():
     completions = hostile_completions(1500)  # all the known attacks, and some of the mixed ones
     for name, (function, row) in task_rules().items():
@@ -159,6 +161,7 @@ def test_every_rule_of_every_task_is_marked_and_survives_hostile_completions():
             assert scores.max() == 0, name
 
 
+@pytest.mark.slow
 def test_rows_over_the_limit_are_in_the_metrics_of_a_run(tiny_folder, tmp_path):
     task = toy_task()
     task.rewards["sometimes"] = rule(lambda completions, total, **_: [_obey("hang") if total[0] == 5 else 1.0])
@@ -205,6 +208,7 @@ print(forbidden)
 """
 
 
+@pytest.mark.slow
 def test_no_rule_runs_what_a_model_wrote():
     done = subprocess.run([sys.executable, "-c", AUDIT], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout[-2000:] + done.stderr[-2000:]

@@ -331,6 +331,7 @@ def test_a_generation_that_fails_midway_leaves_nothing_behind(vllm_sampler, capl
     assert not llm.llm_engine.output_processor.parent_requests
 
 
+@pytest.mark.slow
 def test_deleting_one_engine_leaves_the_other_alone(vllm_sampler, model_folders):
     before = tokens(vllm_sampler.generate(PROMPTS, GREEDY))
     other = VLLMSampler(model_folders[True], dtype="float32", max_model_len=128, max_num_seqs=4)
@@ -429,6 +430,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_an_engine_changes_nothing_else_in_its_process_and_says_nothing(model_folders, tmp_path):
     environment = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."}
     arguments = [sys.executable, "-c", ONE_OF_TWO_PROCESSES, model_folders[True], str(tmp_path / "store")]
@@ -467,10 +469,12 @@ def run_python(script, **environment):
     )
 
 
+@pytest.mark.slow
 def test_the_environment_is_prepared_without_importing_torch_and_keeps_what_is_set():
     assert run_python(PREPARES_BEFORE_TORCH, VLLM_LOGGING_LEVEL="INFO").stdout.split() == ["PASSIVE", "INFO"]
 
 
+@pytest.mark.slow
 def test_an_environment_prepared_too_late_says_what_will_be_slow():
     late = "import torch; from common.environment import prepare_environment; prepare_environment()"
     assert "OMP_WAIT_POLICY=PASSIVE comes too late" in run_python(late).stderr

@@ -258,6 +258,7 @@ def prepared(settings: SFTSettings):
 # The run
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_the_layout_and_when_to_stop(trained, sums):
     folder, result = trained
     assert result["loss_after"] < 0.5 * result["loss_before"]
@@ -427,6 +428,7 @@ def test_a_finished_run_and_another_runs_folder_are_refused(trained, sums, tmp_p
         train_sft(tiny_settings(sums, tmp_path / "run", *QUICK))
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_one_message(sums, tmp_path):
     done = subprocess.run(
         [sys.executable, "sft.py", "--model", "no/model", "--dataset", sums, "--output_dir", str(tmp_path / "run")],
