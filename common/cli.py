@@ -17,6 +17,7 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeVar
 
 import yaml
@@ -86,7 +87,7 @@ def parse_config(
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes = tuple(preset.notes(place, written, replaced, kept))
+    config.notes, config.origins = tuple(preset.notes(place, written, replaced, kept)), origins
     return config
 
 
@@ -165,16 +166,31 @@ def _parse(
     try:
         settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
     except ValueError as error:
-        raise ValueError(f"{error}{_origins_in(str(error), origins)}") from error
+        raise ValueError(f"{error}{origins_in(str(error), origins)}") from error
     if unread:
         raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
     return settings
 
 
-def _origins_in(message: str, origins: dict[str, str]) -> str:
-    """Where the values come from that a message is about, unless its reader has just typed them."""
-    found = dict.fromkeys(name for name in re.findall(r"\b([a-z][a-z_0-9]+)=", message) if origins.get(name))
-    return f" ({', '.join(f'{name} is from {origins[name]}' for name in found)}.)" if found else ""
+def origins_in(message: str, origins: dict[str, str]) -> str:
+    """Where the values come from that a message is about, unless its reader has just typed them.
+
+    Args:
+        message: which writes a setting as name=value.
+        origins: where each setting's value comes from; empty: the command line.
+
+    Returns:
+        An addition to the message, empty if there is nothing to say.
+    """
+    names_by_origin: dict[str, list[str]] = {}
+    for name in dict.fromkeys(re.findall(r"\b([a-z][a-z_0-9]+)=", message)):
+        if origins.get(name):
+            names_by_origin.setdefault(origins[name], []).append(name)
+    parts = [
+        f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} from {origin}"
+        for origin, names in names_by_origin.items()
+    ]
+    return f" ({'; '.join(parts)}.)" if parts else ""
 
 
 def _add_descriptions(parser: Any, config_class: type) -> None:
@@ -192,6 +208,31 @@ def _add_descriptions(parser: Any, config_class: type) -> None:
     for action in parser._actions:
         if action.dest in descriptions:
             action.help = descriptions[action.dest].replace("%", "%%") + " (default: %(default)s)"
+
+
+def _is_ours(raised_at: traceback.FrameSummary) -> bool:
+    """Whether this project raised an error on purpose.
+
+    Python's own functions raise ValueErrors too: those have no frame, and end in a line that calls them.
+    """
+    file = Path(raised_at.filename)
+    is_in_project = file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
+    return is_in_project and (raised_at.line or "").startswith("raise ")
+
+
+def explain_mistakes_above() -> None:
+    """Make a refused value in a script's literal a message with its line, not a traceback."""
+    others = sys.excepthook
+
+    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        frames = traceback.extract_tb(trace)
+        is_literal = len(frames) > 1 and frames[0].name == "<module>"
+        if kind not in (ValueError, TypeError) or not is_literal or not _is_ours(frames[-1]):
+            return others(kind, error, trace)
+        print(f"error: {_place(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+    sys.excepthook = explain
 
 
 def run_script(
@@ -215,10 +256,7 @@ def run_script(
     try:
         main()
     except ValueError as error:
-        origin = traceback.extract_tb(error.__traceback__)[-1]
-        is_ours = Path(origin.filename).is_relative_to(ROOT) and not Path(origin.filename).is_relative_to(sys.prefix)
-        # Python's own functions raise ValueErrors too; those have no frame, and end in a line that calls them.
-        if not is_ours or not (origin.line or "").startswith("raise "):
+        if not _is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

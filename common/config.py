@@ -39,7 +39,9 @@ class RLConfig:
     The groups are those of the scripts. Only the memory group may be changed without changing the result of a run.
     """
 
-    notes = ()  # lines about where settings come from, shown when a run begins; no setting itself
+    # No settings: what a preset replaced, in words for the start of a run, and where each value comes from.
+    notes = ()
+    origins = {}  # noqa: RUF012  it is replaced, never changed
 
     # What to train, on what
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
@@ -316,9 +318,9 @@ class RLConfig:
     def _check_batch(self) -> None:
         if self.completions_per_step % self.num_minibatches:
             raise ValueError(
-                f"num_minibatches={self.num_minibatches} with {self.prompts_per_step} prompts x "
-                f"{self.num_generations} completions = {self.completions_per_step} rows: mini-batches must be equal, "
-                "so that each optimizer step weighs the same. Pass a divisor of the number of rows."
+                f"num_minibatches={self.num_minibatches} with prompts_per_step={self.prompts_per_step} x "
+                f"num_generations={self.num_generations} = {self.completions_per_step} rows: mini-batches must be "
+                "equal, so that each optimizer step weighs the same. Pass a divisor of the number of rows."
             )
 
 

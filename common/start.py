@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from common.cli import parse_config, run_script
+from common.cli import explain_mistakes_above, origins_in, parse_config, run_script
 from common.config import RLConfig
 from common.trainer import OnPolicyTrainer
+
+# The literal on top of a script is checked when Python reads it, before `start` is called.
+explain_mistakes_above()
 
 
 def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) -> None:
@@ -18,7 +21,26 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
     Raises:
         SystemExit: with status 2 after a message about a user's mistake.
     """
-    run_script(lambda: report(trainer(parse_config(settings, **reading))))
+    run_script(lambda: report(prepare(trainer, parse_config(settings, **reading))))
+
+
+def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer:
+    """Make the trainer.
+
+    Args:
+        trainer: the algorithm.
+        config: its settings.
+
+    Raises:
+        ValueError: see OnPolicyTrainer; with where the values come from that it is about.
+    """
+    try:
+        return trainer(config)
+    except ValueError as error:
+        origins = origins_in(str(error), config.origins)
+        if not origins:
+            raise
+        raise ValueError(f"{error}{origins}") from error
 
 
 def report(trainer: OnPolicyTrainer) -> None:

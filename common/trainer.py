@@ -108,8 +108,9 @@ class OnPolicyTrainer(ABC):
                 metrics = self._end_step()
             while self.current_step < self.config.num_steps and not run.stopped_early:
                 self.current_step += 1
+                self._used_settings.clear()
                 self.step(self.training_prompts(self.current_step))
-                if self.current_step == run.first_step:
+                if self.current_step == run.first_step and self.accelerator.is_main_process:
                     warn_of_unused_settings(self.config, self._used_settings, algorithm=type(self).__name__)
                 if self._evaluates_at(self.current_step):
                     self.evaluate()
@@ -395,7 +396,8 @@ class OnPolicyTrainer(ABC):
         step = self.current_step
         metrics = self.metrics.reduce(self.accelerator)
         metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
-        check_first_step(metrics, step=step, dtype=self.dtype)
+        if self.accelerator.is_main_process:
+            check_first_step(metrics, step=step, dtype=self.dtype)
         timings = self.stopwatch.read_and_reset()
         # Charged to the next step, since this step's line is what is being written.
         with self.stopwatch("save"):

@@ -1,6 +1,8 @@
 """The command line: what wins over what, how a mistake is answered, and that a written configuration reads back."""
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict, fields, replace
 
 import pytest
@@ -9,9 +11,9 @@ import yaml
 from common.cli import parse_config, run_script
 from common.config import MEMORY_SETTINGS, RLConfig
 from common.presets.preset import PRESETS
-from common.start import report
+from common.start import prepare, report
 from GRPO.grpo import EMBEDDED, SETTINGS
-from GRPO.grpo_trainer import GRPOConfig
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.toy import ROOT, toy_trainer
 
 
@@ -191,22 +193,23 @@ def test_an_edited_line_wins_over_a_preset_for_a_gpu_too():
     ("args", "settings", "where"),
     [
         ([], {"num_minibatches": 7}, "num_minibatches is from GRPO/grpo.py"),
-        (["--num_minibatches", "7"], {}, None),
-        (["--preset", "none"], {"temperature": 1.5, "num_minibatches": 7}, "num_minibatches is from GRPO/grpo.py"),
+        (["--num_minibatches", "7"], {}, "(prompts_per_step and num_generations are from preset cpu.)"),
+        (["--num_minibatches", "7", "--prompts_per_step", "4", "--num_generations", "4"], {}, None),
+        (["--preset", "none"], {"temperature": 1.5, "num_minibatches": 7}, "num_minibatches"),
     ],
 )
 def test_a_message_says_where_a_value_comes_from_unless_it_was_just_typed(args, settings, where):
+    written = replace(SETTINGS)
+    vars(written).update(settings)  # a literal is checked before the preset is known
     with pytest.raises(ValueError, match="num_minibatches=7") as caught:
-        written = replace(SETTINGS)
-        vars(written).update(settings)  # a literal is checked before the preset is known
         parse_config(written, embedded=EMBEDDED, script=SCRIPT, args=args)
-    assert (where is None and " is from " not in str(caught.value)) or where in str(caught.value)
+    assert " from " not in str(caught.value) if where is None else where in str(caught.value)
 
 
 def test_a_message_names_the_preset_or_the_file_a_value_is_from(write_yaml):
     with pytest.raises(ValueError, match=r"max_completion_length=0.*max_completion_length is from .*settings.yaml"):
         edited(*write_yaml("max_completion_length: 0"))
-    with pytest.raises(ValueError, match=r"num_minibatches=7 with 32 prompts"):
+    with pytest.raises(ValueError, match=r"num_minibatches=7 with prompts_per_step=32"):
         edited("--num_minibatches", "7")
     with pytest.raises(ValueError, match=r"max_completion_length=0.*\(max_completion_length is from preset cpu.\)"):
         parse_config(SETTINGS, embedded={"max_completion_length": (1024, 0)}, script=SCRIPT, args=[])
@@ -218,6 +221,30 @@ def test_a_preset_with_a_mistake_names_it(monkeypatch, tmp_path, text):
     monkeypatch.setattr("common.presets.preset.PRESETS", tmp_path)
     with pytest.raises(ValueError, match=text.partition(":")[0]):
         edited()
+
+
+def test_what_a_trainer_refuses_is_told_with_where_it_comes_from_too(tmp_path):
+    config = edited("--preset", "none", "--sampler", "transformers", "--output_dir", str(tmp_path), model="no/model")
+    with pytest.raises(ValueError, match=r"model='no/model': cannot.*\(model is from GRPO/grpo.py.\)"):
+        prepare(GRPOTrainer, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "written", "message"),
+    [
+        ("num_generations=4", "num_generations=1", "GRPO compares completions"),
+        ("num_steps=500", "num_stepz=500", "unknown setting 'num_stepz' in GRPOConfig(...): nothing reads it. Did"),
+    ],
+)
+def test_a_mistake_in_a_literal_is_one_message_with_its_line(tmp_path, line, written, message):
+    source = (ROOT / "GRPO" / "grpo.py").read_text()
+    assert line in source
+    script = tmp_path / "my_grpo.py"
+    script.write_text(source.replace(line, written).replace("Path(__file__).resolve().parent.parent", repr(str(ROOT))))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert done.stderr.startswith("error: ") and "my_grpo.py, line 11: " in done.stderr
 
 
 def test_a_literal_with_a_misspelt_setting_names_it():

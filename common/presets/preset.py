@@ -93,7 +93,7 @@ class Preset:
             lines += textwrap.wrap(shown, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
         if kept:
             shown = ", ".join(f"{name}={_shown(written[name])}" for name in kept)
-            lines.append(f"edited in {script}, so the preset leaves them: {shown}")
+            lines.append(f"as written in {script}, since you edited them or what belongs to them: {shown}")
         return lines
 
 
