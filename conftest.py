@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share. `common` comes first: it prepares the environment before torch loads."""
+"""Fixtures for several test modules. Imports `common` first: it prepares the environment before torch loads."""
 
 import common  # noqa: F401, I001
 
@@ -14,7 +14,7 @@ from tests.toy import save_toy_policy, without_curves
 from common.embedded.policy import build_tokenizer, save_untrained
 
 
-# Seconds per example say more about the neighbours of a shared machine than about the code.
+# On a shared machine, seconds per example depend on its load more than on the code.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
@@ -22,7 +22,7 @@ pytest_plugins = ["tests.fixtures_engine"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a machine without a GPU `pytest -m gpu` says that it tested nothing, instead of failing in every test."""
+    """Skip tests marked gpu on a machine without a GPU, instead of failing in each."""
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
@@ -43,7 +43,7 @@ def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def toy_folder(toy_policy: Path) -> Iterator[Path]:
-    """The same, in a module whose runs draw no curves."""
+    """The policy of `toy_policy`, for a module whose runs draw no curves."""
     with without_curves():
         yield toy_policy
 
