@@ -52,7 +52,7 @@ def write_page(folders: list[Path], output: Path | None = None) -> Path:
     """
     if output is None and len(folders) > 1:
         raise ValueError(
-            f"{len(folders)} runs without --output: their common page belongs to no run's folder. Pass --output FILE."
+            f"{len(folders)} runs without --output: a page of several belongs in no run's folder. Pass --output FILE."
         )
     output = Path(output or folders[0] / PAGE_FILE)
     _check_free(output)

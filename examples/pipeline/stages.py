@@ -95,7 +95,7 @@ class Stage:
         ):
             try:
                 status = process.wait()
-            except BaseException:  # interrupted: the command would go on alone
+            except BaseException:  # interrupted: the command would keep running
                 process.terminate()
                 raise
         if status or not self.is_complete(output_dir):
