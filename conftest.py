@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share. `common` comes first: it prepares the environment before torch loads."""
+"""Fixtures for several test modules. Imports `common` first: it prepares the environment before torch loads."""
 
 import common  # noqa: F401, I001
 
@@ -17,7 +17,7 @@ from tests.toy import save_toy_policy, without_curves
 from common.embedded.policy import build_tokenizer, save_untrained
 
 
-# Seconds per example say more about the neighbours of a shared machine than about the code.
+# On a shared machine, seconds per example depend on its load more than on the code.
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
@@ -45,11 +45,9 @@ def pytest_runtest_call(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs an engine as slow, and put the files that take longest first.
+    """Mark tests that need an engine as slow, run the longest files first, and skip tests marked gpu without a GPU.
 
-    So that workers side by side end at about the same time.
-
-    On a machine without a GPU `pytest -m gpu` says that it tested nothing, instead of failing in every test.
+    With the longest files first, workers side by side end at about the same time.
     """
     for item in items:
         if ENGINE_FIXTURES.intersection(item.fixturenames) or "vllm" in item.name.partition("[")[2]:
@@ -76,7 +74,7 @@ def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def toy_folder(toy_policy: Path) -> Iterator[Path]:
-    """The same, in a module whose runs draw no curves."""
+    """The policy of `toy_policy`, for a module whose runs draw no curves."""
     with without_curves():
         yield toy_policy
 

@@ -1,3 +1,3 @@
-"""Speed and memory, by ratios. `common` comes first: it prepares the environment before torch is imported."""
+"""Speed and memory, as ratios. Imports `common` first: it prepares the environment before torch is imported."""
 
 import common  # noqa: F401

@@ -1,8 +1,8 @@
 """Speed and memory of the core, as ratios to the bare work: `python -m benchmarks.core`, `--help` for more.
 
-Generation against vLLM called bare, the update against a bare forward and backward, both in turns within one process;
-peak memory; skewed lengths with the token budget and without; and where the time of a real run's steps goes. Nothing
-is tested here: what is slow on this machine today may be the neighbours.
+Generation against direct calls of vLLM and the update against a bare forward and backward, both in turns within one
+process; peak memory; skewed lengths with and without the token budget; and where the time of a real run's steps goes.
+Nothing is tested here: slowness may come from other users of the machine.
 """
 
 import argparse
@@ -40,11 +40,11 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict:
-    """All numbers.
+    """Do all measurements.
 
     Args:
         options: of the command line.
-        folder: for models and runs that are thrown away.
+        folder: for temporary models and runs.
     """
     arguments = _arguments(options, _model(options, folder))
     config = parse_config(SETTINGS, embedded=EMBEDDED, args=arguments)
@@ -59,13 +59,13 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     results["update"] = compare_update(trainer, bare, rollouts, rounds=options.rounds)
     results["skewed"] = compare_batching(trainer, bare, rounds=options.rounds)
     microbatches = [microbatch.to("cpu") for microbatch in budget_microbatches(trainer, rollouts)]
-    del trainer, bare  # the processes that follow need their place
+    del trainer, bare  # the next processes need their memory
     results["memory"] = compare_memory(config, rollouts, microbatches)
     return results
 
 
 def table(report: dict) -> str:
-    """The results in a few lines.
+    """The results as a short table.
 
     Args:
         report: as written to the file.
@@ -100,7 +100,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.core", description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", default="tiny", help="tiny, a folder or a hub id (default: tiny)")
-    which.add_argument("--shape", choices=SHAPES, help="random weights in the sizes of Qwen2.5-0.5B or -1.5B, say")
+    which.add_argument("--shape", choices=SHAPES, help="random weights, mini or in the size of Qwen2.5-0.5B or -1.5B")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of forward passes")
     parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed (default: 5)")
     parser.add_argument("--completion-length", type=int, default=240, help="longest completion (default: 240)")
@@ -113,10 +113,10 @@ def _options() -> argparse.Namespace:
 
 
 def _model(options: argparse.Namespace, folder: Path) -> str:
-    """What the settings take; a folder by its absolute path, since the script runs in another one."""
+    """The value of `model`; a folder as absolute path, since the script runs in another folder."""
     if options.shape:
         return str(save_shape(options.shape, folder / "model"))
-    resolve_model(options.model)  # says at once if there is no such model
+    resolve_model(options.model)  # fails at once if there is no such model
     return str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
 
 
@@ -128,7 +128,7 @@ def _arguments(options: argparse.Namespace, model: str) -> list[str]:
         "dtype": options.dtype,
         "max_completion_length": options.completion_length,
         "max_tokens_per_microbatch": options.tokens,
-        # The embedded tokenizer makes 16 tokens of a prompt, others more.
+        # The embedded tokenizer needs 16 tokens for a prompt, others need more.
         "max_prompt_length": 16 if options.shape or options.model == "tiny" else 256,
     }
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]

@@ -1,4 +1,4 @@
-"""Generation through the sampler against vLLM called bare, with the same requests and the same engine."""
+"""Generation through the sampler against direct calls of vLLM, with the same requests and the same engine."""
 
 from benchmarks.timing import comparison, seconds_in_turns
 from common.sampling.protocol import SamplingSettings, sampling_seed
@@ -9,7 +9,7 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
     """Completion tokens per second of both.
 
     Args:
-        trainer: with vLLM as its sampler, which has its weights.
+        trainer: with vLLM as its sampler, which already has the weights.
         rounds: how often each of them is timed.
 
     Returns:
@@ -18,7 +18,7 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
     Raises:
         AssertionError: on the CPU, if they are not all the same.
     """
-    from vllm import SamplingParams  # not at the top: its import changes the process, which the engine prevents
+    from vllm import SamplingParams  # not at the top: its import changes the process, which the engine undoes
 
     config, sampler = trainer.config, trainer.policy_sampler.sampler
     prompts = trainer.prompts.batch(1, num_prompts=config.prompts_per_step)
@@ -28,7 +28,7 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
         max_tokens=config.max_completion_length,
         stop_token_ids=trainer.policy_sampler.end_token_ids,
     )
-    # The engine is private to the sampler: nothing but this comparison goes past it.
+    # The engine is private to the sampler: only this comparison bypasses it.
     llm = sampler._engine.llm
     sampled: dict[str, list[list[int]]] = {}
 
@@ -62,7 +62,7 @@ def compare_generation(trainer: OnPolicyTrainer, *, rounds: int) -> dict:
     sampler.sleep()
     pairs = zip(sampled["sampler"], sampled["vllm"], strict=True)
     same = sum(own == other for own, other in pairs) / len(sampled["vllm"])
-    # On a GPU kernels may sum in another order each time, and a completion goes on from each token that differs.
-    assert same == 1 or trainer.models.device.type == "cuda", f"{same:.1%} of completions are those of bare vLLM"
+    # On a GPU kernels may sum in another order each time, and one different token changes the rest of a completion.
+    assert same == 1 or trainer.models.device.type == "cuda", f"{same:.1%} of completions equal those of bare vLLM"
     tokens = sum(map(len, sampled["sampler"]))
     return comparison(seconds, tokens=tokens, of="sampler", to="vllm") | {"same_completions": same}

@@ -1,7 +1,7 @@
 """Completions that try to fool, hang or crash a rule: python -m benchmarks.hostile [--num_completions 10000].
 
-Every rule of every task scores all of them in its worker. Printed and saved: milliseconds per completion and rule,
-those of the slowest batch, rows over a limit and rows with a full score.
+Every rule of every task scores all of them in its worker. Printed and saved, per rule: milliseconds per completion,
+mean and of the slowest batch, rows over a limit, and rows with a full score.
 """
 
 import argparse
@@ -80,7 +80,7 @@ _FRAMES = [
 
 
 def hostile_completions(num_completions: int, seed: int = 0) -> list[str]:
-    """Write hostile completions: known attacks in every kind of frame, long ones, and attacks cut up and joined.
+    """Write hostile completions: known attacks in every frame, long texts, and pieces of attacks joined.
 
     Args:
         num_completions: how many.
@@ -122,7 +122,7 @@ def measure(completions: list[str], batch: int = 500) -> dict[str, dict[str, flo
         batch: rows at a time.
 
     Returns:
-        For each rule the mean milliseconds per completion, of the slowest batch too, rows over a limit, and rows with
+        For each rule the milliseconds per completion, mean and of the slowest batch, rows over a limit, and rows with
         a score of 1.
     """
     table = {}

@@ -1,4 +1,4 @@
-"""Peak memory of the update and of the bare loop, each in a process of its own: a process keeps what it once had."""
+"""Peak memory of the update and of the bare loop, each in its own process: a process keeps memory it once used."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def compare_memory(config: GRPOConfig, rollouts: Rollouts, microbatches: list[Ba
         microbatches: those of the update, on the CPU.
 
     Returns:
-        By way, "update" and "bare": loaded, what is allocated with the model loaded (on the CPU resident memory), peak
-        and their difference, growth. And ratio, growth of the update over that of the bare loop.
+        For "update" and "bare": loaded (memory allocated with the model loaded; on the CPU resident memory), peak, and
+        their difference growth. And ratio, the growth of the update over that of the bare loop.
     """
     gigabytes = {
         "update": _in_new_process(_peak_of_update, config, rollouts),
@@ -43,10 +43,10 @@ def _in_new_process(measure: Callable, *arguments: object) -> dict[str, float]:
 
 def _peak_of_update(config: GRPOConfig, rollouts: Rollouts) -> dict[str, float]:
     with TemporaryDirectory() as folder:
-        # A sampler without weights of its own: nothing but the policy is on the device.
+        # A sampler without its own weights: only the policy is on the device.
         trainer = GRPOTrainer(replace(config, sampler="transformers", output_dir=str(Path(folder) / "run")))
         trainer.current_step = 1
-        with trainer.models.use("policy"):  # brings it to the device, where it stays
+        with trainer.models.use("policy"):  # moves it to the device, where it stays
             pass
         return _peak(trainer.models.device, lambda: update(trainer, rollouts))
 
@@ -57,7 +57,7 @@ def _peak_of_bare_loop(config: GRPOConfig, microbatches: list[BareMicrobatch]) -
 
 
 def _peak(device: torch.device, work: Callable[[], None]) -> dict[str, float]:
-    earlier = memory_report(device)  # on a GPU begins a new peak
+    earlier = memory_report(device)  # resets the peak on a GPU
     loaded = torch.cuda.memory_allocated() / GB if device.type == "cuda" else earlier["memory/host_gb"]
     work()
     peak = memory_report(device)["memory/peak_gb"]

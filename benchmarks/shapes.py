@@ -7,8 +7,8 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from common.embedded.policy import build_tokenizer
 
-# After the config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-1.5B. "mini" is small enough for a CPU, and the
-# head's share of its weights is theirs: a third.
+# From the config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-1.5B. "mini" is small enough for a CPU, and its head has
+# the same share of the weights: a third.
 SHAPES = {
     "mini": {
         "hidden_size": 256,
@@ -38,11 +38,11 @@ SHAPES = {
 
 
 def save_shape(name: str, folder: Path) -> Path:
-    """Write a model of random bfloat16 weights with the embedded policy's tokenizer, which knows few of its tokens.
+    """Write a model of random bfloat16 weights with the embedded policy's tokenizer, which uses few of its tokens.
 
     Args:
         name: key of SHAPES.
-        folder: where to; made if it is not there.
+        folder: created if missing.
 
     Returns:
         The folder.

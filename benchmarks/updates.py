@@ -1,7 +1,7 @@
 """The update against a bare forward and backward of the same micro-batches, in speed and in memory.
 
-The bare loop is what a page of PyTorch would do: logits of every position, log-softmax in float32, no metrics. Its
-model is as transformers loads it, its micro-batches are padded and on the device before the clock starts.
+The bare loop is a minimal PyTorch loop: logits of every position, log-softmax in float32, no metrics. Its model is as
+transformers loads it; its micro-batches are padded and on the device before the clock starts.
 """
 
 import math
@@ -23,7 +23,7 @@ from common.seeds import hashed_seed
 from common.trainer import OnPolicyTrainer
 from common.update.batches import forward_context
 
-# Gradients of both ways are sums in another order, and in bfloat16 from another head.
+# The two gradients are summed in different orders, and in bfloat16 they come from different heads.
 NORM_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -49,7 +49,7 @@ class BareMicrobatch:
 
 
 class BareLoop:
-    """Forward, backward and optimizer step without anything around them.
+    """Only forward, backward and optimizer step.
 
     Args:
         config: model, precision and temperature are read.
@@ -98,10 +98,10 @@ def budget_microbatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> list[Ba
 
 
 def fixed_microbatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> list[BareMicrobatch]:
-    """The same rows in the order they come, equally many at a time, all padded to the longest row of the batch.
+    """The same rows in their order, a fixed number at a time, all padded to the longest row of the batch.
 
-    As many as fit into the token budget when each row is as long as the longest, which is all that a fixed number
-    can assume: both ways then need memory for the same number of padded tokens.
+    That number fits into the token budget if every row has the longest length, as it must with a fixed number. So
+    both ways need memory for the same number of padded tokens.
     """
     device, budget = trainer.models.device, trainer.config.max_tokens_per_microbatch
     width = int(rollouts.total_lengths.max())
@@ -114,7 +114,7 @@ def fixed_microbatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> list[Bar
 
 
 def sampled_rollouts(trainer: OnPolicyTrainer) -> Rollouts:
-    """Completions of the first step's prompts, with random advantages: a policy that scores nothing has none."""
+    """Completions of the first step's prompts, with random advantages: a policy that never scores has none."""
     config = trainer.config
     prompts = trainer.prompts.batch(1, num_prompts=config.prompts_per_step)
     rollouts = trainer.sample(prompts, num_generations=config.num_generations)
@@ -180,7 +180,7 @@ def compare_batching(trainer: OnPolicyTrainer, bare: BareLoop, *, rounds: int) -
 
 
 def update(trainer: OnPolicyTrainer, rollouts: Rollouts) -> None:
-    """The trainer's update. At the settings' learning rate of 0 it does all of its work and moves no weight."""
+    """The trainer's update. With the settings' learning rate of 0 it does all of its work but changes no weight."""
     trainer.update(trainer.policy, rollouts, trainer.loss, average_over=trainer.config.average_over)
 
 
@@ -204,8 +204,8 @@ def _bare(rollouts: Rollouts, *, width: int) -> BareMicrobatch:
     """Rows in the form of the bare loop, padded to `width` tokens."""
     sequence_ids, prompt_lengths = rollouts.sequences()
     ids = torch.nn.functional.pad(sequence_ids, (0, width - sequence_ids.shape[1]))  # (b, L)
-    places = torch.arange(width - 1, device=ids.device)[None, :] + 1  # of the targets
-    chosen = (places >= prompt_lengths[:, None]) & (places < rollouts.total_lengths[:, None])  # (b, L - 1)
+    positions = torch.arange(width - 1, device=ids.device)[None, :] + 1  # of the targets
+    chosen = (positions >= prompt_lengths[:, None]) & (positions < rollouts.total_lengths[:, None])  # (b, L - 1)
     weights = torch.zeros(chosen.shape, device=ids.device)
     mask = rollouts.completion_mask
     weights = weights.masked_scatter(chosen, (rollouts.advantages * rollouts.token_weights)[mask])

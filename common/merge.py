@@ -1,10 +1,10 @@
-"""One folder that transformers and vLLM load: ``python -m common.merge --model M --adapter A --output FOLDER``.
+"""Writes a folder that transformers and vLLM load: ``python -m common.merge --model M --adapter A --output FOLDER``.
 
-Merged are an adapter and its base, the shards of a checkpoint, or what a run holds: its best or final model, or one of
-its checkpoints. Nothing is overwritten, and what cannot be merged is refused before any weight is loaded.
+It merges an adapter and its base, the shards of a checkpoint, or the best or final model or a checkpoint of a run.
+Nothing is overwritten, and what cannot be merged is refused before any weight is loaded.
 """
 
-from __future__ import annotations  # types that take seconds to import are named, not loaded
+from __future__ import annotations  # types whose import takes seconds are not loaded
 
 import json
 import os
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-POLICY_FOLDER = "policy"  # of a run's checkpoint
+POLICY_FOLDER = "policy"  # in a run's checkpoint
 
 _SIZE = re.compile(r"\d+(KB|MB|GB|KiB|MiB|GiB)")
 _ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.weight)?"
 )
-# The axis that each part of an adapter shares with the weight, and which that is in (out, in), or in (V, hidden).
+# The axis of each part of an adapter that must fit the weight, and that axis of the weight, (out, in) or (V, hidden).
 _SHARED_AXES = {"A": (1, 1), "B": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
 
 
 @dataclass(kw_only=True)
 class MergeSettings:
-    """What to merge, and where to."""
+    """What to merge, and the output."""
 
     output: str
     """A new folder."""
@@ -54,12 +54,12 @@ class MergeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What the merged model is made of.
+    """What to merge.
 
     Attributes:
         base: hub id or folder of a complete model.
-        adapter: folder of the adapter that goes on top of it, or None.
-        what: in words.
+        adapter: folder of the adapter to add to it, or None.
+        what: a description for the user.
     """
 
     base: str
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def own(self) -> str:
-        """Where tokenizer and end tokens are: with the adapter, if it was trained with others than its base's."""
+        """Where tokenizer and end tokens are: with the adapter if there is one, since it may have its own."""
         return str(self.adapter or self.base)
 
 
@@ -78,7 +78,7 @@ def merge(settings: MergeSettings) -> Source:
     Adapters are added in float32; the result has the precision of the base.
 
     Args:
-        settings: see there.
+        settings: see MergeSettings.
 
     Returns:
         What was merged.
@@ -90,10 +90,12 @@ def merge(settings: MergeSettings) -> Source:
     output = Path(settings.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
-            f"output={output}: it is there and not empty, and nothing is overwritten. Pass another --output."
+            f"output={output}: it exists and is not empty, and nothing is overwritten. Pass another --output."
         )
     if not _SIZE.fullmatch(settings.max_shard_size):
-        raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB, say.")
+        raise ValueError(
+            f"max_shard_size={settings.max_shard_size!r}: need a size in KB, MB or GB. Pass --max_shard_size 5GB."
+        )
     source = find_source(settings.model, settings.adapter)
     check_model(source.base)
     if source.adapter is not None:
@@ -102,26 +104,27 @@ def merge(settings: MergeSettings) -> Source:
     weights = {name: tensor.detach().clone() for name, tensor in policy_weights(model)}
     base = model if source.adapter is None else model.get_base_model()
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
-        base.save_pretrained(aside, state_dict=weights, max_shard_size=settings.max_shard_size)
+        base.save_pretrained(temporary, state_dict=weights, max_shard_size=settings.max_shard_size)
         has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()
-        transformers.AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base).save_pretrained(aside)
-        os.replace(aside, output)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base)
+        tokenizer.save_pretrained(temporary)
+        os.replace(temporary, output)
     except BaseException:  # a full disk or Ctrl-C
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return source
 
 
-# What there is
+# Finding the source
 
 
 def find_source(model: str | None, adapter: str | None) -> Source:
-    """Find out what the two names mean.
+    """The source that the two names mean.
 
     Raises:
-        ValueError: nothing that can be merged.
+        ValueError: there is nothing to merge.
     """
     if adapter is not None:
         recorded = _recorded_base(Path(adapter))
@@ -140,7 +143,7 @@ def find_source(model: str | None, adapter: str | None) -> Source:
         return Source(base=model, what=f"the shards of {model}")
     if not folder.is_dir():
         raise ValueError(
-            f"model={model}: there is no such folder, and of a model on the hub there is nothing to merge. Pass "
+            f"model={model}: there is no such folder, and for a model on the hub there is nothing to merge. Pass "
             "--model with an existing folder, or --adapter with an adapter of this model."
         )
     raise ValueError(
@@ -150,7 +153,7 @@ def find_source(model: str | None, adapter: str | None) -> Source:
 
 
 def _part_of_run(folder: Path, what: str) -> Source:
-    """A model or an adapter, in a checkpoint's folder for the policy or directly."""
+    """A model or an adapter, in the folder itself or in its subfolder for the policy."""
     if (folder / POLICY_FOLDER).is_dir():
         folder = folder / POLICY_FOLDER
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -171,7 +174,7 @@ def _best_of_run(folder: Path) -> tuple[Path, str]:
     if latest:
         return latest, f"{latest.name} of {folder}, its last"
     raise ValueError(
-        f"model={folder}: this run has neither a checkpoint nor a final model yet. Wait for it, or name another."
+        f"model={folder}: this run has neither a checkpoint nor a final model yet. Wait for one, or pass another run."
     )
 
 
@@ -179,14 +182,14 @@ def _recorded_base(adapter: Path) -> str:
     path = adapter / ADAPTER_CONFIG
     if not path.is_file():
         raise ValueError(
-            f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which says what the adapter is one of. Pass "
+            f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which names the adapter's base model. Pass "
             "--adapter with the folder that peft wrote."
         )
     return json.loads(path.read_text())["base_model_name_or_path"]
 
 
 def _shards(folder: Path) -> Iterator[str]:
-    """The files that an index names.
+    """The files that an index lists.
 
     Raises:
         ValueError: one of them is missing.
@@ -197,8 +200,8 @@ def _shards(folder: Path) -> Iterator[str]:
         files = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise ValueError(
-                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} names: the "
-                "model would have weights that nothing set. Fetch or write the missing files again."
+                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: some "
+                "weights would stay random. Fetch or write the missing files again."
             )
         yield from files
 
@@ -210,14 +213,14 @@ def check_adapter(adapter: Path, base: str) -> None:
     """Refuse an adapter of another base model, by its name and by the shapes of its tensors.
 
     Raises:
-        ValueError: naming both models, or the tensor that does not fit.
+        ValueError: names both models, or the tensor that does not fit.
     """
     recorded = _recorded_base(adapter)
     if base != recorded and not (Path(base).is_dir() and Path(recorded).is_dir() and os.path.samefile(base, recorded)):
         raise ValueError(
-            f"adapter={adapter}: it belongs to the base model {recorded}, and model={base} was given: on top of other "
-            f"weights it means something else. Pass --model {recorded}. If that is the same model in another place, "
-            f"write its place into base_model_name_or_path of {adapter / ADAPTER_CONFIG}."
+            f"adapter={adapter}: it belongs to the base model {recorded}, and model={base} was given: an adapter is "
+            f"useless with other weights. Pass --model {recorded}. If both are the same model in different folders, "
+            f"write the new one into base_model_name_or_path of {adapter / ADAPTER_CONFIG}."
         )
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise ValueError(
@@ -252,8 +255,8 @@ def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
     if found["missing_keys"] or found["mismatched_keys"]:
         absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
         raise ValueError(
-            f"model={source.base}: {len(absent)} weights are missing or have another shape, such as {absent[0]}: the "
-            "model would have weights that nothing set. Fetch or write the checkpoint again."
+            f"model={source.base}: {len(absent)} weights are missing or have another shape, such as {absent[0]}: they "
+            "would stay random. Fetch or write the checkpoint again."
         )
     if (Path(source.own) / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.own)
@@ -265,7 +268,7 @@ def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Merge what the command line says."""
+    """Run the merge of the command line."""
     settings = parse_settings(MergeSettings, args)
     source = merge(settings)
     files = sorted(path.name for path in Path(settings.output).glob("*.safetensors"))
@@ -273,4 +276,4 @@ def main(args: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, interrupted="nothing was written; the same command begins again")
+    run_script(main, interrupted="nothing was written; the same command starts again")

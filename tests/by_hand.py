@@ -1,4 +1,4 @@
-"""What a step makes of its scores, by hand from what it has sampled; for the tests beside the algorithms."""
+"""Rewards and advantages of a step, computed by hand from its samples; for the tests of the algorithms."""
 
 import torch
 
@@ -10,14 +10,14 @@ WITH_KL = {"kl_coef": 0.5, "missing_eos_penalty": 0.25, "learning_rate": 1e-2}
 
 
 def trained_on(trainer) -> Rollouts:
-    """The rollouts that the last step has updated the policy with."""
+    """The rollouts with which the last step updated the policy."""
     updates = updates_of(trainer)
     trainer.train()
     return updates[-1][1]
 
 
 def rewards_by_hand(rollouts: Rollouts, config) -> list[list[float]]:
-    """For each row what its tokens bring: what each pays in KL, and score and penalty with the last."""
+    """For each row the reward of each token: its KL penalty; at the last token also score and missing-EOS penalty."""
     rows = []
     for row, length in enumerate(rollouts.lengths.tolist()):
         rewards = [0.0] * length

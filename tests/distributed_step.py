@@ -1,6 +1,6 @@
-"""One gradient of the toy run, started by torchrun on any number of processes. Not a test: test_distributed.py is.
+"""One gradient of the toy run, started by torchrun on any number of processes; test_distributed.py uses it.
 
-Arguments: model folder, run folder, file for the result, and how many of the 4 groups have nothing to teach.
+Arguments: model folder, run folder, file for the result, and how many of the 4 groups have no signal.
 """
 
 import sys

@@ -1,8 +1,8 @@
 """Every completion that a policy over four tokens can give, so that an expectation is a sum and not an estimate.
 
-The tokens are three letters and an end. All completions of at most `max_length` tokens are enumerated, the ones that
-ended and the ones that the limit cut off, and a text names its completion. Probabilities and gradients to compare
-with are in float64, by other code than the trainer's: transformers alone.
+The tokens are three letters and an end token. All completions of at most `max_length` tokens are enumerated, finished
+ones and ones cut off at the limit; no two have the same text. The reference probabilities and gradients are in float64
+and use transformers alone, none of the trainer's code.
 """
 
 from itertools import product
@@ -47,7 +47,7 @@ def save_four_token_model(folder: Path) -> Path:
 
 
 class FixedSampler:
-    """Gives the same completions to every request, and another one to every greedy request."""
+    """Gives the same completions for every request, and another one for every greedy request."""
 
     needs_push, has_weights, resident_bytes = False, True, 0
 
@@ -73,8 +73,8 @@ class Enumeration:
     Attributes:
         ids: token ids of each completion.
         mask: (N, T) bool.
-        policy_logits, ref_logits: (N, T, 4) float64, normalised, for every token that could have come there.
-        token_logprobs, token_ref_logprobs: (N, T) float64 of the tokens that came, 0 at padding.
+        policy_logits, ref_logits: (N, T, 4) float64, normalised, of every possible token at each position.
+        token_logprobs, token_ref_logprobs: (N, T) float64 of the tokens of the completions, 0 at padding.
         probabilities: (N,) float64 with gradient; they sum to 1.
         scores: (N,) float64, a table of random numbers with three digits, no two alike.
     """
@@ -95,7 +95,7 @@ class Enumeration:
         with torch.no_grad():
             for parameter in self.policy.parameters():
                 noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_((parameter + noise).float())  # a number that float32 has too
+                parameter.copy_((parameter + noise).float())  # a number that float32 can represent
         self.weights = [parameter.detach().clone() for parameter in self.policy.parameters()]
         self.policy_logits, self.ref_logits = self._logits(self.policy), self._logits(self.ref)
         padded = torch.tensor([ids + [0] * (max_length - len(ids)) for ids in self.ids])[:, :, None]
@@ -121,7 +121,7 @@ class Enumeration:
         return torch.cat([part.flatten() for part in parts])
 
     def values(self, kl_coef: float) -> dict[tuple[int, ...], float]:
-        """What is expected from each state on: the score, less what is still to be paid in KL.
+        """The expected return of each state: the score minus the KL penalty of the remaining tokens.
 
         The state is the tokens so far, without the prompt.
         """
@@ -137,7 +137,7 @@ class Enumeration:
 
     @property
     def completions(self) -> list[Completion]:
-        """Each completion as a sampler gives it."""
+        """The completions in the form that a sampler gives."""
         return [
             Completion(ids, logprobs[: len(ids)].tolist(), truncated=ids[-1] != END)
             for ids, logprobs in zip(self.ids, self.token_logprobs.detach(), strict=True)
@@ -145,7 +145,7 @@ class Enumeration:
 
     @property
     def greedy(self) -> int:
-        """Number of the completion that takes the most likely token each time."""
+        """Index of the completion that takes the most likely token at each position."""
         best = self.policy_logits.argmax(-1)
         ids: list[int] = []
         while ids not in self.ids:
@@ -154,9 +154,9 @@ class Enumeration:
         return self.ids.index(ids)
 
     def trainer(self, kind: type[OnPolicyTrainer], output_dir: Path, **settings: object) -> OnPolicyTrainer:
-        """A trainer of this policy whose step samples every group of completions once.
+        """A trainer of this policy whose step samples every group of `num_generations` completions once.
 
-        Its settings say how many completions are a group, and each group is a prompt of the step.
+        Each group belongs to its own prompt of the step.
         """
         defaults = {
             "model": str(self.folder),
@@ -187,15 +187,15 @@ class Enumeration:
         return trainer
 
     def step_gradients(self, trainer: OnPolicyTrainer, *, move_to: list[Tensor] | None = None) -> list[Tensor]:
-        """Let a trainer take one real step on all groups, each weighed by its probability.
+        """Let a trainer take one real step on all groups, each weighted by its probability.
 
         Args:
             trainer: from `trainer`.
-            move_to: weights that the policy gets instead of an optimizer step; None: it stays.
+            move_to: weights that the policy gets instead of an optimizer step; None: it keeps its weights.
 
         Returns:
-            For each optimizer step the expected gradient of a completion's loss, its tokens' losses summed up where
-            the mean is over a constant.
+            For each optimizer step the expected gradient of a completion's loss; the loss is a sum over tokens if the
+            mean is over a constant.
         """
         groups = torch.tensor(list(product(range(len(self.ids)), repeat=trainer.config.num_generations)))
         completions = self.completions
@@ -206,7 +206,7 @@ class Enumeration:
     def weighed_step(
         self, trainer: OnPolicyTrainer, probabilities: Tensor, *, move_to: list[Tensor] | None = None
     ) -> list[Tensor]:
-        """The same for groups of one's own, which the trainer's sampler gives: `probabilities` has one of each."""
+        """The same for the groups that the trainer's sampler gives; `probabilities` has one entry per group."""
         # The loss is a mean over groups; times the number of groups it is a sum.
         weights = (probabilities * len(probabilities)).float()  # (groups,)
         update = trainer.update
@@ -235,7 +235,7 @@ def put_weights(parameters: list[nn.Parameter], weights: list[Tensor]) -> None:
 
 
 def record_gradients(learner: Learner, *, move_to: list[Tensor] | None = None) -> list[Tensor]:
-    """A list that gets the gradient of each optimizer step, float64, in place of the step being taken."""
+    """A list that gets the gradient of each optimizer step in float64; the steps themselves are not taken."""
     gradients: list[Tensor] = []
 
     def record(step: int, accelerator: object, *, rate: float | None = None) -> float:

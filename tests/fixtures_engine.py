@@ -1,4 +1,4 @@
-"""One vLLM engine for the whole test session, and the untrained models it is compared with."""
+"""A vLLM engine shared by the whole test session, and the untrained models it is compared with."""
 
 import gc
 import sys
@@ -17,13 +17,13 @@ VOCABULARY = 120
 
 
 def untrained_model(seed: int = 0, *, tied: bool = True) -> Qwen2ForCausalLM:
-    """A tiny policy with weights far enough from 0 that its distributions differ from uniform ones."""
+    """A tiny policy with weights far enough from 0 that its distributions are not nearly uniform."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,  # vLLM on the CPU wants heads of at least 32
+        num_attention_heads=2,  # vLLM on the CPU needs a head size of at least 32
         num_key_value_heads=1,
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
@@ -42,7 +42,7 @@ def untrained_model(seed: int = 0, *, tied: bool = True) -> Qwen2ForCausalLM:
 
 @torch.no_grad()
 def greedy_by_full_passes(model: torch.nn.Module, prompt: list[int], length: int) -> list[int]:
-    """Greedy completion without any cache: the slow and obvious way."""
+    """Greedy completion without a cache: slow but simple."""
     ids = list(prompt)
     for _ in range(length):
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -75,7 +75,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
 
 @pytest.fixture(scope="session")
 def session_samplers(model_folders: dict[bool, str]) -> Iterator[dict[bool, VLLMSampler]]:
-    """Engines are made once: tied embeddings (True) and not (False). Tests use `vllm_sampler`."""
+    """The session's samplers with tied embeddings (True) and without (False). Tests use `vllm_sampler`."""
     samplers: dict[bool, VLLMSampler] = {}
     yield samplers
     samplers.clear()
@@ -84,7 +84,7 @@ def session_samplers(model_folders: dict[bool, str]) -> Iterator[dict[bool, VLLM
 
 @pytest.fixture
 def make_vllm_sampler(model_folders: dict[bool, str], session_samplers: dict[bool, VLLMSampler]):
-    """Function: the session's sampler for tied embeddings or not, with the weights of a model."""
+    """A function that gives the session's sampler, tied or not, with the weights of a model."""
 
     def make(model: torch.nn.Module, *, tied: bool = True) -> VLLMSampler:
         if tied not in session_samplers:

@@ -1,8 +1,8 @@
-"""The import graph of the repository: who imports whom, room by room.
+"""The import graph of the repository, between rooms.
 
-A room is what a reader sees as one thing: a package of common, a module that lies flat in common, an algorithm's
-folder, and the examples and benchmarks as a whole. There is an arrow when a module of one room imports from another,
-anywhere in the file; imports for type checkers alone do not count.
+A room is a package of common, a single module of common, an algorithm's folder, or all examples or benchmarks. There
+is an arrow when a module of one room imports from another, anywhere in the file; imports for type checkers alone do
+not count.
 
     python -m tests.imports [REPOSITORY]     # prints rooms, arrows, and what each room imports
 """
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = {"tests", "tools", "docs", ".venv"}  # what is built with the house is no part of it
+OUTSIDE = {"tests", "tools", "docs", ".venv"}  # not part of the graph
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Import:
     """One import of one module."""
 
     module: str
-    """Who imports, by its dotted name."""
+    """Dotted name of the importing module."""
     imported: str
     """The module that is imported."""
     names: tuple[str, ...]
@@ -33,7 +33,7 @@ class Import:
 
 @cache
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    """The project's modules by dotted name; a package has that of its folder."""
+    """The project's modules by dotted name; a package is named after its folder."""
     found = {}
     folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name not in OUTSIDE]
     for path in [path for folder in folders for path in sorted(folder.rglob("*.py"))]:
@@ -76,13 +76,13 @@ def _imports(known: dict[str, Path]) -> Iterator[Import]:
 
 
 def room_of(module: str) -> str:
-    """The room that a module lies in."""
+    """The room that a module belongs to."""
     parts = module.split(".")
     return ".".join(parts[:2]) if parts[0] == "common" else parts[0]
 
 
 def arrows(root: Path = ROOT) -> dict[str, set[str]]:
-    """For every room the others that it imports."""
+    """For every room, the other rooms that it imports."""
     found: dict[str, set[str]] = {room_of(module): set() for module in modules(root) if module != "common"}
     for each in imports(root):
         if room_of(each.module) != room_of(each.imported) and "common" not in (each.module, each.imported):

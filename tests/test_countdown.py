@@ -346,7 +346,7 @@ def test_local_files_of_each_kind_give_the_same_task(tmp_path, suffix):
         ("a.jsonl", '{"nums": [1], "target": 1}', "none would be left"),
         ("a.json", '{"nums": [1], "target": 1}', "a list of rows is needed"),
         ("a.json", "[1,", "not JSON"),
-        ("a.parquet", "PAR1", "no readable parquet"),
+        ("a.parquet", "PAR1", "unreadable parquet"),
     ],
 )
 def test_data_that_cannot_be_used_is_refused_by_name(tmp_path, name, content, message):

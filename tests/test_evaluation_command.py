@@ -469,7 +469,7 @@ GOOD = {"nums": [1, 2, 3], "target": 10}
         ("", r"mine.jsonl: it has no rows"),
         ("[]", r"mine.jsonl"),
         (f"{json.dumps(GOOD)}\n" + '{"nums": [1, 2\n', r"mine.jsonl: line 2 is not JSON"),
-        (json.dumps({"text": "a"}), r"its rows hold text, .*nums and target.*####.*problem.*Rename"),
+        (json.dumps({"text": "a"}), r"its rows have the columns text, .*nums and target.*####.*problem.*Rename"),
         (json.dumps(GOOD) + '\n{"nums": [1, 2, 3]}', r"row 2 holds nums; .*Add or rename target"),
         (json.dumps({"nums": ["1"], "target": 10}), r"row 1 has nums=\['1'\]"),
     ],

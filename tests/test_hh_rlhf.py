@@ -169,5 +169,5 @@ def test_a_file_that_is_not_compressed_or_cut_short_is_named(tmp_path):
     path = write_dialogues(tmp_path / "a.jsonl.gz", [HELLO] * 100)
     for content in (b'{"chosen": "x"}\n', path.read_bytes()[:-20], path.read_bytes()[:10] + b"\xff" * 50):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: no readable gzip file.*fetch it again"):
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz: unreadable gzip file.*fetch it again"):
             read_rows(str(path), "train", ["chosen"])

@@ -137,7 +137,7 @@ def test_a_missing_shard_is_named(base, tmp_path):
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     gone = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(ValueError, match=rf"{gone.name} of \d+ files is missing.*model.safetensors.index.json names"):
+    with pytest.raises(ValueError, match=rf"{gone.name} of \d+ files is missing.*model.safetensors.index.json lists"):
         run_merge(tmp_path / "one", model=tmp_path / "sharded")
     assert not (tmp_path / "one").exists()
 

@@ -225,7 +225,7 @@ def test_every_recipe_takes_every_algorithm(recipe, algorithm):
         (["--sft.batch_size", "0"], "batch_size=0: at least 1"),
         (["--evaluate.sample", "1"], "unknown setting 'sample'"),
         (["--records.size", "1"], "unknown setting 'size'"),
-        (["--rl.model", "tiny"], "rl: model is given, and the pipeline says it itself"),
+        (["--rl.model", "tiny"], "rl: model is given, and the pipeline sets it itself"),
         (["--sft.output_dir", "x"], "sft: output_dir is given"),
         (["--rl.dataset", "gone.jsonl"], "rl: dataset=gone.jsonl: there is no such file"),
         (["--evaluat.num_samples", "1"], "--evaluat.num_samples: there is no such setting"),
@@ -261,7 +261,7 @@ def test_a_recipe_that_is_none_is_refused(tmp_path, content, message):
 @pytest.mark.slow
 def test_a_stage_that_fails_ends_the_pipeline_with_the_end_of_its_log(tmp_path):
     arguments = [*words(QUICK), "--sft.max_length", "20", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"(?s)stage sft ended with status 2.*no example .* is short enough.*goes on"):
+    with pytest.raises(ValueError, match=r"(?s)stage sft ended with status 2.*no example .* is short enough.*Fix"):
         run_pipeline(read_settings(arguments))
     assert not list((tmp_path / "out").glob("sft-merged*"))
 

@@ -74,7 +74,7 @@ def test_without_data_or_rewards_the_task_says_what_to_pass(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([TEXTS[0], {"question": "a", "answer": 1}], "row 2 has the columns question, answer; a prompt is needed"),
+        ([TEXTS[0], {"question": "a", "answer": 1}], "row 2 has the columns question, answer; a prompt must be text"),
         ([{"prompt": ""}], "row 1 has prompt=''"),
         ([{"prompt": 5}], "row 1 has prompt=5"),
         ([{"prompt": []}], "row 1 has prompt="),

@@ -273,7 +273,7 @@ def test_a_reward_model_that_is_not_there_is_named_with_what_else_may_be_meant(t
 
 
 def test_functions_without_a_say_on_any_completion_are_refused():
-    with pytest.raises(ValueError, match=r"a, b: no reward has a say on any of 3 completions.*None is the exception"):
+    with pytest.raises(ValueError, match=r"a, b: every reward is None for all 3 completions.*None is the exception"):
         score({"a": returning([None] * 3), "b": returning([None] * 3)})
     assert score({"a": returning([None] * 3), "b": returning([None, 0.0, None])})[0].tolist() == [0.0, 0.0, 0.0]
 
@@ -288,7 +288,7 @@ def test_columns_that_a_reward_asks_for_and_the_data_lack_are_named_before_the_r
         scorer.check_columns(["other"])
     with pytest.raises(ValueError, match=r"needs the columns answer; the data set has unit\. Pass data with"):
         scorer.check_columns(["unit"])
-    with pytest.raises(ValueError, match=r"the data set has none besides the prompt"):
+    with pytest.raises(ValueError, match=r"the data set has only the prompt"):
         scorer.check_columns([])
 
 
@@ -475,5 +475,5 @@ def test_a_file_that_is_no_python_is_refused(tmp_path):
 def test_a_file_that_cannot_be_imported_is_named_with_the_reason(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def reward(:\n")
-    with pytest.raises(ValueError, match=r"broken.py cannot be imported: SyntaxError.*Mend"):
+    with pytest.raises(ValueError, match=r"broken.py cannot be imported: SyntaxError.*Fix"):
         load_reward(f"{path}:reward")

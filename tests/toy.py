@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LORA = {"use_lora": True, "lora_r": 4}
 # Several optimizer steps on one rollout, after which the clip acts.
 SEVERAL = {"num_minibatches": 2, "num_update_epochs": 3, "learning_rate": 1e-2, "num_steps": 1}
-# For the settings of every clipped algorithm: with which others they show, and changed to what.
+# The settings of every clipped algorithm: other settings with which they act, and the value to change them to.
 CLIP = {"clip_range": (SEVERAL, 0.01), "clip_range_high": (SEVERAL, 0.001)}
 
 
@@ -53,11 +53,11 @@ def algorithms() -> dict[str, Algorithm]:
 
 @cache
 def facts(name: str) -> dict:
-    """What the tests beside an algorithm say of it: `Name/test_name.py`, empty if there is no such file.
+    """What the tests in an algorithm's folder, `Name/test_name.py`, say about it; empty if there is no such file.
 
-    TOY_SETTINGS: settings in which its toy run differs from its defaults. VARIANTS: further runs that every test of
-    whole runs makes, by name. ACTS: for each setting of its own, with which others it acts, and changed to what; None
-    for one whose effect has a test there.
+    TOY_SETTINGS: settings in which its toy run differs from its defaults. VARIANTS: more runs, by name, for every test
+    of whole runs. ACTS: for each of its own settings, other settings with which it acts, and the value to change it
+    to; None if its effect has a test there.
     """
     module = f"{name}.test_{name.lower()}"
     return vars(importlib.import_module(module)) if importlib.util.find_spec(module) else {}
@@ -106,7 +106,7 @@ def toy_config(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **sett
 
 
 def toy_trainer(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **settings: object) -> OnPolicyTrainer:
-    """Ready to train."""
+    """A trainer of the toy task, ready to train."""
     config = toy_config(model, output_dir, algorithm=algorithm, **settings)
     return algorithms()[algorithm].trainer(config, task=toy_task())
 
@@ -122,7 +122,7 @@ def save_toy_policy(folder: Path, **sizes: float) -> Path:
 
 
 def _align_weights(file: Path) -> None:
-    """Have weights begin at multiples of 64 bytes, as copies of them do: kernels may round differently elsewhere."""
+    """Have weights begin at multiples of 64 bytes, as their copies do: elsewhere kernels may round differently."""
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")  # of the header, which may end in blanks
     header = content[8 : 8 + size] + b" " * (-(8 + size) % 64)
@@ -131,14 +131,14 @@ def _align_weights(file: Path) -> None:
 
 @contextmanager
 def without_curves() -> Iterator[None]:
-    """Leave curves.png out, which takes most of a toy run's time; test_plots.py and test_trainer.py look at it."""
+    """Skip curves.png, which takes most of a toy run's time; test_plots.py and test_trainer.py test it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.runs.run.draw_curves", lambda folder: None)
         yield
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what a clock or the machine decides."""
+    """Lines of metrics.jsonl without time and memory, which depend on the machine."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
 
@@ -149,7 +149,7 @@ def samples_of(folder: Path) -> list[dict]:
 
 
 def learners_of(trainer: OnPolicyTrainer) -> list[Learner]:
-    """The policy's learner, and those that the algorithm has besides."""
+    """The policy's learner and any other learner of the algorithm."""
     return [part for part in vars(trainer).values() if isinstance(part, Learner)]
 
 
@@ -159,13 +159,13 @@ def weights_of(trainer: OnPolicyTrainer) -> torch.Tensor:
 
 
 def trained_weights(trainer: OnPolicyTrainer) -> torch.Tensor:
-    """The same after training."""
+    """All trained weights in one vector, after training."""
     trainer.train()
     return weights_of(trainer)
 
 
 def updates_of(trainer: OnPolicyTrainer) -> list[tuple[Learner, Rollouts]]:
-    """What `update` will have been called with, in a list that fills as the trainer goes; updates happen as ever."""
+    """The arguments of each call of `update`, in a list that fills while the trainer runs; updates still happen."""
     seen, update = [], trainer.update
 
     def recorded(learner: Learner, rollouts: Rollouts, *args: object, **kwargs: object) -> None:
@@ -177,7 +177,7 @@ def updates_of(trainer: OnPolicyTrainer) -> list[tuple[Learner, Rollouts]]:
 
 
 def described_by(trainer: OnPolicyTrainer) -> list[tuple[Rollouts, torch.Tensor]]:
-    """What `describe` will have been called with, all rows and their advantages, in the same way."""
+    """The arguments of each call of `describe`, all rows and their advantages, in the same way."""
     seen, describe = [], trainer.describe
 
     def recorded(rollouts: Rollouts, advantages: torch.Tensor) -> None:

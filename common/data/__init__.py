@@ -1,1 +1,1 @@
-"""Rows of data, prompts of a step, and dialogues."""
+"""Rows of data, the prompts of each step, and dialogues."""

@@ -1,9 +1,9 @@
-"""Dialogues as hh-rlhf writes them: text of turns that begin with a speaker's name, and the same as chat messages."""
+"""Dialogues in the form of hh-rlhf, text whose turns begin with the speaker's name, to and from chat messages."""
 
 import re
 
-# A turn begins a paragraph. A name and a colon anywhere else are words of the turn: the assistant of the records
-# often goes on as "Human: ..." within its own answer.
+# A turn begins a paragraph. A name and a colon elsewhere are part of the turn: in this data the assistant often
+# continues with "Human: ..." inside its own answer.
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 _SPEAKERS = {role: speaker for speaker, role in _ROLES.items()}
@@ -12,14 +12,14 @@ _SPEAKERS = {role: speaker for speaker, role in _ROLES.items()}
 def turns(text: str) -> list[dict[str, str]]:
     """A dialogue as chat messages; the user is first, roles alternate, and none is empty.
 
-    Turns of one role in a row become one, with a blank line between them. What comes before the first turn of the
-    human is left out, since chat templates let only the user begin.
+    Consecutive turns of one role are joined by a blank line. Everything before the human's first turn is dropped,
+    since chat templates let only the user begin.
 
     Args:
         text: turns that begin with ``Human:`` or ``Assistant:`` after a blank line, or at the beginning of the text.
 
     Returns:
-        Messages; none if the human says nothing.
+        Messages; an empty list if the human says nothing.
     """
     _, *parts = _TURN.split(text)
     messages: list[dict[str, str]] = []
@@ -39,7 +39,7 @@ def conversation(text: str) -> list[dict[str, str]]:
 
 
 def dialogue(messages: list[dict[str, str]]) -> str:
-    r"""Messages as the data set writes them, up to where the assistant answers.
+    r"""Messages as text in the form of the data set, up to where the assistant answers.
 
     Example: ``\n\nHuman: Hi\n\nAssistant:``
     """

@@ -1,4 +1,4 @@
-"""Prompts: from rows to token ids, and which prompts belong to which step.
+"""Turns rows into prompts of token ids, and chooses the prompts of each step.
 
 The batch of a step is a pure function of (seed, step), so a resumed run needs no data cursor.
 """
@@ -12,7 +12,7 @@ from common.config import RLConfig
 from common.rollouts import PromptBatch
 from common.seeds import seeded_permutation
 
-PLACE = "{prompt}"  # where a prompt goes in a template
+PLACE = "{prompt}"  # the placeholder for the prompt in a template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class PromptStyle:
 
     Attributes:
         template: text with {prompt} in it, put around a prompt, or around the last user message of a chat.
-        enable_thinking: what the chat template is told; None: nothing.
+        enable_thinking: passed to the chat template; None: its default.
     """
 
     template: str = PLACE
@@ -32,7 +32,7 @@ class PromptStyle:
         """The style that the settings prompt_file and enable_thinking describe.
 
         Raises:
-            ValueError: if there is no such file, or {prompt} is not in it once.
+            ValueError: if the file is missing or does not contain {prompt} exactly once.
         """
         if config.prompt_file is None:
             return cls(enable_thinking=config.enable_thinking)
@@ -43,7 +43,7 @@ class PromptStyle:
         if template.count(PLACE) != 1:
             raise ValueError(
                 f"prompt_file={file}: it has {PLACE} {template.count(PLACE)} times; need it once, where each prompt "
-                "of the data goes. Mend the file."
+                "of the data goes. Fix the file."
             )
         return cls(template=template, enable_thinking=config.enable_thinking)
 
@@ -68,22 +68,22 @@ def render_prompt(
 
     Args:
         tokenizer: the policy's.
-        prompt: text, taken as it is; or chat messages, put through the chat template. A last message of the
-            assistant is a prefilled start of the answer that the policy goes on from.
-        style: what is added.
+        prompt: text, used as it is, or chat messages, rendered by the chat template. A last message by the assistant
+            is a prefilled start of the answer, which the policy continues.
+        style: what is added to the prompt.
 
     Returns:
-        The text; with a chat template it holds every special token, the first one included.
+        The text; with a chat template it contains all special tokens, including the first one.
 
     Raises:
-        ValueError: for messages with a tokenizer that has no chat template, and for a switch that it does not know.
+        ValueError: for messages without a chat template, and for enable_thinking if the template does not use it.
     """
     prompt = style.around(prompt)
     if isinstance(prompt, str):
         return prompt
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{len(prompt)} chat messages for a tokenizer without a chat template: it says how messages become text. "
+            f"{len(prompt)} chat messages for a tokenizer without a chat template, which turns messages into text. "
             "Pass --model with an instruction-tuned model, or prompts that are plain text."
         )
     switches = {}
@@ -91,7 +91,7 @@ def render_prompt(
         if "enable_thinking" not in str(tokenizer.chat_template):
             raise ValueError(
                 f"enable_thinking={style.enable_thinking}: this model's chat template has no such switch, so it would "
-                "change nothing. Leave the setting out, or pass --model with one that has it, such as Qwen/Qwen3-0.6B."
+                "have no effect. Leave the setting out, or pass --model with one that has it, such as Qwen/Qwen3-0.6B."
             )
         switches = {"enable_thinking": style.enable_thinking}
     prefilled = prompt[-1]["role"] == "assistant"
@@ -106,15 +106,15 @@ class PromptSet:
     Args:
         rows: {"prompt": text or chat messages, **columns}, all with the same columns.
         tokenizer: the policy's.
-        max_prompt_length: longer prompts are dropped, in tokens.
+        max_prompt_length: in tokens; longer prompts are dropped.
         seed: the run's seed.
         style: what is added to each prompt.
 
     Attributes:
-        num_dropped: prompts that were too long.
+        num_dropped: number of prompts that were too long.
 
     Raises:
-        ValueError: if a row has no prompt or an empty one, or none is short enough.
+        ValueError: if a prompt is missing or empty, none is short enough, or a column's name is taken.
     """
 
     def __init__(
@@ -147,14 +147,14 @@ class PromptSet:
         names = [name for name in rows[0] if name != "prompt"]
         if taken := {"prompts", "completions"}.intersection(names):
             raise ValueError(
-                f"columns {', '.join(sorted(taken))}: a reward function gets every column by its name, and these "
-                "names are those of its own arguments. Rename the columns."
+                f"columns {', '.join(sorted(taken))}: a reward function gets every column as an argument, and "
+                "its other arguments have these names. Rename the columns."
             )
         self.columns = {name: [rows[i][name] for i in kept] for name in names}
 
     @classmethod
     def of(cls, rows: list[dict], tokenizer: transformers.PreTrainedTokenizerBase, config: RLConfig) -> "PromptSet":
-        """The prompts as a run has them: by its max_prompt_length, seed, prompt_file and enable_thinking.
+        """The prompts of a run, by its max_prompt_length, seed, prompt_file and enable_thinking.
 
         Raises:
             ValueError: see PromptSet and PromptStyle.
@@ -169,35 +169,35 @@ class PromptSet:
     def batch(
         self, step: int, *, num_prompts: int, refill: int = 0, process: int = 0, num_processes: int = 1
     ) -> PromptBatch:
-        """The prompts of a step that this process samples from.
+        """The prompts that this process samples at `step`.
 
-        Every prompt comes once before any comes again, each time in another order; refills have orders of their own.
+        Every prompt is used once before any is used again, each epoch in another order; refills have their own orders.
 
         Args:
-            step: from 1.
-            num_prompts: prompts of the step over all processes; a multiple of num_processes.
-            refill: 0 for the step's own prompts; k gives the k-th further batch, with seeds of its own.
-            process: number of this process.
-            num_processes: how many there are; each takes a contiguous part.
+            step: counted from 1.
+            num_prompts: total of the step over all processes; a multiple of num_processes.
+            refill: 0 for the step's own prompts; k gives the k-th additional batch, with its own seeds.
+            process: index of this process.
+            num_processes: number of processes; each takes a contiguous part.
 
         Returns:
             num_prompts / num_processes prompts.
         """
-        share = num_prompts // num_processes
-        rows = list(range(process * share, (process + 1) * share))
+        count = num_prompts // num_processes
+        rows = list(range(process * count, (process + 1) * count))
         first = (step - 1) * num_prompts
         name = f"prompts refill {refill}" if refill else "prompts"
         orders: dict[int, list[int]] = {}
         chosen = []
         for row in rows:
-            epoch, place = divmod(first + row, len(self))
+            epoch, position = divmod(first + row, len(self))
             if epoch not in orders:
                 orders[epoch] = seeded_permutation(len(self), self.seed, epoch, name).tolist()
-            chosen.append(orders[epoch][place])
+            chosen.append(orders[epoch][position])
         return self._select(step, [refill * num_prompts + row for row in rows], chosen)
 
     def share(self, *, process: int = 0, num_processes: int = 1) -> PromptBatch:
-        """This process's part of all prompts in their own order, for evaluation (step 0)."""
+        """This process's part of all prompts, unshuffled, for evaluation (step 0)."""
         chosen = list(range(process, len(self), num_processes))
         return self._select(0, chosen, chosen)
 
@@ -215,17 +215,17 @@ class PromptSet:
 def _encode(
     rows: list[dict], tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle
 ) -> tuple[list[str], list[list[int]]]:
-    """Texts and token ids of all rows; the tokenizer works on all of them at once, on several cores."""
+    """Texts and token ids of all rows, tokenized together to use several cores."""
     for number, row in enumerate(rows):
         if "prompt" not in row:
             raise ValueError(f"row {number} has the columns {', '.join(row)}: need a column `prompt`. Rename one.")
     if style.enable_thinking is not None and not any(isinstance(row["prompt"], list) for row in rows):
         raise ValueError(
             f"enable_thinking={style.enable_thinking} with prompts that are plain text: it is a switch of chat "
-            "templates, so it would change nothing. Leave the setting out, or use chat messages."
+            "templates, so it would have no effect. Leave the setting out, or use chat messages."
         )
     texts = [render_prompt(tokenizer, row["prompt"], style) for row in rows]
-    # A chat template writes the first special token itself; plain text gets it from the tokenizer.
+    # A chat template writes the first special token itself; for plain text the tokenizer adds it.
     ids: list[list[int]] = [[] for _ in rows]
     for chat in (False, True):
         numbers = [i for i, row in enumerate(rows) if isinstance(row["prompt"], list) is chat]

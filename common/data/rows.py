@@ -1,6 +1,6 @@
-"""Rows of a task's data: from a local file or a folder of `datasets`, or from the hub; and which are held out.
+"""Reads a task's data from a local file, a folder of `datasets` or the hub, and holds rows out.
 
-What the columns mean is each task's affair.
+Each task decides what the columns mean.
 """
 
 import gzip
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-SPLIT_SEED = 42  # of published results on Countdown and others, whatever the seed of the run
+SPLIT_SEED = 42  # used by published results on Countdown and others; independent of the run's seed
 
 
 def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
@@ -22,9 +22,9 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
         source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, of a folder
             that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or a hub id, with a configuration as
             `owner/name:config`.
-        split: split of a hub data set, slices such as ``train[:1000]`` included, or of a folder that has several;
-            local files have none.
-        columns: the columns that the task needs, others are left out; None: what each row has.
+        split: split of a hub data set, or a slice such as ``train[:1000]``; split of a folder that has several; local
+            files have none.
+        columns: the columns that the task needs, others are dropped; None: all columns.
 
     Returns:
         The rows, at least one.
@@ -41,14 +41,14 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
     elif Path(source).is_file():
         rows = reader(source)
     else:
-        raise ValueError(f"dataset={source}: there is no such file. Give --dataset an existing one.")
+        raise ValueError(f"dataset={source}: there is no such file. Pass --dataset with an existing one.")
     if not rows:
-        raise ValueError(f"dataset={source}: it has no rows; at least one is needed. Give --dataset one with rows.")
+        raise ValueError(f"dataset={source}: it has no rows; at least one is needed. Pass --dataset with other data.")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(
-                f"dataset={source}: row {number} holds a {type(row).__name__}; a row is an object, from names of "
-                "columns to values. Correct or remove the row."
+                f"dataset={source}: row {number} holds a {type(row).__name__}; a row must be an object that maps "
+                "column names to values. Correct or remove the row."
             )
         missing = [column for column in columns or [] if column not in row]
         if missing:
@@ -62,21 +62,21 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
 
 
 def prompt_key(row: dict) -> str:
-    """What makes two rows the same prompt."""
+    """The key that rows with the same prompt share."""
     return str(row["prompt"])
 
 
 def split_held_out(
     rows: list[dict], num_held_out: int, *, key: Callable[[dict], Hashable] = prompt_key
 ) -> tuple[list[dict], list[dict]]:
-    """Shuffle rows and hold some out; what is held out does not stay among the training rows in another row.
+    """Shuffle rows and hold some out; training rows with the key of a held-out row are dropped.
 
-    The shuffle is that of `datasets.Dataset.train_test_split(seed=42)`, so that on data whose published results used
-    it, results can be compared.
+    The shuffle is that of `datasets.Dataset.train_test_split(seed=42)`, so results can be compared with published ones
+    that used it.
 
     Args:
-        rows: `prompt` each, or what `key` needs, and any other columns.
-        num_held_out: number of rows to hold out; with 0 the rows stay in their order.
+        rows: each with `prompt`, or what `key` needs, and any other columns.
+        num_held_out: number of rows to hold out; 0 keeps all rows in their order.
         key: equal for rows that are the same problem.
 
     Returns:
@@ -93,14 +93,14 @@ def split_held_out(
     train = [rows[index] for index in order[num_held_out:] if key(rows[index]) not in seen]
     if not train:
         raise ValueError(
-            f"num_eval_prompts={num_held_out}: the data has {len(rows)} rows, and none would be left to train on that "
-            f"is not also held out. Pass a smaller --num_eval_prompts or more data."
+            f"num_eval_prompts={num_held_out}: the data has {len(rows)} rows, and none would be left to train on "
+            f"without the held-out ones and their copies. Pass a smaller --num_eval_prompts or more data."
         )
     return train, held_out
 
 
 def take_held_out(rows: list[dict], num_held_out: int) -> list[dict]:
-    """The first rows of a split that is there for evaluation.
+    """The first rows of a split for evaluation.
 
     Args:
         rows: the whole split.
@@ -123,7 +123,7 @@ def _read_jsonl(source: str) -> list[Any]:
         with open_text(source, "rt", encoding="utf-8") as file:
             lines = list(file)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"dataset={source}: no readable gzip file ({error}). Write or fetch it again.") from error
+        raise ValueError(f"dataset={source}: unreadable gzip file ({error}). Write or fetch it again.") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -161,7 +161,7 @@ def _read_parquet(source: str) -> list[dict]:
     try:
         return pyarrow.parquet.read_table(source).to_pylist()
     except pyarrow.ArrowException as error:
-        raise ValueError(f"dataset={source}: no readable parquet file ({error}). Write or fetch it again.") from error
+        raise ValueError(f"dataset={source}: unreadable parquet file ({error}). Write or fetch it again.") from error
 
 
 def _read_folder(source: str, split: str) -> list[dict]:
@@ -172,8 +172,8 @@ def _read_folder(source: str, split: str) -> list[dict]:
         data = datasets.load_from_disk(source)
     except (FileNotFoundError, pyarrow.ArrowException) as error:
         raise ValueError(
-            f"dataset={source}: a folder, but not one that datasets' save_to_disk wrote ({error}). Give --dataset a "
-            "file, or such a folder."
+            f"dataset={source}: a folder, but not one that datasets' save_to_disk wrote ({error}). Pass --dataset "
+            "with a file, or with such a folder."
         ) from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
@@ -194,5 +194,5 @@ def _read_hub(source: str, split: str) -> list[dict]:
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
         raise ValueError(
             f"dataset={source}, dataset_split={split}: neither a local .jsonl(.gz), .json or .parquet file nor a "
-            f"data set that the hub gives ({error}). Check the name, the split and the network."
+            f"data set that the hub can load ({error}). Check the name, the split and the network."
         ) from error

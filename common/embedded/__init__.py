@@ -1,7 +1,6 @@
-"""Policies that this machine builds by itself, under the names that the setting `model` gives them.
+"""Policies that are built on this machine, by the names that the setting `model` accepts.
 
-Nothing else in the project knows that there are such models: whoever is given the value of `model` asks here what to
-load.
+The rest of the project does not know these models: code that gets the value of `model` asks this package what to load.
 """
 
 from common.embedded.resolve import check_model, is_embedded, load_tokenizer, resolve_model

@@ -14,14 +14,15 @@ DIGESTS = "digests.json"
 
 
 def cached_folder(name: str, make: Callable[[Path], None], cache_dir: str | Path | None = None) -> Path:
-    """Give a folder of the cache; make it first if it is not there or its files are not as they were written.
+    """Return a folder of the cache; make it first if it is missing or its files have changed.
 
-    It is written aside and renamed when complete, with a digest of each file; a second process waits for the first.
+    It is written under a temporary name and renamed when complete, with a digest of each file. A second process waits
+    for the first.
 
     Args:
-        name: of the folder; it has to change whenever the content would.
+        name: of the folder; must change whenever the content changes.
         make: writes the files into the empty folder it is given.
-        cache_dir: where to keep it; ``nanorlhf`` in the user's cache folder if None.
+        cache_dir: parent folder; None: ``nanorlhf`` in the user's cache folder.
 
     Returns:
         The folder.
@@ -32,18 +33,18 @@ def cached_folder(name: str, make: Callable[[Path], None], cache_dir: str | Path
     with FileLock(f"{folder}.lock"):
         if not _is_intact(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
+            temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cache))
             try:
-                make(aside)
-                (aside / DIGESTS).write_text(json.dumps(_digests(aside)))
-                os.rename(aside, folder)
+                make(temporary)
+                (temporary / DIGESTS).write_text(json.dumps(_digests(temporary)))
+                os.rename(temporary, folder)
             finally:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def default_cache_dir() -> Path:
-    """Give ``nanorlhf`` in $XDG_CACHE_HOME or, where that is not set, in ~/.cache."""
+    """Return ``nanorlhf`` in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanorlhf"
 
 

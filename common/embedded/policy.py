@@ -1,9 +1,9 @@
-"""A tiny policy that can be made on the spot: a Qwen2 model of half a million parameters and a real tokenizer.
+"""A tiny policy that needs no download: a Qwen2 model of half a million parameters and a real tokenizer.
 
-It is warm-started by supervised learning on written-out searches for Countdown solutions. What it learns is how to
-try, check and answer; it gives up early, answers carelessly now and then, and so leaves something for RL to teach.
-Everything comes from `TinySettings`; the result is kept in the user's cache folder. ``python -m
-common.embedded.policy`` makes it and prints its accuracy on problems it was never trained on.
+It is warm-started by supervised learning on written-out searches for Countdown solutions. It learns to try, check and
+answer, but it gives up early and sometimes answers carelessly, which leaves something for RL to teach. `TinySettings`
+determine everything; the result is kept in the user's cache folder. ``python -m common.embedded.policy`` makes it and
+prints its accuracy on problems it was never trained on.
 """
 
 import hashlib
@@ -48,27 +48,27 @@ MAX_COMPLETION = 240  # tokens; enough for the longest lesson
 
 @dataclass(frozen=True, kw_only=True)
 class TinySettings:
-    """All that determines the tiny policy.
+    """Everything that determines the tiny policy.
 
     Attributes:
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads: as in Qwen2Config.
         initializer_range: standard deviation of the initial weights.
         max_position_embeddings: longest prompt and completion together, in tokens.
         num_lessons: written-out searches to learn from, each seen once.
-        share_hindsight: of the lessons, those whose target is what their last try gave, so that they end in success.
-        share_patient: of the searches, those that go on with `patience_high` after a failed try, not `patience_low`.
-        patience_low: probability to go on after a failed try.
-        patience_high: the same, of a patient search.
-        max_tries: longest search.
-        share_careless: of the lessons, those that answer with any expression, not the one that was found.
-        share_broken: of the lessons, those in which a tag is missing.
-        emphasis: weight in the loss of what follows from the text before it (results, verdicts, answers), against 1
-            for what is free (operators, how a line begins); facts are learned sooner than from equal weights.
+        share_hindsight: share of lessons whose target is the result of their last try, so that they end in success.
+        share_patient: share of searches that continue with `patience_high` after a failed try, not `patience_low`.
+        patience_low: probability of continuing after a failed try.
+        patience_high: the same for a patient search.
+        max_tries: length of the longest search.
+        share_careless: share of lessons that answer with a random expression, not the one that was found.
+        share_broken: share of lessons in which a tag is missing.
+        emphasis: loss weight of tokens that follow from the text before them (results, verdicts, answers), against 1
+            for free choices (operators, the start of a line); facts are learned sooner than with equal weights.
         batch_size: lessons per optimizer step.
         learning_rate: highest rate of AdamW; linear warm-up, then a cosine down to a twentieth.
         warmup_steps: optimizer steps of the warm-up.
         seed: of the initial weights, the lessons and their order.
-        max_numbers: of a problem: 3, or 4 for problems of either size.
+        max_numbers: numbers of a problem: 3, or 4 for problems with three or four.
     """
 
     hidden_size: int = 128
@@ -96,8 +96,8 @@ class TinySettings:
 
 TINY_POLICIES = {
     "tiny": TinySettings(),
-    # Tries with four numbers are longer and harder to carry out: more lessons. It gives up earlier still, so that
-    # length has far to grow.
+    # Tries with four numbers are longer and harder, so there are more lessons. It gives up even earlier, so that its
+    # completions have room to grow.
     "tiny-r1": TinySettings(max_numbers=4, num_lessons=32_000, patience_low=0.4, share_patient=0.15),
 }
 """The embedded policies by the name that the setting `model` gives them."""
@@ -107,10 +107,10 @@ TINY_POLICIES = {
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """Make a Qwen2 tokenizer of bytes and of whole pieces: numbers up to 99, results, tags, the words of a search.
+    """Make a Qwen2 tokenizer of bytes and longer tokens: numbers up to 99, results, tags, the words of a search.
 
-    Where a piece can be had, the longest is taken; the rest of the text falls into bytes, so that any text comes back
-    from decoding. The class is Qwen2's, since `AutoTokenizer` reads no other beside a Qwen2 model.
+    The longest matching token is taken; other text becomes bytes, so that decoding gives any text back. The class is
+    Qwen2's, since `AutoTokenizer` loads no other with a Qwen2 model.
     """
     alphabet = [PAD, EOS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocabulary = {token: index for index, token in enumerate(alphabet)}
@@ -120,7 +120,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_policy(settings: TinySettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2ForCausalLM:
-    """Make an untrained float32 policy for a tokenizer, None: this module's; the global random state stays."""
+    """Make an untrained float32 policy for a tokenizer (None: this module's); keeps the global random state."""
     tokenizer = tokenizer or build_tokenizer()
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -150,8 +150,8 @@ def save_untrained(folder: str | Path, **sizes: int) -> Path:
     """Save an untrained policy and the tokenizer, for tests.
 
     Args:
-        folder: where to; made if it is not there.
-        sizes: fields of `TinySettings` that are to differ from its defaults, such as ``hidden_size=32``.
+        folder: created if missing.
+        sizes: fields of `TinySettings` that differ from its defaults, such as ``hidden_size=32``.
 
     Returns:
         The folder.
@@ -165,17 +165,17 @@ def save_untrained(folder: str | Path, **sizes: int) -> Path:
 
 
 def write_lesson(rng: random.Random, settings: TinySettings) -> tuple[str, str]:
-    r"""Write a prompt and a search for its solution that is often, and not always, good.
+    r"""Write a prompt and a search for its solution, which is often but not always good.
 
     ::
 
         response := "<think>\n" try+ "</think>\n<answer>" expression "</answer>"
         try      := "3+5=8 *6=48" (" low" | " high" | " yes") "\n"
 
-    Problems that are held out never occur.
+    Held-out problems never occur.
 
     Args:
-        rng: where all chance comes from.
+        rng: the only source of randomness.
         settings: the shares and probabilities.
     """
     while True:
@@ -196,14 +196,14 @@ def write_lesson(rng: random.Random, settings: TinySettings) -> tuple[str, str]:
 
 
 def _search(rng: random.Random, settings: TinySettings) -> tuple[list[int], int, list[Try]]:
-    """Draw numbers, a target and tries that end with the first success or, without one, when patience does."""
+    """Draw numbers, a target and tries, which end with the first success or when patience runs out."""
     patience = settings.patience_high if rng.random() < settings.share_patient else settings.patience_low
     num_tries = 1
     while num_tries < settings.max_tries and rng.random() < patience:
         num_tries += 1
     hindsight = rng.random() < settings.share_hindsight
     if hindsight:
-        size = 3 if settings.max_numbers == 3 else rng.randint(3, settings.max_numbers)  # one size takes no chance
+        size = 3 if settings.max_numbers == 3 else rng.randint(3, settings.max_numbers)  # one size needs no draw
         problem = {"nums": sorted(rng.choices(NUMBERS, k=size))}
     else:
         problem = rng.choice(problems(settings.max_numbers)[0])
@@ -228,13 +228,13 @@ def _held_out_keys(max_numbers: int) -> frozenset:
 
 
 def tiny_policy(settings: TinySettings = TinySettings(), cache_dir: str | Path | None = None) -> Path:
-    """Give the folder of the warm-started policy and its tokenizer; make it first if the cache does not hold it.
+    """Return the folder of the warm-started policy and its tokenizer; make it first if it is not cached.
 
     The folder's name is a hash of the settings, the tokens and the first lessons.
 
     Args:
         settings: what to make.
-        cache_dir: where to keep it; ``nanorlhf`` in the user's cache folder if None.
+        cache_dir: parent folder; None: ``nanorlhf`` in the user's cache folder.
 
     Returns:
         A folder for `from_pretrained` and for vLLM.
@@ -248,13 +248,14 @@ def tiny_policy(settings: TinySettings = TinySettings(), cache_dir: str | Path |
 
     rng = random.Random(settings.seed)
     lessons = [write_lesson(rng, settings) for _ in range(100)]
-    described = {name: value for name, value in asdict(settings).items() if name != "max_numbers"}  # lessons show it
+    # max_numbers already changes the lessons.
+    described = {name: value for name, value in asdict(settings).items() if name != "max_numbers"}
     recipe = json.dumps([described, WORDS, lessons])
     return cached_folder(f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}", make, cache_dir)
 
 
 def train_policy(policy: Qwen2ForCausalLM, settings: TinySettings) -> None:
-    """Teach the policy the lessons, one pass over them, by the likelihood of the responses; a bar shows the progress.
+    """Train the policy on the lessons for one epoch, by the likelihood of the responses, with a progress bar.
 
     Args:
         policy: trained in place.
@@ -264,7 +265,7 @@ def train_policy(policy: Qwen2ForCausalLM, settings: TinySettings) -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
-    # In a file or pipe every update is a new line: one in ten seconds there.
+    # In a file or pipe every update is a new line, so there is one every ten seconds.
     pause = 0.1 if sys.stderr.isatty() else 10.0
     progress = tqdm(batches, desc="Warm start of the tiny policy", unit="batch", mininterval=pause, maxinterval=pause)
     for step, (ids, weights) in enumerate(progress):
@@ -302,10 +303,10 @@ def lesson_batches(settings: TinySettings) -> list[tuple[torch.Tensor, torch.Ten
     )
     line_ends = torch.tensor([*tokenizer.convert_tokens_to_ids(VERDICTS), *tokenizer("\n")["input_ids"]])
     batches = []
-    # Lessons are in random order; sorting stretches of 16 batches by length keeps the order random on the large scale.
-    stretch = 16 * settings.batch_size
-    for start in range(0, len(rows), stretch):
-        by_length = sorted(rows[start : start + stretch], key=lambda row: len(row[0]) + len(row[1]))
+    # Lessons are in random order; sorting within chunks of 16 batches keeps the order random on a large scale.
+    chunk = 16 * settings.batch_size
+    for start in range(0, len(rows), chunk):
+        by_length = sorted(rows[start : start + chunk], key=lambda row: len(row[0]) + len(row[1]))
         groups = [by_length[i : i + settings.batch_size] for i in range(0, len(by_length), settings.batch_size)]
         rng.shuffle(groups)
         for group in groups:

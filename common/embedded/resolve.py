@@ -1,4 +1,4 @@
-"""From the value of `model` to what transformers and vLLM load. Imports nothing heavy before it has to."""
+"""Resolves the value of `model` to what transformers and vLLM load. Slow imports happen only when needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def is_embedded(model: str) -> bool:
 
 
 def check_model(model: str) -> None:
-    """Refuse a model that is not there, before anything is loaded or built.
+    """Refuse a model that does not exist, before anything is loaded or built.
 
     Args:
         model: hub id, folder, or an embedded policy's name.
@@ -48,7 +48,7 @@ def resolve_model(model: str) -> str:
 
 
 def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
-    """Load a model's tokenizer; a missing pad token needs no fix, since masks mark padding here."""
+    """Load a model's tokenizer; a missing pad token needs no fix, since masks mark padding."""
     if is_embedded(model):
         from common.embedded.policy import build_tokenizer
 

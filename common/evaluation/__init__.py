@@ -1,1 +1,1 @@
-"""How good models are: ``python -m common.evaluation``."""
+"""Evaluates models: ``python -m common.evaluation``."""

@@ -3,4 +3,4 @@
 from common.cli import run_script
 from common.evaluation.command import main
 
-run_script(main, interrupted="the same command goes on with the models that have no result yet")
+run_script(main, interrupted="the same command continues with the models that have no result yet")

@@ -1,10 +1,10 @@
-"""How good models are: ``python -m common.evaluation --model M --task math500 --num_samples 8 --temperature 0.6``.
+"""Evaluates models: ``python -m common.evaluation --model M --task math500 --num_samples 8 --temperature 0.6``.
 
 Completions come from the sampler that training uses, with the same seeds; scores and means come from the functions
-that training uses. The same command shows the result that is there, and samples only what is not.
+that training uses. Repeating a command shows the existing results and samples only what is missing.
 """
 
-from __future__ import annotations  # types that take seconds to import are named, not loaded
+from __future__ import annotations  # types whose import takes seconds are not loaded
 
 import logging
 import os
@@ -40,22 +40,22 @@ logger = logging.getLogger("nanorlhf")
 
 DEFAULT_PARENT = Path("evaluations")
 
-# Enough for the reasoning of most models; those that think longer say so on their model card.
+# Enough for the reasoning of most models; the model cards of others say how much they need.
 MOST_TOKENS = 4096
 
-# What does not change a result.
-_FREE = ("output_dir", "vllm_memory_share", "vllm_max_num_seqs")
+# Settings that do not change a result.
+_NO_EFFECT = ("output_dir", "vllm_memory_share", "vllm_max_num_seqs")
 
 
 class Evaluation:
-    """One model on one set of problems. Everything is checked when it is made; `run` samples.
+    """One model on one set of problems. The constructor checks everything; `run` samples.
 
     Args:
         settings: with one model.
         parent: folder that the result's folder is in; None: settings.output_dir is the result's folder.
 
     Attributes:
-        name: model, task and a hash of all that the result depends on.
+        name: model, task and a hash of everything that the result depends on.
         folder: of the result.
 
     Raises:
@@ -78,7 +78,7 @@ class Evaluation:
         self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config)
         self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)))
         self._check_room(context)
-        self.settings = {name: value for name, value in asdict(settings).items() if name not in _FREE} | {
+        self.settings = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT} | {
             "model": self.model,
             "max_completion_length": config.max_completion_length,
             "weights": _fingerprint(self.source),
@@ -90,7 +90,7 @@ class Evaluation:
         self.stored()
 
     def stored(self) -> Score | None:
-        """What score.json holds if this evaluation has been made before.
+        """The content of score.json; None if this evaluation is new.
 
         Raises:
             ValueError: the folder holds something else.
@@ -101,7 +101,7 @@ class Evaluation:
         """Sample, score, and write the folder."""
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         stopwatch = Stopwatch(accelerator.device)
-        scorer = task_scorer(self.task, self.config)  # first: it forks, and that is cheap while no model is loaded
+        scorer = task_scorer(self.task, self.config)  # first: it forks, which is cheap while no model is loaded
         with stopwatch("load"):
             generation = self._load(accelerator.device, stopwatch)
         num_samples = self.config.eval_num_samples
@@ -117,8 +117,8 @@ class Evaluation:
         write_result(self.folder, score, rollouts, accuracy=self.task.accuracy)
 
     def _name(self) -> str:
-        places = filter(None, (self.model, self.settings["adapter"]))
-        parts = [part for place in places for part in Path(place).parts[-2:] if part.strip("/.")]
+        names = filter(None, (self.model, self.settings["adapter"]))
+        parts = [part for name in names for part in Path(name).parts[-2:] if part.strip("/.")]
         return "-".join([*parts, _task_name(self.settings["task"]), digest(self.settings)])
 
     def _check_room(self, context: int | None) -> None:
@@ -126,7 +126,7 @@ class Evaluation:
         if context is not None and longest + limit > context:
             raise ValueError(
                 f"max_completion_length={limit} and a prompt of {longest} tokens: {self.model} has room for {context} "
-                "tokens together. Pass a smaller --max_completion_length, or leave long prompts out with "
+                "tokens in total. Pass a smaller --max_completion_length, or drop long prompts with "
                 "--max_prompt_length."
             )
 
@@ -134,7 +134,7 @@ class Evaluation:
         """The model, ready to sample from."""
         dtype = compute_dtype(self.config, device)
         model = _load_merged(self.source).to(dtype)
-        # vLLM has weights of its own, and takes the device for itself.
+        # vLLM has its own weights and uses the device alone.
         models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
         models.add("policy", model)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
@@ -166,12 +166,12 @@ class Evaluation:
 
 
 def evaluate(settings: EvaluationSettings) -> list[Score]:
-    """Evaluate models one after another; a result that is there already is not sampled again.
+    """Evaluate models one after another; existing results are not sampled again.
 
-    Several models are each sampled by vLLM in a process of their own, which leaves no memory behind.
+    With several models, vLLM samples each in its own process, which frees all of its memory.
 
     Returns:
-        What score.json of each model holds, in their order.
+        The content of score.json of each model, in their order.
 
     Raises:
         ValueError: see Evaluation; for any of the models before the first is loaded.
@@ -179,7 +179,7 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: an evaluation is one process, and several would each do all of "
-            "it. Start it without torchrun; several models can be evaluated at the same time, on a GPU each."
+            "it. Start it without torchrun; to use several GPUs, evaluate one model on each."
         )
     several = len(settings.model) > 1
     parent = Path(settings.output_dir or DEFAULT_PARENT) if several else None
@@ -202,7 +202,7 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
 
 
 def main() -> None:
-    """Evaluate what the command line says, and show the table."""
+    """Run the evaluation of the command line and print the table."""
     print(table(evaluate(parse_settings(EvaluationSettings))), end="")
 
 
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def _find_model(model: str, adapter: str | None) -> Source:
-    """The complete model, or the base and its adapter, that two names mean; checked, not loaded."""
+    """The complete model, or the base and its adapter, that two names mean; checked but not loaded."""
     folder = Path(model)
     parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
     if adapter is None and ((folder / CONFIG_NAME).is_file() or not any(part.is_file() for part in parts)):
@@ -224,17 +224,17 @@ def _find_model(model: str, adapter: str | None) -> Source:
 
 
 def _load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that lies with the adapter, else that of the model."""
+    """The tokenizer in the adapter's folder, else that of the model."""
     has_own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
-    place = str(source.adapter) if has_own else source.base
+    name = str(source.adapter) if has_own else source.base
     try:
-        tokenizer = load_tokenizer(place)
+        tokenizer = load_tokenizer(name)
         reason = None if len(tokenizer("0")["input_ids"]) else "it has no tokens"  # transformers makes an empty one
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
     if reason is not None:
         raise ValueError(
-            f"model={place}: its tokenizer cannot be loaded: {reason}. Prompts have to become tokens. Put the "
+            f"model={name}: its tokenizer cannot be loaded: {reason}. Prompts have to become tokens. Put the "
             "tokenizer's files into the model's folder."
         )
     return tokenizer
@@ -247,18 +247,18 @@ def _load_merged(source: Source) -> transformers.PreTrainedModel:
         return model
     weights = dict(policy_weights(model))
     model = model.unload()
-    model.load_state_dict(weights, strict=False)  # a tied head has no name of its own
+    model.load_state_dict(weights, strict=False)  # a tied head has no entry
     return model
 
 
 def _context_length(model: str) -> int | None:
-    """Tokens that a model has room for; None if its configuration does not say."""
+    """Context length of a model in tokens; None if its configuration does not say."""
     return transformers.AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
 
 
 def _fingerprint(source: Source) -> str:
-    """Changes when the weights do: by the commit on the hub, or by sizes and times of the files in a folder."""
-    folders = [Path(place) for place in (source.base, source.adapter) if place is not None]
+    """A digest that changes with the weights: commit on the hub, or sizes and times of the files in a folder."""
+    folders = [Path(name) for name in (source.base, source.adapter) if name is not None]
     commit = None
     if not folders[0].is_dir():
         cached = try_to_load_from_cache(str(folders.pop(0)), CONFIG_NAME)
@@ -284,10 +284,10 @@ def _task_name(task: str) -> str:
 
 
 def _run_in_a_process(settings: EvaluationSettings) -> None:
-    """The same command for one model.
+    """Run the same command for one model in a new process.
 
     Raises:
-        SystemExit: if it failed; it has said why.
+        SystemExit: if it fails; it has printed the reason.
     """
     words = as_arguments(asdict(settings))
     done = subprocess.run([sys.executable, "-m", "common.evaluation", *words], stdout=subprocess.DEVNULL)

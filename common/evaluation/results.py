@@ -1,4 +1,4 @@
-"""The folder of a result and the table of several: written complete or not at all, and never overwritten."""
+"""The folder of a result and the table of several; written completely or not at all, never overwritten."""
 
 import hashlib
 import json
@@ -18,16 +18,16 @@ Score = dict[str, Any]
 
 
 def digest(*content: Any) -> str:
-    """Eight digits that change when any of the content does."""
+    """Eight hexadecimal digits that change when any of the content does."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
-    """Read the score of an evaluation that has been made before.
+    """Read the score of an earlier evaluation.
 
     Args:
         folder: where its result would be.
-        identity: all that the result depends on, by name.
+        identity: everything that the result depends on, by name.
 
     Returns:
         What score.json holds; None if the folder is new.
@@ -39,8 +39,8 @@ def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
-                f"output_dir={folder}: it is there and holds no {SCORE_FILE}; a result is written only into a new "
-                "folder, to destroy nothing. Pass another --output_dir."
+                f"output_dir={folder}: it exists and holds no {SCORE_FILE}; a result is written only into a new "
+                "folder, so that nothing is overwritten. Pass another --output_dir."
             )
         return None
     score = json.loads(path.read_text())
@@ -48,36 +48,36 @@ def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
     if different:
         raise ValueError(
             f"output_dir={folder}: the result there differs from this evaluation in {', '.join(different)}, and "
-            "results are not overwritten. Pass another --output_dir, or none for a folder of its own."
+            "results are not overwritten. Pass another --output_dir, or leave it out for a new folder."
         )
     return score
 
 
 def write_result(folder: Path, score: Score, rollouts: Rollouts, *, accuracy: str) -> None:
-    """Write score.json, outputs.jsonl and table.md aside, and rename their folder into place.
+    """Write score.json, outputs.jsonl and table.md into a temporary folder, then rename it.
 
     Args:
         folder: new or empty.
-        score: what score.json is to hold.
+        score: the content of score.json.
         rollouts: scored completions, score["num_samples"] adjacent rows per problem.
         accuracy: the reward that gives 1 for a right answer.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    aside.mkdir()
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir()
     try:
-        with open(aside / OUTPUTS_FILE, "wb") as file:
+        with open(temporary / OUTPUTS_FILE, "wb") as file:
             file.writelines(map(json_line, _outputs(rollouts, score["num_samples"], accuracy)))
-        (aside / TABLE_FILE).write_text(table([score]), encoding="utf-8")
-        (aside / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
-        os.replace(aside, folder)
+        (temporary / TABLE_FILE).write_text(table([score]), encoding="utf-8")
+        (temporary / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
+        os.replace(temporary, folder)
     except BaseException:  # a full disk or Ctrl-C
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str) -> Iterator[dict[str, Any]]:
-    """A row for each problem."""
+    """One row per problem."""
     correct = is_one(rollouts.parts, accuracy)
     for start in range(0, len(rollouts), num_samples):
         completions = [
@@ -97,10 +97,10 @@ def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str) -> Iterator[di
 
 
 def table(scores: list[Score]) -> str:
-    """Results of the same settings as a Markdown table, a row for each model.
+    """Results of the same settings as a Markdown table, one row per model.
 
     Args:
-        scores: what score.json of each holds.
+        scores: the content of each score.json.
     """
     first, settings = scores[0], scores[0]["settings"]
     ks = [f"pass@{k}" for k in sizes_of_k(first["num_samples"])[1:]]

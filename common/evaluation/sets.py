@@ -1,7 +1,7 @@
-"""Which problems a model is evaluated on: a named set, or a file that has the columns of a task.
+"""The problems that a model is evaluated on: a named set, or a file with the columns of a task.
 
-Prompts and rewards are those of the task's module, so that a model is asked what it was asked in training. Every row
-of the set counts, unless the set is what is held out of a larger one.
+Prompts and rewards are those of the task's module, as in training. Every row of the set counts, unless the set is the
+held-out part of a larger one.
 """
 
 from dataclasses import dataclass, replace
@@ -15,18 +15,18 @@ from common.tasks import Task, load_task
 from common.tasks.countdown import GENERATED, problems
 from common.tasks.math import ANSWER_COLUMNS, QUESTION_COLUMNS
 
-ENDINGS = (".jsonl", ".gz", ".json", ".parquet")  # of what `read_rows` takes for a file
+ENDINGS = (".jsonl", ".gz", ".json", ".parquet")  # that `read_rows` reads as files
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """Problems and the task they are problems of.
+    """Problems and their task.
 
     Attributes:
         task: module of common/tasks.
-        dataset: hub id or local file; None: problems that the task makes.
+        dataset: hub id or local file; None: problems that the task generates.
         split: of a hub data set.
-        num_held_out: how many rows the task holds out of it, which are then the set; 0: all rows are.
+        num_held_out: number of rows that the task holds out, which are the set; 0: all rows are the set.
     """
 
     task: str
@@ -41,19 +41,19 @@ NAMED_SETS = {
     "gsm8k": EvaluationSet(task="gsm8k", dataset="openai/gsm8k:main", split="test"),
     "countdown": EvaluationSet(task="countdown"),
 }
-# For models with a chat template; published results on it hold the same 500 rows out.
+# For models with a chat template; published results hold out the same 500 rows.
 COUNTDOWN_HELD_OUT = EvaluationSet(
     task="countdown", dataset="Jiayi-Pan/Countdown-Tasks-3to4", split="train", num_held_out=500
 )
 
 
 def find_set(name: str, dataset: str | None, *, is_chat: bool) -> EvaluationSet:
-    """Find out what the settings `task` and `dataset` mean.
+    """The set that the settings `task` and `dataset` mean.
 
     Args:
         name: a named set, or a local .jsonl, .jsonl.gz, .json or .parquet file.
         dataset: a local file, or another hub id, in place of the named set's data.
-        is_chat: the model has a chat template; without one, Countdown is the problems that its task makes.
+        is_chat: the model has a chat template; without one, Countdown problems are generated.
 
     Raises:
         ValueError: there is no such set or file, the file cannot be read, or no task has its columns.
@@ -73,8 +73,8 @@ def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformer
 
     Args:
         found: the set.
-        config: `max_completion_length` is read by some rewards; what names task and data is replaced.
-        tokenizer: the model's; tasks look whether it has a chat template.
+        config: some rewards read `max_completion_length`; the settings of task and data are replaced.
+        tokenizer: the model's; tasks check whether it has a chat template.
 
     Returns:
         The task; `eval` holds the problems in their order, `train` is empty.
@@ -84,12 +84,12 @@ def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformer
     """
     names = {"task": found.task, "dataset": found.dataset, "dataset_split": found.split}
     task = load_task(replace(config, num_eval_prompts=found.num_held_out, **names), tokenizer)
-    # Where nothing is held out, all rows are what the task would train on.
+    # If nothing is held out, the set is what the task would train on.
     return replace(task, eval=task.eval if found.num_held_out else task.train, train=[])
 
 
 def num_left_out(found: EvaluationSet, task: Task) -> int:
-    """How many rows of a set the task leaves out; mathematics leaves out answers that are yes, no, true or false."""
+    """How many rows of a set the task leaves out: math leaves out answers that are yes, no, true or false."""
     return 0 if found.task != "math" else len(read_rows(found.dataset, found.split, None)) - len(task.eval)
 
 
@@ -115,7 +115,7 @@ def _task_of_file(path: str, dataset: str | None) -> str:
     if not row.keys().isdisjoint(QUESTION_COLUMNS) and not row.keys().isdisjoint(ANSWER_COLUMNS):
         return "math"
     raise ValueError(
-        f"task={path}: its rows hold {', '.join(row)}, and these are the columns of no task. Needed are nums and "
+        f"task={path}: its rows have the columns {', '.join(row)}, which fit no task. Needed are nums and "
         "target (Countdown), a question and an answer that ends in #### 42 (GSM8K), or a problem "
         f"({', '.join(QUESTION_COLUMNS)}) and its answer ({', '.join(ANSWER_COLUMNS)}). Rename the columns."
     )

@@ -1,4 +1,4 @@
-"""The settings of an evaluation, and what they are in the words of a run."""
+"""The settings of an evaluation, and their translation into those of a run."""
 
 import typing
 from dataclasses import dataclass, field, fields
@@ -24,11 +24,11 @@ class EvaluationSettings:
     dataset: str | None = None
     """Local file, or another hub id, in place of the data of a named task."""
     num_problems: int | None = None
-    """The first so many; None: all."""
+    """Evaluate only the first num_problems; None: all."""
     prompt_file: str | None = None
     """Text file with {prompt} in it, put around every prompt, as in training."""
     enable_thinking: bool | None = None
-    """What the chat template is told, as in training; None: nothing."""
+    """Passed to the chat template, as in training; None: its default."""
 
     num_samples: int | None = None
     """Completions per problem; None: 8, or 1 with temperature 0."""
@@ -38,9 +38,9 @@ class EvaluationSettings:
     top_k: int = 0
     """0: off."""
     max_completion_length: int | None = None
-    """Longer completions are cut off; None: 4096, or half of what the model has room for if that is less."""
+    """Longer completions are cut off; None: 4096, or half of the model's context if that is less."""
     max_prompt_length: int | None = None
-    """Longer prompts are dropped and counted; None: none is."""
+    """Longer prompts are dropped and counted; None: no limit."""
     seed: int = 0
 
     sampler: str = "vllm"
@@ -53,8 +53,8 @@ class EvaluationSettings:
     """Completions that vLLM samples at the same time."""
 
     output_dir: str | None = None
-    """Folder of the result; None: evaluations/<model>-<task>-<hash of the settings>. With several models the folder
-    that these folders are in."""
+    """Folder of the result; None: evaluations/<model>-<task>-<hash of the settings>. With several models the parent
+    of their folders."""
 
     def __post_init__(self) -> None:
         """Check what RLConfig does not.
@@ -63,15 +63,15 @@ class EvaluationSettings:
             ValueError: what was given, what is needed and why, what to do.
         """
         self.model = [self.model] if isinstance(self.model, str) else self.model
-        declared = typing.get_type_hints(type(self))
+        types = typing.get_type_hints(type(self))
         for name in (each.name for each in fields(self)):
-            setattr(self, name, as_declared(name, vars(self)[name], declared[name]))
+            setattr(self, name, as_declared(name, vars(self)[name], types[name]))
         if not self.model:
             raise ValueError("model=[]: need a model to evaluate. Pass --model with a hub id or a folder.")
         if self.adapter is not None and len(self.model) > 1:
             raise ValueError(
                 f"adapter={self.adapter} with {len(self.model)} models: an adapter belongs to one base model. Pass "
-                "--model with its base alone, or --model with the adapter's folder among the others."
+                "--model with its base only, or add the adapter's folder to the other models."
             )
         if self.num_problems is not None and self.num_problems < 1:
             raise ValueError(
@@ -83,7 +83,7 @@ class EvaluationSettings:
 
 
 def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:
-    """The settings as those of a run, which checks them; prompts of any length fit."""
+    """The settings as an RLConfig, which checks them; without a limit, texts of any length fit."""
     names = ("prompt_file", "enable_thinking", "seed", "sampler", "dtype", "vllm_memory_share", "vllm_max_num_seqs")
     shared = {name: vars(settings)[name] for name in names}
     sampled = {f"eval_{name}": vars(settings)[name] for name in ("num_samples", "temperature", "top_p", "top_k")}

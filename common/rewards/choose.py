@@ -12,12 +12,12 @@ from common.rewards.scorer import RewardFunction, Scorer
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringSettings:
-    """How rewards are computed, whichever they are.
+    """How rewards are computed.
 
     Attributes:
         conversational: functions from files get chat messages, not text.
         max_tokens_per_microbatch: padded tokens per forward pass of a reward model.
-        limits: of rules for each row; None: none.
+        limits: time and memory that a rule may use per row; None: no limits.
     """
 
     conversational: bool = False
@@ -42,25 +42,24 @@ def make_scorer(
         available: the task's reward functions.
         default_weights: the task's weights.
         names: the setting `rewards`: names of the task's functions, file.py:function, folders or hub ids of reward
-            models; None: all of the task's.
-        weights: the setting `reward_weights`; None: the task's weights, 1 for what is not the task's.
-        settings: how they are computed.
+            models; None: all rewards of the task.
+        weights: the setting `reward_weights`; None: the task's weights, and 1 for other rewards.
+        settings: how rewards are computed.
 
     Returns:
-        The scorer; its reward models are not loaded.
+        The scorer; its reward models are not loaded yet.
 
     Raises:
-        ValueError: for a name that is none of these, for a file or function that is not there, and for a model that
-            gives no single score.
+        ValueError: for an unknown name, a missing file or function, or a model that does not give a single score.
     """
     if names is None:
         return Scorer(available, default_weights, limits=settings.limits)
-    functions, own = {}, set()
+    functions, from_files = {}, set()
     for name in names:
         if name in available:
             functions[name] = available[name]
         elif ":" in name:
-            own.add(name.rpartition(":")[2])
+            from_files.add(name.rpartition(":")[2])
             functions[name.rpartition(":")[2]] = load_reward(name)
         elif Path(name).is_dir() or ("/" in name and not name.endswith(".py")):
             model = RewardModel(name, max_tokens_per_microbatch=settings.max_tokens_per_microbatch)
@@ -68,12 +67,12 @@ def make_scorer(
         else:
             raise ValueError(
                 f"rewards={name!r}: the task has {', '.join(available)}. Pass --rewards with one of these, with "
-                "file.py:function for your own, or with the folder or hub id of a reward model."
+                "file.py:function for your own function, or with the folder or hub id of a reward model."
             )
     if len(functions) != len(names):
         raise ValueError(f"rewards={names}: two rewards have the same name. Pass --rewards with distinct names.")
     chosen = weights or [default_weights.get(name, 1.0) for name in functions]
-    conversational = own if settings.conversational else ()
+    conversational = from_files if settings.conversational else ()
     weights = dict(zip(functions, chosen, strict=True))
     return Scorer(functions, weights, conversational=conversational, limits=settings.limits)
 
@@ -97,15 +96,15 @@ def load_reward(where: str) -> RewardFunction:
             f"rewards={where!r}: there is no file {file}, or it does not end in .py. Pass --rewards "
             "path/to/file.py:function."
         )
-    # Registered, since a dataclass in the file looks its own module up, and under a name that hides no other module.
+    # A dataclass in the file looks up its own module, so register it; the path as name cannot hide another module.
     spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file may raise
+    except Exception as error:  # the user's file may raise anything
         raise ValueError(
-            f"rewards={where!r}: {file} cannot be imported: {type(error).__name__}: {error}. Mend the file."
+            f"rewards={where!r}: {file} cannot be imported: {type(error).__name__}: {error}. Fix the file."
         ) from error
     if not callable(vars(module).get(name)):
         raise ValueError(

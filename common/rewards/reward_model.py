@@ -1,7 +1,7 @@
-"""RewardModel: a learned judge of completions that is used like any reward function.
+"""RewardModel: a trained model that scores completions, used like any reward function.
 
-It is any sequence classifier with one label, with its own tokenizer and chat template: the policy's never reach it.
-Each text gets the score that the model gives to it alone, whatever else is in the batch. No training of reward models.
+It is any sequence classifier with one label. It uses its own tokenizer and chat template, never the policy's. The
+score of a text does not depend on the rest of the batch. Reward models are not trained here.
 """
 
 import itertools
@@ -19,12 +19,12 @@ from common.update.rows import microbatch_rows
 
 logger = logging.getLogger("nanorlhf")
 
-# How dialogues are written where no chat template says it; that of hh-rlhf, which most pair encoders have seen.
+# How dialogues are written without a chat template: in the form of hh-rlhf, which most pair encoders have seen.
 _SPEAKERS = {"user": "Human: ", "assistant": "Assistant: "}
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
-    """Chat messages as they are; a dialogue in the form of hh-rlhf as its turns, other text as one of the user."""
+    """The prompt as chat messages: text in the form of hh-rlhf becomes its turns, other text one user message."""
     if not isinstance(prompt, str):
         return prompt
     return (conversation(prompt) if prompt.startswith("\n\nHuman:") else []) or [{"role": "user", "content": prompt}]
@@ -33,7 +33,7 @@ def as_messages(prompt: str | list[dict]) -> list[dict]:
 class RewardModel:
     """Scores completions with a sequence classifier that has one label.
 
-    Here the configuration and the tokenizer are read; `load` loads the weights, before the first call.
+    The constructor reads the configuration and the tokenizer. Call `load` for the weights before the first score.
 
     Args:
         model: hub id or folder.
@@ -41,12 +41,12 @@ class RewardModel:
 
     Attributes:
         name: the last part of the hub id or folder.
-        max_length: longest text in tokens; of a longer one the beginning of the prompt is cut, and only where the
-            completion alone is too long, the end of that.
-        num_truncated: texts that were cut so far.
+        max_length: longest text in tokens. A longer text loses the beginning of its prompt; only if the completion
+            alone is too long, it loses its end too.
+        num_truncated: number of texts cut so far.
 
     Raises:
-        ValueError: if the model cannot be loaded, is no sequence classifier or has several labels.
+        ValueError: if the model cannot be loaded, is not a sequence classifier or has several labels.
     """
 
     def __init__(self, model: str, *, max_tokens_per_microbatch: int = 16384) -> None:
@@ -55,7 +55,7 @@ class RewardModel:
                 transformers.AutoConfig.from_pretrained(model),
                 transformers.AutoTokenizer.from_pretrained(model),
             )
-            # What transformers makes up where a folder has no tokenizer files.
+            # transformers makes such an empty tokenizer for a folder without tokenizer files.
             if set(self.tokenizer.get_vocab().values()) <= set(self.tokenizer.all_special_ids):
                 raise OSError("it has no tokenizer")
         except (OSError, ValueError) as error:
@@ -69,13 +69,13 @@ class RewardModel:
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             raise ValueError(
                 f"reward model {model!r}: its architecture is {', '.join(architectures) or 'not named'}. Need one "
-                "that ends in ForSequenceClassification: to any other a head of random weights would be added. Pass "
-                "a model that was trained to score, such as one by trl.RewardTrainer."
+                "that ends in ForSequenceClassification: any other would get a head of random weights. Pass a model "
+                "that was trained to score, such as one by trl.RewardTrainer."
             )
         if config.num_labels != 1:
             raise ValueError(
                 f"reward model {model!r}: has {config.num_labels} labels. Need 1, since a completion gets one score. "
-                "Pass a model with one label, or write a function that makes one number of them and pass "
+                "Pass a model with one label, or write a function that combines them into one number and pass "
                 "file.py:function."
             )
         self.model = model
@@ -93,10 +93,10 @@ class RewardModel:
         self._models: ModelPool | None = None
 
     def load(self, models: ModelPool) -> None:
-        """Load the weights on the CPU, float32 or, for a CUDA device, as they were saved; hand them to the pool.
+        """Load the weights on the CPU and add them to the pool; in float32, or as saved if the device is CUDA.
 
         Args:
-            models: has the model on the device while it scores.
+            models: moves the model to the device while it scores.
 
         Raises:
             ValueError: if weights are missing, such as the head.
@@ -109,7 +109,7 @@ class RewardModel:
         if report["missing_keys"]:
             raise ValueError(
                 f"reward model {self.model!r}: has no weights for {', '.join(sorted(report['missing_keys']))}. Need "
-                "all of them, since random ones would score at random. Pass a model that was trained to score."
+                "all of them, since random weights would score at random. Pass a model that was trained to score."
             )
         module.config.use_cache = False
         models.add(f"reward/{self.name}", module.eval().requires_grad_(False))
@@ -119,11 +119,11 @@ class RewardModel:
     def __call__(self, prompts: list[str | list[dict]], completions: list[str], **columns: list) -> list[float]:
         """Score completions.
 
-        With a chat template a text is the conversation with the completion as its last turn; without one it is the
-        pair of prompt and completion, a prompt of several turns written as a dialogue.
+        With a chat template, the model reads the conversation with the completion as its last turn. Without one, it
+        reads the pair of prompt and completion; a prompt of several turns is written as a dialogue.
 
         Args:
-            prompts: B times text, or chat messages of which a last one by the assistant is the completion's start.
+            prompts: B prompts, text or chat messages; a last message by the assistant is the completion's start.
             completions: B strings.
             columns: not used.
 
@@ -148,7 +148,7 @@ class RewardModel:
         """(b,) scores of rows padded on the right."""
         pad = self._pad_token_id
         if pad is None:
-            # Decoders read the score at the last token that is not this one: an id that ends no row here.
+            # Decoders read the score at the last token that is not padding: choose an id that ends no row here.
             ends = {row["input_ids"][-1] for row in rows}
             pad = next(i for i in itertools.count() if i not in ends)
             module.config.get_text_config().pad_token_id = pad
@@ -165,7 +165,7 @@ class RewardModel:
     def _encode(self, prompts: list[str | list[dict]], completions: list[str]) -> list[dict[str, list[int]]]:
         """The model's inputs for each text, of at most max_length tokens."""
         pairs = [_split(as_messages(prompt), text) for prompt, text in zip(prompts, completions, strict=True)]
-        # verbose=False: the tokenizer would warn of long texts, which are cut below.
+        # verbose=False: the tokenizer would warn about long texts, which are cut below.
         options = {"return_attention_mask": True, "verbose": False}
         if self.tokenizer.chat_template is not None:
             texts = [self._render(*pair) for pair in pairs]
@@ -176,19 +176,19 @@ class RewardModel:
         too_long = [row for row, inputs in enumerate(rows) if len(inputs["input_ids"]) > self.max_length]
         if too_long and not self.num_truncated:
             logger.warning(
-                "reward model %s: %d of %d texts are longer than its limit of %d tokens, so the beginning of their "
-                "prompts is not seen. Pass a smaller --max_prompt_length, or a reward model for longer texts.",
+                "reward model %s: %d of %d texts are longer than its limit of %d tokens, so it does not see the "
+                "beginning of their prompts. Pass a smaller --max_prompt_length, or a reward model for longer texts.",
                 *(self.name, len(too_long), len(rows), self.max_length),
             )
         self.num_truncated += len(too_long)
         for row in too_long:
             if self.tokenizer.chat_template is not None:
-                expendable = self._expendable(rows[row]["input_ids"], pairs[row][0])
+                cut_order = self._cut_order(rows[row]["input_ids"], pairs[row][0])
             else:
                 parts = encoded.sequence_ids(row)  # 0: prompt, 1: completion, None: special token
-                expendable = [i for i, part in enumerate(parts) if part == 0]
-                expendable += [i for i, part in enumerate(parts) if part == 1][::-1]
-            cut = set(expendable[: len(rows[row]["input_ids"]) - self.max_length])
+                cut_order = [i for i, part in enumerate(parts) if part == 0]
+                cut_order += [i for i, part in enumerate(parts) if part == 1][::-1]
+            cut = set(cut_order[: len(rows[row]["input_ids"]) - self.max_length])
             rows[row] = {key: [v for i, v in enumerate(values) if i not in cut] for key, values in rows[row].items()}
         return rows
 
@@ -196,24 +196,24 @@ class RewardModel:
         answer = {"role": "assistant", "content": completion}
         return self.tokenizer.apply_chat_template([*messages, answer], tokenize=False)
 
-    def _expendable(self, ids: list[int], messages: list[dict]) -> list[int]:
-        """Places of a conversation's tokens as they may be cut: the prompt from its start, the rest from its end."""
+    def _cut_order(self, ids: list[int], messages: list[dict]) -> list[int]:
+        """Positions of the tokens in the order they are cut: the prompt from its start, then the rest from its end."""
         empty = self.tokenizer(self._render(messages, ""), add_special_tokens=False, verbose=False)["input_ids"]
-        differs = (place for place, (a, b) in enumerate(zip(empty, ids, strict=False)) if a != b)
+        differs = (i for i, (a, b) in enumerate(zip(empty, ids, strict=False)) if a != b)
         num_before = next(differs, min(len(empty), len(ids)))
-        # Models have never seen a text without the first special token.
+        # Keep the first special token: models have never seen a text without it.
         first = int(ids[0] == self.tokenizer.bos_token_id)
         return [*range(first, num_before), *reversed(range(num_before, len(ids)))]
 
 
 def _split(messages: list[dict], completion: str) -> tuple[list[dict], str]:
-    """Messages up to the answer, and the answer: a prefilled start belongs to it."""
+    """The messages before the answer, and the answer with its prefilled start."""
     if messages[-1]["role"] == "assistant":
         return messages[:-1], messages[-1]["content"] + completion
     return messages, completion
 
 
 def _dialogue(messages: list[dict]) -> str:
-    """A single turn as it is, several with their speakers; a system message has none."""
+    """One turn as it is; several turns with their speakers, except for system messages."""
     several = sum(message["role"] != "system" for message in messages) > 1
     return "\n\n".join(_SPEAKERS.get(m["role"], "") * several + m["content"] for m in messages)

@@ -1,9 +1,9 @@
-"""Rules in a process of their own: a hard limit on time and memory per row, whatever text a model wrote.
+"""Rules run in another process, with a hard limit on time and memory per row, whatever text a model wrote.
 
-A keeper is forked while the run is being set up, before models are loaded. It forks the worker, reads its answers row
-by row, and replaces it when a row takes too long or takes the worker with it. So a hanging regular expression, an
-endless comparison or a crash in a C library costs one row its score, not the run its life. This guards against
-accidents, not against an attacker: no rule may hand a model's text to an interpreter in the first place.
+A keeper process is forked during set-up, before models are loaded. It forks the worker, reads its answers row by row,
+and replaces it when a row takes too long or kills it. So a hanging regular expression, an endless comparison or a
+crash in a C library costs one row its score, but does not end the run. This guards against accidents, not against
+attackers: no rule may pass a model's text to an interpreter.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ Function = TypeVar("Function", bound=Callable)
 Arguments = dict[str, list | None]
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_FORK = multiprocessing.get_context("fork")  # functions need not be picklable, and start warm
+_FORK = multiprocessing.get_context("fork")  # functions need not be picklable, and keep their caches
 
 _RULES: weakref.WeakSet[Callable] = weakref.WeakSet()
 
@@ -33,7 +33,7 @@ _RULES: weakref.WeakSet[Callable] = weakref.WeakSet()
 def rule(function: Function) -> Function:
     """Mark a reward function that scores each row by itself, so that it runs in a worker with limits.
 
-    It may be called with any number of rows, keeps nothing between calls, and does not touch the device.
+    It must accept any number of rows, keep no state between calls, and not use the device.
 
     Args:
         function: with the signature of a reward function.
@@ -46,15 +46,15 @@ def rule(function: Function) -> Function:
     """
     if inspect.iscoroutinefunction(function):
         raise ValueError(
-            f"@rule on the asynchronous {function.__name__}: a rule computes, and a limit of a second ends it; what "
-            "waits for others runs in the training process. Leave out @rule."
+            f"@rule on the asynchronous {function.__name__}: rules only compute, under a time limit; functions that "
+            "wait for something else run in the training process. Leave out @rule."
         )
     _RULES.add(function)
     return function
 
 
 def is_rule(function: Callable) -> bool:
-    """Whether a function, or what a partial is made of, is marked."""
+    """Whether a function, or the function inside a partial, is marked as a rule."""
     while isinstance(function, partial):
         function = function.func
     return function in _RULES
@@ -62,11 +62,11 @@ def is_rule(function: Callable) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a rule may take for one row.
+    """What a rule may use for one row.
 
     Attributes:
-        seconds: of wall-clock time.
-        gigabytes: of memory beyond what the process has when the first row begins.
+        seconds: wall-clock time.
+        gigabytes: memory beyond what the process uses when the first row begins.
     """
 
     seconds: float = 1.0
@@ -77,11 +77,11 @@ DEFAULT_LIMITS = Limits()
 
 
 class RowAnswer(NamedTuple):
-    """What came of one row.
+    """The result of one row.
 
     Attributes:
-        reward: what the function returned for the row; None where it raised, or was over a limit.
-        error: what it raised, as text; None if it did not.
+        reward: what the function returned for the row; None if it raised or was over a limit.
+        error: the exception as text; None without one.
         over_limit: it took too long, too much memory, or the process died.
     """
 
@@ -108,46 +108,46 @@ class RuleWorker:
 
         Args:
             name: of the function.
-            arguments: a list of B values each, or None; what the function is called with, one row at a time.
+            arguments: the function's arguments, each a list of B values or None; it is called with one row at a time.
 
         Returns:
             B answers; fewer if a row raises, which is then the last.
 
         Raises:
-            RuntimeError: if the keeper is killed twice, as by a machine that is out of memory.
+            RuntimeError: if the keeper is killed twice, for example because the machine is out of memory.
         """
         for _ in range(2):
             try:
                 _send(self._connection, (name, arguments))
                 return _receive(self._connection)
-            except (EOFError, ConnectionError):  # somebody killed the keeper
+            except (EOFError, ConnectionError):  # the keeper was killed
                 self._stop()
                 self._start()
         raise RuntimeError(
             f"the process that scores {name!r} was killed twice in a row: the machine is probably out of memory. Free "
-            "some, and start again: the run continues from its last checkpoint."
+            "memory and start again: the run continues from its last checkpoint."
         )
 
     def _start(self) -> None:
-        self._connection, theirs = _FORK.Pipe()
-        keeper = _FORK.Process(target=_keep, args=(theirs, self._functions, self._limits), daemon=True)
+        self._connection, child_end = _FORK.Pipe()
+        keeper = _FORK.Process(target=_keep, args=(child_end, self._functions, self._limits), daemon=True)
         with warnings.catch_warnings():
-            # Python warns of locks that another thread may hold at a fork; rules take none of the training process's.
+            # Python warns that another thread may hold a lock at the fork; rules use no lock of the training process.
             warnings.simplefilter("ignore", DeprecationWarning)
             keeper.start()
-        theirs.close()
+        child_end.close()
         self._stop = weakref.finalize(self, _stop, keeper, self._connection, os.getpid())
 
 
 def _stop(keeper: multiprocessing.process.BaseProcess, connection: Connection, owner: int) -> None:
-    if os.getpid() == owner:  # and not in another child of the training process, at its end
+    if os.getpid() == owner:  # not when another child of the training process exits
         connection.close()
         keeper.kill()
         keeper.join()
 
 
 def _send(connection: Connection, content: Any) -> None:
-    # Not connection.send, which torch teaches to share the memory of each tensor: a file and a thread for a number.
+    # Not connection.send: torch makes it share the memory of each tensor, a file and a thread for one number.
     connection.send_bytes(pickle.dumps(content))
 
 
@@ -160,8 +160,8 @@ def _receive(connection: Connection) -> Any:
 
 def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits) -> None:
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's affair, which ends this one
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked tokenizer has no threads, and would warn of it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C and ends this one
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked tokenizer has no threads and would warn about it
     worker = _Worker(functions, limits)
     while True:
         try:
@@ -178,20 +178,20 @@ def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits
 
 
 class _Worker:
-    """The process that calls the functions; it lives on until a row ends it, so that their caches stay warm."""
+    """The process that calls the functions. It is reused until a row kills it, so that caches stay warm."""
 
     def __init__(self, functions: dict[str, Callable], limits: Limits) -> None:
         self.alive = True
         self._limits = limits
-        self._connection, theirs = _FORK.Pipe()
+        self._connection, child_end = _FORK.Pipe()
         self._pid = os.fork()
         if self._pid == 0:
             self._connection.close()
-            _work(theirs, functions, limits)
-        theirs.close()
+            _work(child_end, functions, limits)
+        child_end.close()
 
     def answers(self, name: str, arguments: Arguments, rows: range) -> Iterator[RowAnswer]:
-        """Score rows, up to one that raises or ends the worker."""
+        """Score rows until one raises or kills the worker."""
         _send(self._connection, (name, arguments, rows))
         for _ in rows:
             try:
@@ -216,7 +216,7 @@ class _Worker:
 
 
 def _work(connection: Connection, functions: dict[str, Callable], limits: Limits) -> None:
-    """Score rows until there are no more; out of memory, end without a word."""
+    """Score rows until there are no more; exit silently when out of memory."""
     try:
         _die_with_parent()
         _limit_memory(limits.gigabytes)
@@ -237,7 +237,7 @@ def _answer(function: Callable, arguments: Arguments) -> RowAnswer:
         rewards = function(**arguments)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a function may raise
+    except Exception as error:  # a function may raise anything
         return RowAnswer(error=f"{type(error).__name__}: {error}")
     if not isinstance(rewards, list | tuple) or len(rewards) != 1:
         return RowAnswer(error=f"TypeError: returned {rewards!r:.80} for 1 completion, not a list with one number")
@@ -245,7 +245,7 @@ def _answer(function: Callable, arguments: Arguments) -> RowAnswer:
 
 
 def _die_with_parent() -> None:
-    """Linux kills this process when the one that forked it ends, however it ends."""
+    """Have Linux kill this process when its parent ends, for whatever reason."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -1,7 +1,7 @@
-"""Reward functions: the type a user writes, and the weighted sum that makes a score of several of them.
+"""Reward functions: the interface that users implement, and the score, a weighted sum of rewards.
 
-A reward is one of the task's, a function from a file, or a `RewardModel`. Functions that are marked as rules run in a
-worker with limits (rules.py); the others run in the training process, without any.
+A reward is a function of the task, a function from a file, or a `RewardModel`. Functions marked as rules run in a
+worker process with limits (rules.py); the others run in the training process without limits.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ from common.rewards.rules import DEFAULT_LIMITS, Arguments, Limits, RuleWorker, 
 _SHORTEN = reprlib.Repr()
 _SHORTEN.maxstring = _SHORTEN.maxother = 120
 
-# What a reward function gets that is no column of the data set.
+# Arguments of reward functions that are not columns of the data set.
 _GIVEN = {"prompts", "completions", "completion_ids"}
 
 
 class RewardFunction(Protocol):
-    """Score a batch of completions, by the signature of trl; it may be asynchronous."""
+    """Scores a batch of completions, with the signature that trl uses; it may be asynchronous."""
 
     def __call__(
         self, prompts: list[str], completions: list[str], **columns: list
@@ -38,22 +38,22 @@ class RewardFunction(Protocol):
         Args:
             prompts: the text each completion continues; chat messages in trl's conversational form.
             completions: the completions, special tokens removed; in the conversational form a list with one message.
-            columns: every other column of the data set, one value per completion. Who names `completion_ids` gets the
-                token ids of the completions too.
+            columns: every other column of the data set, one value per completion. A function with a parameter
+                `completion_ids` also gets the token ids of the completions.
 
         Returns:
-            One finite number per completion; None where the function has no say.
+            One finite number per completion, or None where the function does not apply.
         """
 
 
 class Scorer:
-    """The weighted sum of reward functions, each also reported raw.
+    """The weighted sum of reward functions; each is also reported raw.
 
     Args:
         functions: reward functions by name.
         weights: weight of each, by the same names.
         conversational: names of the functions that get chat messages, not text.
-        limits: of rules for each row; None: rules run in the training process like other functions.
+        limits: time and memory that a rule may use per row; None: rules run in the training process like the others.
 
     Attributes:
         over_limit: for each rule, (B,) bool: the rows of the last call that scored 0 because they were over a limit.
@@ -81,31 +81,31 @@ class Scorer:
         """Load the weights of every reward model.
 
         Args:
-            models: has each on the device while it scores.
+            models: moves each to the device while it scores.
 
         Raises:
-            ValueError: if a model's weights are not complete.
+            ValueError: if a model's weights are incomplete.
         """
         for function in self.functions.values():
             if isinstance(function, RewardModel):
                 function.load(models)
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Refuse data that lack what a reward function asks for.
+        """Refuse data without a column that a reward function needs.
 
         Args:
             columns: names of the data set's columns.
 
         Raises:
-            ValueError: naming the reward, what it lacks and what there is.
+            ValueError: names the reward, the missing columns and the existing ones.
         """
         for name, function in self.functions.items():
             missing = [column for column in _required(function) if column not in _GIVEN.union(columns)]
             if missing:
                 raise ValueError(
                     f"reward {name!r} needs the columns {', '.join(missing)}; the data set has "
-                    f"{', '.join(columns) or 'none besides the prompt'}. Pass data with these columns, or give the "
-                    "function's parameters defaults."
+                    f"{', '.join(columns) or 'only the prompt'}. Pass data with these columns, or give the "
+                    "function's parameters default values."
                 )
 
     def __call__(
@@ -123,16 +123,16 @@ class Scorer:
             prompts: B strings.
             completions: B strings.
             columns: a list of B values each.
-            raw_prompts: B prompts as the data set has them, text or chat messages; None or empty: as `prompts`.
+            raw_prompts: B prompts as the data set has them, text or chat messages; None or empty: `prompts`.
             completion_ids: token ids of the B completions, for functions that name this parameter.
 
         Returns:
-            scores: (B,) float32, the weighted sum over the functions that had a say; 0 where none had.
-            parts: for each function (B,) float32, raw; NaN where it had none.
+            scores: (B,) float32, the weighted sum of the rewards that are not None; 0 where all are None.
+            parts: for each function (B,) float32, raw; NaN where it returned None.
 
         Raises:
-            ValueError: if a function raises, or returns the wrong number of values or something that is no number,
-                or if none has a say on any completion.
+            ValueError: if a function raises, returns the wrong number of values or something that is not a number,
+                or if all functions return None for all completions.
         """
         text = {"prompts": prompts, "completions": completions, **columns}
         raw = raw_prompts or prompts
@@ -144,8 +144,8 @@ class Scorer:
         }
         if completions and all(part.isnan().all() for part in parts.values()):
             raise ValueError(
-                f"{', '.join(parts)}: no reward has a say on any of {len(completions)} completions. Need a number for "
-                "some of them, or there is nothing to learn from. Mend the functions so that None is the exception."
+                f"{', '.join(parts)}: every reward is None for all {len(completions)} completions. Need a number for "
+                "some of them, or there is nothing to learn from. Fix the functions so that None is the exception."
             )
         weighted = [self.weights[name] * torch.nan_to_num(part, nan=0.0) for name, part in parts.items()]
         return torch.stack(weighted).sum(0), parts
@@ -153,7 +153,7 @@ class Scorer:
     def _arguments(
         self, name: str, text: dict[str, list], raw_prompts: list, completion_ids: list[list[int]] | None
     ) -> Arguments:
-        """What a function is called with."""
+        """The arguments that a function is called with."""
         arguments = dict(text)
         if isinstance(self.functions[name], RewardModel):
             arguments["prompts"] = raw_prompts
@@ -165,7 +165,7 @@ class Scorer:
         return arguments
 
     def _answers(self, arguments: dict[str, Arguments]) -> dict[str, object]:
-        """What each function returned or raised; asynchronous ones wait together."""
+        """What each function returned or raised; asynchronous functions run concurrently."""
         answers = {}
         for name, given in arguments.items():
             if name in self._rules:
@@ -176,7 +176,7 @@ class Scorer:
                 continue
             try:
                 answers[name] = self.functions[name](**given)
-            except Exception as error:  # whatever the user's function may raise
+            except Exception as error:  # the user's function may raise anything
                 answers[name] = error
         waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
 
@@ -188,7 +188,7 @@ class Scorer:
         return answers
 
     def _rule_answers(self, name: str, arguments: Arguments) -> list:
-        """What a rule says of each row, 0 where it was over a limit."""
+        """A rule's reward for each row, 0 where it was over a limit."""
         rows = self._worker(name, arguments)
         if rows and rows[-1].error:
             self._refuse(name, rows[-1].error, self._shown(arguments, len(rows) - 1))
@@ -204,7 +204,7 @@ class Scorer:
             given = f"{len(rewards)} values" if is_list else _SHORTEN.repr(rewards)
             raise ValueError(
                 f"reward {name!r} returned {given} for {len(completions)} completions: need a list with one number "
-                "each, in the same order. Mend the function."
+                "each, in the same order. Fix the function."
             )
         return [self._checked(name, reward, row, completions[row]) for row, reward in enumerate(rewards)]
 
@@ -212,7 +212,7 @@ class Scorer:
     def _refuse(name: str, error: str, where: str, cause: Exception | None = None) -> NoReturn:
         raise ValueError(
             f"reward {name!r} raised {error}; {where}. A reward function must give a number for any text a model may "
-            "write. Mend the function, or return None where it has no say."
+            "write. Fix the function, or return None where it does not apply."
         ) from cause
 
     @staticmethod
@@ -226,7 +226,7 @@ class Scorer:
         if not abs(value) <= torch.finfo(torch.float32).max:
             raise ValueError(
                 f"reward {name!r} returned {_SHORTEN.repr(reward)} in row {row} for {_SHORTEN.repr(completion)}: need "
-                "a finite float32 number, since one such value would spoil the whole batch. Mend the function, or "
+                "a finite float32 number, since one such value would spoil the whole batch. Fix the function, or "
                 "return None there."
             )
         return value
@@ -235,7 +235,7 @@ class Scorer:
         """Call the function row by row to find the one it fails on, with its arguments shortened."""
         num_rows = len(arguments["completions"])
         for row in range(num_rows):
-            # A column may be None as a whole: token ids that nobody gave.
+            # A whole column may be None: token ids that were not passed.
             single = {key: values and [values[row]] for key, values in arguments.items()}
             if isinstance(self._answers({name: single})[name], Exception):
                 return self._shown(arguments, row)

@@ -1,1 +1,1 @@
-"""One HTML page of a run's completions: ``python -m common.samples``."""
+"""Writes an HTML page of a run's completions: ``python -m common.samples``."""

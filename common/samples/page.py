@@ -1,7 +1,7 @@
-"""One HTML page of a run, to read its completions through training: ``python -m common.samples RUN [RUN ...]``.
+"""Writes an HTML page to read a run's completions through training: ``python -m common.samples RUN [RUN ...]``.
 
-The page needs no network and no other file; it can be mailed. What a model wrote is data in it, never markup: it lies
-in the page as JSON without a "<", the page's script makes text of it, and the page allows no script but its own.
+The page needs no network and no other file, so it can be sent by mail. What a model wrote is data, never markup: the
+page stores it as JSON without a "<", its script turns it into text, and no other script is allowed.
 """
 
 import argparse
@@ -25,12 +25,12 @@ PAGE_FILE = "samples.html"
 PAGE_PARTS = Path(__file__).parent / "assets"
 SCRIPTS = ("page.js", "curves.js", "completions.js", "start.js")
 
-# What a browser opens in a second or two; a longer run shows fewer of its steps, evenly spread.
+# A browser opens this much in a second or two; of a longer run the page shows fewer steps, evenly spread.
 MAX_ROWS = 10_000
 MAX_CHARACTERS = 20_000_000
-# Of one text. Longer ones have lost their thread; their beginning and their end say so.
+# Of one text. Longer ones are usually degenerate, which their beginning and end show.
 MAX_TEXT = 20_000
-DIGITS = 6  # significant ones of a metric
+DIGITS = 6  # significant digits of a metric
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
@@ -41,18 +41,18 @@ def write_page(folders: list[Path], output: Path | None = None) -> Path:
     """Write the page of a run, or of several runs side by side.
 
     Args:
-        folders: the runs' folders; a run may still be going on.
-        output: the page's file; None: samples.html in the folder of the only run.
+        folders: the runs' folders; a run may still be running.
+        output: the page's file; None: samples.html in the folder of the single run.
 
     Returns:
-        Where the page is.
+        The page's file.
 
     Raises:
-        ValueError: a folder is no run or has no samples, a line is broken, or something else lies at `output`.
+        ValueError: a folder is not a run or has no samples, a line is broken, or `output` is another file.
     """
     if output is None and len(folders) > 1:
         raise ValueError(
-            f"{len(folders)} runs without --output: their common page belongs in no run's folder. Pass --output FILE."
+            f"{len(folders)} runs without --output: a page of several belongs in no run's folder. Pass --output FILE."
         )
     output = Path(output or folders[0] / PAGE_FILE)
     _check_free(output)
@@ -66,11 +66,11 @@ def write_page(folders: list[Path], output: Path | None = None) -> Path:
 
 
 def _check_free(output: Path) -> None:
-    """A page is written anew, anything else stays."""
+    """Refuse to overwrite anything but an earlier page."""
     marker = _part("page.html").split("<html")[0].encode()
     if output.is_dir() or (output.is_file() and not output.read_bytes().startswith(marker)):
         raise ValueError(
-            f"output={output}: it is there already and is not a page of this command, which overwrites nothing else. "
+            f"output={output}: it exists and is not a page of this command, which overwrites nothing else. "
             "Pass --output with a new file."
         )
 
@@ -80,24 +80,24 @@ def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
 
     Args:
         folder: holds metrics.jsonl and samples.jsonl.
-        share: of MAX_ROWS and MAX_CHARACTERS that this run may take.
+        share: of MAX_ROWS and MAX_CHARACTERS that this run may use.
 
     Returns:
         name, settings (as text), versions, facts, notes, metrics (a list per name, in order of "step") and samples.
 
     Raises:
-        ValueError: the folder is no run or has no samples, or a line is broken.
+        ValueError: the folder is not a run or has no samples, or a line is broken.
     """
     folder = Path(folder)
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(
-            f"{folder}: there is no {METRICS_FILE} in it, so it is not the folder of a run that has begun. Pass the "
+            f"{folder}: there is no {METRICS_FILE} in it, so it is not the folder of a run that has started. Pass the "
             "folder that the training script printed, such as runs/grpo-countdown-seed0-1a2b3c."
         )
     if not (folder / SAMPLES_FILE).is_file():
         raise ValueError(
-            f"{folder}: there is no {SAMPLES_FILE} in it, and the page is made of its completions. Wait for the first "
-            "step, or train with --samples_every above 0; what a run did not keep cannot be had afterwards."
+            f"{folder}: there is no {SAMPLES_FILE} in it, whose completions the page shows. Wait for the first step, "
+            "or train with --samples_every above 0; completions that a run did not save cannot be recovered."
         )
     settings, versions = read_settings(folder / CONFIG_FILE)
     samples = [_sample(row) for row in read_lines(folder / SAMPLES_FILE, ("step", "prompt", "completion"))]
@@ -118,7 +118,7 @@ def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a config.yaml and the versions in its comments; nothing if there is no such file.
+    """The settings of a config.yaml and the versions in its comments; both empty if there is no such file.
 
     Raises:
         ValueError: the file is not a YAML mapping.
@@ -134,11 +134,11 @@ def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def read_lines(path: Path, keys: tuple[str, ...]) -> list[Row]:
-    """The objects of a .jsonl file; a last line that has no end yet, since it is being written, is left out.
+    """The objects of a .jsonl file; an incomplete last line, which is still being written, is skipped.
 
     Args:
         path: the file.
-        keys: what each object must have, a number under "step" and text under any other.
+        keys: required in each object: an integer under "step", text under any other.
 
     Raises:
         ValueError: a line is broken.
@@ -161,7 +161,7 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[Row]:
 
 
 def _sample(row: Row) -> Row:
-    """A row of samples.jsonl as the page has it; what another version of the project did not write is null."""
+    """A row of samples.jsonl for the page; values that another version of the project did not write are null."""
     return {
         "step": row["step"],
         "split": row.get("split"),
@@ -175,7 +175,7 @@ def _sample(row: Row) -> Row:
 
 
 def _readable(text: str) -> str:
-    """Not too long, and with the sign for a broken character in place of half a surrogate pair."""
+    """The text, shortened to MAX_TEXT, with the replacement character for half a surrogate pair."""
     text = _HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", text)
     left_out = len(text) - MAX_TEXT
     if left_out <= 0:
@@ -184,11 +184,11 @@ def _readable(text: str) -> str:
 
 
 def spread_evenly(samples: list[Row], share: float = 1.0) -> list[Row]:
-    """As many as the page can hold: whole steps, evenly spread, of each split its first and its last step.
+    """As many samples as the page can hold: whole steps, evenly spread, with the first and last of each split.
 
     Args:
         samples: rows with step, split, prompt and completion.
-        share: of MAX_ROWS and MAX_CHARACTERS that they may take.
+        share: of MAX_ROWS and MAX_CHARACTERS that they may use.
     """
     size = sum(len(row["completion"]) for row in samples) + sum(map(len, {row["prompt"] for row in samples}))
     excess = max(len(samples) / MAX_ROWS, size / MAX_CHARACTERS) / share
@@ -209,17 +209,17 @@ def notes(settings: dict[str, Any], samples: list[Row], num_shown: int) -> list[
     found = []
     if settings.get("samples_every") == 0 and "train" not in splits:
         found.append(
-            "No completions of training prompts: the run has samples_every=0. --samples_every 5 keeps some of every "
-            "fifth step, in an interrupted run too when it is continued."
+            "No completions of training prompts: the run has samples_every=0. --samples_every 5 saves some of every "
+            "fifth step, also when an interrupted run continues."
         )
     if "eval" not in splits:
         found.append(
-            "No held-out prompts, whose completions could be followed from step to step: the run has made no "
-            "evaluation. --eval_every 10 makes one every ten steps, on a task with held-out prompts."
+            "No held-out prompts, whose completions could be compared from step to step: the run has made no "
+            "evaluation. --eval_every 10 evaluates every ten steps, on a task with held-out prompts."
         )
     if num_shown < len(samples):
         found.append(
-            f"{num_shown} of {len(samples)} completions are on this page, those of evenly spread steps; all are in "
+            f"This page shows {num_shown} of {len(samples)} completions, of evenly spread steps; all are in "
             f"{SAMPLES_FILE}."
         )
     return found
@@ -254,7 +254,7 @@ def make_page(runs: list[dict[str, Any]]) -> str:
         style_hash=_hash(style),
         script=script,
         script_hash=_hash(script),
-        # In JSON a "<" is only ever part of a text, where its escape means the same and ends no element.
+        # In JSON a "<" occurs only inside text; its escape means the same there and cannot end the element.
         data=data.replace("<", "\\u003c"),
     )
 
@@ -264,14 +264,14 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As the page's Content-Security-Policy names what it allows; everything else it forbids."""
+    """The hash by which the page's Content-Security-Policy allows a script or style; it forbids all others."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def main(args: list[str] | None = None) -> None:
-    """Write the page of the runs on the command line, and print where it is."""
+    """Write the page of the runs on the command line and print its path."""
     parser = argparse.ArgumentParser(prog="python -m common.samples", description=__doc__.partition(":")[0] + ".")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
-    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page; of one run: RUN/{PAGE_FILE}")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page; default for one run: RUN/{PAGE_FILE}")
     given = parser.parse_args(args)
     print(write_page(given.runs, given.output).resolve())

@@ -1,7 +1,7 @@
-"""Tasks: each module gives prompts with their answer columns, and the rewards that go with them.
+"""Tasks: each module gives prompts with their answer columns, and the rewards for them.
 
-A task is a module with `load(config, tokenizer) -> Task`; its name is the value of `--task`. No list to edit: every
-module in here is a task, unless its name begins with an underscore.
+A task is a module with `load(config, tokenizer) -> Task`; its name is the value of `--task`. There is no list to edit:
+every module here is a task, unless its name begins with an underscore.
 """
 
 from common.tasks._task import Task, check_task, load_task, task_scorer

@@ -1,7 +1,7 @@
 """Exact value of an arithmetic expression that a model wrote: ``+ - * /``, unary minus, parentheses, decimal numbers.
 
-The text is untrusted. It is never handed to Python's own evaluator; there is no power operator, and length, nesting
-and size of numbers are bounded, so that every input is answered within a millisecond: with a value or a ValueError.
+The text is untrusted. It never reaches Python's `eval`; there is no power operator, and length, nesting and size of
+numbers are bounded. So every input gives a value or a ValueError within a millisecond.
 """
 
 import re
@@ -22,7 +22,7 @@ class Arithmetic(NamedTuple):
 
     Attributes:
         value: its exact value.
-        numbers: the numbers that stand in it, in order of appearance, without their signs.
+        numbers: the numbers in it, in order of appearance, without their signs.
     """
 
     value: Fraction
@@ -45,7 +45,7 @@ def evaluate(expression: str) -> Arithmetic:
         The value and the numbers used.
 
     Raises:
-        ValueError: the text is no such expression, is too long or too deep, or divides by zero.
+        ValueError: the text is not such an expression, is too long or too deep, or divides by zero.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"The expression has {len(expression)} characters; at most {MAX_CHARACTERS} are evaluated.")

@@ -1,4 +1,4 @@
-"""What a task is, and how the one that the settings name is found."""
+"""The type of a task, and how the task that the settings name is loaded."""
 
 import importlib
 import pkgutil
@@ -22,9 +22,9 @@ class Task:
         eval: rows held out, same form.
         rewards: the task's reward functions by name.
         reward_weights: weight of each in the score.
-        accuracy: the reward whose value 1 means a right answer; None if no reward says so.
-        format: the reward whose value 1 means that the answer has the form that was asked for; None if none says so.
-        default_rewards: what the setting `rewards` is if it is not given, also reward models; None: all of `rewards`.
+        accuracy: the reward whose value 1 means a right answer; None if there is none.
+        format: the reward whose value 1 means an answer in the requested form; None if there is none.
+        default_rewards: used if the setting `rewards` is not given; may name reward models; None: all of `rewards`.
     """
 
     train: list[dict]
@@ -41,7 +41,7 @@ def load_task(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase)
 
     Args:
         config: task, dataset, dataset_split and num_eval_prompts are read.
-        tokenizer: the policy's; tasks look whether it has a chat template.
+        tokenizer: the policy's; tasks check whether it has a chat template.
 
     Returns:
         The task.
@@ -54,10 +54,10 @@ def load_task(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase)
 
 
 def task_scorer(task: Task, config: RLConfig) -> Scorer:
-    """The rewards that the settings name, or else the task's own.
+    """The scorer for the rewards that the settings name, or for the task's defaults.
 
     Raises:
-        ValueError: for a reward that is not there.
+        ValueError: for an unknown reward.
     """
     limits = None
     if config.reward_time_limit:
@@ -76,10 +76,10 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
 
 
 def check_task(name: str) -> None:
-    """Refuse a task that is not there, before any model is loaded.
+    """Refuse an unknown task before any model is loaded.
 
     Raises:
-        ValueError: naming the tasks that are there.
+        ValueError: names the existing tasks.
     """
     modules = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
     known = sorted(name for name in modules if not name.startswith("_"))

@@ -1,9 +1,8 @@
 """Countdown: combine the given numbers, each exactly once, with + - * / to reach a target.
 
 Problems are generated here (small enough for the tiny policy), or read from a hub data set or a local file in the
-schema of Jiayi-Pan/Countdown-Tasks-3to4. The rewards are two rules: one for the shape of the completion, one for the
-equation. Policies and their training are elsewhere; common/embedded/policy.py builds its lessons from `problems`
-and `tries`.
+schema of Jiayi-Pan/Countdown-Tasks-3to4. The rewards are two rules: one for the format of the completion, one for the
+equation. common/embedded/policy.py builds the lessons of the tiny policies from `problems` and `tries`.
 """
 
 import re
@@ -19,14 +18,14 @@ from common.rewards.rules import rule
 from common.tasks import Task
 from common.tasks._arithmetic import evaluate
 
-NUM_HELD_OUT = 256  # generated problems of each size that neither the tiny policies' warm start nor RL ever sees
+NUM_HELD_OUT = 256  # generated problems of each size; the tiny policies' warm start and RL never see them
 TOLERANCE = 1e-5
 
 OPERATORS = "+-*"
 NUMBERS = range(1, 10)
 RESULTS = range(1, 51)
 TARGETS = range(10, 51)
-# What can be generated, by the value of `dataset`: the most numbers of a problem, the fewest being three.
+# Values of `dataset` for generated problems, with the most numbers of a problem; the fewest are three.
 GENERATED = {None: 3, "generated-3to4": 4}
 
 SYSTEM_TEXT = "You are a careful assistant. You think a problem through before you give your answer."
@@ -47,8 +46,8 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
     Args:
         config: `dataset` (None for generated problems with three numbers, "generated-3to4" for three and four),
             `dataset_split` and `num_eval_prompts` are read.
-        tokenizer: with a chat template, prompts are chat messages that end in a begun assistant turn; without one
-            they are the one line that the tiny policy knows.
+        tokenizer: with a chat template, prompts are chat messages that end with the start of the assistant's turn;
+            without one they are the one line that the tiny policy knows.
 
     Raises:
         ValueError: the data cannot be read, or has too few rows for `num_eval_prompts`.
@@ -57,7 +56,7 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
         train, held_out = problems(GENERATED[config.dataset])
         if config.num_eval_prompts > len(held_out):
             raise ValueError(
-                f"num_eval_prompts={config.num_eval_prompts}: of the generated Countdown problems {len(held_out)} are "
+                f"num_eval_prompts={config.num_eval_prompts}: only {len(held_out)} generated Countdown problems are "
                 f"held out, since tiny policies are warm-started on the others. Pass --num_eval_prompts "
                 f"{len(held_out)} or fewer, or a data set with --dataset."
             )
@@ -97,10 +96,10 @@ def chat_prompt(nums: list[int], target: int) -> list[dict[str, str]]:
 def format_reward(
     prompts: list[str], completions: list[str], *, eos_token: str | None = None, **columns: list
 ) -> list[float]:
-    """1.0 for one think block, a line break and one answer block that holds only arithmetic; 0.5 if it holds more.
+    """1.0 for one think block, a line break and one answer block of arithmetic only; 0.5 if the answer holds more.
 
     Anything before, between, inside (nested tags) or after the blocks gives 0. A think tag that the prompt already
-    opened counts as part of the completion. Whether the answer is right plays no role.
+    opened counts as part of the completion. Whether the answer is right does not matter.
 
     Args:
         prompts: B prompts.
@@ -178,7 +177,7 @@ class Try(NamedTuple):
 
     Attributes:
         steps: the operations with their results, as on the tape of a calculator: ``3+5=8 *6=48``.
-        value: what comes out.
+        value: the result.
         expression: the same as one expression: ``(3+5)*6``.
     """
 
@@ -191,7 +190,7 @@ class Try(NamedTuple):
 def tries(nums: tuple[int, ...]) -> list[Try]:
     """All distinct ways to combine two numbers, the result with a third, and so on, with all results within 1 to 50.
 
-    Ways that combine otherwise, such as taking a result away from a number, are left out.
+    Other ways, such as subtracting a result from a number, are left out.
     """
     found = []
     for (first, *others), operators in product(
@@ -223,7 +222,7 @@ def problems(max_numbers: int = 3) -> tuple[list[dict], list[dict]]:
     held out; four make 10122, of which 256 are held out too.
 
     Args:
-        max_numbers: 3, or 4 for problems of either size; held-out ones then alternate.
+        max_numbers: 3, or 4 for problems with three or four numbers; held-out ones then alternate in size.
     """
     splits = []
     for size in range(3, max_numbers + 1):
@@ -237,7 +236,7 @@ def problems(max_numbers: int = 3) -> tuple[list[dict], list[dict]]:
 
 
 def problem_key(nums: list[int], target: int) -> tuple[tuple[int, ...], int]:
-    """What makes two problems the same: the numbers in any order, and the target."""
+    """The key that equal problems share: the numbers in any order, and the target."""
     return tuple(sorted(nums)), target
 
 

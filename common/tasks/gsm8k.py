@@ -1,8 +1,8 @@
-"""GSM8K: school problems whose answer is one number; the completion gives its reasoning and the answer in tags.
+"""GSM8K: school problems whose answer is one number; completions put reasoning and answer in tags.
 
 The data set (huggingface.co/papers/2110.14168) comes from the hub or from a local file with its columns `question` and
-`answer`, which ends in ``#### 42``. Five rules score a completion: the number, two shapes, the tags, and the length of
-the reasoning. All of them read the tags: text outside of them earns nothing.
+`answer`, which ends in ``#### 42``. Five rules score a completion: the number, two formats, the tags, and the length
+of the reasoning. All of them read the tags: text outside the tags earns nothing.
 """
 
 import math
@@ -34,7 +34,7 @@ check every step again. Between answer tags give the final answer, one number, a
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _TAG_LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
-# A fraction, also of a mixed number, or a decimal number.
+# A fraction, a mixed number or a decimal number.
 _NUMBER = re.compile(
     r"(?P<sign>-?)(?:(?P<whole>\d+) )?(?:\\[dt]?frac\{(?P<top>\d+)\}\{(?P<bottom>\d+)\}|(?P<over>\d+)/(?P<under>\d+))"
     r"|(?P<decimal>-?(?:\d+(?:\.\d+)?|\.\d+))",
@@ -49,8 +49,8 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
     Args:
         config: `dataset` (None for GSM8K of the hub), `dataset_split`, `num_eval_prompts` and `max_completion_length`
             are read. Held out are the first problems of a hub data set's test split, or random ones of a local file.
-        tokenizer: with a chat template, prompts are a system and a user message, else plain text. It also measures
-            the reasoning.
+        tokenizer: with a chat template, prompts are a system and a user message, else plain text. It also counts
+            the tokens of the reasoning.
 
     Raises:
         ValueError: the data cannot be read, or has too few rows for `num_eval_prompts`.
@@ -84,15 +84,15 @@ def chat_prompt(question: str) -> list[dict[str, str]]:
 
 
 def plain_prompt(question: str) -> str:
-    """The same for a policy without a chat template."""
+    """The same as plain text, for a policy without a chat template."""
     return f"{SYSTEM_TEXT}\n\n{question}\n"
 
 
 def read_problems(source: str, split: str, write_prompt: Callable[[str], str | list[dict]]) -> list[dict]:
-    """Read every row as `prompt` and `answer`, which is the number alone, as text.
+    """Read every row as `prompt` and `answer`, the number alone as text.
 
     Raises:
-        ValueError: the source cannot be read or lacks a column (see `read_rows`), or an answer ends in no number.
+        ValueError: the source cannot be read or lacks a column (see `read_rows`), or an answer ends without a number.
     """
     problems = []
     for number, row in enumerate(read_rows(source, split, ["question", "answer"]), start=1):
@@ -129,7 +129,7 @@ def correct_reward(prompts: list[str], completions: list[str], *, answer: list[s
 
 @rule
 def strict_format_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
-    """1.0 if the completion is the two blocks, each tag on its own line and there once, and nothing else; else 0."""
+    """1.0 if the completion is exactly the two blocks, with each tag once and on its own line; else 0."""
     return [float(_is_strict(text.removesuffix("\n"))) for text in completions]
 
 
@@ -141,7 +141,7 @@ def soft_format_reward(prompts: list[str], completions: list[str], **columns: li
 
 @rule
 def tags_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
-    """0.25 for each of the four tags that is there exactly once with its line breaks, minus what follows the answer.
+    """0.25 for each of the four tags that occurs exactly once with its line breaks, minus a penalty for trailing text.
 
     Each character after the closing answer tag, other than a last line break, costs 0.002.
     """
@@ -175,7 +175,7 @@ def _block(text: str, tag: str) -> str:
 
 
 def _first_number(text: str) -> float:
-    """Value of the first number, commas and dollar signs left out; NaN without one."""
+    """Value of the first number, ignoring commas and dollar signs; NaN without one."""
     match = _NUMBER.search(text.replace(",", "").replace("$", "").replace("\N{MINUS SIGN}", "-"))
     if match is None:
         return math.nan

@@ -1,7 +1,7 @@
-"""hh-rlhf: answer the last thing that the human said in a dialogue; a reward model judges how well.
+"""hh-rlhf: answer the human's last message in a dialogue; a reward model scores the answer.
 
 The dialogues are those of Anthropic/hh-rlhf (huggingface.co/papers/2204.05862), or of a file in its form. Only their
-prompts are read here: which answer people preferred teaches a reward model, in examples/reward_model.
+prompts are used here; examples/reward_model learns from the answers that people preferred.
 """
 
 import numpy as np
@@ -21,8 +21,8 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
 
     Args:
         config: `dataset` (None for Anthropic/hh-rlhf), `dataset_split` and `num_eval_prompts` are read.
-        tokenizer: with a chat template, prompts are chat messages; without one the text that the data set has up to
-            where the assistant answers.
+        tokenizer: with a chat template, prompts are chat messages; without one, text in the form of the data set,
+            up to where the assistant answers.
 
     Raises:
         ValueError: the data cannot be read, a dialogue has no turn of a human, or `num_eval_prompts` leaves none to
@@ -48,8 +48,8 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
 def split_held_out(conversations: list[list[dict]], num_held_out: int) -> tuple[list[list[dict]], list[list[dict]]]:
     """Shuffle prompts and hold some out.
 
-    A prompt counts once, however many pairs of answers the data has to it: each step's prompts are then different
-    ones, and what is held out cannot also be among those to train on.
+    Each prompt is kept once, however many pairs of answers the data has for it. So the prompts of a step differ, and
+    no held-out prompt is trained on.
 
     Args:
         conversations: chat messages each.
@@ -75,7 +75,7 @@ def _conversation_of(text: object, where: str) -> list[dict[str, str]]:
     messages = conversation(text) if isinstance(text, str) else []
     if not messages:
         raise ValueError(
-            f"{where} has chosen={text!r:.80} without a turn of the human; the policy answers the last one. Need a "
+            f"{where} has chosen={text!r:.80} without a turn of the human, which the policy would answer. Need a "
             "dialogue such as '\\n\\nHuman: Hi\\n\\nAssistant: Hello': correct or remove the row."
         )
     return messages

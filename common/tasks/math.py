@@ -1,8 +1,8 @@
-r"""Mathematics: reason step by step and put the answer in ``\boxed{}``; it may have any form that means the same.
+r"""Mathematics: reason step by step and put the answer in ``\boxed{}``; any equivalent form is right.
 
-Math-Verify reads and compares answers; only its reader of LaTeX is used, which hands only the digits of numbers to
-sympy's evaluator. What it could work on without end, such as 9^(9^9), is compared as text alone. There is no clock
-here, so a score is the same on every machine, unless it takes longer than the worker's limit.
+Math-Verify parses and compares answers. Only its LaTeX parser is used, which passes only digits of numbers to sympy's
+evaluator. Answers that could take forever to evaluate, such as 9^(9^9), are compared as text only. There is no time
+limit here, so scores are the same on every machine, unless scoring exceeds the worker's limit.
 """
 
 import logging
@@ -21,7 +21,7 @@ from common.data.rows import read_rows, split_held_out, take_held_out
 from common.rewards.rules import rule
 from common.tasks import Task
 
-# Math-Verify warns that its time limits are off. They are signals, which only the main thread can use.
+# Math-Verify warns that its time limits are off. They use signals, which work only in the main thread.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 HUB_DATASET = "meta-math/MetaMathQA"
@@ -34,14 +34,14 @@ GUESSABLE = frozenset({"yes", "no", "true", "false"})
 
 INSTRUCTION = "Reason step by step. Put the final answer, and only that, in \\boxed{}."
 
-MAX_TEXT_AFTER_BOX = 100  # characters: room for the end of a sentence, not for going on
+MAX_TEXT_AFTER_BOX = 100  # characters: room to end the sentence, not to continue
 MAX_ANSWER_LENGTH = 300  # characters; the longest answer of MATH-500 has 53
-MAX_NESTING = 10  # brackets in brackets; reading takes seconds from 40 on
-MAX_SIZE = 10_000  # of `_size`; comparing what is below takes milliseconds, and at worst seconds
-SYMBOL_SIZE = 30  # an expression in symbols takes far longer to compare than a number with as many parts
+MAX_NESTING = 10  # levels of brackets; parsing takes seconds from 40 on
+MAX_SIZE = 10_000  # limit of `_size`; comparisons below it take milliseconds, at worst seconds
+SYMBOL_SIZE = 30  # a symbolic expression takes far longer to compare than a number with as many parts
 
-# What a finished answer is written with. Other commands, such as sums, integrals, binomials and the gamma function,
-# leave work to do, and Math-Verify would do it, whatever it takes.
+# Commands allowed in a finished answer. Others, such as sums, integrals, binomials and the gamma function, leave
+# something to compute, and Math-Verify would compute it, however long it takes.
 _FINISHED = """
 frac dfrac tfrac cfrac sqrt cdot times div pm mp left right text textbf mbox mathrm mathbf mathbb begin end circ
 infty degree angle overline bar hat vec prime in notin cup cap setminus emptyset varnothing subset subseteq le
@@ -52,7 +52,7 @@ xi rho sigma tau phi varphi chi psi omega Delta Theta Lambda Sigma Phi Psi Omega
 """
 _COMMANDS = frozenset(_FINISHED.split())
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
-# What Math-Verify would work out while it reads, or reads in exponential time.
+# What Math-Verify would evaluate while parsing, or parse in exponential time.
 _UNFINISHED = re.compile(
     r"""
     \|\s*[_^]                              # a value put in
@@ -99,7 +99,7 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
 
 
 def read_problems(source: str, split: str, *, is_chat: bool) -> list[dict]:
-    """Read every row as `prompt` and `answer`, without those whose answer is yes, no, true or false.
+    """Read every row as `prompt` and `answer`; skip those whose answer is yes, no, true or false.
 
     Columns are those of MATH, MetaMathQA or DeepMath-103K. An answer inside a solution is its last box, or what
     follows "The answer is:".
@@ -132,8 +132,8 @@ def write_prompt(question: str, *, is_chat: bool) -> str | list[dict[str, str]]:
 def _gold_answer(row: dict) -> str | None:
     name = next((name for name in ANSWER_COLUMNS if row.get(name) is not None), None)
     text = str(row[name]) if name else ""
-    _, said, answer = text.rpartition("The answer is:")
-    if said:
+    _, marker, answer = text.rpartition("The answer is:")
+    if marker:
         return answer.strip()
     box = _last_box(text)
     if box is not None:
@@ -169,7 +169,7 @@ def boxed_reward(prompts: list[str], completions: list[str], **columns: list) ->
 
 
 def _last_box(text: str) -> tuple[str, str] | None:
-    """What is in the last box and what follows it; None if there is no box or the last one is not closed."""
+    """The content of the last box and the text after it; None if there is no box or the last one is not closed."""
     start = text.rfind("\\boxed{") + len("\\boxed{")
     if start < len("\\boxed{"):
         return None
@@ -196,7 +196,7 @@ def _means_the_same(gold: str, answer: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _expressions(latex: str) -> list:
-    """What Math-Verify reads in an answer; nothing if it is not a finished answer of reasonable size."""
+    """What Math-Verify parses from an answer; empty if it is not a finished answer of reasonable size."""
     latex = latex.replace("\\\\", "\\\\ ")  # else Math-Verify takes the line break before a letter for a command
     if _nesting(latex) > MAX_NESTING:
         return []
@@ -215,7 +215,7 @@ def _nesting(text: str) -> int:
 
 
 def _size(expression: sympy.Basic | sympy.MatrixBase) -> float:
-    """About the bits that an expression has once it is worked out: more than there is memory for 9^(9^9)."""
+    """Roughly the bits of an expression once it is evaluated; for 9^(9^9) more than fits in memory."""
     if isinstance(expression, sympy.MatrixBase):
         return sum(map(_size, expression))
     if isinstance(expression, sympy.Rational | sympy.Float):
@@ -226,7 +226,7 @@ def _size(expression: sympy.Basic | sympy.MatrixBase) -> float:
         base, exponent = expression.args
         if not isinstance(exponent, sympy.Rational):
             return _size(base) * 2.0 ** min(_size(exponent), 100)
-        num_terms = max(1, len(base.args))  # of (x + y)^n come many more
+        num_terms = max(1, len(base.args))  # (x + y)^n expands to many more
         return _size(base) * max(1.0, abs(float(exponent)) * num_terms**2)
     total = sum(map(_size, expression.args))
     if isinstance(expression, sympy.exp | CombinatorialFunction) and not expression.free_symbols:

@@ -1,7 +1,6 @@
 """Any data set with a column `prompt`: text, or chat messages in the conversational form of trl.
 
-What a good completion is, the run says: this task has no rewards of its own, and every other column of the data set
-travels to the rewards that the settings name.
+This task has no rewards of its own: the settings name them, and they get every other column of the data set.
 """
 
 import transformers
@@ -12,7 +11,7 @@ from common.tasks import Task
 
 
 def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
-    """Give the prompts of `config.dataset` with all its columns; a column that a row lacks is None there.
+    """Give the prompts of `config.dataset` with all its columns; missing values are None.
 
     Args:
         config: `dataset`, `dataset_split`, `num_eval_prompts` and `rewards` are read.
@@ -23,7 +22,7 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
     """
     if config.dataset is None:
         raise ValueError(
-            "task='prompts' without a data set: it trains on the prompts it is given and brings none. Pass --dataset "
+            "task='prompts' without a data set: this task has no prompts of its own. Pass --dataset "
             "with a hub id or a local file that has a column `prompt`."
         )
     if config.rewards is None:
@@ -36,7 +35,7 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
 
 
 def read_prompts(source: str, split: str) -> list[dict]:
-    """Read all columns of every row, after a check of its prompt; all rows get the same columns.
+    """Read all columns of every row and check its prompt; all rows get the same columns.
 
     Raises:
         ValueError: the source cannot be read (see `read_rows`), or a prompt is missing, empty or of another type.
@@ -46,7 +45,7 @@ def read_prompts(source: str, split: str) -> list[dict]:
         if not _is_prompt(row.get("prompt")):
             found = f"prompt={row['prompt']!r:.80}" if "prompt" in row else f"the columns {', '.join(row)}"
             raise ValueError(
-                f"dataset={source}: row {number} has {found}; a prompt is needed that is text or a list of messages, "
+                f"dataset={source}: row {number} has {found}; a prompt must be text or a list of messages, "
                 'each with a "role" and a "content" that are text. Rename a column, or correct or remove the row.'
             )
     columns = dict.fromkeys(column for row in rows for column in row)

@@ -1,8 +1,8 @@
-"""Every algorithm on the same task with several seeds: `python compare_algorithms.py`, `--help` for more.
+"""Runs every algorithm on the same task with several seeds: `python compare_algorithms.py`, `--help` for more.
 
 An algorithm is a folder `Name` in the repository's root with `name.py` and `name_trainer.py`. Its script runs as a
-user would start it, one run after another, or --at_once N, each on CPUs of its own. What follows `--` goes to every
-run: `-- --num_steps 20 --task hh_rlhf`.
+user would start it, one run after another, or N at a time with --at_once N, each on its own CPUs. Arguments after `--`
+go to every run: `-- --num_steps 20 --task hh_rlhf`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import FinishedRun, check_equal, has_finished, read_run, run_folder
 
 ARGUMENTS_FILE = "arguments.json"
-# What this script says for each run, or what would make the runs differ.
+# Settings that this script sets for each run, or that would make the runs differ.
 RESERVED = ("seed", "output_dir", "preset", "resume")
 
 
@@ -40,7 +40,7 @@ def find_algorithms(root: Path) -> dict[str, Path]:
 
 
 def compare(arguments: list[str], root: Path = ROOT) -> int:
-    """Do what the command line says. After every round of algorithms there is a report, a fair partial result.
+    """Run the comparison. Once all algorithms have run with a seed, a report gives a fair partial result.
 
     Args:
         arguments: command line without the program's name.
@@ -50,8 +50,8 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
         Exit status: 1 if a run failed.
 
     Raises:
-        ValueError: for an algorithm that is not there, a setting that is not to be passed on, a folder of another
-            comparison, and runs that cannot be compared.
+        ValueError: for an unknown algorithm, a setting that must not be passed on, a folder of another comparison, and
+            runs that cannot be compared.
     """
     found = find_algorithms(root)
     options, passed_on = _options(arguments)
@@ -62,8 +62,8 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
     planned = [] if options.report_only else [(seed, name) for seed in options.seeds for name in chosen]
     finished, num_failed = [], 0
     with closing(_run_all([(found[name], seed) for seed, name in planned], options, settings)) as runs:
-        for number, (said, run) in enumerate(runs, start=1):
-            print(f"[{number}/{len(planned)}] {said}", flush=True)
+        for number, (summary, run) in enumerate(runs, start=1):
+            print(f"[{number}/{len(planned)}] {summary}", flush=True)
             if run is not None:
                 finished.append(run)
                 check_equal(finished)  # now, rather than after hours
@@ -78,9 +78,9 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
 
 
 def run_environment() -> dict[str, str]:
-    """The environment of a run: it has the calling thread's CPUs for itself, so torch may use every one of them.
+    """The environment of a run, which lets torch use all CPUs of the calling thread.
 
-    The CPUs themselves are inherited. What the user set stays.
+    The run inherits these CPUs. Variables that the user has set are kept.
     """
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "PASSIVE"}
     return threads | os.environ
@@ -89,25 +89,25 @@ def run_environment() -> dict[str, str]:
 def _run_all(
     planned: list[tuple[Path, int]], options: argparse.Namespace, settings: list[str]
 ) -> Iterator[tuple[str, FinishedRun | None]]:
-    """Do the planned runs; each worker keeps to its share of the CPUs.
+    """Do the planned runs; each worker uses its own part of the CPUs.
 
     Yields:
-        In the order of the plan what to say of a run, and the run, None if it failed.
+        In the order of the plan, a summary line and the run, None if it failed.
     """
-    cpus, shares = sorted(os.sched_getaffinity(0)), SimpleQueue()
+    cpus, cpu_sets = sorted(os.sched_getaffinity(0)), SimpleQueue()
     for worker in range(options.at_once):
-        shares.put(cpus[worker :: options.at_once])
+        cpu_sets.put(cpus[worker :: options.at_once])
     running: set[subprocess.Popen] = set()
 
     def run(script: Path, seed: int) -> tuple[str, FinishedRun | None]:
         return _run(script, seed, options.output_dir, settings, running)
 
-    # An affinity is that of a thread, and what a thread starts inherits it.
-    pool = ThreadPoolExecutor(options.at_once, initializer=lambda: os.sched_setaffinity(0, shares.get()))
+    # CPU affinity belongs to a thread, and the processes that it starts inherit it.
+    pool = ThreadPoolExecutor(options.at_once, initializer=lambda: os.sched_setaffinity(0, cpu_sets.get()))
     try:
         yield from pool.map(run, *zip(*planned, strict=True)) if planned else ()
     finally:
-        # After an interruption no other run may start, and those under way end with this script.
+        # After an interruption no other run may start, and running ones end with this script.
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             process.terminate()
@@ -116,14 +116,14 @@ def _run_all(
 def _run(
     script: Path, seed: int, output_dir: Path, settings: list[str], running: set[subprocess.Popen]
 ) -> tuple[str, FinishedRun | None]:
-    """Start or continue one run; a finished one is left alone."""
+    """Start or continue one run; a finished run is only read."""
     name = script.parent.name
     folder = run_folder(output_dir, name, seed)
     log = folder.with_name(f"{folder.name}.log")
     how = "finished before"
     if not has_finished(folder):
         command = [sys.executable, script, "--seed", seed, "--output_dir", folder, "--resume", "auto", *settings]
-        begun = time.monotonic()
+        start = time.monotonic()
         with open(log, "ab") as file:
             process = subprocess.Popen(
                 list(map(str, command)), env=run_environment(), stdout=file, stderr=subprocess.STDOUT
@@ -131,7 +131,7 @@ def _run(
             running.add(process)
             status = process.wait()
             running.discard(process)
-        how = f"{time.monotonic() - begun:.0f} s"
+        how = f"{time.monotonic() - start:.0f} s"
         if status or not has_finished(folder):
             last = (log.read_text(errors="replace").splitlines() or ["it wrote nothing"])[-1]
             return f"{name}, seed {seed}: FAILED with status {status} after {how}, see {log}: {last}", None
@@ -141,34 +141,34 @@ def _run(
 
 
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options of this script, and what goes to every run."""
+    """The options of this script, and the arguments for every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--algorithms", nargs="+", help="folders in the repository's root (default: all)")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare_algorithms"))
-    parser.add_argument("--preset", default="auto", help="of every run: auto is cpu without a CUDA GPU, none with one")
-    parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each with its share of the CPUs")
-    parser.add_argument("--report_only", action="store_true", help="redraw table and figure from what is there")
+    parser.add_argument("--preset", default="auto", help="of every run; auto: cpu without a CUDA GPU, else none")
+    parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on its part of the CPUs")
+    parser.add_argument("--report_only", action="store_true", help="redraw table and figure from finished runs")
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, passed_on = parser.parse_args(arguments[:end]), arguments[end + 1 :]
     num_cpus = len(os.sched_getaffinity(0))
     if not 1 <= options.at_once <= num_cpus:
         raise ValueError(
-            f"at_once={options.at_once}: each run needs a CPU of its own to be timed, and there are {num_cpus}. Pass "
+            f"at_once={options.at_once}: each run needs a CPU for itself to be timed, and there are {num_cpus}. Pass "
             f"--at_once 1 to {num_cpus}."
         )
     for word in passed_on:
         setting = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and setting in RESERVED:
             raise ValueError(
-                f"-- {word}: this script gives every run its own {setting}, so that runs can be compared and "
+                f"-- {word}: this script sets {setting} for every run, so that runs can be compared and "
                 "continued. Pass --seeds, --output_dir or --preset before the --."
             )
     return options, passed_on
 
 
 def _choose(wanted: list[str] | None, found: dict[str, Path]) -> list[str]:
-    """Names as their folders have them, sorted."""
+    """The chosen algorithms, spelled as their folders, sorted."""
     by_lower = {name.lower(): name for name in found}
     for name in wanted or []:
         if name.lower() not in by_lower:
@@ -180,20 +180,20 @@ def _choose(wanted: list[str] | None, found: dict[str, Path]) -> list[str]:
 
 
 def _keep_arguments(output_dir: Path, arguments: list[str]) -> None:
-    """Refuse to mix runs: a finished run is not started again, so it would not notice other settings."""
+    """Refuse other arguments in the same folder: finished runs are not repeated, so they would not notice them."""
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / ARGUMENTS_FILE
     if path.exists() and (stored := json.loads(path.read_text())) != arguments:
         raise ValueError(
             f"{' '.join(arguments)}: the runs in {output_dir} were started with {' '.join(stored)}, and only runs "
-            "with equal settings can be compared. Pass the same settings to go on, or another --output_dir."
+            "with equal settings can be compared. Pass the same settings to continue, or another --output_dir."
         )
     path.write_text(json.dumps(arguments) + "\n")
 
 
 def main() -> None:
-    """Compare as the command line says."""
-    # Ending this script ends the run that it waits for too; the same command continues both.
+    """Run the comparison of the command line."""
+    # Ending this script also ends its runs; the same command continues them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(compare(sys.argv[1:]))
 

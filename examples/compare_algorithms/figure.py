@@ -23,7 +23,7 @@ STYLE = {
     **{"text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK},
     **{"xtick.major.size": 0, "ytick.major.size": 0, "font.size": 8, "axes.xmargin": 0.02},
 }
-# Algorithms beyond the colours of the palette get these instead of a solid line.
+# When the colours of the palette repeat, these tell the algorithms apart.
 DASHES = ("-", "--", ":")
 
 
@@ -31,8 +31,8 @@ def picture(runs: Sequence[FinishedRun], names: list[str]) -> bytes:
     """Draw a PNG: thin lines for seeds, a thick one for their mean, a dot where training ended.
 
     Args:
-        runs: comparable ones.
-        names: algorithms in the order of their colours; those of the runs among them.
+        runs: comparable runs.
+        names: algorithms in the order of their colours; includes those of the runs.
     """
     metric = runs[0].progress()[0]
     curves: dict[str, list[list[dict]]] = {name: [] for name in names}
@@ -44,9 +44,9 @@ def picture(runs: Sequence[FinishedRun], names: list[str]) -> bytes:
         all_axes = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
         for axes, key in zip(all_axes, measured, strict=True):
             axes.set_xlabel(PANELS[key])
-            for place, name in enumerate(names):
+            for index, name in enumerate(names):
                 if curves[name]:
-                    look = {"color": PALETTE[place % len(PALETTE)], "linestyle": DASHES[place // len(PALETTE) % 3]}
+                    look = {"color": PALETTE[index % len(PALETTE)], "linestyle": DASHES[index // len(PALETTE) % 3]}
                     _draw(axes, curves[name], (key, f"eval/{metric}"), look | {"label": name})
         all_axes[0].set_title(f"held-out {metric}", loc="left", fontsize=10)
         handles, labels = all_axes[0].get_legend_handles_labels()

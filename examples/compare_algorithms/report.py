@@ -1,4 +1,4 @@
-"""What finished runs say about their algorithms: results.json, table.md and comparison.png."""
+"""Compares the algorithms of finished runs: results.json, table.md and comparison.png."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from examples.compare_algorithms.figure import picture
 from examples.compare_algorithms.runs import FinishedRun, check_equal, comparable_runs, must_be_equal
 
 RESULTS_FILE, TABLE_FILE, FIGURE_FILE = "results.json", "table.md", "comparison.png"
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last also serves for more, a little too wide.
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is also used for more, a little too wide.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-# Columns of the table: title and format. One that no run has a value for is left out.
+# Columns of the table: title and format. A column without any value is left out.
 COLUMNS = {
     "accuracy_before": ("accuracy before", ".3f"),
     "accuracy": ("accuracy after", ".3f"),
@@ -34,7 +34,7 @@ def write_report(output_dir: Path, algorithms: list[str], *, known: list[str]) -
     Args:
         output_dir: holds the runs' folders.
         algorithms: which to compare.
-        known: all algorithms there are, so that each keeps its colour whichever are compared.
+        known: all existing algorithms, so that each keeps its colour in every comparison.
 
     Returns:
         The table.
@@ -58,7 +58,7 @@ def mean_with_interval(values: list[float | None]) -> dict[str, Any]:
     Each seed gives one value, its mean over held-out prompts; the seeds are the independent draws.
 
     Args:
-        values: one per seed; None where a run has none.
+        values: one per seed; None if it was not measured.
 
     Returns:
         mean, ci95 (None for a single seed) and per_seed; mean and ci95 are None if a value is missing.
@@ -75,9 +75,8 @@ def summarize(runs: list[FinishedRun]) -> dict[str, Any]:
     """Everything the table shows, as JSON.
 
     Returns:
-        seeds, algorithms (for each its columns as in `mean_with_interval`), equal (settings that all runs share and
-        have to) and different (for each other setting its value by algorithm, of those
-        algorithms that have it).
+        seeds, algorithms (for each its columns as in `mean_with_interval`), equal (settings that must be equal in all
+        runs) and different (for each other setting its value by algorithm, for the algorithms that have it).
     """
     by_algorithm: dict[str, list[FinishedRun]] = defaultdict(list)
     for run in runs:
@@ -116,10 +115,10 @@ def table_of(results: dict[str, Any]) -> str:
     means, singles = [], []
     for name, own in algorithms.items():
         means.append((name, {key: (own[key]["mean"], own[key]["ci95"]) for key in columns}))
-        for place, seed in enumerate(seeds):
-            cells = {key: (own[key]["per_seed"][place], None) for key in columns}
+        for index, seed in enumerate(seeds):
+            cells = {key: (own[key]["per_seed"][index], None) for key in columns}
             if "accuracy" in cells:
-                cells["accuracy"] = (cells["accuracy"][0], own["accuracy_ci95"]["per_seed"][place])
+                cells["accuracy"] = (cells["accuracy"][0], own["accuracy_ci95"]["per_seed"][index])
             singles.append((f"{name}, seed {seed}", cells))
     equal = ", ".join(f"{name} {_shown(value)}" for name, value in results["equal"].items())
     lines = [

@@ -1,6 +1,6 @@
-"""The finished runs of a comparison: read, and refused where they differ in more than their algorithm.
+"""Reads the finished runs of a comparison, and refuses runs that differ in more than their algorithm.
 
-Only what all compared algorithms have is compared: the seeds that all of them finished, with equal settings.
+Only seeds that all compared algorithms have finished are used, with equal settings.
 """
 
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class FinishedRun:
 
     Attributes:
         algorithm: name of its folder in the repository's root.
-        seed: the seed that its folder's name says.
-        settings: of config.yaml.
-        rows: lines of metrics.jsonl, that of the untrained policy first.
+        seed: the seed in its folder's name.
+        settings: content of config.yaml.
+        rows: lines of metrics.jsonl; the first is of the untrained policy.
     """
 
     algorithm: str
@@ -40,9 +40,9 @@ class FinishedRun:
     rows: list[dict[str, Any]]
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The lines with a held-out evaluation, each with `seconds`: training until then, without evaluation.
+        """The lines with a held-out evaluation, each with `seconds`: time of training until then.
 
-        Writing checkpoints is no part of training either; fitting a value model before the first step is.
+        It includes fitting a value model before the first step, but not evaluation and writing checkpoints.
 
         Raises:
             ValueError: if there are fewer than two.
@@ -67,7 +67,7 @@ class FinishedRun:
         return metric, first[f"eval/{metric}"], last[f"eval/{metric}"]
 
     def numbers(self) -> dict[str, float | None]:
-        """The columns of the table, and accuracy_ci95 over prompts; None for what the run did not measure."""
+        """The columns of the table, and accuracy_ci95 over prompts; None for values that the run did not measure."""
         first, *_, last = self.evaluations()
         return {
             "accuracy_before": first.get("eval/accuracy"),
@@ -84,7 +84,7 @@ class FinishedRun:
 
 
 def run_folder(output_dir: Path, algorithm: str, seed: int) -> Path:
-    """Where a run of the comparison is."""
+    """The folder of a run of the comparison."""
     return output_dir / f"{algorithm.lower()}-seed{seed}"
 
 
@@ -126,7 +126,7 @@ def comparable_runs(output_dir: Path, algorithms: list[str]) -> tuple[list[Finis
 
 
 def must_be_equal(setting: str) -> bool:
-    """True for settings without which two runs say nothing about their algorithms."""
+    """True for settings that must be equal for a fair comparison of two runs."""
     return setting in EQUAL or setting.startswith(EQUAL_PREFIXES)
 
 
@@ -134,7 +134,7 @@ def check_equal(runs: list[FinishedRun]) -> None:
     """Refuse runs that differ in more than their algorithm and seed.
 
     Raises:
-        ValueError: naming the runs, the setting and its values.
+        ValueError: names the runs, the setting and its values.
     """
     first_of: dict[str, FinishedRun] = {}
     for run in runs:

@@ -27,7 +27,7 @@ SETTINGS = GRPOConfig(
     enable_thinking=None,
     # Steps
     num_steps=250,  # cpu: 60
-    prompts_per_step=8,  # cpu: 32; the original has 1, and 1000 steps: cheaper steps and noisier ones
+    prompts_per_step=8,  # cpu: 32; the original has 1, and 1000 steps, which are cheaper but noisier
     num_generations=12,  # cpu: 8
     num_minibatches=1,
     num_update_epochs=1,
@@ -95,8 +95,8 @@ SETTINGS = GRPOConfig(
     seed=3407,
 )
 
-# Without a GPU: the tiny policy of the embedded default, in 4 bits with LoRA too. It has no words for GSM8K, so it
-# learns Countdown. setting -> (value above, value without a GPU)
+# Without a GPU: the tiny policy of the embedded default, in 4 bits with LoRA too. It cannot read GSM8K, so it learns
+# Countdown. setting -> (value above, value without a GPU)
 EMBEDDED = {
     "model": ("Qwen/Qwen2.5-3B-Instruct", "tiny"),
     "task": ("gsm8k", "countdown"),

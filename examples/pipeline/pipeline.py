@@ -1,7 +1,7 @@
 """SFT, merge, evaluation, RL, merge, evaluation as one command: `python pipeline.py --config RECIPE/pipeline.yaml`.
 
-Each stage is the command that a user would type, in a folder of its own. The same command goes on where it was
-interrupted, and leaves finished stages alone. `--stage.setting value` changes one, such as `--rl.num_steps 100`.
+Each stage is the command that a user would type, in its own folder. The same command continues after an interruption
+and skips finished stages. `--stage.setting value` changes a setting, such as `--rl.num_steps 100`.
 """
 
 import argparse
@@ -33,15 +33,15 @@ from examples.sft import sft as sft_script
 
 DEFAULT_CONFIG = Path(__file__).parent / "gsm8k-tiny" / "pipeline.yaml"
 PARTS = ("records", "sft", "rl", "evaluate")
-# What the pipeline says itself, for each part.
+# Settings of each part that the pipeline sets itself.
 RESERVED = {
     "records": ("output_dir",),
     "sft": ("output_dir",),
     "rl": ("output_dir", "model", "resume"),
     "evaluate": ("output_dir", "model", "adapter"),
 }
-Product = tuple[Stage, str]  # a path that a stage leaves in its folder
-MEND_NAME = "A recipe names YAML files beside itself; mend the name."
+Product = tuple[Stage, str]  # a stage and a path in its folder
+FIX_NAME = "A recipe names YAML files in its own folder; fix the name."
 FILES = (".jsonl", ".gz", ".json", ".parquet")
 
 
@@ -51,8 +51,8 @@ class PipelineSettings:
 
     Attributes:
         algorithm: folder of the RL algorithm.
-        parts: settings of each of PARTS by their names; None: records of one's own.
-        output_dir: where the stages' folders are.
+        parts: settings of each of PARTS by name; None for records: the data sets exist already.
+        output_dir: folder of the stages' folders.
     """
 
     algorithm: str
@@ -71,16 +71,16 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
     parser.add_argument("--output_dir", type=Path, help="runs/pipeline-<name of the recipe's folder> if not given")
     parser.add_argument("--algorithm", help="folder of an algorithm, in place of the recipe's")
     options, rest = parser.parse_known_args(arguments)
-    recipe = read_yaml(options.config, remedy=MEND_NAME)
+    recipe = read_yaml(options.config, remedy=FIX_NAME)
     if unknown := sorted(recipe.keys() - {"algorithm", *PARTS}):
         raise ValueError(
             f"{options.config}: nothing reads {', '.join(unknown)}; a recipe has algorithm, and the files of "
-            f"{', '.join(PARTS)}. Mend the file."
+            f"{', '.join(PARTS)}. Fix the file."
         )
     parts = {}
     for part in PARTS:
         name = recipe.get(part)
-        parts[part] = None if name is None else read_yaml(options.config.parent / name, remedy=MEND_NAME)
+        parts[part] = None if name is None else read_yaml(options.config.parent / name, remedy=FIX_NAME)
     for name, value in _changes(rest):
         part, _, setting = name.partition(".")
         if not setting and part == "records" and value is None:
@@ -98,7 +98,7 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
 
 
 def _changes(words: list[str]) -> Iterator[tuple[str, Any]]:
-    """--name value, as YAML reads values."""
+    """Pairs of --name and value; YAML parses the values."""
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
         raise ValueError(f"{' '.join(words)}: need pairs --stage.setting value. See --help.")
     for name, value in zip(words[::2], words[1::2], strict=True):
@@ -106,10 +106,10 @@ def _changes(words: list[str]) -> Iterator[tuple[str, Any]]:
 
 
 def make_stages(settings: PipelineSettings) -> list[Stage]:
-    """The stages in their order; settings that no stage would take are refused before any begins.
+    """The stages in their order; settings that a stage would refuse are refused before any starts.
 
     Raises:
-        ValueError: for such a setting, for an algorithm or a data file that is not there.
+        ValueError: for such a setting, an unknown algorithm or a missing data file.
     """
     found = find_algorithms(ROOT)
     if settings.algorithm not in found:
@@ -121,7 +121,7 @@ def make_stages(settings: PipelineSettings) -> list[Stage]:
     records = [_records(parts["records"])] if parts["records"] is not None else []
 
     def data(part: str, file: str) -> dict[str, Product]:
-        """The made-up records, where a part names no data set of its own."""
+        """The made-up records, if a part names no data set of its own."""
         return {"dataset": (records[0], file)} if records and "dataset" not in parts[part] else {}
 
     sft = _training("sft", "examples/sft/sft.py", parts["sft"], data("sft", TRAIN_FILE))
@@ -183,7 +183,7 @@ def check_parts(settings: PipelineSettings, script: Path) -> None:
     """Read each part's settings as its command will.
 
     Raises:
-        ValueError: what that command would say, or a setting that the pipeline says itself.
+        ValueError: the error of that command, or a setting that the pipeline sets itself.
     """
     parts = settings.parts
     for part in ("sft", "rl", "evaluate"):
@@ -192,8 +192,8 @@ def check_parts(settings: PipelineSettings, script: Path) -> None:
     for part, names in RESERVED.items():
         if given := sorted(set(names) & (parts[part] or {}).keys()):
             raise ValueError(
-                f"{part}: {', '.join(given)} is given, and the pipeline says it itself: each stage has the folder and "
-                "the model that the stages before it make. Leave it out."
+                f"{part}: {', '.join(given)} is given, and the pipeline sets it itself: each stage has its own folder "
+                "and the model of an earlier stage. Leave it out."
             )
         source = str((parts[part] or {}).get("dataset", ""))
         if source.endswith(FILES) and not Path(source).is_file():
@@ -207,13 +207,13 @@ def check_parts(settings: PipelineSettings, script: Path) -> None:
 
 
 def run_pipeline(settings: PipelineSettings) -> str:
-    """Run what is not complete, stage by stage.
+    """Run the stages that are not complete, one by one.
 
     Returns:
-        The table, which lies in the folder too.
+        The table, which is also written into the folder.
 
     Raises:
-        ValueError: for settings that do not fit, another pipeline at work in the folder, and a stage that failed.
+        ValueError: for settings that do not fit, another pipeline running in the folder, and a stage that failed.
     """
     stages = make_stages(settings)
     output_dir = settings.output_dir
@@ -221,18 +221,18 @@ def run_pipeline(settings: PipelineSettings) -> str:
     try:
         with FileLock(output_dir / ".lock", timeout=0):
             for number, stage in enumerate(stages, start=1):
-                said = f"[{number}/{len(stages)}] {stage.name}: {stage.folder(output_dir).name}"
+                label = f"[{number}/{len(stages)}] {stage.name}: {stage.folder(output_dir).name}"
                 if stage.is_complete(output_dir):
-                    print(f"{said}, finished before", flush=True)
+                    print(f"{label}, finished before", flush=True)
                     continue
-                print(f"{said} ...", flush=True)
+                print(f"{label} ...", flush=True)
                 print(f"    {stage.run(output_dir):.0f} s", flush=True)
             text = make_table(stages, output_dir)
             write_file(output_dir / f"table-{stages[-1].digest}.md", text.encode())
             return text
     except Timeout:
         raise ValueError(
-            f"output_dir={output_dir}: another pipeline is working there. Wait for it, or pass another --output_dir."
+            f"output_dir={output_dir}: another pipeline is running there. Wait for it, or pass another --output_dir."
         ) from None
 
 
@@ -245,8 +245,8 @@ def make_table(stages: list[Stage], output_dir: Path) -> str:
 
 
 def main() -> None:
-    """Run the pipeline that the command line names, and print its table."""
-    # Ended like an interrupted one, so that the stage at work ends too.
+    """Run the pipeline of the command line and print its table."""
+    # SIGTERM acts like an interruption, so that the running stage ends too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     settings = read_settings()
     print(f"pipeline: {settings.output_dir}")

@@ -1,7 +1,7 @@
 """Made-up problems in the form of GSM8K, easy enough for a tiny model: `python records.py --output_dir records`.
 
-One or two steps of adding and taking away, told as a story; `answer` is the calculation and ends in "#### 42". The
-files train.jsonl and test.jsonl share no question. Everything is a function of the seed.
+Each is a story of one or two additions or subtractions; `answer` is the calculation and ends in "#### 42". The files
+train.jsonl and test.jsonl share no question. Everything is a function of the seed.
 """
 
 import json
@@ -32,9 +32,9 @@ class RecordSettings:
     num_test: int = 400
     """Problems in test.jsonl."""
     largest: int = 9
-    """Of the numbers that a problem names."""
+    """Largest number that a problem names."""
     share_two_steps: float = 0.5
-    """Of the problems, those with two steps."""
+    """Share of problems with two steps."""
     output_dir: str = "records"
     """A new folder."""
     seed: int = 0
@@ -57,15 +57,15 @@ def write_record(rng: random.Random, settings: RecordSettings) -> dict[str, str]
 
 
 def write_records(settings: RecordSettings) -> None:
-    """Write both files, both or none.
+    """Write both files or none.
 
     Raises:
-        ValueError: there are not so many different problems, or a file is there already.
+        ValueError: there are not enough different problems, or the folder is not empty.
     """
     folder = Path(settings.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"output_dir={folder}: there is something in it, and nothing is overwritten. Pass another --output_dir."
+            f"output_dir={folder}: it is not empty, and nothing is overwritten. Pass another --output_dir."
         )
     if min(settings.num_train, settings.num_test) < 1 or settings.largest < 2:
         raise ValueError(
@@ -87,8 +87,8 @@ def write_records(settings: RecordSettings) -> None:
         )
     rows = [json.dumps(record) + "\n" for record in records.values()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as aside:
-        complete = Path(aside) / "records"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        complete = Path(temporary) / "records"
         complete.mkdir()
         (complete / TRAIN_FILE).write_text("".join(rows[: settings.num_train]))
         (complete / TEST_FILE).write_text("".join(rows[settings.num_train :]))

@@ -1,7 +1,7 @@
-"""A stage of the pipeline: a command with its settings, in a folder whose name says what went into it.
+"""A stage of the pipeline: a command with its settings, in a folder whose name depends on all of its inputs.
 
 The name ends in a hash of the command, its settings, the stages before it and the data files. So the same pipeline
-finds its finished stages again, and one with other settings has folders of its own from there on.
+finds its finished stages again, and a changed setting gives new folders from that stage on.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ LINES_OF_LOG = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A command that leaves a folder.
+    """A command that writes a folder.
 
     Attributes:
-        name: for people, and the beginning of the folder's name.
+        name: for the user; the folder's name begins with it.
         command: what Python runs: a script's path from the repository's root, or -m and a module.
         settings: of the command, without those that name folders of the pipeline.
-        inputs: a setting's name -> a path that an earlier stage leaves, and that stage.
-        result: what is in the folder once the stage is complete.
-        takes_config: the command reads its settings from a file, by --config; else they are written out.
-        folder_setting: what the command calls its folder.
+        inputs: a setting's name -> an earlier stage, and a path in its folder.
+        result: a file that the folder has once the stage is complete.
+        takes_config: the settings are passed in a file, by --config; else on the command line.
+        folder_setting: the command's setting for its folder.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Stage:
 
     @property
     def digest(self) -> str:
-        """Hash of all that goes in."""
+        """Hash of all inputs."""
         parts = {name: (stage.digest, path) for name, (stage, path) in self.inputs.items()}
         files = {name: _file_digest(value) for name, value in self.settings.items()}
         content = json.dumps([self.command, self.settings, parts, files], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:DIGITS]
 
     def folder(self, output_dir: Path) -> Path:
-        """Where the stage works."""
+        """The stage's folder."""
         return output_dir / f"{self.name}-{self.digest}"
 
     def is_complete(self, output_dir: Path) -> bool:
@@ -63,7 +63,7 @@ class Stage:
         return (self.folder(output_dir) / self.result).exists()
 
     def arguments(self, output_dir: Path) -> list[str]:
-        """The command line after Python's own name; settings of a file are written beside the folder."""
+        """The command line after the Python interpreter; a config file is written next to the folder."""
         folder = self.folder(output_dir)
         command = self.command if self.command[0] == "-m" else (str(ROOT / self.command[0]),)
         paths = {name: str(stage.folder(output_dir) / path) for name, (stage, path) in self.inputs.items()}
@@ -75,15 +75,15 @@ class Stage:
         return [*command, "--config", str(config), *as_arguments(paths)]
 
     def run(self, output_dir: Path) -> float:
-        """Run the command, or let it go on from where it was; its output is appended to a log beside the folder.
+        """Run the command, or continue it; its output is appended to a log next to the folder.
 
         Returns:
             Seconds.
 
         Raises:
-            ValueError: it did not end well, with the end of the log.
+            ValueError: the command failed; the message has the end of its log.
         """
-        folder, begun = self.folder(output_dir), time.monotonic()
+        folder, start = self.folder(output_dir), time.monotonic()
         log = folder.with_name(f"{folder.name}.log")
         arguments = self.arguments(output_dir)
         environment = run_environment() | {"PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()])}
@@ -95,16 +95,16 @@ class Stage:
         ):
             try:
                 status = process.wait()
-            except BaseException:  # interrupted: the command would go on alone
+            except BaseException:  # interrupted: the command would keep running
                 process.terminate()
                 raise
         if status or not self.is_complete(output_dir):
             last = "\n    ".join(log.read_text(errors="replace").splitlines()[-LINES_OF_LOG:])
             raise ValueError(
-                f"stage {self.name} ended with status {status}, and the next one needs what it makes. Its log {log} "
-                f"ends:\n    {last}\nMend what it says; the same command goes on from there."
+                f"stage {self.name} ended with status {status}, and later stages need its result. Its log {log} "
+                f"ends:\n    {last}\nFix the error; the same command continues from there."
             )
-        return time.monotonic() - begun
+        return time.monotonic() - start
 
 
 def _python_path() -> list[str]:
@@ -112,7 +112,7 @@ def _python_path() -> list[str]:
 
 
 def _file_digest(value: object) -> str | None:
-    """Hash of a file's content if that is what a setting names: the same name may hold other data later."""
+    """Hash of a file's content if the setting names a file: its content may change under the same name."""
     if not (isinstance(value, str) and Path(value).is_file()):
         return None
     with open(value, "rb") as file:

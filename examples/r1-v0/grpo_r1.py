@@ -17,12 +17,12 @@ from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 SETTINGS = GRPOConfig(
     # What to train, on what
-    model="Qwen/Qwen2.5-1.5B",  # cpu: "tiny-r1"; a base model: nobody has taught it to reason in tags
+    model="Qwen/Qwen2.5-1.5B",  # cpu: "tiny-r1"; a base model, not trained to reason in tags
     task="countdown",
     dataset="Jiayi-Pan/Countdown-Tasks-3to4",  # cpu: "generated-3to4"
     dataset_split="train",
     num_eval_prompts=500,  # cpu: 512
-    rewards=["format", "equation"],  # the shape, and the right result with every number once
+    rewards=["format", "equation"],  # the format, and the right result with every number once
     reward_weights=[1.0, 1.0],  # cpu: [0.1, 0.9]
     reward_format="text",
     reward_time_limit=1.0,
@@ -45,7 +45,7 @@ SETTINGS = GRPOConfig(
     average_over="tokens",  # the mean over rows would favour short right answers and long wrong ones
     clip_range=0.2,
     clip_range_high=None,
-    kl_coef=0.0,  # sparse leaves rows out, whose KL would be missing; and no reference model is kept
+    kl_coef=0.0,  # sparse drops rows, whose KL would be missing; and no reference model is needed
     kl_estimator=None,
     kl_place="loss",
     whiten_advantages=False,
@@ -99,18 +99,18 @@ SETTINGS = GRPOConfig(
     seed=0,
 )
 
-# What --task math wants to be different; data and rewards are the task's own: MetaMathQA, the last box, MATH-500.
+# Other settings with --task math; data and rewards are the task's own: MetaMathQA, the last box, MATH-500.
 MATH = {
     "num_steps": 200,
     "prompts_per_step": 128,
     "num_generations": 4,
     "max_prompt_length": 512,
-    "max_completion_length": 3000,  # the longest that leaves MATH-500's prompts within a context of 4096
+    "max_completion_length": 3000,  # the longest for which MATH-500's prompts fit into a context of 4096
     "eval_every": 10,
     "eval_temperature": 0.0,  # greedy, as MATH-500 is usually reported
 }
-# Without a GPU: problems with three and four numbers, made on the spot, and a tiny policy that can search but gives up
-# early. Like the demo (common/presets/cpu.yaml), but with longer tries and more room for them.
+# Without a GPU: generated problems with three and four numbers, and a tiny policy that can search but gives up early.
+# Like the demo (common/presets/cpu.yaml), but with longer tries and more room for them.
 # setting -> (value above, value without a GPU)
 EMBEDDED = {
     "model": ("Qwen/Qwen2.5-1.5B", "tiny-r1"),
@@ -131,7 +131,7 @@ EMBEDDED = {
     "eval_temperature": (0.3, 1.0),
 }
 
-# Without a GPU --task math gets all the room that a tiny policy has: enough to try it, not to learn it.
+# Without a GPU, --task math uses the whole context of a tiny policy: enough to try the task, not to learn it.
 MATH_EMBEDDED = EMBEDDED | {
     "model": ("Qwen/Qwen2.5-1.5B", "tiny"),
     "num_steps": (200, 60),
@@ -143,7 +143,7 @@ MATH_EMBEDDED = EMBEDDED | {
 
 
 def parse(args: list[str] | None = None) -> GRPOConfig:
-    """The settings above for the task that is asked for; `args` as of `parse_config`."""
+    """The settings above for the chosen task; `args` as in `parse_config`."""
     config = parse_config(SETTINGS, embedded=EMBEDDED, script=__file__, args=args)
     if config.task == "math":
         config = parse_config(replace(SETTINGS, **MATH), embedded=MATH_EMBEDDED, script=__file__, args=args)

@@ -1,4 +1,4 @@
-"""R1's figures 2 and 3 of a run: held-out accuracy and response length over training, several seeds in one picture.
+"""Figures 2 and 3 of R1 for a run: held-out accuracy and response length over training, several seeds in one picture.
 
 `python r1_figure.py RUN [RUN...] --output FILE` draws it again from each run's metrics.jsonl.
 """
@@ -54,7 +54,7 @@ def write_figure(runs: list[Path], output: Path) -> None:
 
 def _read(run: Path) -> Curves:
     if not (run / METRICS_FILE).is_file():
-        raise ValueError(f"{run}: has no {METRICS_FILE}, which holds what is drawn. Pass the folder of a run.")
+        raise ValueError(f"{run}: has no {METRICS_FILE}, which the figure is drawn from. Pass the folder of a run.")
     curves = Curves(run / METRICS_FILE)
     for name, remedy in {"eval/accuracy": "--eval_every 10", "length": "--num_steps 10"}.items():
         if not len(curves.series(name)[0]):
@@ -63,7 +63,7 @@ def _read(run: Path) -> Curves:
 
 
 def _overlay(axes: Axes, series: list[tuple[np.ndarray, np.ndarray]], look: dict) -> None:
-    """One line; of several runs thin lines, and a thick one for their mean over the steps that all of them have."""
+    """One line; for several runs thin lines, and a thick one for their mean over the steps that all have."""
     if len(series) > 1:
         for steps, values in series:
             axes.plot(steps, values, linewidth=0.7, alpha=0.45, color=look["color"])
@@ -74,7 +74,7 @@ def _overlay(axes: Axes, series: list[tuple[np.ndarray, np.ndarray]], look: dict
 
 
 def main() -> None:
-    """Draw the runs that the command line names."""
+    """Draw the runs of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that differ in their seed")
     parser.add_argument("--output", type=Path, required=True, help="PNG file to write")

@@ -1,7 +1,7 @@
-"""A reward model from pairs of answers: `python reward_model.py`; any setting can be overridden: `--model tiny`.
+"""Trains a reward model on pairs of answers: `python reward_model.py`; to override a setting: `--model tiny`.
 
-trl.RewardTrainer does the training. Here are the pairs of hh-rlhf, a model small enough for a CPU, and the share of
-held-out pairs that the model ranks as people did, before and after. The folder it leaves is a value for `--reward`.
+trl.RewardTrainer does the training. This script adds the pairs of hh-rlhf, a model small enough for a CPU, and the
+share of held-out pairs that the model ranks as people did, before and after. Pass its folder to `--rewards`.
 """
 
 import json
@@ -55,7 +55,7 @@ class RewardModelSettings:
     num_eval_pairs: int
     """Pairs held out, drawn by `seed`; no training pair begins with the same turn as one of them."""
     max_length: int
-    """Of longer dialogues the beginning is cut off, here and when the model scores."""
+    """Longer dialogues lose their beginning, in training and when the model scores."""
     num_epochs: int
     batch_size: int
     """Pairs per optimizer step."""
@@ -92,7 +92,7 @@ SETTINGS = RewardModelSettings(
     seed=0,
 )
 
-# What `--model tiny` sets besides, for a thousand pairs and more: on so few, a larger model learns them by heart.
+# Other settings with `--model tiny`, for a thousand pairs or more: a larger model would memorize so few pairs.
 TINY = {
     "num_eval_pairs": 200,
     "max_length": 96,
@@ -125,7 +125,7 @@ def parse_settings(args: list[str] | None = None) -> RewardModelSettings:
 
 
 def read_pairs(settings: RewardModelSettings) -> tuple[list[dict], list[dict]]:
-    """Read dialogues whose last answer people compared with another one, and hold some out.
+    """Read pairs of dialogues in which people preferred one last answer to another, and hold some out.
 
     Returns:
         Pairs to train on and held-out pairs: {"chosen": chat messages, "rejected": chat messages}, the last message of
@@ -144,8 +144,8 @@ def read_pairs(settings: RewardModelSettings) -> tuple[list[dict], list[dict]]:
     train = [pair for pair in rest if pair["chosen"][0]["content"] not in openings]
     if not train or not held_out:
         raise ValueError(
-            f"num_eval_pairs={settings.num_eval_pairs}: {settings.dataset} has {len(pairs)} pairs of answers, which "
-            "must do for both training and evaluation. Pass another --num_eval_pairs or more data."
+            f"num_eval_pairs={settings.num_eval_pairs}: {settings.dataset} has {len(pairs)} pairs of answers, and "
+            "both training and evaluation need some. Pass another --num_eval_pairs or more data."
         )
     return train, held_out
 
@@ -153,10 +153,10 @@ def read_pairs(settings: RewardModelSettings) -> tuple[list[dict], list[dict]]:
 def build_tiny(pairs: list[dict], max_length: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Make an untrained model of one layer and a tokenizer whose words are those of the pairs.
 
-    At first its last token attends to all others alike, so it begins as a judge of which words a text has.
+    At first its last token attends to all others equally, so it starts by judging which words a text has.
     """
     texts = [dialogue(messages) for pair in pairs for messages in pair.values()]
-    # The class is Qwen2's, since AutoTokenizer reads no other beside a Qwen2 model.
+    # The class is Qwen2's, since AutoTokenizer loads no other with a Qwen2 model.
     blank = Qwen2Tokenizer(unk_token=None, eos_token="<eos>", pad_token="<pad>")
     tokenizer = blank.train_new_from_iterator(texts, TINY_VOCABULARY, show_progress=False)
     config = Qwen2Config(
@@ -175,21 +175,21 @@ def build_tiny(pairs: list[dict], max_length: int) -> tuple[PreTrainedModel, Pre
 
 
 def tokenize(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids of both sides, by the names of trl. It would drop long dialogues; here they lose their beginning."""
+    """Token ids of both sides under trl's names. trl would drop long dialogues; here they lose their beginning."""
 
     def ids(messages: list[list[dict]]) -> list[list[int]]:
         rows = tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
-        # The first token stays: some models read the score off it.
+        # The first token stays: some models read the score from it.
         return [row if len(row) <= max_length else row[:1] + row[1 - max_length :] for row in rows]
 
     return Dataset.from_dict({f"{side}_ids": ids([pair[side] for pair in pairs]) for side in ("chosen", "rejected")})
 
 
 def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: list[dict]) -> RewardTrainer:
-    """Load or make the model and its tokenizer, and hand both and the pairs to trl.
+    """Load or make the model and its tokenizer, and pass both and the pairs to trl.
 
     Raises:
-        ValueError: there is no such model, or batch_size cannot be shared out.
+        ValueError: there is no such model, or batch_size is not a multiple of what the processes take at a time.
     """
     set_seed(settings.seed)
     if settings.model == "tiny":
@@ -217,14 +217,14 @@ def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: lis
         report_to="none",
         seed=settings.seed,
     )
-    share = settings.pairs_per_pass * args.world_size
-    if settings.batch_size % share:
+    pairs_at_a_time = settings.pairs_per_pass * args.world_size
+    if settings.batch_size % pairs_at_a_time:
         raise ValueError(
             f"batch_size={settings.batch_size}: {args.world_size} processes with pairs_per_pass="
-            f"{settings.pairs_per_pass} take {share} pairs at a time, so a multiple of {share} is needed. Pass "
-            "another --batch_size or --pairs_per_pass."
+            f"{settings.pairs_per_pass} take {pairs_at_a_time} pairs at a time, so a multiple of "
+            f"{pairs_at_a_time} is needed. Pass another --batch_size or --pairs_per_pass."
         )
-    args.gradient_accumulation_steps = settings.batch_size // share
+    args.gradient_accumulation_steps = settings.batch_size // pairs_at_a_time
     return RewardTrainer(
         model=model,
         args=args,
@@ -247,7 +247,7 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
     folder = Path(settings.output_dir)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
-            f"output_dir={folder}: there is something in it, and nothing is overwritten. Pass another --output_dir."
+            f"output_dir={folder}: it is not empty, and nothing is overwritten. Pass another --output_dir."
         )
     train, held_out = read_pairs(settings)
     trainer = make_trainer(settings, train, held_out)

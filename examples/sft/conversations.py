@@ -1,7 +1,7 @@
-"""What supervised fine-tuning learns from: rows of four forms, as token ids with a label where the assistant speaks.
+"""Data for supervised fine-tuning: rows of four forms, as token ids with labels on the assistant's turns.
 
-Prompts are those of the RL tasks, written and encoded by the same functions, so that RL goes on where this ends. The
-end of the assistant's turn is part of what is learned. Packing is left to the trainer.
+Prompts are those of the RL tasks, written and encoded by the same functions, so that RL continues where this ends. The
+end of the assistant's turn is learned too. The trainer does the packing.
 """
 
 import re
@@ -16,7 +16,7 @@ from common.data.rows import read_rows
 from common.models.loading import turn_end_token
 from common.tasks import gsm8k, math
 
-# The columns of each form; the first form whose columns a data set has is the one it is read in.
+# The columns of each form; a data set is read in the first form whose columns it has.
 FORMS = {
     "completion": ("prompt", "completion"),
     "gsm8k": ("question", "answer"),
@@ -35,7 +35,7 @@ def read_examples(source: str, split: str, *, form: str, tokenizer: PreTrainedTo
         source: hub id or local file.
         split: of a hub data set.
         form: a name in FORMS, or "auto".
-        tokenizer: with a chat template the tasks' prompts are chat messages.
+        tokenizer: with a chat template, the tasks' prompts are chat messages.
 
     Returns:
         The examples, and how many rows were left out: solutions without the boxed answer that RL rewards.
@@ -55,8 +55,8 @@ def read_examples(source: str, split: str, *, form: str, tokenizer: PreTrainedTo
     if form == "gsm8k":
         if bare := [number for number, row in enumerate(rows, start=1) if "####" not in str(row["answer"])]:
             raise ValueError(
-                f"dataset={source}: row {bare[0]} has an answer without ####: what stands before it is the reasoning "
-                "to learn, what follows the number. Correct or remove the row."
+                f"dataset={source}: row {bare[0]} has an answer without ####: the reasoning comes before it, and "
+                "the number after it. Correct or remove the row."
             )
         write_prompt = gsm8k.chat_prompt if is_chat else gsm8k.plain_prompt
         problems = gsm8k.read_problems(source, split, write_prompt)
@@ -74,23 +74,23 @@ def read_examples(source: str, split: str, *, form: str, tokenizer: PreTrainedTo
 
 
 def find_form(row: dict, source: str) -> str:
-    """The form that a row's columns say.
+    """The form that has a row's columns.
 
     Raises:
-        ValueError: they say none.
+        ValueError: no form has them.
     """
     for form, columns in FORMS.items():
         if set(columns) <= row.keys():
             return form
     known = "; ".join(f"{form} ({', '.join(columns)})" for form, columns in FORMS.items())
     raise ValueError(
-        f"dataset={source}: the first row has the columns {', '.join(row)}; an example to learn from is read from "
-        f"those of one of the forms {known}. Rename the columns."
+        f"dataset={source}: the first row has the columns {', '.join(row)}; an example needs the columns of one of "
+        f"the forms {known}. Rename the columns."
     )
 
 
 def example_key(example: dict) -> str:
-    """What makes two examples the same question: the prompt, or all that is said before the first answer."""
+    """The key that examples of one question share: the prompt, or all messages before the first answer."""
     if "prompt" in example:
         return str(example["prompt"])
     roles = [message["role"] for message in example["messages"]]
@@ -134,9 +134,9 @@ def _check_messages(row: dict, where: str) -> dict:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The token that ends the assistant's turn: by the chat template, or the tokenizer's end token without one.
+    """The token that ends the assistant's turn: that of the chat template, or else the tokenizer's end token.
 
-    A base model's end token is often another one than its template's, and only what is learned here ends a completion.
+    A base model's end token often differs from its template's, and completions end only with the token learned here.
 
     Raises:
         ValueError: there is no such token.
@@ -160,7 +160,7 @@ def encode(
     Args:
         examples: of one form.
         tokenizer: the model's.
-        max_length: longer examples are left out: cut off, they would teach to stop anywhere.
+        max_length: longer examples are dropped: cut off, they would teach to stop anywhere.
         style: what RL will add to the prompts.
 
     Returns:
@@ -175,8 +175,8 @@ def encode(
         columns = _encode_messages(examples, tokenizer)
     else:
         raise ValueError(
-            "prompt_file or enable_thinking with rows of the form messages: they change prompts that an answer "
-            "follows at once, and a dialogue is learned as it is. Leave them out."
+            "prompt_file or enable_thinking with rows of the form messages: they change prompts of a single "
+            "answer, but dialogues are learned as they are. Leave them out."
         )
     kept = [row for row, ids in enumerate(columns["input_ids"]) if len(ids) <= max_length]
     if not kept:
@@ -190,7 +190,7 @@ def encode(
 def _encode_completions(
     examples: list[dict], tokenizer: PreTrainedTokenizerBase, style: PromptStyle
 ) -> dict[str, list]:
-    """Prompts as RL encodes them; completions apart from them, since RL goes on from the prompt's last token too."""
+    """Prompts as RL encodes them; completions separately, since RL also continues after the prompt's last token."""
     prompts = PromptSet(examples, tokenizer, max_prompt_length=sys.maxsize, seed=0, style=style)
     end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
     completions = tokenizer(prompts.columns["completion"], add_special_tokens=False)["input_ids"]
@@ -219,11 +219,11 @@ def _encode_messages(examples: list[dict], tokenizer: PreTrainedTokenizerBase) -
 
 
 def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template, by trl where it has to be, that marks the assistant's turns with their end."""
+    """A chat template that marks the assistant's turns and their ends; trl's version if the tokenizer's does not."""
     advice = "Write {% generation %} and {% endgeneration %} around them, or pass rows with prompt and completion."
     if tokenizer.chat_template is None:
         raise ValueError(
-            "column messages with a tokenizer without a chat template: it says how messages become text. Pass --model "
+            "column messages with a tokenizer without a chat template, which turns messages into text. Pass --model "
             "with a tokenizer that has one, or rows with prompt and completion as text."
         )
     try:
@@ -231,7 +231,7 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:
     except ValueError:
         raise ValueError(
             "column messages with a chat template that does not mark the assistant's turns, and that trl does not "
-            f"know: the loss has to be on them alone. {advice}"
+            f"know: the loss must be on these turns alone. {advice}"
         ) from None
     if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
         raise ValueError(

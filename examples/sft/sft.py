@@ -1,8 +1,8 @@
 """Supervised fine-tuning before RL: `python sft.py`; any setting can be overridden: `--model tiny --dataset my.jsonl`.
 
-trl.SFTTrainer does the training, on the assistant's turns alone and packed. Here are the data, with the prompts of the
-RL tasks, and a folder like that of an RL run: the same command continues an interrupted run, and final/ holds the
-model, or the adapter with --use_lora, for `python -m common.merge`.
+trl.SFTTrainer does the training, on the assistant's turns alone and packed. This script adds the data, with the
+prompts of the RL tasks, and a folder like that of an RL run: the same command continues an interrupted run, and final/
+holds the model, or the adapter with --use_lora, for `python -m common.merge`.
 """
 
 import json
@@ -46,18 +46,18 @@ class SFTSettings:
     dataset_split: str = "train[:20%]"
     """Split or slice of a hub data set."""
     form: str = "auto"
-    """What its columns mean: "gsm8k", "math", "completion", "messages", or "auto": by their names."""
+    """Form of the rows: "gsm8k", "math", "completion", "messages", or "auto": by their columns."""
     num_eval_prompts: int = 1000
-    """Examples held out: the rows that an RL task on the same file holds out with as many."""
+    """Examples held out: the same rows that an RL task holds out of the same file with this setting."""
     prompt_file: str | None = None
     """Text file with {prompt} in it, put around every prompt, as in RL."""
     enable_thinking: bool | None = None
-    """What the chat template is told, as in RL; None: nothing."""
+    """Passed to the chat template, as in RL; None: its default."""
     max_length: int = 4096
-    """Of a pack, and of its longest example; longer ones are left out."""
+    """Of a pack, and of its longest example; longer examples are dropped."""
     num_epochs: int = 1
     num_steps: int | None = None
-    """Optimizer steps in place of num_epochs."""
+    """Optimizer steps instead of num_epochs."""
     batch_size: int = 16
     """Packs per optimizer step."""
     learning_rate: float = 1e-5
@@ -81,7 +81,7 @@ class SFTSettings:
 
 @dataclass(kw_only=True)
 class TinySettings(SFTSettings):
-    """What `--model tiny` has different."""
+    """Defaults with `--model tiny`."""
 
     num_eval_prompts: int = 64
     max_length: int = 512
@@ -97,14 +97,14 @@ def read_settings(args: list[str] | None = None) -> SFTSettings:
     """The defaults above, those of "tiny" with that model, a YAML file (--config) and the command line.
 
     Raises:
-        ValueError: for an unknown setting or a value that is none.
+        ValueError: for an unknown setting or an invalid value.
     """
     settings = parse_settings(SFTSettings, args)
     return parse_settings(TinySettings, args) if settings.model == "tiny" else settings
 
 
 def check_settings(settings: SFTSettings) -> None:
-    """Refuse settings that cannot be, before anything is read.
+    """Refuse invalid settings before anything is read.
 
     Raises:
         ValueError: what was given, what is needed and why, what to do.
@@ -134,14 +134,14 @@ def load_tokenizer(settings: SFTSettings) -> PreTrainedTokenizerBase:
 
 
 def base_folder(settings: SFTSettings) -> Path | str:
-    """Hub id or absolute folder of the model to begin with: an adapter notes it down."""
+    """Hub id or absolute folder of the model to start from, which an adapter records."""
     if settings.model == "tiny":
         return Path(settings.output_dir).resolve() / BASE_FOLDER
     return Path(settings.model).resolve() if Path(settings.model).is_dir() else settings.model
 
 
 def read_data(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset, dict[str, int]]:
-    """Examples to train on, examples held out, and how many there are of each and were left out.
+    """Examples to train on, held-out examples, and how many there are of each and were dropped.
 
     Raises:
         ValueError: the data cannot be read, or nothing would be left to train on.
@@ -161,14 +161,14 @@ def read_data(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> tupl
 
 
 def make_config(settings: SFTSettings, end_token: str) -> SFTConfig:
-    """The settings by the names of trl."""
+    """The settings under trl's names."""
     return SFTConfig(
         output_dir=settings.output_dir,
         model_init_kwargs={"dtype": "float32", "attn_implementation": settings.attn_implementation},
         eos_token=end_token,
         max_length=settings.max_length,
-        # Examples of a pack do not see each other: without an attention mask and with positions that begin again at 0,
-        # transformers makes a mask of blocks for sdpa and eager; flash attention gets the lengths.
+        # Examples of a pack do not see each other: from positions that restart at 0 and no attention mask,
+        # transformers builds a block mask for sdpa and eager; flash attention gets the lengths.
         packing=True,
         packing_strategy="bfd",
         num_train_epochs=settings.num_epochs,
@@ -196,7 +196,7 @@ def make_config(settings: SFTSettings, end_token: str) -> SFTConfig:
 def make_trainer(
     settings: SFTSettings, data: tuple[Dataset, Dataset], tokenizer: PreTrainedTokenizerBase
 ) -> SFTTrainer:
-    """Hand model, data and settings to trl."""
+    """Pass model, data and settings to trl."""
     lora = LoraConfig(
         r=settings.lora_r, lora_alpha=settings.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -211,7 +211,7 @@ def make_trainer(
 
 
 def prepare_folder(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Make the run's folder, or find the checkpoint to go on from; "tiny" is written into a new one.
+    """Make the run's folder, or find the checkpoint to continue from; a new folder gets the "tiny" model.
 
     Raises:
         ValueError: the folder is another run's, or a finished one.
@@ -225,9 +225,9 @@ def prepare_folder(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) ->
     if state.is_main_process:
         prepare_run_folder(folder, asdict(settings), may_change=("output_dir", "save_every"), may_grow=())
         if settings.model == "tiny" and not base_folder(settings).exists():
-            aside = folder / f"{BASE_FOLDER}.part"
-            save_tiny(aside, tokenizer, settings.seed)
-            aside.rename(base_folder(settings))
+            temporary = folder / f"{BASE_FOLDER}.part"
+            save_tiny(temporary, tokenizer, settings.seed)
+            temporary.rename(base_folder(settings))
     state.wait_for_everyone()
     checkpoint = latest_checkpoint(folder)
     return str(checkpoint) if checkpoint else None
@@ -238,7 +238,7 @@ def train_sft(settings: SFTSettings) -> dict[str, float]:
 
     Returns:
         What loss.json holds: the held-out loss per token of the assistant (mean over packs) and the share of tokens
-        that were the most likely ones, before and after, and how many examples there were and were left out.
+        that were the most likely ones, before and after, and how many examples there were and were dropped.
 
     Raises:
         ValueError: for settings and data that do not fit, and for a folder that is another run's or finished.
@@ -266,7 +266,7 @@ def train_sft(settings: SFTSettings) -> dict[str, float]:
 
 
 def save(trainer: SFTTrainer, folder: Path) -> None:
-    """The model or the adapter, with tokenizer and end tokens: those of an adapter may be others than its base's."""
+    """Save the model or adapter with tokenizer and end tokens, which may differ from those of an adapter's base."""
     trainer.model.save_pretrained(folder)
     trainer.model.generation_config.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)

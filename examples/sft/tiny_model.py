@@ -1,4 +1,4 @@
-"""What `--model tiny` is: an untrained Qwen2 of half a million weights, and a tokenizer with the words of the data."""
+"""The model of `--model tiny`: an untrained Qwen2 of half a million weights, and a tokenizer for the data."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from common.tasks import gsm8k, math
 VOCABULARY = 1024
 MAX_POSITIONS = 2048
 
-# Marks the assistant's turns, as loss on them alone needs it.
+# Marks the assistant's turns, so that the loss is on them alone.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
@@ -22,10 +22,10 @@ CHAT_TEMPLATE = (
 def build_tokenizer(rows: list[dict]) -> PreTrainedTokenizerBase:
     """Learn the words of the rows' texts and of the tasks' instructions; digits stay single tokens.
 
-    The class is Qwen2's, since AutoTokenizer reads no other beside a Qwen2 model.
+    The class is Qwen2's, since AutoTokenizer loads no other with a Qwen2 model.
     """
     blank = Qwen2Tokenizer(unk_token=None, eos_token="<|im_end|>", pad_token="<pad>")
-    # Often enough that each word of an instruction becomes a token.
+    # Repeated, so that each word of an instruction becomes a token.
     texts = [*([gsm8k.SYSTEM_TEXT, math.INSTRUCTION, "<|im_start|>system user assistant"] * len(rows))]
     texts += [str(value) for row in rows for value in row.values()]
     tokenizer = blank.train_new_from_iterator(texts, VOCABULARY, show_progress=False)
@@ -38,7 +38,7 @@ def save_tiny(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int) -> No
     """Write an untrained model and its tokenizer into a folder.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
         tokenizer: from build_tokenizer.
         seed: of the weights.
     """

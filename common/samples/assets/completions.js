@@ -9,12 +9,12 @@ const scoreRange = rangeOf(rows.map((row) => row.score));
 const sharedStart = commonStart(data.prompts);
 const view = { prompt: null, step: null, shown: PAGE_SIZE };
 
-// From the least to the greatest, with 0 and 1 in between; a value that is null had no say.
+// The smallest and the largest value, and at least from 0 to 1; null is ignored.
 function rangeOf(values) {
   return values.reduce(([low, high], value) => [Math.min(low, value ?? 0), Math.max(high, value ?? 0)], [0, 1]);
 }
 
-// Length of what all prompts begin with, such as a system message, up to the line or word in which they begin to
+// Length of the beginning that all prompts share, such as a system message, up to the line or word in which they
 // differ; 0 if it is short.
 function commonStart(prompts) {
   if (prompts.length < 2) return 0;
@@ -54,8 +54,8 @@ function drawFilters() {
     field("To step", number("to", { min: 0, step: 1 })),
     field("Text in prompt or completion", el("input", { id: "text", type: "search" })),
     field("Score or reward part", choose("part", parts)),
-    field("is", choose("condition", [["", "anything"], ["one", "1"], ["less", "less than 1"], ["range", "between"], ["none", "without a say"]])),
-    el("fieldset", { id: "range", hidden: "" }, field("least", number("low")), field("greatest", number("high"))),
+    field("is", choose("condition", [["", "anything"], ["one", "1"], ["less", "less than 1"], ["range", "between"], ["none", "none"]])),
+    el("fieldset", { id: "range", hidden: "" }, field("at least", number("low")), field("at most", number("high"))),
     field("Cut off at the limit", choose("truncated", [["", "any"], ["yes", "only cut off"], ["no", "only finished"]])),
     field("List sorted by", choose("sort", [["step", "step"], ["-step", "step, last first"], ["-score", "score, best first"],
       ["score", "score, worst first"], ["-length", "length, longest first"], ["length", "length, shortest first"]])),
@@ -125,7 +125,7 @@ function draw() {
 
 function drawList(found) {
   const name = valueOf("sort").replace("-", ""), sign = valueOf("sort").startsWith("-") ? -1 : 1;
-  const last = sign * Infinity;  // what has no value comes last either way
+  const last = sign * Infinity;  // rows without a value come last in both directions
   const key = (row) => row[name] ?? last;
   const sorted = [...found].sort((one, other) => (key(one) === key(other) ? 0 : sign * (key(one) - key(other))));
   const cards = el("div", { class: "cards" }, ...sorted.slice(0, view.shown).map((row) => drawCard(row, true)));
@@ -174,7 +174,7 @@ function drawMatrix(prompts, byPrompt) {
   const head = el("tr", {}, el("th", { scope: "col" }, "step"), ...steps.map((step) => el("th", { scope: "col" }, String(step))));
   const left = prompts.length > MATRIX_ROWS ? `; the first ${MATRIX_ROWS} of ${prompts.length} prompts` : "";
   return [
-    el("p", { class: "hint" }, `Scores of the held-out prompts through training${left}. A score leads to its completion.`),
+    el("p", { class: "hint" }, `Scores of the held-out prompts through training${left}. Click a score to see its completion.`),
     el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Scores of the held-out prompts by step" },
       el("table", { class: "matrix" }, el("thead", {}, head), el("tbody", {}, ...lines))),
   ];
@@ -223,7 +223,7 @@ function drawChooser(order, byPrompt) {
     step("previous", "Previous prompt", at - 1), step("next", "Next prompt", at + 1));
 }
 
-// The completions of the chosen prompt in one run: a column for each step, or all of the only step.
+// The completions of the chosen prompt in one run: one column per step, or a grid if there is only one step.
 function drawStrip(own, run, index) {
   if (!own.length) return [];
   const head = data.runs.length > 1 ? [el("p", { class: "run" }, swatch(index), run.name)] : [];
@@ -256,15 +256,15 @@ function drawCard(row, withPrompt) {
 
 function drawParts(parts) {
   return el("dl", { class: "parts" }, ...Object.entries(parts).flatMap(([name, value]) => {
-    const [low, high] = partRanges.get(name), place = (number) => 100 * (number - low) / (high - low);
+    const [low, high] = partRanges.get(name), percent = (number) => 100 * (number - low) / (high - low);
     const bar = el("i", value < 0 ? { class: "negative" } : {});
-    bar.style.left = `${place(Math.min(value ?? 0, 0))}%`;
-    bar.style.width = `${place(Math.max(value ?? 0, 0)) - place(Math.min(value ?? 0, 0))}%`;
-    return [el("dt", {}, name), el("dd", { class: "bar", "aria-hidden": "true" }, bar), el("dd", {}, value == null ? "no say" : brief(value))];
+    bar.style.left = `${percent(Math.min(value ?? 0, 0))}%`;
+    bar.style.width = `${percent(Math.max(value ?? 0, 0)) - percent(Math.min(value ?? 0, 0))}%`;
+    return [el("dt", {}, name), el("dd", { class: "bar", "aria-hidden": "true" }, bar), el("dd", {}, value == null ? "none" : brief(value))];
   }));
 }
 
-// Text in pieces: tags, what stands inside an answer or a box, and the rest.
+// Text in pieces: tags, the content of an answer or a box, and the rest.
 function highlighted(text) {
   const pieces = [], tags = /<\/?(?:think|answer|reasoning)>|\\boxed\{/g;
   let from = 0, inAnswer = false;
@@ -285,7 +285,7 @@ function highlighted(text) {
   return pieces;
 }
 
-// Where the brace closes that was opened just before `from`; the end of the text if it never does.
+// Index of the brace that closes the one just before `from`; the end of the text if there is none.
 function endOfBraces(text, from) {
   let depth = 1, at = from;
   for (; at < text.length; at++) {
@@ -295,7 +295,7 @@ function endOfBraces(text, from) {
   return at;
 }
 
-// Text with what is searched for marked, always as text.
+// Text with matches of the search marked, always as text.
 function marked(text) {
   const wanted = valueOf("text").toLowerCase(), lowered = text.toLowerCase();
   if (!wanted || lowered.length !== text.length) return [text];

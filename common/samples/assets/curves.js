@@ -11,7 +11,7 @@ const MAIN_METRICS = [
   ["entropy", "Entropy"],
 ];
 
-// Steps and values of a metric without the steps that lack it; margins are half widths of an interval.
+// Steps and values of a metric, without steps that lack it; margins are half widths of an interval.
 function seriesOf(run, name, margin) {
   const values = run.metrics[name] || [], margins = run.metrics[margin] || [];
   const kept = values.map((value, index) => index).filter((index) => values[index] != null);
@@ -66,15 +66,15 @@ function timePanel() {
 }
 
 function drawCurves() {
-  const place = document.getElementById("curves");
+  const container = document.getElementById("curves");
   const main = MAIN_METRICS.map((metric) => metricPanel(...metric));
   if (!main[1].series.length) main[1] = metricPanel("eval/score", "Held-out score");
   const panels = [...main, ...rewardPanels(), timePanel()].filter((panel) => panel.series.length);
-  panels.forEach((panel) => place.append(drawPanel(panel)));
+  panels.forEach((panel) => container.append(drawPanel(panel)));
   const used = new Set([...MAIN_METRICS.flatMap(([name, , margin]) => [name, margin]), ...metricNames("reward/")]);
   const others = metricNames("").filter((name) => !used.has(name) && !name.startsWith("time/")).sort();
-  if (others.length) place.append(otherPanel(others));
-  if (!place.children.length) place.append(el("p", { class: "note" }, "No step has been finished yet: there is nothing to draw."));
+  if (others.length) container.append(otherPanel(others));
+  if (!container.children.length) container.append(el("p", { class: "note" }, "No step has finished yet, so there is nothing to draw."));
 }
 
 function otherPanel(names) {
@@ -129,7 +129,7 @@ function scales(layers) {
   return { x, y, first, last, low, high };
 }
 
-// What is drawn of each series: a line with what lies between low and high, or the area between them.
+// How each series is drawn: a line with a band from low to high, or the area between them.
 function layersOf(panel) {
   if (!panel.stacked) {
     return panel.series.map((line) => ({
@@ -163,7 +163,7 @@ function drawLayer(layer, { x, y }, stacked) {
   }
   group.append(svg("path", { d: path(xs, layer.mean.map(y)), class: "mean", style }));
   if (xs.length <= 40) {
-    xs.forEach((place, index) => group.append(svg("circle", { cx: place, cy: y(layer.values[index]), r: 2.5, style: { fill: layer.color } })));
+    xs.forEach((cx, index) => group.append(svg("circle", { cx, cy: y(layer.values[index]), r: 2.5, style: { fill: layer.color } })));
   }
   return group;
 }
@@ -178,7 +178,7 @@ function drawAxes(picture, { x, y, first, last, low, high }) {
   }
 }
 
-let followers = [];  // of each panel its picture, and what shows the values of a step there; null: of the last one
+let followers = [];  // of each panel its picture and a function that shows the values of a step; null: of the last step
 
 function point(step) {
   followers = followers.filter(([picture]) => picture.isConnected);
@@ -197,16 +197,16 @@ function drawPanel(panel, select) {
   let shown = steps.length - 1;
   const show = (step) => {
     shown = step == null ? steps.length - 1 : nearest(steps, step);
-    const place = scale.x(steps[shown]);
+    const x = scale.x(steps[shown]);
     cursor.setAttribute("visibility", step == null ? "hidden" : "visible");
-    cursor.setAttribute("x1", place);
-    cursor.setAttribute("x2", place);
+    cursor.setAttribute("x1", x);
+    cursor.setAttribute("x2", x);
     readout.replaceChildren(...readoutOf(panel, step == null ? null : steps[shown]));
   };
   followers.push([picture, show]);
   picture.addEventListener("pointermove", (event) => {
-    const box = picture.getBoundingClientRect(), place = (event.clientX - box.left) / box.width * WIDTH;
-    point(scale.first + (place - LEFT) / (WIDTH - LEFT - RIGHT) * (scale.last - scale.first));
+    const box = picture.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * WIDTH;
+    point(scale.first + (x - LEFT) / (WIDTH - LEFT - RIGHT) * (scale.last - scale.first));
   });
   picture.addEventListener("pointerleave", () => point(null));
   picture.addEventListener("blur", () => point(null));
@@ -228,7 +228,7 @@ function nearest(sorted, wanted) {
   return best;
 }
 
-// Values of a step; null: the last one of each line, which need not be of the same step.
+// Values of a step; null: the last value of each line, possibly of different steps.
 function readoutOf(panel, wanted) {
   const lasts = panel.series.map((line) => line.steps[line.steps.length - 1]), step = wanted ?? Math.max(...lasts);
   const values = panel.series.map((line, number) => {

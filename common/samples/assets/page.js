@@ -1,8 +1,8 @@
 
 "use strict";
 
-// Text of a run is only ever put into the page as text: el() and svg() make text nodes of strings, and nothing here
-// parses markup.
+// Text of a run enters the page only as text: el() and svg() turn strings into text nodes, and nothing here parses
+// markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const COLORS = 8;  // as many as page.css has
@@ -49,7 +49,7 @@ function drawHeader() {
   header.append(drawSettings(several));
 }
 
-// A column for each run; with several runs the settings in which they differ come first.
+// One column per run; with several runs, the settings that differ come first.
 function drawSettings(several) {
   const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.settings)))];
   const values = (name) => data.runs.map((run) => run.settings[name] ?? "");
@@ -59,6 +59,6 @@ function drawSettings(several) {
   const body = names.map((name) => el("tr", differs(name) ? { class: "differs" } : {},
     el("th", { scope: "row" }, name), ...values(name).map((value) => el("td", {}, value))));
   const versions = data.runs.flatMap((run) => run.versions.map((line) => el("p", { class: "facts" }, several ? `${run.name}: ${line}` : line)));
-  return el("details", {}, el("summary", {}, several ? "Settings (where the runs differ, first) and versions" : "Settings and versions"), ...versions,
+  return el("details", {}, el("summary", {}, several ? "Settings (differences first) and versions" : "Settings and versions"), ...versions,
     el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Settings" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body))));
 }
