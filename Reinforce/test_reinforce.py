@@ -7,6 +7,7 @@ from common.advantages import whiten
 from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, to_go, trained_on
 from tests.toy import CLIP, toy_trainer
 
+WHITENING_IS_THE_BASELINE = True
 # For each setting of its own: with which others it shows, and changed to what.
 ACTS = CLIP | {
     "num_generations": ({}, 2),

@@ -1,17 +1,21 @@
 """What holds for every algorithm, found by the rule that makes a folder one: `Name/name_trainer.py`."""
 
+import ast
 import re
 import runpy
 import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.config import RLConfig
+from common.cli import parse_config
+from common.config import ClippedConfig, RLConfig
+from common.presets.preset import Preset
 from tests.toy import (
     LORA,
     algorithms,
@@ -49,7 +53,8 @@ def busy_run(toy_folder, tmp_path_factory):
                     toy_folder, root / variant, algorithm=name, **(BUSY | in_reward(name) | settings)
                 )
                 trainer.train()
-            assert not said, [str(warning.message) for warning in said]  # correct use warns of nothing
+            # Correct use warns of nothing; what libraries deprecate among themselves when they are imported is theirs.
+            assert not [str(warning.message) for warning in said if warning.category is not DeprecationWarning]
             runs[variant] = root / variant, trainer
         return runs[variant]
 
@@ -58,7 +63,7 @@ def busy_run(toy_folder, tmp_path_factory):
 
 def in_reward(name: str) -> dict:
     """Have the KL of a step measured before its first update, also where the loss is another place for it."""
-    return {"kl_place": "reward"} if name == "GRPO" else {}
+    return {"kl_place": "reward"} if "kl_place" in algorithms()[name].config.__dataclass_fields__ else {}
 
 
 # The files
@@ -78,6 +83,49 @@ def test_every_setting_is_on_top_of_the_script_and_nothing_else(name):
     literal = re.search(r"^SETTINGS = \w+\((.*?)^\)", algorithms()[name].script.read_text(), re.M | re.S).group(1)
     written = re.findall(r"^    (\w+)=", literal, re.M)
     assert sorted(written) == sorted(field.name for field in fields(algorithms()[name].config))
+
+
+def script_of(name: str) -> SimpleNamespace:
+    """The literal of a script, what its preset cpu needs besides, and the marks of the literal's lines."""
+    text = algorithms()[name].script.read_text()
+    module = runpy.run_path(str(algorithms()[name].script))
+    literal = re.search(r"^SETTINGS = \w+\((.*?)^\)", text, re.M | re.S).group(1)
+    marks = re.findall(r"^    (\w+)=.*?  # cpu: ([^;\n]+)", literal, re.M)
+    marks = {setting: ast.literal_eval(mark) for setting, mark in marks}
+    return SimpleNamespace(settings=module["SETTINGS"], embedded=module.get("EMBEDDED", {}), marks=marks)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_line_that_the_preset_cpu_replaces_says_with_what(name):
+    script = script_of(name)
+    pairs = Preset.read("cpu").pairs | script.embedded
+    replaced = {setting: value for setting, (_, value) in pairs.items() if value != vars(script.settings)[setting]}
+    assert script.marks == replaced
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_gpu_the_bare_command_is_the_embedded_default(name, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    script = script_of(name)
+    pairs = Preset.read("cpu").pairs | script.embedded
+    for setting, (shipped, value) in pairs.items():
+        assert vars(script.settings)[setting] in (shipped, value), setting  # else the line would count as edited
+    config = parse_config(script.settings, embedded=script.embedded, script=str(algorithms()[name].script), args=[])
+    assert {setting: vars(config)[setting] for setting in pairs} == {s: value for s, (_, value) in pairs.items()}
+    assert "since you edited" not in "".join(config.notes)
+
+
+def test_the_literals_of_the_scripts_agree_in_what_all_algorithms_share():
+    """Those settings apart for which an algorithm has a default of its own, or says why in OWN_VALUES."""
+    shared = {field.name: field.default for field in fields(RLConfig)}
+    values: dict[str, dict[str, list[str]]] = {}
+    for name in NAMES:
+        defaults = {field.name: field.default for field in fields(algorithms()[name].config)}
+        for setting in shared.keys() - facts(name).get("OWN_VALUES", {}).keys() - {"num_generations"}:
+            if defaults[setting] == shared[setting]:
+                written = repr(vars(script_of(name).settings)[setting])
+                values.setdefault(setting, {}).setdefault(written, []).append(name)
+    assert not {setting: found for setting, found in values.items() if len(found) > 1}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,7 +202,7 @@ def test_the_first_ratio_is_exactly_one_and_the_kl_before_the_first_update_exact
     for line in lines:
         if "policy/ratio" in line:  # a likelihood has no ratio
             assert line["policy/first_ratio"] == 1.0 != line["policy/ratio"]
-    assert "policy/ratio" in lines[0] or type(trainer).__name__ == "RAFTTrainer"
+    assert ("policy/ratio" in lines[0]) is isinstance(trainer.config, ClippedConfig)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -321,11 +369,17 @@ def test_the_setting_acts(weights_with, name, setting):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whitening_is_off_where_there_is_a_baseline_already_and_on_where_it_is_the_only_one(name):
-    default = algorithms()[name].config().whiten_advantages
-    assert default is (name == "Reinforce")
+    assert algorithms()[name].config().whiten_advantages is facts(name).get("WHITENING_IS_THE_BASELINE", False)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("RAFT", "Reinforce")])
+def has_advantages(name: str) -> bool:
+    try:
+        return algorithms()[name].config(whiten_advantages=True).whiten_advantages
+    except ValueError:  # it has none, and says so
+        return False
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if has_advantages(name)])
 def test_whitening_can_be_asked_for(toy_folder, tmp_path, name):
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, num_steps=1, whiten_advantages=True)
     seen = described_by(trainer)

@@ -169,6 +169,17 @@ def test_every_prompt_comes_once_before_any_comes_again(count, num_prompts, seed
     assert len(set(rest)) == len(rest)
 
 
+def test_refills_are_other_prompts_of_the_same_step_with_seeds_of_their_own():
+    prompts = numbered(30)
+    step = [prompts.batch(2, num_prompts=4, refill=refill) for refill in (0, 1, 2)]
+    assert [batch.rows for batch in step] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert len({tuple(batch.prompts) for batch in step}) == 3
+    assert prompts.batch(2, num_prompts=4, refill=1).prompts == step[1].prompts
+    halves = [prompts.batch(2, num_prompts=4, refill=1, process=process, num_processes=2) for process in (0, 1)]
+    assert halves[0].prompts + halves[1].prompts == step[1].prompts
+    assert halves[0].rows + halves[1].rows == step[1].rows
+
+
 def test_each_pass_over_the_data_has_another_order():
     order = order_of(numbered(30), range(1, 10), 10)
     assert len({tuple(order[start : start + 30]) for start in (0, 30, 60)}) == 3

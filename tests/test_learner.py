@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.config import RLConfig
+from common.update.batches import Batches
 from common.update.learner import Learner
 
 PEAK = 1e-3
@@ -263,3 +264,24 @@ def test_the_rate_rises_then_falls_between_floor_and_peak(scheduler, warmup_step
     assert min(run) >= 0 and max(run) <= 1 + 1e-9
     if warmup_steps < num_steps:
         assert run[-1] == pytest.approx(1.0 if scheduler == "constant" else floor)
+
+
+# A pass over rollouts
+
+
+def test_an_update_takes_its_rate_and_its_mini_batches_from_the_call_and_changes_no_setting(accelerator, rollouts):
+    learner, weights = make_learner(num_minibatches=1, weight_decay=0.0)
+    before = vars(learner.config).copy()
+    batches = Batches(learner.config, accelerator, torch.float32)
+
+    def loss(minibatch):
+        return weights.a.sum() * torch.ones(minibatch.completion_mask.shape), {"first/seen": minibatch.advantages}
+
+    rollouts.advantages = torch.ones(rollouts.completion_mask.shape)
+    parts = learner.update(rollouts, loss, batches=batches, step=7, rate=0.25, num_minibatches=3)
+    assert [name for name, _, _ in parts].count("policy/grad_norm") == 3
+    assert [name for name, _, _ in parts].count("seen") == 1  # of the first mini-batch alone
+    assert learner.optimizer.param_groups[0]["lr"] == 0.25 and vars(learner.config) == before
+    torch.testing.assert_close(weights.a.detach(), torch.tensor([1.0, 1.0]) - 3 * 0.25)  # Adam: a rate per step
+    parts = learner.update(rollouts, loss, batches=batches, step=7, epoch=1)
+    assert learner.optimizer.param_groups[0]["lr"] == learner.rate(7) and "seen" not in [name for name, _, _ in parts]

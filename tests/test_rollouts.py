@@ -1,5 +1,7 @@
 """The batch: padding counts for nothing, rows keep what belongs to them, prompt and completion join without a gap."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -231,6 +233,73 @@ def test_garbage_in_padding_does_not_reach_the_sequences():
     rollouts.prompt_ids[~rollouts.prompt_mask] = 999
     rollouts.completion_ids[~rollouts.completion_mask] = 999
     assert torch.equal(rollouts.sequences()[0], clean)
+
+
+# Who counts
+
+
+def test_rows_left_out_still_count_and_their_log_probs_are_taken_anew(rollouts):
+    full = with_every_field(rollouts)
+    rest = full.only(torch.tensor([1, 3]))
+    assert rest.rows.tolist() == [1, 3] and rest.step_lengths.tolist() == full.step_lengths.tolist()
+    assert rest.old_logprobs is None and torch.equal(rest.ref_logprobs, full.ref_logprobs[[1, 3]])
+    assert full.old_logprobs is not None  # the others are left as they were
+
+
+def test_renumbered_rows_are_the_only_ones_that_count(rollouts):
+    full = with_every_field(rollouts)
+    lengths = full.step_lengths.tolist()
+    some = full.only(torch.tensor([1, 3])).renumbered(torch.tensor([1, 3, 4]))
+    assert some.rows.tolist() == [0, 1] and some.step_lengths.tolist() == [lengths[i] for i in (1, 3, 4)]
+    alone = full.only(torch.tensor([1, 3])).renumbered()
+    assert alone.step_lengths is None and alone.old_logprobs is None
+
+
+def test_joined_rollouts_have_the_rows_of_all_parts_and_count_all_of_theirs():
+    first = with_every_field(make_batch([[1, 2], [3]], [[7, END], [8, END], [8, 8, END], [END]]))
+    second = with_every_field(make_batch([[4, 5, 6]], [[7, 7, 7, 7, END], [END]]))
+    both = Rollouts.joined([first[torch.tensor([0, 3])], second])
+    assert both.rows.tolist() == [0, 3, 4, 5]
+    assert both.step_lengths.tolist() == [2, 2, 3, 1, 5, 1]
+    assert both.prompts == ["prompt 0", "prompt 1", "prompt 0", "prompt 0"]
+    assert both.columns == {"answer": [0, 1, 0, 0]}
+    for row, part, index in ((0, first, 0), (1, first, 3), (2, second, 0), (3, second, 1)):
+        mine, theirs = both[row : row + 1].trimmed(), part[index : index + 1].trimmed()
+        for name, value in theirs._content():
+            if isinstance(value, torch.Tensor) and name not in ("rows", "step_lengths"):
+                assert torch.equal(vars(mine)[name], value), name
+        assert {name: float(values[0]) for name, values in mine.parts.items()} == {
+            name: float(values[0]) for name, values in theirs.parts.items()
+        }
+        assert mine.sequences()[0].tolist() == theirs.sequences()[0].tolist()
+
+
+def test_parts_that_do_not_go_together_are_refused(rollouts):
+    scored = rollouts[torch.arange(6)]
+    scored.scores = torch.zeros(6)
+    with pytest.raises(ValueError, match="the same fields in all"):
+        Rollouts.joined([rollouts, scored])
+    with pytest.raises(ValueError, match=r"before `renumbered`"):
+        Rollouts.joined([rollouts.renumbered(), rollouts.renumbered()])
+
+
+def test_every_token_is_trained_on_unless_the_loss_mask_says_otherwise(rollouts):
+    assert torch.equal(rollouts.loss_mask, rollouts.completion_mask)
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "prompt_mask"])
+def test_a_mask_with_a_hole_is_refused(rollouts, name):
+    """The tokens behind it would get the log-probs of their neighbours."""
+    mask = vars(rollouts)[name].clone()
+    row = int(mask.sum(1).argmax())
+    mask[row, mask.shape[1] // 2] = False
+    with pytest.raises(ValueError, match=f"{name} has a hole.*loss_mask"):
+        replace(rollouts, **{name: mask, "loss_mask": None})
+
+
+def test_padding_cannot_be_trained_on(rollouts):
+    with pytest.raises(ValueError, match="only real tokens can be trained on"):
+        replace(rollouts, loss_mask=torch.ones_like(rollouts.completion_mask))
 
 
 # The filler

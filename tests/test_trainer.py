@@ -223,6 +223,61 @@ def test_a_killed_run_continues_as_if_nothing_had_happened(tiny_folder, tmp_path
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+class Careless(GRPOTrainer):
+    """An algorithm that looks at neither the KL nor the whitening that its settings ask for."""
+
+    def step(self, prompts):
+        rollouts = self.sample(prompts, num_generations=self.config.num_generations)
+        rollouts.scores = self.score(rollouts)
+        rollouts.advantages = rollouts.spread(rollouts.scores)
+        self.describe(rollouts, rollouts.advantages)
+        self.update(self.policy, rollouts, lambda *args: super(Careless, self).loss(*args), average_over="tokens")
+
+    def loss(self, policy, minibatch):
+        return super().loss(policy, minibatch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, []),
+        ({"kl_coef": 0.1, "kl_place": "reward", "eval_kl": True, "eval_every": 1}, ["kl_coef=0.1"]),
+        ({"whiten_advantages": True}, ["whiten_advantages=True"]),
+    ],
+    ids=str,
+)
+def test_a_step_that_makes_nothing_of_a_setting_says_so_once(tiny_folder, tmp_path, caplog, settings, told):
+    config = toy_config(tiny_folder, tmp_path / "run", num_steps=3, **settings)
+    Careless(config, task=toy_task()).train()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [message.partition(":")[0] for message in warnings] == told
+    assert all("Careless.step" in message and "or pass --" in message for message in warnings)
+
+
+def test_a_step_that_uses_them_says_nothing(tiny_folder, tmp_path, caplog):
+    settings = {"kl_coef": 0.1, "whiten_advantages": True, "num_steps": 2}
+    toy_trainer(tiny_folder, tmp_path / "run", **settings).train()
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_tokens_outside_the_loss_mask_have_no_gradient_and_no_part_in_the_mean(tiny_folder, tmp_path):
+    """As if they had been given, like a tool's answer: what they hold changes nothing."""
+    steps = []
+    for poison in (0.0, 1e6):
+        trainer = toy_trainer(tiny_folder, tmp_path / str(poison), num_steps=1)
+        rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
+        rollouts.loss_mask = rollouts.completion_mask.clone()
+        rollouts.loss_mask[:, 1::2] = False
+        rollouts.step_lengths = None  # counted anew
+        rollouts.advantages = torch.where(rollouts.loss_mask, 1.0, poison)
+        trainer.update(trainer.policy, rollouts, trainer.loss, average_over="tokens")
+        steps.append(torch.cat([p.detach().flatten() for p in trainer.policy.parameters]))
+        metrics = trainer.metrics.reduce(trainer.accelerator)
+        assert metrics["policy/tokens"] == rollouts.loss_mask.sum() == rollouts.step_lengths.sum()
+        assert metrics["policy/loss"] == pytest.approx(-1.0, abs=1e-5)  # the mean over what counts
+    assert torch.equal(*steps)
+
+
 def test_a_finished_run_can_be_made_longer(tiny_folder, tmp_path):
     toy_trainer(tiny_folder, tmp_path / "short", num_steps=2, save_every=1).train()
     toy_trainer(tiny_folder, tmp_path / "short", num_steps=4, save_every=1).train()

@@ -166,7 +166,7 @@ def forward_context(device: torch.device, dtype: torch.dtype) -> AbstractContext
 
 
 def weighted_loss(per_token: Tensor, microbatch: Rollouts) -> Tensor:
-    """Sum of the per-token losses by their weights; garbage outside loss_mask, even inf or NaN, stays out.
+    """Sum of the per-token losses by their weights; garbage in padding, even inf or NaN, stays out.
 
     Args:
         per_token: (b, C) float32.
