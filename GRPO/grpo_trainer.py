@@ -17,20 +17,20 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass(kw_only=True)
 class GRPOConfig(ClippedConfig):
-    """Settings of GRPO besides those of every clipped algorithm."""
+    """Settings of GRPO, in addition to those of every clipped algorithm."""
 
     average_over: str = "rows"
     """GRPO's own mean: every completion weighs the same. "tokens" is DAPO's, "constant" is Dr. GRPO's."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation; False is Dr. GRPO."""
     kl_estimator: str | None = None
-    """"k1", "k2" or "k3"; None: the paper's k3 in the loss, k1 in the reward, where its gradient alone is right."""
+    """"k1", "k2" or "k3"; None: the paper's k3 in the loss, k1 in the reward, where only its gradient is right."""
     kl_place: str = "loss"
-    """"loss", or "reward": the completion's KL is taken from its score before groups are compared."""
+    """"loss", or "reward": the completion's KL is subtracted from its score before groups are compared."""
     sparse: bool = False
-    """Leave groups of equal scores out of forward and backward; the same gradient when kl_coef is 0."""
+    """Skip forward and backward for groups of equal scores; the gradient is the same if kl_coef is 0."""
     keep_per_group: bool = False
-    """Train on 1 random completion of each group after all made the baseline, to save time."""
+    """Train on 1 random completion of each group, after all served as the baseline, to save time."""
 
     def __post_init__(self) -> None:
         """Check GRPO's settings after the shared ones.
@@ -52,7 +52,7 @@ class GRPOConfig(ClippedConfig):
             )
         if self.sparse and self.kl_coef and self.kl_place == "loss":
             warnings.warn(
-                f"sparse with kl_coef={self.kl_coef}: groups of equal scores also miss their KL term, so the gradient "
+                f"sparse with kl_coef={self.kl_coef}: groups of equal scores lose their KL term too, so the gradient "
                 "is not that of plain GRPO. Pass --kl_coef 0 or --sparse false for equality.",
                 stacklevel=2,
             )
@@ -64,7 +64,7 @@ class GRPOConfig(ClippedConfig):
         if self.keep_per_group and self.completions_per_step // self.num_generations % self.num_minibatches:
             raise ValueError(
                 f"keep_per_group leaves {self.prompts_per_step} rows for num_minibatches={self.num_minibatches}: "
-                "mini-batches must be equal. Pass a divisor of prompts_per_step."
+                "mini-batches must be equally large. Pass a divisor of prompts_per_step."
             )
 
 
@@ -80,18 +80,18 @@ class GRPOTrainer(OnPolicyTrainer):
         rollouts = self.sample(prompts, num_generations=group_size)
         rollouts.scores = scores = self.score(rollouts)
         if config.kl_place == "reward":
-            scores = self.token_rewards(rollouts, scores).sum(1)  # (B,), less what each completion pays in KL
+            scores = self.token_rewards(rollouts, scores).sum(1)  # (B,), minus each completion's KL
         # 2. Compare each completion with its group; every token of a completion gets the same advantage.
         advantages = group_relative(scores, group_size, scale_by_std=config.scale_by_std)
         rollouts.advantages = self.maybe_whiten(rollouts.spread(advantages), rollouts)
         self.describe(rollouts, rollouts.advantages)
-        # 3. Sparse GRPO: forward and backward only the groups that have something to teach. The rows left out still
-        #    count in the loss's mean, so leaving them out changes no gradient.
+        # 3. Sparse GRPO: forward and backward only for groups whose scores differ. Dropped rows still count in the
+        #    loss's mean, so dropping them changes no gradient.
         if config.sparse:
             rollouts = rollouts.only(rows_with_signal(scores, group_size))
         if config.keep_per_group:
             rollouts = self.keep_one_per_group(rollouts)
-        # 4. What the sampling policy and the reference thought of these tokens.
+        # 4. Log-probs under the sampling policy and the reference.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         if config.kl_coef and config.kl_place == "loss":
             rollouts.ref_logprobs = self.logprobs("ref", rollouts)

@@ -41,7 +41,7 @@ SETTINGS = PPOConfig(
     kl_coef=0.01,  # cpu: 0.0; in the reward
     missing_eos_penalty=0.0,
     whiten_rewards=False,
-    whiten_advantages=False,  # the value model is the baseline already
+    whiten_advantages=False,  # the value model is already the baseline
     average_over="tokens",
     mask_truncated=False,
     # The value model
@@ -56,7 +56,7 @@ SETTINGS = PPOConfig(
     value_init_minibatches=64,  # cpu: 256
     value_init_learning_rate=1e-4,  # cpu: 1e-3
     # Optimizer
-    learning_rate=1e-5,  # cpu: 3e-4; ten times what full training takes, as usual with LoRA
+    learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
     min_lr_ratio=0.1,
@@ -70,7 +70,7 @@ SETTINGS = PPOConfig(
     lora_alpha=64,
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
-    # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
+    # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
     max_tokens_per_microbatch=16384,  # cpu: 8192
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
@@ -89,20 +89,20 @@ SETTINGS = PPOConfig(
     eval_kl=False,
     early_stopping_patience=0,
     # The run
-    preset="auto",  # without a GPU: cpu, the embedded default; it replaces what is marked, unless you edit it
+    preset="auto",  # without a GPU: cpu; it replaces the lines marked "cpu:" that you have not edited
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
     save_every=50,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
-    report_to=None,  # ["wandb"], say
+    report_to=None,  # for example ["wandb"]
     samples_every=5,
     progress=True,
     seed=0,
 )
 
-# What the preset cpu (common/presets/cpu.yaml) needs besides: setting -> (value above, value without a GPU). Full
-# training, so a value model of its own; for its fit most of the 764 training prompts: few would be learnt by heart.
+# What else the preset cpu (common/presets/cpu.yaml) replaces: setting -> (value above, value without a GPU). Full
+# training needs a second model for the values. The fit uses most of the 764 training prompts: it would memorise a few.
 EMBEDDED = {
     "value_backbone": ("shared", "own"),
     "value_learning_rate": (3e-5, 3e-4),

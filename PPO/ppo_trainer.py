@@ -18,22 +18,22 @@ from PPO.value_model import clipped_value_loss, explained_variance, save_value_m
 
 @dataclass(kw_only=True)
 class PPOConfig(ClippedConfig):
-    """Settings of PPO besides those of every clipped algorithm."""
+    """Settings of PPO, in addition to those of every clipped algorithm."""
 
     num_generations: int = 1
     """Completions per prompt; the value model is the baseline, so one is enough."""
     gamma: float = 1.0
-    """Discount of what comes later, in [0, 1]."""
+    """Discount of later rewards, in [0, 1]."""
     gae_lambda: float = 0.95
-    """How far advantages trust rewards (1) rather than the next value (0)."""
+    """How far advantages rely on rewards (1) instead of the next value (0)."""
     whiten_rewards: bool = False
     """Scale the token rewards of a step to variance 1."""
     value_learning_rate: float = 1e-5
     """Learning rate of the value model."""
     value_clip_range: float | None = 0.2
-    """How far a value may move in one step before its gradient stops, in units of the score; None: any distance."""
+    """How far a value may move in one step before its gradient stops, in units of the score; None: no limit."""
     value_loss_coef: float = 0.5
-    """Factor of the value loss. Adam is blind to it; what it shifts is when max_grad_norm acts."""
+    """Factor of the value loss. It does not change Adam's steps, only when max_grad_norm clips."""
     value_backbone: str = "own"
     """"own": a second model; "shared", with LoRA: the policy's frozen base with an adapter and a head of its own."""
     value_init: str = "fit"
@@ -41,9 +41,9 @@ class PPOConfig(ClippedConfig):
     value_init_prompts: int = 640
     """Training prompts completed for the fit, over all processes; one in five is held out from it."""
     value_init_generations: int = 4
-    """Completions of each."""
+    """Completions per prompt of the fit."""
     value_init_epochs: int = 4
-    """Most passes over them; the weights with the least held-out error are kept."""
+    """Maximum number of passes over them; the weights with the lowest held-out error are kept."""
     value_init_minibatches: int = 64
     """Optimizer steps per pass."""
     value_init_learning_rate: float = 3e-5
@@ -59,7 +59,7 @@ class PPOConfig(ClippedConfig):
         check_discount(self, "gamma", "gae_lambda")
         if self.value_clip_range is not None and not self.value_clip_range > 0:
             raise ValueError(
-                f"value_clip_range={self.value_clip_range}: a value has to be able to move, so it must be above 0. "
+                f"value_clip_range={self.value_clip_range}: values must be able to change, so it must be above 0. "
                 "Pass --value_clip_range 0.2, or null for no clip."
             )
         if self.value_backbone not in ("own", "shared") or (self.value_backbone == "shared" and not self.use_lora):
@@ -76,13 +76,13 @@ class PPOConfig(ClippedConfig):
         if self.value_init_prompts < NUM_PARTS or min(counts) < 1:
             raise ValueError(
                 f"value_init_prompts={self.value_init_prompts}, value_init_generations, _epochs, _minibatches="
-                f"{counts}: need at least {NUM_PARTS} prompts, one part of which judges the fit, and 1 of the others. "
+                f"{counts}: need at least {NUM_PARTS} prompts, since one part tests the fit, and 1 of the others. "
                 "Pass --value_init_prompts 640."
             )
 
 
 class PPOTrainer(OnPolicyTrainer):
-    """A value model foresees the score; what comes better than foreseen is made more likely."""
+    """A value model predicts the score; tokens that do better than predicted become more likely."""
 
     config: PPOConfig
 
@@ -102,11 +102,11 @@ class PPOTrainer(OnPolicyTrainer):
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of PPO on this process's prompts."""
         config = self.config
-        # 1. Sample and score. Every token pays for leaving the reference, the last one brings the score.
+        # 1. Sample and score. Each token pays its KL to the reference, the last one gets the score.
         rollouts = self.sample(prompts, num_generations=config.num_generations)
         rollouts.scores = self.score(rollouts)
         rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
-        # 2. What the value model expected in each state, and how much better or worse it went.
+        # 2. What the value model predicted in each state, and how much better or worse the outcome was.
         mask = rollouts.completion_mask
         rollouts.values = self.for_each_token("value", rollouts, token_values, phase="values")
         advantages, rollouts.returns = generalized_advantages(
@@ -124,7 +124,7 @@ class PPOTrainer(OnPolicyTrainer):
         self.update(self.value, rollouts, self.value_loss, average_over=config.average_over)
 
     def save_value_model(self, folder: Path) -> None:
-        """Write the value model, under the adapter that it is used with, as a folder that transformers loads."""
+        """Write the value model, with its adapter active, as a folder that transformers loads."""
         with self.models.use("value") as model:
             save_value_model(model, self.tokenizer, folder)
 

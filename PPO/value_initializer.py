@@ -1,8 +1,8 @@
-"""A value model that knows the policy's returns before PPO starts.
+"""Fits the value model to the policy's returns before PPO starts.
 
-With a fresh critic the first advantages are noise, and the policy pays for it. So the untrained policy completes some
-training prompts, and the value model is fitted to the returns that PPO would compute of them; rule rewards and reward
-models alike.
+With an untrained critic the first advantages are noise, which harms the policy. So the untrained policy completes some
+training prompts, and the value model is fitted to the returns that PPO would compute for them. This works with rule
+rewards and with reward models.
 """
 
 import logging
@@ -29,10 +29,10 @@ from PPO.value_model import (
 
 logger = logging.getLogger("nanorlhf")
 
-# The completions are sampled in so many parts, the first of which is held out: a fit on 80 %.
+# The completions are sampled in this many parts, and the first is held out: the fit uses 80 %.
 NUM_PARTS = 5
 
-# Passes over the data without a smaller held-out error before the fit ends.
+# Passes over the data without a lower held-out error before the fit ends.
 PATIENCE = 2
 
 
@@ -43,10 +43,10 @@ def make_value_model(trainer: OnPolicyTrainer) -> tuple[ValueModel, dict[str, An
         trainer: with its policy loaded.
 
     Returns:
-        The model on the CPU, and how it takes its place in the pool.
+        The model on the CPU, and the other arguments of ModelPool.add.
 
     Raises:
-        ValueError: if value_init names a model that cannot be one.
+        ValueError: if value_init names a model that is no value model.
     """
     config, dtype = trainer.config, trainer.dtype
     zero_head = config.value_init != "none"
@@ -60,13 +60,13 @@ def make_value_model(trainer: OnPolicyTrainer) -> tuple[ValueModel, dict[str, An
 
 
 def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, in_pool: dict[str, Any]) -> None:
-    """Fit the value model to returns of the untrained policy, and record how much of them it foresees.
+    """Fit the value model to returns of the untrained policy, and record the explained variance.
 
-    A model from elsewhere has its head scaled and shifted to the returns instead, since its score may be another one.
-    Values of "none" and "zero_head" stay as they are. Policy, reference and random state stay as they were.
+    A pretrained critic's head is only scaled and shifted to the returns, since its score may have another scale. With
+    "none" and "zero_head" nothing is fitted. Policy, reference and random state do not change.
 
     Args:
-        trainer: its sampler, rewards and passes are used.
+        trainer: its sampler, rewards and batches are used.
         model: trained in place.
         in_pool: from make_value_model.
     """
@@ -83,7 +83,7 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, in_pool: dict
         _calibrate(trainer, model.head, fitted)
     after = _explained(trainer, held_out)
     trainer.models.evict()
-    trainer.metrics.reduce(trainer.accelerator)  # what the fit recorded is no part of the first step
+    trainer.metrics.reduce(trainer.accelerator)  # metrics of the fit do not belong to the first step
     trainer.metrics.add("value_init/explained_variance_before", before, 1)
     trainer.metrics.add("value_init/explained_variance_after", after, 1)
     trainer.metrics.add("time/value_init", time.perf_counter() - start, 1)
@@ -108,14 +108,14 @@ def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], hel
     for epoch in range(epochs):
         with trainer.models.use("value", train=True) as model:
             for part, rollouts in enumerate(fitted):
-                # The rate falls to 0: at the end the noise of small mini-batches would cost more than they teach.
-                share_left = 1 - (epoch + part / len(fitted)) / epochs
+                # The rate falls to 0: at the end, small mini-batches would add more noise than they teach.
+                remaining = 1 - (epoch + part / len(fitted)) / epochs
                 learner.update(
                     rollouts,
                     partial(_squared_error, model),
                     batches=trainer.batches,
                     step=epoch * len(fitted) + part,  # different mini-batches in each pass
-                    rate=config.value_init_learning_rate * share_left,
+                    rate=config.value_init_learning_rate * remaining,
                     num_minibatches=num_minibatches,
                 )
         error = _error(trainer, held_out)
@@ -130,7 +130,7 @@ def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], hel
 
 
 def _calibrate(trainer: OnPolicyTrainer, head: nn.Linear, fitted: list[Rollouts]) -> None:
-    """Scale and shift the head's values so that they have the least squared error."""
+    """Scale and shift the head's values to the lowest squared error."""
     values, returns = _flat(trainer, fitted)
     moments = torch.stack([torch.ones_like(values), values, returns, values.square(), values * returns]).sum(1)
     count, value, target, square, product = trainer.sum_over_processes(moments)

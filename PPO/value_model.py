@@ -1,10 +1,10 @@
-"""The value model of actor-critic algorithms: a causal backbone with a scalar head, and its value of each token.
+"""The value model of actor-critic algorithms: a causal backbone with a scalar head, and its value for each token.
 
 It is made from the policy, or from any model with the policy's vocabulary. With LoRA it may share the policy's frozen
 base: then only an adapter and the head are its own.
 """
 
-from __future__ import annotations  # types that take seconds to import are named, not loaded
+from __future__ import annotations  # for type hints whose import would take seconds
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,15 +26,15 @@ from common.seeds import hashed_seed
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# The adapter of a value model beside the policy's own, which peft calls "default".
+# Name of the value model's adapter; peft calls the policy's "default".
 VALUE_ADAPTER = "value"
 
-# Deviation of a random head's weights, as transformers initialises new heads.
+# Standard deviation of a random head's weights, as transformers initialises new heads.
 RANDOM_HEAD_STD = 0.02
 
 
 class ValueModel(nn.Module):
-    """A causal backbone with one number for each state.
+    """A causal backbone with a head that gives one number for each state.
 
     Args:
         backbone: a transformers model without a head, LoRA layers or not.
@@ -75,8 +75,8 @@ def token_values(model: ValueModel, rollouts: Rollouts) -> Tensor:
     """
     sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
     mask = rollouts.completion_mask
-    places = prompt_lengths[:, None] - 1 + torch.arange(mask.shape[1], device=mask.device)[None, :]  # (b, C)
-    values = model(sequence_ids, places.clamp(max=sequence_ids.shape[1] - 1))
+    positions = prompt_lengths[:, None] - 1 + torch.arange(mask.shape[1], device=mask.device)[None, :]  # (b, C)
+    values = model(sequence_ids, positions.clamp(max=sequence_ids.shape[1] - 1))
     return torch.where(mask, values, 0.0)
 
 
@@ -87,7 +87,7 @@ def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_he
         path: hub id or folder of the backbone.
         config: seed, LoRA, attention and gradient checkpointing are read.
         dtype: precision of forward passes; weights that are trained are float32.
-        zero_head: every value is 0 at first; else the head's weights are random.
+        zero_head: every value is 0 at first; otherwise the head's weights are random.
     """
     backbone = load_without_dropout(
         transformers.AutoModel, path, config, dtype=dtype if config.use_lora else torch.float32
@@ -102,12 +102,12 @@ def load_scored_value_model(
 
     Args:
         path: hub id or folder of a model for sequence or token classification with one label.
-        config: as load_value_model's.
-        dtype: as load_value_model's.
+        config: as in load_value_model.
+        dtype: as in load_value_model.
         tokenizer: the policy's; the model must know the same tokens.
 
     Raises:
-        ValueError: if it has another head, other tokens, or is not there.
+        ValueError: if its head or its tokens do not fit, or it cannot be loaded.
     """
     try:
         model_config = transformers.AutoConfig.from_pretrained(path)
@@ -142,9 +142,9 @@ def share_backbone(policy: PeftModel, config: RLConfig, *, zero_head: bool) -> V
     """A value model on the policy's frozen base: its own adapter and head.
 
     Args:
-        policy: with its own adapter; gets a second one, which rests outside `value_adapter`.
+        policy: with its own adapter; gets a second one, which is inactive outside `value_adapter`.
         config: seed and LoRA settings.
-        zero_head: as load_value_model's.
+        zero_head: as in load_value_model.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "value lora"))
@@ -169,7 +169,7 @@ def save_value_model(model: ValueModel, tokenizer: transformers.PreTrainedTokeni
     Args:
         model: on the CPU or the device; one that shares the policy's base needs `value_adapter` around the call.
         tokenizer: saved in the same folder.
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
     backbone = without_adapter(model.backbone)
     config = deepcopy(backbone.config)
@@ -191,18 +191,18 @@ def save_value_model(model: ValueModel, tokenizer: transformers.PreTrainedTokeni
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, clip_range: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Squared error of the values, kept from moving far from where they were (huggingface.co/papers/2006.05990).
+    """Squared error of the values, clipped to stay near the old values (huggingface.co/papers/2006.05990).
 
     loss = max((value - return)^2, (clip(value, old_value - clip_range, old_value + clip_range) - return)^2)
 
     Args:
         values: (b, C) float32, with gradient.
-        old_values: (b, C) float32, of the value model that the advantages were made with.
+        old_values: (b, C) float32, of the value model that the advantages were computed with.
         returns: (b, C) float32, the targets.
         clip_range: above 0, in units of the score; None: the plain squared error.
 
     Returns:
-        (b, C) float32 loss, and (b, C) float32 that is 1 where the clip takes the gradient away.
+        (b, C) float32 loss, and (b, C) float32 that is 1 where the clip removes the gradient.
     """
     error = (values - returns).square()
     if clip_range is None:
@@ -215,7 +215,7 @@ def clipped_value_loss(
 def explained_variance(
     values: Tensor, returns: Tensor, mask: Tensor, *, sum_over_processes: Callable[[Tensor], Tensor]
 ) -> float:
-    """How much of the returns' variance the values foresee: 1 - Var(return - value) / Var(return).
+    """Share of the returns' variance that the values explain: 1 - Var(return - value) / Var(return).
 
     Args:
         values: (B, C) float; padding may hold anything, in returns too.

@@ -34,13 +34,13 @@ SETTINGS = RAFTConfig(
     max_prompt_length=512,  # cpu: 16
     max_completion_length=1024,  # cpu: 240
     # RAFT
-    kl_coef=0.0,  # above 0 completions are ranked by their score less what they pay in KL
+    kl_coef=0.0,  # above 0: completions are ranked by score minus KL
     missing_eos_penalty=0.0,
     whiten_advantages=False,  # there are none
     average_over="tokens",
     mask_truncated=False,
     # Optimizer
-    learning_rate=1e-5,  # cpu: 3e-4; ten times what full training takes, as usual with LoRA
+    learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
     min_lr_ratio=0.1,
@@ -54,7 +54,7 @@ SETTINGS = RAFTConfig(
     lora_alpha=64,
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
-    # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
+    # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
     max_tokens_per_microbatch=16384,  # cpu: 8192
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
@@ -73,13 +73,13 @@ SETTINGS = RAFTConfig(
     eval_kl=False,
     early_stopping_patience=0,
     # The run
-    preset="auto",  # without a GPU: cpu, the embedded default; it replaces what is marked, unless you edit it
+    preset="auto",  # without a GPU: cpu; it replaces the lines marked "cpu:" that you have not edited
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
     save_every=50,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
-    report_to=None,  # ["wandb"], say
+    report_to=None,  # for example ["wandb"]
     samples_every=5,
     progress=True,
     seed=0,

@@ -17,7 +17,7 @@ class RAFTConfig(RLConfig):
     """Settings of RAFT: those that all algorithms share."""
 
     def __post_init__(self) -> None:
-        """Check RAFT's needs after the shared ones.
+        """Check what RAFT needs after the shared settings.
 
         Raises:
             ValueError: what was given, what is needed and why, what to do.
@@ -26,31 +26,31 @@ class RAFTConfig(RLConfig):
         check_group(self.num_generations, "RAFT learns from the best of a prompt's K completions")
         if self.whiten_advantages:
             raise ValueError(
-                "whiten_advantages=True: RAFT has no advantages, every completion that was chosen weighs the same. "
+                "whiten_advantages=True: RAFT has no advantages; every chosen completion has the same weight. "
                 "Pass --whiten_advantages false."
             )
         if self.prompts_per_step % self.num_minibatches:
             raise ValueError(
                 f"num_minibatches={self.num_minibatches}: RAFT trains on one completion of each of prompts_per_step="
-                f"{self.prompts_per_step} prompts, and mini-batches must be equal. Pass a divisor of it."
+                f"{self.prompts_per_step} prompts, and mini-batches must be equally large. Pass a divisor of it."
             )
 
 
 class RAFTTrainer(OnPolicyTrainer):
-    """Sample K completions for each prompt, and learn the best one by heart."""
+    """Sample K completions for each prompt, and fine-tune on the best one."""
 
     config: RAFTConfig
 
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of RAFT on this process's prompts."""
         config, group_size = self.config, self.config.num_generations
-        # 1. Sample a group for each prompt. With a KL, a completion's rank is by its score less what it pays in KL.
+        # 1. Sample a group for each prompt. With a KL, they are ranked by score minus KL.
         rollouts = self.sample(prompts, num_generations=group_size)
         rollouts.scores = self.score(rollouts)
         best = best_of_group(self.token_rewards(rollouts, rollouts.scores).sum(1), group_size)  # (B / K,)
         is_best = torch.zeros(len(rollouts)).index_fill(0, best, 1.0)  # (B,)
         self.describe(rollouts, is_best)
-        # 2. Learn the best of each group; the others do not count in the mean either.
+        # 2. Train on the best of each group; the others leave the mean.
         chosen = rollouts.only(best).renumbered()
         self.metrics.add("best_score", chosen.scores.sum(), len(chosen))
         self.update(self.policy, chosen, self.loss, average_over=config.average_over)
@@ -63,7 +63,7 @@ class RAFTTrainer(OnPolicyTrainer):
 
 
 def best_of_group(scores: Tensor, num_generations: int) -> Tensor:
-    """The row of each group with the highest score; of equal ones the first.
+    """The row of each group with the highest score; the first one if several are equal.
 
     Args:
         scores: (B,) float, rows of one prompt adjacent.
@@ -77,6 +77,6 @@ def best_of_group(scores: Tensor, num_generations: int) -> Tensor:
     """
     groups = as_groups(scores, num_generations)
     is_best = groups == groups.amax(dim=1, keepdim=True)
-    # argmax does not promise which of several maxima it gives.
+    # argmax does not guarantee which of several maxima it returns.
     first = is_best.int().cumsum(1).eq(0).sum(1)
     return torch.arange(len(groups)) * num_generations + first

@@ -41,11 +41,11 @@ SETTINGS = RLOOConfig(
     kl_coef=0.01,  # cpu: 0.0; in the reward
     missing_eos_penalty=0.0,
     whiten_rewards=False,
-    whiten_advantages=False,  # the group is the baseline already
+    whiten_advantages=False,  # the group is already the baseline
     mask_truncated=False,
     keep_per_group=False,
     # Optimizer
-    learning_rate=1e-5,  # cpu: 3e-4; ten times what full training takes, as usual with LoRA
+    learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
     min_lr_ratio=0.1,
@@ -59,7 +59,7 @@ SETTINGS = RLOOConfig(
     lora_alpha=64,
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
-    # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
+    # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
     max_tokens_per_microbatch=16384,  # cpu: 8192
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
@@ -78,13 +78,13 @@ SETTINGS = RLOOConfig(
     eval_kl=False,
     early_stopping_patience=0,
     # The run
-    preset="auto",  # without a GPU: cpu, the embedded default; it replaces what is marked, unless you edit it
+    preset="auto",  # without a GPU: cpu; it replaces the lines marked "cpu:" that you have not edited
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
     save_every=50,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
-    report_to=None,  # ["wandb"], say
+    report_to=None,  # for example ["wandb"]
     samples_every=5,
     progress=True,
     seed=0,

@@ -16,16 +16,16 @@ RATIO_LEVELS = ("token", "sequence")
 
 @dataclass(kw_only=True)
 class RLOOConfig(ClippedConfig):
-    """Settings of RLOO besides those of every clipped algorithm."""
+    """Settings of RLOO, in addition to those of every clipped algorithm."""
 
     average_over: str = "rows"
     """With the ratio of whole completions, the mean over completions is the unbiased gradient."""
     ratio_level: str = "sequence"
-    """"sequence": the ratio is of the whole completion, as in the paper; "token": of each token."""
+    """"sequence": the ratio of the whole completion, as in the paper; "token": of each token."""
     whiten_rewards: bool = False
-    """Scale the token rewards of a step to variance 1 before they are added up to the completion's reward."""
+    """Scale the token rewards of a step to variance 1 before they are summed to the completion's reward."""
     keep_per_group: bool = False
-    """Train on 1 random completion of each group after all made the baseline, to save time."""
+    """Train on 1 random completion of each group, after all served as the baseline, to save time."""
 
     def __post_init__(self) -> None:
         """Check RLOO's settings after the shared ones.
@@ -47,18 +47,18 @@ class RLOOConfig(ClippedConfig):
 
 
 class RLOOTrainer(OnPolicyTrainer):
-    """Compare each completion with the mean of the prompt's other ones; no value model."""
+    """Compare each completion with the mean of the prompt's other completions; no value model."""
 
     config: RLOOConfig
 
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of RLOO on this process's prompts."""
         config, group_size = self.config, self.config.num_generations
-        # 1. Sample a group for each prompt. A completion's reward is its score less what it pays in KL.
+        # 1. Sample a group for each prompt. A completion's reward is its score minus its KL.
         rollouts = self.sample(prompts, num_generations=group_size)
         rollouts.scores = self.score(rollouts)
         rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards).sum(1)  # (B,)
-        # 2. The others are the baseline.
+        # 2. The mean of the group's other completions is the baseline.
         advantages = rollouts.spread(leave_one_out(rewards, group_size))
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)
         self.describe(rollouts, rollouts.advantages)

@@ -14,12 +14,12 @@ from common.trainer import OnPolicyTrainer
 
 @dataclass(kw_only=True)
 class ReMaxConfig(ClippedConfig):
-    """Settings of ReMax besides those of every clipped algorithm."""
+    """Settings of ReMax, in addition to those of every clipped algorithm."""
 
     num_generations: int = 1
-    """Sampled completions per prompt; one more, greedy, is their baseline."""
+    """Sampled completions per prompt; an additional greedy one is their baseline."""
     gamma: float = 1.0
-    """Discount of what comes later, in [0, 1]."""
+    """Discount of later rewards, in [0, 1]."""
 
     def __post_init__(self) -> None:
         """Check ReMax's settings after the shared ones.
@@ -32,17 +32,17 @@ class ReMaxConfig(ClippedConfig):
 
 
 class ReMaxTrainer(OnPolicyTrainer):
-    """Compare what was sampled with what the policy would have answered greedily; no value model."""
+    """Compare sampled completions with the policy's greedy completion; no value model."""
 
     config: ReMaxConfig
 
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of ReMax on this process's prompts."""
         config = self.config
-        # 1. The baseline of a prompt: the return of its greedy completion, with the same penalties as every other.
+        # 1. The baseline of a prompt: the return of its greedy completion, with the same penalties as all others.
         greedy = self.returns(self.sample(prompts, greedy=True))
         baselines = greedy.returns[:, 0].repeat_interleave(config.num_generations)  # (B,)
-        # 2. Sample, and subtract it.
+        # 2. Sample, and subtract the baseline.
         rollouts = self.returns(self.sample(prompts, num_generations=config.num_generations))
         rollouts.advantages = self.maybe_whiten(rollouts.returns - rollouts.spread(baselines), rollouts)
         self.describe(rollouts, rollouts.advantages)
@@ -52,7 +52,7 @@ class ReMaxTrainer(OnPolicyTrainer):
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
 
     def returns(self, rollouts: Rollouts) -> Rollouts:
-        """Score completions, and add up what comes from each token on: score and KL to the reference."""
+        """Score completions, and sum the rewards from each token on: score and KL to the reference."""
         rollouts.scores = self.score(rollouts)
         rewards = self.token_rewards(rollouts, rollouts.scores)
         rollouts.returns = rewards_to_go(rewards, rollouts.completion_mask, gamma=self.config.gamma)

@@ -14,18 +14,18 @@ from common.trainer import OnPolicyTrainer
 
 @dataclass(kw_only=True)
 class ReinforceConfig(ClippedConfig):
-    """Settings of REINFORCE besides those of every clipped algorithm."""
+    """Settings of REINFORCE, in addition to those of every clipped algorithm."""
 
     num_generations: int = 1
     """Completions per prompt; the whole step is the baseline, so one is enough."""
     whiten_advantages: bool = True
     """The only baseline: the mean over all tokens of the step. With several prompts this is REINFORCE++."""
     gamma: float = 1.0
-    """Discount of what comes later, in [0, 1]."""
+    """Discount of later rewards, in [0, 1]."""
     whiten_rewards: bool = False
     """Scale the token rewards of a step to variance 1."""
     group_baseline: bool = False
-    """Take the group's mean from the scores first: REINFORCE++-baseline."""
+    """Subtract the group's mean from the scores first: REINFORCE++-baseline."""
 
     def __post_init__(self) -> None:
         """Check REINFORCE's settings after the shared ones.
@@ -40,7 +40,7 @@ class ReinforceConfig(ClippedConfig):
 
 
 class ReinforceTrainer(OnPolicyTrainer):
-    """Make every token more or less likely by what came after it; no value model, no groups."""
+    """Make every token more or less likely by the rewards that follow it; no value model, no groups."""
 
     config: ReinforceConfig
 
@@ -50,7 +50,7 @@ class ReinforceTrainer(OnPolicyTrainer):
         # 1. Sample and score.
         rollouts = self.sample(prompts, num_generations=config.num_generations)
         rollouts.scores = scores = self.score(rollouts)
-        # 2. Each token is judged by what comes from it on: the score at the end, and the KL that is still to be paid.
+        # 2. Each token is judged by the rewards from it on: the score at the end, and its own and all later KL.
         if config.group_baseline:
             scores = group_relative(scores, config.num_generations, scale_by_std=False)
         rewards = self.token_rewards(rollouts, scores, whitened=config.whiten_rewards)

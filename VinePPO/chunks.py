@@ -1,4 +1,4 @@
-"""Where the chunks of a completion begin, and what each of them changed."""
+"""Where the chunks of a completion begin, and the advantage of each."""
 
 import torch
 import transformers
@@ -10,19 +10,19 @@ from common.rollouts import Rollouts
 def chunk_starts(
     rollouts: Rollouts, tokenizer: transformers.PreTrainedTokenizerBase, *, chunk_length: int, separator: str | None
 ) -> Tensor:
-    """Cut every completion into chunks.
+    """Split every completion into chunks.
 
-    A chunk ends with the first token that may end one, from its chunk_length-th on: any token, or where there is a
-    separator the token that completes it. Whether it ends depends on nothing that comes later.
+    A chunk ends with its chunk_length-th token; with a separator, it ends with the first token from there on that
+    completes the separator. Where it ends does not depend on later tokens.
 
     Args:
         rollouts: B rows.
         tokenizer: gives the text of each token.
-        chunk_length: fewest tokens of a chunk but the last, at least 1; without a separator the number of them.
+        chunk_length: minimum tokens of a chunk except the last, at least 1; exact without a separator.
         separator: text, not empty; None: chunks of equal length.
 
     Returns:
-        (B, C) bool: the first token of each chunk, among them that of the completion.
+        (B, C) bool: the first token of each chunk, including the completion's first one.
     """
     starts = torch.zeros_like(rollouts.completion_mask)
     distinct = rollouts.completion_ids[rollouts.completion_mask].unique().tolist()
@@ -30,16 +30,16 @@ def chunk_starts(
     for row, length in enumerate(rollouts.lengths.tolist()):
         ids = rollouts.completion_ids[row, :length].tolist()
         ends = _completes(separator, [texts[token] for token in ids]) if separator else [True] * length
-        begun = [0]
-        for place in range(1, length):
-            if place - begun[-1] >= chunk_length and ends[place - 1]:
-                begun.append(place)
-        starts[row, begun] = True
+        row_starts = [0]
+        for position in range(1, length):
+            if position - row_starts[-1] >= chunk_length and ends[position - 1]:
+                row_starts.append(position)
+        starts[row, row_starts] = True
     return starts
 
 
 def _completes(separator: str, pieces: list[str]) -> list[bool]:
-    """For each piece of a text, whether the separator, which may lie across pieces, is complete with it."""
+    """For each piece of a text, whether it completes the separator, which may span several pieces."""
     tail, completed = "", []
     for piece in pieces:
         tail += piece
@@ -50,11 +50,11 @@ def _completes(separator: str, pieces: list[str]) -> list[bool]:
 
 
 def chunk_advantages(values: Tensor, starts: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    """What each chunk of a completion changed: the value at its end less the value at its start, for all its tokens.
+    """Advantage of each chunk: the value at its end minus the value at its start, for all its tokens.
 
     The end of a chunk is the start of the next one, and the value at the end of the last one is the score: the
-    advantages of huggingface.co/papers/2410.01679, section 4, where no reward comes before the end. The chunks of a
-    completion add up to its score less its first value.
+    advantages of huggingface.co/papers/2410.01679, section 4, if no reward comes before the end. The advantages of a
+    completion's chunks add up to its score minus its first value.
 
     Args:
         values: (B, C) float; column t is the value of the state in which token t was chosen. Read where chunks start.

@@ -36,16 +36,16 @@ SETTINGS = VinePPOConfig(
     # VinePPO
     vine_k=3,
     chunk_length=100,  # cpu: 60
-    chunk_separator=None,  # every 100 tokens; "\n": with the first line that ends after 100 tokens
+    chunk_separator=None,  # None: every 100 tokens; "\n": at the first end of a line from the 100th token on
     average_over="tokens",
     clip_range=0.2,
     clip_range_high=None,  # as clip_range
     kl_coef=0.01,  # cpu: 0.0; in the reward
     missing_eos_penalty=0.0,
-    whiten_advantages=False,  # every chunk has its own baseline already
+    whiten_advantages=False,  # every chunk already has its own baseline
     mask_truncated=False,
     # Optimizer
-    learning_rate=1e-5,  # cpu: 3e-4; ten times what full training takes, as usual with LoRA
+    learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
     min_lr_ratio=0.1,
@@ -59,7 +59,7 @@ SETTINGS = VinePPOConfig(
     lora_alpha=64,
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
-    # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
+    # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
     max_tokens_per_microbatch=16384,  # cpu: 8192
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
@@ -78,19 +78,19 @@ SETTINGS = VinePPOConfig(
     eval_kl=False,
     early_stopping_patience=0,
     # The run
-    preset="auto",  # without a GPU: cpu, the embedded default; it replaces what is marked, unless you edit it
+    preset="auto",  # without a GPU: cpu; it replaces the lines marked "cpu:" that you have not edited
     output_dir=None,  # runs/<algorithm>-<task>-seed<seed>-<hash of the settings>
     resume="auto",
     save_every=50,  # cpu: 20
     save_total_limit=2,
     push_to_hub=None,
-    report_to=None,  # ["wandb"], say
+    report_to=None,  # for example ["wandb"]
     samples_every=5,
     progress=True,
     seed=0,
 )
 
-# What the preset cpu (common/presets/cpu.yaml) needs besides: setting -> (value above, value without a GPU). Its
+# What else the preset cpu (common/presets/cpu.yaml) replaces: setting -> (value above, value without a GPU). Its
 # completions are shorter than a chunk of 100.
 EMBEDDED = {"chunk_length": (100, 60)}
 

@@ -16,12 +16,12 @@ from VinePPO.chunks import chunk_advantages, chunk_starts
 
 @dataclass(kw_only=True)
 class VinePPOConfig(ClippedConfig):
-    """Settings of VinePPO besides those of every clipped algorithm."""
+    """Settings of VinePPO, in addition to those of every clipped algorithm."""
 
     vine_k: int = 3
-    """Continuations of each state that is valued, K."""
+    """Continuations per valued state, K."""
     chunk_length: int = 100
-    """Tokens between two valued states; with chunk_separator the fewest."""
+    """Minimum tokens between two valued states; exact without chunk_separator."""
     chunk_separator: str | None = None
     """Text that ends a chunk, such as a line break; None: every chunk_length-th token does."""
 
@@ -39,13 +39,13 @@ class VinePPOConfig(ClippedConfig):
             )
         if self.chunk_separator == "":
             raise ValueError(
-                "chunk_separator='': an empty text is found everywhere, so it ends nothing. Pass the text that a "
+                "chunk_separator='': an empty text matches everywhere, so it marks no end. Pass the text that a "
                 "chunk ends with, or leave --chunk_separator out for chunks of equal length."
             )
 
 
 class VinePPOTrainer(OnPolicyTrainer):
-    """Compare each chunk of a completion with what else could have come there; no value model."""
+    """Compare each chunk of a completion with alternatives sampled from the same state; no value model."""
 
     config: VinePPOConfig
 
@@ -55,22 +55,22 @@ class VinePPOTrainer(OnPolicyTrainer):
         # 1. Sample, and cut each completion into chunks.
         rollouts = self.sample(prompts, num_generations=group_size)
         rollouts.scores = scores = self.score(rollouts)
-        cut = {"chunk_length": config.chunk_length, "separator": config.chunk_separator}
-        starts = chunk_starts(rollouts, self.tokenizer, **cut)  # (B, C)
+        settings = {"chunk_length": config.chunk_length, "separator": config.chunk_separator}
+        starts = chunk_starts(rollouts, self.tokenizer, **settings)  # (B, C)
         # 2. The value of a state must not depend on what the completion did there, or the gradient would be biased. So
-        #    it is that of new continuations; for the prompt the group's other completions are such, and cost nothing.
+        #    new continuations are scored; for the prompt, the group's other completions serve as such for free.
         to_value = starts.clone()
         to_value[:, 0] = group_size == 1
         values = self.state_values(rollouts, to_value)
         if group_size > 1:
             values[:, 0] = scores - leave_one_out(scores, group_size)
-        # 3. A chunk is as good as the change in value that it made. Its KL a token pays from itself on: in the reward,
-        #    where the gradient is that of the KL, and without a baseline, so that no continuation needs a reference.
+        # 3. A chunk is as good as the change in value that it made. Each token pays its own and all later KL: in the
+        #    reward, where the gradient is that of the KL, and without a baseline, so continuations need no reference.
         advantages = chunk_advantages(values, starts, scores, rollouts.completion_mask)
         self.metrics.add("vine/advantage", advantages.abs().sum(), rollouts.lengths.sum())
         self.metrics.add("vine/chunks", starts.sum(), len(rollouts))
-        paid = self.token_rewards(rollouts, torch.zeros(len(rollouts)))
-        advantages = advantages + rewards_to_go(paid, rollouts.completion_mask)
+        kl_rewards = self.token_rewards(rollouts, torch.zeros(len(rollouts)))
+        advantages = advantages + rewards_to_go(kl_rewards, rollouts.completion_mask)
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)
         self.describe(rollouts, rollouts.advantages)
         # 4. Clipped policy-gradient steps; the continuations are not trained on.
@@ -82,18 +82,18 @@ class VinePPOTrainer(OnPolicyTrainer):
 
         Args:
             rollouts: B rows.
-            to_value: (B, C) bool; where it is True, the state in which that token was chosen is valued.
+            to_value: (B, C) bool, True where the state in which that token was chosen is valued.
 
         Returns:
             (B, C) float32, 0 elsewhere.
         """
         values, k = torch.zeros(to_value.shape), self.config.vine_k
-        rows, places = to_value.nonzero(as_tuple=True)
-        continuations = self.continue_from(rollouts, rows, places, num_generations=k, purpose="vine")
+        rows, positions = to_value.nonzero(as_tuple=True)
+        continuations = self.continue_from(rollouts, rows, positions, num_generations=k, purpose="vine")
         if len(rows):
             scores = self.score(continuations).reshape(-1, k)
-            values[rows, places] = scores.double().mean(1).float()  # exactly the score that all have, where they do
-        self.metrics.add_sum("vine/tokens", continuations.lengths.sum() - k * places.sum())
+            values[rows, positions] = scores.double().mean(1).float()  # float64: exactly the score if all are equal
+        self.metrics.add_sum("vine/tokens", continuations.lengths.sum() - k * positions.sum())
         self.metrics.add_sum("vine/continuations", k * len(rows))
         return values
 

@@ -1,4 +1,4 @@
-"""The core under all algorithms. Importing it prepares the environment, so it comes before torch."""
+"""The core of all algorithms. Import it before torch: it prepares the environment."""
 
 from common.environment import prepare_environment
 from common.moved import explain_old_imports

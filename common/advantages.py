@@ -1,7 +1,7 @@
-"""From scores to advantages: the lines in which the algorithms differ, as pure functions on tensors.
+"""From scores to advantages: where the algorithms differ, as pure functions on tensors.
 
-Statistics over the tokens of several processes need a sum over processes; the caller hands in the function that
-makes it, so that nothing here knows about processes.
+Statistics over several processes need a sum over processes. The caller passes the function that computes it, so
+nothing here knows about processes.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Scores of a group that differ by less than this (of their size, where they are above 1) are float noise (0.1 + 0.2
-# against 0.3), not a difference in quality; dividing by their deviation would blow noise up to full-size advantages.
+# Scores of a group that differ by less than this (relative to their size if that is above 1) differ by float noise
+# (0.1 + 0.2 against 0.3), not in quality. Dividing by their deviation would turn the noise into full-size advantages.
 SCORE_TOLERANCE = 1e-6
 
 
@@ -20,7 +20,7 @@ def group_relative(scores: Tensor, num_generations: int, *, scale_by_std: bool =
     advantage = (score - mean of the group) / (standard deviation of the group + 1e-4), equation 3 of GRPO
     (huggingface.co/papers/2402.03300); without the division it is the advantage of Dr. GRPO
     (huggingface.co/papers/2503.20783). The standard deviation is the unbiased one. A group whose scores are all equal
-    (to 1e-6) teaches nothing: exactly 0.
+    (to 1e-6) gets exactly 0.
 
     Args:
         scores: (B,) float, rows of one prompt adjacent.
@@ -36,9 +36,9 @@ def group_relative(scores: Tensor, num_generations: int, *, scale_by_std: bool =
     groups = as_groups(scores, num_generations)  # (B / G, G)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if scale_by_std:
-        # 1e-4 bounds the result when scores differ by little; it is the constant of the common implementations.
+        # 1e-4 bounds the result when scores barely differ; it is the constant of the usual implementations.
         advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)
-    return torch.where(_undecided(groups), 0.0, advantages).reshape(-1)
+    return torch.where(_all_equal(groups), 0.0, advantages).reshape(-1)
 
 
 def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
@@ -59,13 +59,13 @@ def leave_one_out(scores: Tensor, num_generations: int) -> Tensor:
     """
     groups = as_groups(scores, num_generations)  # (B / G, G)
     others = (groups.sum(dim=1, keepdim=True) - groups) / (num_generations - 1)
-    return torch.where(_undecided(groups), 0.0, groups - others).reshape(-1)
+    return torch.where(_all_equal(groups), 0.0, groups - others).reshape(-1)
 
 
 def per_token_rewards(scores: Tensor, mask: Tensor, kl: Tensor, kl_coef: float) -> Tensor:
-    """One reward per token: the KL is paid where it arises, the score comes with the last token.
+    """One reward per token: every token pays its own KL, the last one gets the score.
 
-    reward_t = -kl_coef kl_t, plus the score at the end (huggingface.co/papers/1909.08593, equation 2).
+    reward_t = -kl_coef kl_t, plus the score at the last token (huggingface.co/papers/1909.08593, equation 2).
 
     Args:
         scores: (B,) float.
@@ -82,7 +82,7 @@ def per_token_rewards(scores: Tensor, mask: Tensor, kl: Tensor, kl_coef: float) 
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """What each token can still influence: return_t = reward_t + gamma return_(t + 1).
+    """Sum of the rewards from each token on: return_t = reward_t + gamma return_(t + 1).
 
     Args:
         rewards: (B, C) float; padding may hold anything.
@@ -102,14 +102,14 @@ def generalized_advantages(
     """Generalized advantage estimation, equation 16 of huggingface.co/papers/1506.02438.
 
     delta_t = reward_t + gamma value_(t + 1) - value_t;  advantage_t = delta_t + gamma gae_lambda advantage_(t + 1).
-    The value after the last token is 0, also where the length limit cut the completion off: it was scored as it is.
+    The value after the last token is 0, even if the length limit cut the completion off: it was scored as it is.
 
     Args:
         rewards: (B, C) float; padding may hold anything, in values too.
         values: (B, C) float; column t is the value of the state in which token t was chosen.
         mask: (B, C) bool.
         gamma: discount in [0, 1].
-        gae_lambda: in [0, 1]; 1 trusts rewards alone (return - value), 0 the next value.
+        gae_lambda: in [0, 1]; 1 uses the rewards alone (return - value), 0 relies on the next value.
 
     Returns:
         advantages and returns = advantages + values, both (B, C) float32, 0 at padding.
@@ -126,7 +126,7 @@ def generalized_advantages(
 
 
 def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:
-    """Rows of the groups whose scores differ: the others have advantage 0 and need neither forward nor backward.
+    """Rows of the groups whose scores differ; all others have advantage 0 and need no forward or backward pass.
 
     Args:
         scores: (B,) float, rows of one prompt adjacent.
@@ -138,14 +138,14 @@ def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:
     Raises:
         ValueError: if num_generations is below 2 or does not divide B.
     """
-    undecided = _undecided(as_groups(scores, num_generations))  # (B / G, 1)
-    return (~undecided).expand(-1, num_generations).reshape(-1).nonzero().squeeze(1)
+    all_equal = _all_equal(as_groups(scores, num_generations))  # (B / G, 1)
+    return (~all_equal).expand(-1, num_generations).reshape(-1).nonzero().squeeze(1)
 
 
 def whiten(
     values: Tensor, mask: Tensor, *, sum_over_processes: Callable[[Tensor], Tensor], shift_mean: bool = True
 ) -> Tensor:
-    """Scale real tokens to variance 1 and, unless asked not to, mean 0.
+    """Scale real tokens to variance 1 and shift them to mean 0.
 
     Mean and (biased) variance are over all real tokens of all processes, so splitting the batch changes nothing.
 
@@ -153,7 +153,7 @@ def whiten(
         values: (B, C) float; padding may hold anything.
         mask: (B, C) bool.
         sum_over_processes: adds a tensor over all processes; the identity on one process.
-        shift_mean: False keeps the mean where it was and only scales.
+        shift_mean: False only scales and keeps the mean.
 
     Returns:
         (B, C) float32, 0 at padding.
@@ -171,7 +171,7 @@ def whiten(
 
 
 def as_groups(scores: Tensor, num_generations: int) -> Tensor:
-    """Scores of (B,) as float32 (B / G, G), a row for each prompt.
+    """Scores (B,) as float32 (B / G, G), one row per prompt.
 
     Raises:
         ValueError: if num_generations is below 2 or does not divide B.
@@ -180,12 +180,12 @@ def as_groups(scores: Tensor, num_generations: int) -> Tensor:
         raise ValueError(
             f"scores of shape {tuple(scores.shape)} with num_generations={num_generations}: completions of one prompt "
             "are compared with each other, so scores must be one-dimensional, in groups of at least 2. Pass "
-            "--num_generations 8, say."
+            "--num_generations 8, for example."
         )
     return scores.float().reshape(-1, num_generations)
 
 
-def _undecided(groups: Tensor) -> Tensor:
-    """(B / G, 1) bool: all scores of the group are equal."""
+def _all_equal(groups: Tensor) -> Tensor:
+    """(B / G, 1) bool: all scores of the group are equal, up to float noise."""
     size = groups.abs().amax(dim=1, keepdim=True).clamp(min=1)
     return groups.amax(dim=1, keepdim=True) - groups.amin(dim=1, keepdim=True) < SCORE_TOLERANCE * size

@@ -1,8 +1,8 @@
-"""How a script reads its settings and how it tells a user what is wrong with them.
+"""How a script reads its settings and reports mistakes in them.
 
-Class default < preset < SETTINGS on top of the script, where its user edited them < YAML file (--config) < command
-line. A preset names, for each setting, the value that scripts are shipped with and its own: a line that holds any
-other value was edited, and stands.
+Later sources win: class default < preset < SETTINGS on top of the script, where the user edited them < YAML file
+(--config) < command line. For each setting, a preset names the value that the scripts ship with and its own value. A
+line with any other value was edited by the user, and the preset keeps it.
 """
 
 import ast
@@ -36,7 +36,7 @@ def _parser_class() -> type:
     from trl import TrlParser
 
     class Parser(TrlParser):
-        """TrlParser whose errors are ValueErrors rather than a page of usage."""
+        """TrlParser that raises a ValueError instead of printing its usage."""
 
         def error(self, message: str) -> None:
             raise ValueError(f"{message}. See --help for every setting.")
@@ -52,18 +52,18 @@ def parse_config(
     Args:
         settings: the literal on top of the script.
         embedded: further pairs for preset "cpu": setting -> (value of the script as shipped, value without a GPU).
-        script: the script's `__file__`, for messages. None: settings were made in Python, where one that has its
-            class's default is taken for one that nobody gave.
+        script: the script's `__file__`, for messages. None: the settings were made in Python; a value equal to the
+            class default then counts as not given.
         args: command line without the program's name; None: sys.argv.
 
     Returns:
         Settings of the same class, checked. Their `notes` say what the preset replaced.
 
     Raises:
-        ValueError: for an unknown setting (naming the nearest), preset or file, and for what RLConfig refuses, with
-            where the value came from.
+        ValueError: for an unknown setting (naming the nearest), preset or file, and for what RLConfig refuses (naming
+            the source of the value).
     """
-    args = _gather_rewards(_in_plain_words(sys.argv[1:] if args is None else args, settings))
+    args = _gather_rewards(_normalized(sys.argv[1:] if args is None else args, settings))
     names = [field.name for field in fields(settings)]
     given = [arg[2:] for arg in args if arg.startswith("--")]
     _refuse_unknown(given, [*names, "config", "help"], "on the command line")
@@ -74,25 +74,25 @@ def parse_config(
     if preset.name == "cpu":
         preset.pairs.update(embedded or {})
     _refuse_unknown(list(preset.pairs), names, f"in preset {preset.name}")
-    nobodys = {field.name: field.default for field in fields(settings)} if script is None else {}
-    replaced, kept = preset.replacements(written, typed, model=typed.get("model"), nobodys=nobodys)
+    class_defaults = {field.name: field.default for field in fields(settings)} if script is None else {}
+    replaced, kept = preset.replacements(written, typed, model=typed.get("model"), class_defaults=class_defaults)
     defaults = written | replaced
-    if "task" in typed:  # data and rewards belong to the task that they were written for
+    if "task" in typed:  # data and rewards belong to one task
         defaults |= {"dataset": None, "dataset_split": "train", "rewards": None}
-    if {"task", "rewards"} & typed.keys():  # and weights to the rewards
+    if {"task", "rewards"} & typed.keys():  # and weights to one list of rewards
         defaults["reward_weights"] = None
     replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
-    place = _place(script)
-    origins = dict.fromkeys(names, place) | dict.fromkeys(replaced, f"preset {preset.name}")
+    script_name = _script_name(script)
+    origins = dict.fromkeys(names, script_name) | dict.fromkeys(replaced, f"preset {preset.name}")
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes, config.origins = tuple(preset.notes(place, written, replaced, kept)), origins
+    config.notes, config.origins = tuple(preset.notes(script_name, written, replaced, kept)), origins
     return config
 
 
 def parse_settings(settings_class: type[Settings], args: list[str] | None = None) -> Settings:
-    """Read the settings of a command that trains nothing: class default < YAML file (--config) < command line.
+    """Read the settings of a command that does not train: class default < YAML file (--config) < command line.
 
     Args:
         settings_class: a dataclass with a text under each field, which --help shows.
@@ -110,7 +110,7 @@ def parse_settings(settings_class: type[Settings], args: list[str] | None = None
 
 
 def as_arguments(settings: dict[str, Any]) -> list[str]:
-    """Settings as words of a command line that reads them back; one that is None is left out."""
+    """Settings as the arguments of a command line that reads them back; a setting that is None is left out."""
     words = []
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
@@ -124,11 +124,11 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        option: what named it on the command line, for messages.
-        remedy: what to do if there is no such file.
+        option: the command-line option that named it, for messages.
+        remedy: what to do if the file does not exist.
 
     Raises:
-        ValueError: it is not there or holds no settings.
+        ValueError: if it does not exist or holds no settings.
     """
     named = f"{option} {path}".lstrip()
     if not path.is_file():
@@ -142,8 +142,8 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     return settings
 
 
-def _place(script: str | None) -> str:
-    """What messages call the script: its path from the repository's root."""
+def _script_name(script: str | None) -> str:
+    """The script's name in messages: its path from the repository's root."""
     path = Path(script or "the script").resolve()
     return str(path.relative_to(ROOT)) if script and path.is_relative_to(ROOT) else (script or "the script")
 
@@ -151,10 +151,10 @@ def _place(script: str | None) -> str:
 def _parse(
     settings_class: type[Settings], defaults: dict[str, Any], args: list[str], origins: dict[str, str]
 ) -> Settings:
-    """Read a command line on top of defaults; every word has to be a setting's.
+    """Read a command line on top of defaults; every argument must belong to a setting.
 
     Args:
-        settings_class: what to make.
+        settings_class: the class of the result.
         defaults: values of settings.
         args: the command line.
         origins: where the value of a setting comes from, for messages; empty: the command line.
@@ -229,7 +229,7 @@ def explain_mistakes_above() -> None:
         is_literal = len(frames) > 1 and frames[0].name == "<module>"
         if kind not in (ValueError, TypeError) or not is_literal or not _is_ours(frames[-1]):
             return others(kind, error, trace)
-        print(f"error: {_place(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
+        print(f"error: {_script_name(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
         sys.exit(2)
 
     sys.excepthook = explain
@@ -238,17 +238,17 @@ def explain_mistakes_above() -> None:
 def run_script(
     main: Callable[[], None], *, interrupted: str = "the same command continues from the last checkpoint"
 ) -> None:
-    """Call `main`; a ValueError that this project raises is a message to the user, not a traceback.
+    """Call `main`; print a ValueError that this project raises as a message instead of a traceback.
 
     Args:
         main: the script.
-        interrupted: what Ctrl-C means for the work so far.
+        interrupted: what to say after Ctrl-C about the work so far.
 
     Raises:
-        SystemExit: with status 2 after printing such a message.
+        SystemExit: with status 2 after such a message, 130 after Ctrl-C.
     """
     if "transformers" in sys.modules:
-        # Bars for loading and saving would come between the lines of a run's own bar; those of downloads stay.
+        # Bars for loading and saving would break the run's own progress bar; bars for downloads stay.
         sys.modules["transformers"].logging.disable_progress_bar()
         sys.modules["huggingface_hub"].utils.enable_progress_bars()
     logging.basicConfig(format="%(message)s")
@@ -269,16 +269,16 @@ def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], Path | Non
     """The arguments without `--config FILE`, that file, and the settings in it."""
     if "--config" not in args:
         return args, None, {}
-    place = args.index("--config")
-    path = Path([*args, ""][place + 1])
+    position = args.index("--config")
+    path = Path([*args, ""][position + 1])
     settings = read_yaml(path, option="--config", remedy="Pass the path of a YAML file of settings.")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     _refuse_unknown(list(settings), names, f"in {path}")
-    return args[:place] + args[place + 2 :], path, settings
+    return args[:position] + args[position + 2 :], path, settings
 
 
-def _in_plain_words(args: list[str], settings: RLConfig) -> list[str]:
-    """Write --name=value in two words and --no_name as --name false: the parser has that only for some names."""
+def _normalized(args: list[str], settings: RLConfig) -> list[str]:
+    """Split --name=value in two and turn --no_name into --name false; the parser does so only for some names."""
     switches = {f"no_{name}": f"--{name}" for name, value in vars(settings).items() if isinstance(value, bool)}
     words = []
     for arg in args:
@@ -291,7 +291,7 @@ def _in_plain_words(args: list[str], settings: RLConfig) -> list[str]:
 
 
 def _gather_rewards(args: list[str]) -> list[str]:
-    """Write every `--reward NAME [WEIGHT]` together as --rewards and --reward_weights; a weight left out is 1."""
+    """Combine every `--reward NAME [WEIGHT]` into --rewards and --reward_weights; the default weight is 1."""
     rewards: list[list[str]] = []
     others: list[str] = []
     target = others

@@ -1,4 +1,4 @@
-"""The settings all algorithms share and the checks between them.
+"""The settings that all algorithms share, and their checks.
 
 Every check runs before any model is loaded. How a script reads its settings is in common/cli.py.
 """
@@ -14,7 +14,7 @@ SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
 
-# The group "Memory and speed": what may be changed without changing the result of a run, up to rounding.
+# The group "Memory and speed": changing these does not change the result of a run, up to rounding.
 MEMORY_SETTINGS = (
     "max_tokens_per_microbatch",
     "gradient_checkpointing",
@@ -27,16 +27,16 @@ MEMORY_SETTINGS = (
     "vllm_max_num_seqs",
 )
 
-# vLLM silently raises lower temperatures to this, which would make its log-probs others than the trainer's.
+# vLLM silently raises lower temperatures to this, and its log-probs would differ from the trainer's.
 LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
 
 
 @dataclass(kw_only=True)
 class RLConfig:
-    """Settings every algorithm has. Counts are totals over all processes; lengths are in tokens.
+    """Settings of every algorithm, grouped as in the scripts.
 
-    The groups are those of the scripts. Only the memory group may be changed without changing the result of a run.
+    Counts are totals over all processes; lengths are in tokens.
     """
 
     # No settings: what a preset replaced, in words for the start of a run, and where each value comes from.
@@ -49,9 +49,9 @@ class RLConfig:
     task: str = "countdown"
     """Module of common/tasks that gives prompts, answer columns and rewards."""
     dataset: str | None = None
-    """Hub id or local .jsonl, .json or .parquet file in place of the task's own data."""
+    """Hub id or local .jsonl, .json or .parquet file instead of the task's own data."""
     dataset_split: str = "train"
-    """Split or slice of it, such as "train[:10%]"."""
+    """Split or slice of the data set, such as "train[:10%]"."""
     num_eval_prompts: int = 256
     """Prompts held out for evaluation, never trained on."""
     rewards: list[str] | None = None
@@ -60,15 +60,15 @@ class RLConfig:
     reward_weights: list[float] | None = None
     """One weight per reward; the score is their weighted sum. None: the task's weights."""
     reward_format: str = "text"
-    """What reward functions from files get: "text", or "conversational" (chat messages, by trl's signature)."""
+    """What reward functions from files get: "text", or "conversational" (chat messages, with trl's signature)."""
     reward_time_limit: float = 1.0
     """Seconds a rule may take for one completion before it scores 0; 0: no worker process and no limits."""
     reward_memory_limit: float = 2.0
-    """Gigabytes it may take."""
+    """Gigabytes a rule may use."""
     prompt_file: str | None = None
-    """Text file with {prompt} in it, put around each prompt (around the last user message of a chat)."""
+    """Text file that contains {prompt}: each prompt (of a chat, its last user message) is inserted there."""
     enable_thinking: bool | None = None
-    """What the chat template is told, for models that have the switch, such as Qwen3; None: nothing."""
+    """Passed to the chat template, for models that have this switch, such as Qwen3; None: its default."""
 
     # Steps
     num_steps: int = 200
@@ -82,10 +82,10 @@ class RLConfig:
     num_update_epochs: int = 1
     """Passes over the rollouts of a step."""
 
-    # Sampling. Training samples from the policy itself (temperature only): with top-p or top-k the policy's
-    # log-probs would not be those of the distribution that was sampled from.
+    # Sampling. Training samples from the policy itself (temperature only): with top-p or top-k, the policy's log-probs
+    # would not match the distribution that was sampled from.
     sampler: str = "vllm"
-    """"vllm", or "transformers" for machines without it."""
+    """"vllm", or "transformers" for machines without vLLM."""
     temperature: float = 1.0
     """Above 0; log-probs are taken at the same temperature."""
     max_prompt_length: int = 512
@@ -101,23 +101,23 @@ class RLConfig:
     whiten_advantages: bool = False
     """Scale the advantages of a step to mean 0 and variance 1 over all tokens."""
     mask_truncated: bool = False
-    """Leave completions that the length limit stopped out of the loss."""
+    """Exclude completions that reached the length limit from the loss."""
     missing_eos_penalty: float = 0.0
-    """Taken from the score of a completion without an end token, before anything is made of the score."""
+    """Subtracted from the score of a completion without an end token, before the score is used."""
 
     # Optimizer
     learning_rate: float = 1e-6
     lr_scheduler: str = "constant"
-    """"constant", "linear" or "cosine"; falls to min_lr_ratio at the last step."""
+    """"constant"; "linear" or "cosine" fall to min_lr_ratio at the last step."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises from 0."""
     min_lr_ratio: float = 0.1
-    """Final learning rate over the highest one, for "linear" and "cosine"."""
+    """Final learning rate as a fraction of learning_rate, for "linear" and "cosine"."""
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 leaves them."""
+    """Gradients are scaled down to this norm; 0: no clipping."""
 
     # LoRA
     use_lora: bool = False
@@ -125,7 +125,7 @@ class RLConfig:
     lora_r: int = 64
     lora_alpha: int = 64
     lora_target_modules: str = "all-linear"
-    """"all-linear" or names of modules with commas between."""
+    """"all-linear" or names of modules, separated by commas."""
     load_in_4bit: bool = False
     """Keep the frozen base in 4 bits (QLoRA): a quarter of its memory; needs use_lora and bitsandbytes."""
 
@@ -135,7 +135,7 @@ class RLConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, much less memory."""
     offload: str = "auto"
-    """What leaves the device while others need it: "auto" (what the memory plan asks for), "always" or "never"."""
+    """Move idle models off the device: "auto" (only if they do not all fit), "always" or "never"."""
     dtype: str = "auto"
     """Precision of forward passes: "auto" is bfloat16 on CUDA and float32 on the CPU. Trained weights stay float32."""
     attn_implementation: str = "sdpa"
@@ -143,7 +143,7 @@ class RLConfig:
     vllm_memory_share: float = 0.4
     """Share of the GPU's memory that vLLM may use for its weights and its cache."""
     vllm_sleep_level: int = 1
-    """What vLLM gives back while others work: 0 nothing, 1 its cache (weights to the CPU), 2 weights too."""
+    """What vLLM frees while models are in use: 0 nothing, 1 its cache (weights move to the CPU), 2 weights too."""
     vllm_enforce_eager: bool = False
     """Do not capture CUDA graphs: starts faster, samples slower."""
     vllm_max_num_seqs: int = 256
@@ -158,11 +158,11 @@ class RLConfig:
     eval_top_k: int = 0
     """0: off."""
     eval_num_samples: int = 1
-    """Completions per held-out prompt; more than one gives pass@k too."""
+    """Completions per held-out prompt; more than one adds pass@k."""
     eval_kl: bool = False
-    """Measure the KL to the reference on the held-out completions too; needs a reference also with kl_coef 0."""
+    """Measure the KL to the reference on the held-out completions too; loads the reference even at kl_coef 0."""
     early_stopping_patience: int = 0
-    """Stop after so many evaluations without a new best; 0: never."""
+    """Stop after this many evaluations without a new best; 0: never."""
 
     # The run
     preset: str = "auto"
@@ -174,11 +174,11 @@ class RLConfig:
     save_every: int = 50
     """Steps between checkpoints; 0: only the final model."""
     save_total_limit: int = 2
-    """Checkpoints kept, besides the best one."""
+    """Checkpoints kept in addition to the best one."""
     push_to_hub: str | None = None
     """Hub id that the final model is uploaded to."""
     report_to: list[str] | None = None
-    """Trackers of Accelerate besides metrics.jsonl, such as wandb or tensorboard."""
+    """Trackers of Accelerate in addition to metrics.jsonl, such as wandb or tensorboard."""
     samples_every: int = 5
     """Steps between entries in samples.jsonl; 0: never."""
     progress: bool = True
@@ -187,7 +187,7 @@ class RLConfig:
     """Everything random is a function of (seed, step, row)."""
 
     def __new__(cls, **settings: object) -> typing.Self:
-        """Name the nearest setting for one that there is not; Python itself would only name the wrong one."""
+        """Suggest the nearest setting for an unknown one; Python itself would not."""
         names = [field.name for field in fields(cls)]
         for name in settings.keys() - set(names):
             near = difflib.get_close_matches(name, names, n=1)
@@ -217,8 +217,8 @@ class RLConfig:
         return self.num_minibatches * self.num_update_epochs == 1
 
     def _check_types(self) -> None:
-        """YAML reads 2e-6 as text and 1 as an integer: turn what is meant into what is declared, or say so."""
-        declared = typing.get_type_hints(type(self))  # not field.type: HfArgumentParser takes the None out of it
+        """Convert values to their declared types: YAML reads 2e-6 as text and 1 as an integer."""
+        declared = typing.get_type_hints(type(self))  # not field.type: HfArgumentParser removes None from it
         for field in fields(self):
             setattr(self, field.name, as_declared(field.name, getattr(self, field.name), declared[field.name]))
 
@@ -239,30 +239,30 @@ class RLConfig:
         for name in not_negative.split():
             if not getattr(self, name) >= 0 or math.isinf(getattr(self, name)):
                 raise ValueError(
-                    f"{name}={getattr(self, name)}: need a finite number, 0 or more. Pass --{name} 0, say."
+                    f"{name}={getattr(self, name)}: need a finite number, 0 or more. Pass --{name} 0, for example."
                 )
         if not LOWEST_TEMPERATURE <= self.temperature <= HIGHEST_TEMPERATURE:
             raise ValueError(
                 f"temperature={self.temperature}: training divides logits by it and needs random completions, so it "
-                f"must be in [{LOWEST_TEMPERATURE}, {HIGHEST_TEMPERATURE}], which is what vLLM takes. Pass "
+                f"must be in [{LOWEST_TEMPERATURE}, {HIGHEST_TEMPERATURE}], the range of vLLM. Pass "
                 "--temperature 1.0; greedy decoding is for evaluation: --eval_temperature 0."
             )
         if self.eval_temperature and not LOWEST_TEMPERATURE <= self.eval_temperature <= HIGHEST_TEMPERATURE:
             raise ValueError(
                 f"eval_temperature={self.eval_temperature}: need 0 (greedy) or a number in [{LOWEST_TEMPERATURE}, "
-                f"{HIGHEST_TEMPERATURE}], which is what vLLM takes. Pass --eval_temperature 1.0, say."
+                f"{HIGHEST_TEMPERATURE}], the range of vLLM. Pass --eval_temperature 1.0, for example."
             )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need a number in [0, 1). Pass --{name} 0.9, say.")
+                raise ValueError(f"{name}={getattr(self, name)}: need a number in [0, 1). Pass --{name} 0.9.")
         if not 0 < self.reward_memory_limit < math.inf:
             raise ValueError(
-                f"reward_memory_limit={self.reward_memory_limit}: need gigabytes above 0, or no rule could score "
-                "anything. Pass --reward_memory_limit 2; --reward_time_limit 0 switches both limits off."
+                f"reward_memory_limit={self.reward_memory_limit}: need gigabytes above 0, or no rule could run. "
+                "Pass --reward_memory_limit 2; --reward_time_limit 0 switches both limits off."
             )
         for name in ("eval_top_p", "vllm_memory_share"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it is a share in (0, 1]. Pass --{name} 0.9, say.")
+                raise ValueError(f"{name}={getattr(self, name)}: need a share in (0, 1]. Pass --{name} 0.9.")
 
     def _check_choices(self) -> None:
         choices = {
@@ -286,7 +286,7 @@ class RLConfig:
             )
         if self.load_in_4bit and not self.use_lora:
             raise ValueError(
-                "load_in_4bit without use_lora: weights in 4 bits are frozen, so there has to be an adapter to train. "
+                "load_in_4bit without use_lora: weights in 4 bits are frozen, so training needs an adapter. "
                 "Pass --use_lora true, or leave out --load_in_4bit."
             )
         if self.rewards == []:
@@ -307,12 +307,12 @@ class RLConfig:
         if self.eval_num_samples > 1 and self.eval_temperature == 0:
             raise ValueError(
                 f"eval_num_samples={self.eval_num_samples} with eval_temperature=0: greedy completions of a prompt "
-                "are all the same, so more than one says nothing. Pass --eval_temperature 1.0 or --eval_num_samples 1."
+                "are all the same, so more than one adds nothing. Pass --eval_temperature 1.0 or --eval_num_samples 1."
             )
         if self.early_stopping_patience and not (self.eval_every and self.num_eval_prompts):
             raise ValueError(
                 f"early_stopping_patience={self.early_stopping_patience} without evaluation: it counts evaluations "
-                "without a new best. Pass --eval_every 25 and --num_eval_prompts 256, say."
+                "without a new best. Pass --eval_every 25 and --num_eval_prompts 256, for example."
             )
 
     def _check_batch(self) -> None:
@@ -358,11 +358,11 @@ def check_discount(config: RLConfig, *names: str) -> None:
     for name in names:
         value = vars(config)[name]
         if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value}: it discounts what comes later, so it is in [0, 1]. Pass --{name} 1.0.")
+            raise ValueError(f"{name}={value}: it discounts later rewards, so it must be in [0, 1]. Pass --{name} 1.")
 
 
 def check_group(num_generations: int, reason: str) -> None:
-    """Raise a ValueError, with the algorithm's reason, for a single completion per prompt where they are compared."""
+    """Raise a ValueError, with the algorithm's reason, if there is only one completion per prompt."""
     if num_generations < 2:
         raise ValueError(
             f"num_generations={num_generations}: {reason}, so it needs at least 2. Pass --num_generations 8, or use "
@@ -371,11 +371,11 @@ def check_group(num_generations: int, reason: str) -> None:
 
 
 def as_declared(name: str, value: object, declared: type | types.UnionType) -> object:
-    """The value as the declared type, entries of lists too.
+    """Convert a value to its declared type, and the entries of a list too.
 
     Args:
         name: of the setting, for messages.
-        value: as it was read: YAML takes 2e-6 for text and 1 for an integer.
+        value: as read; YAML reads 2e-6 as text and 1 as an integer.
         declared: a type, or a union of types.
 
     Raises:
@@ -390,7 +390,7 @@ def as_declared(name: str, value: object, declared: type | types.UnionType) -> o
     if not isinstance(value, tuple(plain)) or (isinstance(value, bool) and bool not in plain):
         names = " or ".join("null" if option is types.NoneType else option.__name__ for option in plain)
         raise ValueError(
-            f"{name}={value!r}: need {names}. Pass --{name} with such a value, or mend it in the YAML file."
+            f"{name}={value!r}: need {names}. Pass --{name} with such a value, or fix it in the YAML file."
         )
     return value
 
@@ -399,4 +399,4 @@ def _number(name: str, value: str | int) -> float:
     try:
         return float(value)
     except ValueError:
-        raise ValueError(f"{name}={value!r}: need a number. Pass --{name} 1e-6, say.") from None
+        raise ValueError(f"{name}={value!r}: need a number. Pass --{name} 1e-6, for example.") from None

@@ -1,6 +1,6 @@
-"""What concerns the whole process: environment variables, random state, and putting back what others changed.
+"""State of the whole process: environment variables, random state, and undoing what libraries change.
 
-No heavy import at the top: the environment has to be prepared before torch is imported.
+No heavy import at the top: the environment must be prepared before torch is imported.
 """
 
 import logging
@@ -12,25 +12,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 
 _ENVIRONMENT = {
-    # Idle threads of libgomp spin. On cores that are shared, two threads are then up to 25 times slower than one.
+    # Idle threads of libgomp spin. On shared cores, two threads are then up to 25 times slower than one.
     "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
-    # Lengths change at every step; without it memory fragments. vLLM 0.25 to 0.28, which have to switch it off for
-    # their own pool, read this name and not PYTORCH_ALLOC_CONF.
+    # Lengths change at every step; without this, memory fragments. vLLM 0.25 to 0.28 must switch it off for their own
+    # pool, and read this name instead of PYTORCH_ALLOC_CONF.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 
 
 def prepare_environment() -> None:
-    """Set the environment variables that torch and vLLM read when they are imported; what is set already stays.
+    """Set the environment variables that torch and vLLM read at import; variables that are already set stay.
 
-    Warns when torch was imported before and its idle threads will therefore spin.
+    Warns if torch was imported first, because its idle threads will spin.
     """
     too_late = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # At every start it misses a kernel for inference in 4 bits on the CPU, which nothing here would use.
+    # At every start it warns of a missing CPU kernel for inference in 4 bits, which nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if too_late and os.environ.get("OMP_NUM_THREADS") != "1":
         warnings.warn(
@@ -43,7 +43,7 @@ def prepare_environment() -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """What runs inside does not change the random state of Python, numpy and torch."""
+    """Restore the random state of Python, numpy and torch after the block."""
     import numpy as np
     import torch
 
@@ -61,7 +61,7 @@ def preserved_random_state() -> Iterator[None]:
 
 @contextmanager
 def num_threads(count: int | None) -> Iterator[None]:
-    """Torch works with so many threads inside, None: with as many as before; afterwards as before."""
+    """Let torch use `count` threads inside the block; None: as many as before."""
     import torch
 
     before = torch.get_num_threads()
@@ -74,14 +74,14 @@ def num_threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def process_unchanged() -> Iterator[None]:
-    """Put back what importing vLLM and making an engine change in this process; warnings on the way are not shown."""
+    """Undo what importing vLLM and creating an engine change in this process, and hide the warnings."""
     import torch
 
     with ExitStack() as stack, preserved_random_state(), warnings.catch_warnings(action="ignore"):
         stack.callback(logging.disable, logging.root.manager.disable)
         if os.environ.get("VLLM_LOGGING_LEVEL") == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
             logging.disable(logging.WARNING)
-        stack.enter_context(redirect_stdout(sys.__stdout__))  # vLLM wants a file, which a notebook's stdout is not
+        stack.enter_context(redirect_stdout(sys.__stdout__))  # vLLM needs a real file; a notebook's stdout is none
         stack.callback(_restore_environment, dict(os.environ))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())

@@ -1,7 +1,7 @@
 """Log-probs of completions.
 
-Every log-prob of the project comes from `token_logprobs`, so that old, new and reference log-probs differ only by
-their weights: the ratio before the first optimizer step and the KL before the first update are exact.
+Every log-prob of the project comes from `token_logprobs`, so old, new and reference log-probs differ only by the
+weights: the ratio before the first optimizer step is exactly 1, the KL before the first update exactly 0.
 """
 
 import sys
@@ -15,7 +15,7 @@ from common.rollouts import Rollouts
 # Logits of one chunk of the plain path: 2^25 float32 are 128 MiB.
 MAX_CHUNK_LOGITS = 2**25
 
-# Settings of model configurations that change logits after the head: the fused head knows them, the plain one not.
+# Settings of model configurations that change logits after the head. Only the fused head applies them.
 _LOGIT_SETTINGS = (
     "final_logit_softcapping",
     "logit_scale",
@@ -38,21 +38,21 @@ def token_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float) -> 
         entropy: (b, C) float32 in nats, without gradient. Both are 0 at padding.
     """
     sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
-    places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)[None, :]  # (1, L)
-    is_completion = (places >= prompt_lengths[:, None]) & (places < rollouts.total_lengths[:, None])  # (b, L)
+    positions = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)[None, :]  # (1, L)
+    is_completion = (positions >= prompt_lengths[:, None]) & (positions < rollouts.total_lengths[:, None])  # (b, L)
     base = without_adapter(model)
     if sequence_ids.device.type == "cuda" or _changes_logits(base):
         logprobs, entropy = _fused(base, sequence_ids, is_completion, temperature)
     else:
         logprobs, entropy = _plain(base, sequence_ids, is_completion, temperature)
-    # Both are flat, row by row in the order of the tokens, and so is the completion mask.
+    # Both are flat, row by row; masked_scatter fills the mask in the same order.
     mask = rollouts.completion_mask
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy.detach())  # (b, C) both
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether a model is inside peft, which takes seconds to import: what was never imported has wrapped nothing."""
+    """Whether peft wraps a model; importing peft takes seconds, and if nothing imported it, it wraps nothing."""
     return "peft" in sys.modules and isinstance(model, sys.modules["peft"].PeftModel)
 
 
@@ -67,9 +67,9 @@ def _changes_logits(model: nn.Module) -> bool:
 
 
 def _fused(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Trl's fused head: the logits never exist. Returns both (completion tokens,)."""
+    """Use trl's fused head, which never stores the logits. Returns both (completion tokens,)."""
     if "fused_temperature" not in vars(model):
-        # Imported here: it takes a second, and small models on the CPU do without.
+        # Imported here: it takes a second, and small models on the CPU do not need it.
         from trl.trainer.utils import add_fused_lm_head
 
         add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
@@ -82,7 +82,7 @@ def _fused(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: fl
 
 
 def _plain(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits of completion tokens only, a chunk at a time. Returns both (completion tokens,)."""
+    """Compute logits of completion tokens only, one chunk at a time. Returns both (completion tokens,)."""
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, hidden)
     predicts_completion = is_completion[:, 1:]
     hidden, targets = hidden[:, :-1][predicts_completion], ids[:, 1:][predicts_completion]
@@ -96,7 +96,7 @@ def _plain(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: fl
     chunk = max(MAX_CHUNK_LOGITS // head.weight.shape[0], 1)
     if len(targets) <= chunk:
         return chunk_logprobs(hidden, targets)
-    # Chunks are computed again in the backward pass, so that the logits of one chunk exist at a time.
+    # Chunks are recomputed in the backward pass, so that only one chunk's logits exist at a time.
     parts = [
         checkpoint(chunk_logprobs, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)

@@ -1,7 +1,7 @@
 """Losses and KL estimators as pure functions of per-token tensors.
 
-Nothing here reduces: every function returns one number per token, and the trainer multiplies by token weights and
-sums, so that no memory setting can change a gradient. float32 throughout.
+Nothing here reduces: every function returns one number per token. The trainer multiplies by token weights and sums,
+so no memory setting can change a gradient. float32 throughout.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 from common.config import AVERAGES
 from common.rollouts import Rollouts
 
-# |log ratio| above this is cut before exp(): e^20 is 5e8, far beyond any clip range, and float32 stays finite.
+# |log ratio| is clamped to this before exp(): e^20 is 5e8, far beyond any clip range, and float32 stays finite.
 MAX_LOG_RATIO = 20.0
 
 
 def log_importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """Log of each token's probability now over its probability when it was sampled.
+    """Log ratio of each token's current probability to its probability when it was sampled.
 
     Args:
         logprobs: (b, C) float32, with gradient.
@@ -29,12 +29,12 @@ def log_importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tenso
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
-    """Probability of each token now over its probability when it was sampled; arguments as log_importance_ratio's."""
+    """Ratio of each token's current probability to that when it was sampled; arguments as in log_importance_ratio."""
     return log_importance_ratio(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor) -> Tensor:
-    """Probability of each whole completion now over its probability when it was sampled, given to all its tokens.
+    """Ratio of each completion's current probability to that when it was sampled, repeated for all its tokens.
 
     Args:
         logprobs: (b, C) float32, with gradient.
@@ -68,7 +68,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float, clip
 
 
 def clipped_tokens(ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float) -> Tensor:
-    """(b, C) float32: 1 where the clip takes the gradient away, 0 elsewhere. Arguments as clipped_surrogate's."""
+    """(b, C) float32: 1 where the clip removes the gradient, 0 elsewhere. Arguments as in clipped_surrogate."""
     risen = (advantages > 0) & (ratio > 1 + clip_range_high)
     fallen = (advantages < 0) & (ratio < 1 - clip_range)
     return (risen | fallen).float()
@@ -77,7 +77,7 @@ def clipped_tokens(ratio: Tensor, advantages: Tensor, clip_range: float, clip_ra
 def clipped_policy_loss(
     ratio: Tensor, logprobs: Tensor, entropy: Tensor, minibatch: Rollouts, clip_ranges: tuple[float, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped surrogate of a micro-batch with its metrics.
+    """The clipped surrogate of a micro-batch, and its metrics.
 
     Args:
         ratio: (b, C) float32, with gradient: of tokens, of whole completions, or any other.
@@ -104,11 +104,11 @@ def policy_metrics(
         clipped: (b, C) float32, from clipped_tokens.
         entropy: (b, C) float32, nats.
         logprobs: (b, C) float32.
-        sampling_logprobs: (b, C) float32, what the sampler said.
+        sampling_logprobs: (b, C) float32, as the sampler reported them.
 
     Returns:
-        (b, C) tensors by metric name. Names under first/ are about the first optimizer step after sampling, when the
-        policy still is the one that sampled: the ratio must be 1 and both log-probs the same.
+        (b, C) tensors by metric name. Names under first/ are for the first optimizer step after sampling: the policy
+        is still the one that sampled, so the ratio must be 1 and both log-probs equal.
     """
     return {
         "policy/ratio": ratio.detach(),
@@ -125,10 +125,10 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
     With d = ref_logprobs - logprobs:  k1 = -d, unbiased, may be negative;  k2 = d^2 / 2, low bias;
     k3 = exp(d) - d - 1, unbiased and never negative.
 
-    As a loss term their gradients differ from their values: k1 has gradient of mean zero; k2 that of
-    KL(policy || reference), k3 that of KL(reference || policy), both of the next token in the states where the policy
-    comes to now. In the reward only k1 gives the gradient of KL(policy || reference): near the reference those of k2
-    and k3 vanish, because their values are of second order.
+    As loss terms, their gradients differ from their values. That of k1 has mean zero; that of k2 is the gradient of
+    KL(policy || reference), that of k3 the one of KL(reference || policy), both for the next token in the states that
+    the policy reaches now. In the reward, only k1 gives the gradient of KL(policy || reference): near the reference
+    those of k2 and k3 vanish, because their values are of second order.
 
     Args:
         logprobs: (b, C) float32.
@@ -155,11 +155,11 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
 def token_weights(
     mask: Tensor, *, average_over: str, num_rows: float, num_tokens: float, max_completion_length: int
 ) -> Tensor:
-    """Weight of each token in the loss: what "the mean" means.
+    """Weight of each token in the loss; the weights define the mean.
 
     "tokens": 1 / all tokens of the mini-batch (DAPO). "rows": 1 / (tokens of its row x all rows) (GRPO).
     "constant": 1 / (longest completion allowed x all rows) (Dr. GRPO, huggingface.co/papers/2503.20783).
-    The counts are over all processes, and over rows that were left out because their advantage is 0.
+    The counts include all processes, and rows that were dropped because their advantage is 0.
 
     Args:
         mask: (b, C) bool, tokens that count.

@@ -1,10 +1,10 @@
-"""Writes a folder that transformers and vLLM load: ``python -m common.merge --model M --adapter A --output FOLDER``.
+"""One folder that transformers and vLLM load: ``python -m common.merge --model M --adapter A --output FOLDER``.
 
-It merges an adapter and its base, the shards of a checkpoint, or the best or final model or a checkpoint of a run.
-Nothing is overwritten, and what cannot be merged is refused before any weight is loaded.
+It merges an adapter with its base, the shards of a checkpoint, or a model of a run: the best, the final or that of a
+checkpoint. It overwrites nothing, and refuses what cannot be merged before it loads any weight.
 """
 
-from __future__ import annotations  # types whose import takes seconds are not loaded
+from __future__ import annotations  # for type hints whose import would take seconds
 
 import json
 import os
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-POLICY_FOLDER = "policy"  # in a run's checkpoint
+POLICY_FOLDER = "policy"  # of a run's checkpoint
 
 _SIZE = re.compile(r"\d+(KB|MB|GB|KiB|MiB|GiB)")
 _ADAPTER_TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B)(\.weight)?"
 )
-# The axis of each part of an adapter that must fit the weight, and that axis of the weight, (out, in) or (V, hidden).
+# For each part of an adapter: its axis that it shares with the weight, and that axis in (out, in) or (V, hidden).
 _SHARED_AXES = {"A": (1, 1), "B": (0, 0), "embedding_A": (1, 0), "embedding_B": (0, 1)}
 
 
 @dataclass(kw_only=True)
 class MergeSettings:
-    """What to merge, and the output."""
+    """What to merge, and where to."""
 
     output: str
-    """A new folder."""
+    """A new or empty folder."""
     model: str | None = None
     """Base model of the adapter; or a sharded checkpoint, a run's folder, or one of its checkpoints."""
     adapter: str | None = None
@@ -54,12 +54,12 @@ class MergeSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What to merge.
+    """What the merged model is made of.
 
     Attributes:
         base: hub id or folder of a complete model.
-        adapter: folder of the adapter to add to it, or None.
-        what: a description for the user.
+        adapter: folder of the adapter that goes on top of it, or None.
+        what: both in words, for messages.
     """
 
     base: str
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def own(self) -> str:
-        """Where tokenizer and end tokens are: with the adapter if there is one, since it may have its own."""
+        """Where tokenizer and end tokens are: the adapter's folder if there is one, since it may have its own."""
         return str(self.adapter or self.base)
 
 
@@ -78,24 +78,21 @@ def merge(settings: MergeSettings) -> Source:
     Adapters are added in float32; the result has the precision of the base.
 
     Args:
-        settings: see MergeSettings.
+        settings: what to merge, and where to.
 
     Returns:
         What was merged.
 
     Raises:
-        ValueError: there is nothing to merge, parts are missing or belong to another model, or the output folder is
-            not empty.
+        ValueError: if parts are missing, do not fit or need no merge, or the output folder is not empty.
     """
     output = Path(settings.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(
-            f"output={output}: it exists and is not empty, and nothing is overwritten. Pass another --output."
+            f"output={output}: it is a file or not empty, and nothing is overwritten. Pass another --output."
         )
     if not _SIZE.fullmatch(settings.max_shard_size):
-        raise ValueError(
-            f"max_shard_size={settings.max_shard_size!r}: need a size in KB, MB or GB. Pass --max_shard_size 5GB."
-        )
+        raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB.")
     source = find_source(settings.model, settings.adapter)
     check_model(source.base)
     if source.adapter is not None:
@@ -117,21 +114,21 @@ def merge(settings: MergeSettings) -> Source:
     return source
 
 
-# Finding the source
+# Finding the parts
 
 
 def find_source(model: str | None, adapter: str | None) -> Source:
-    """The source that the two names mean.
+    """Find out what the two names refer to.
 
     Raises:
-        ValueError: there is nothing to merge.
+        ValueError: if there is nothing to merge.
     """
     if adapter is not None:
         recorded = _recorded_base(Path(adapter))
         base = resolve_model(model) if model is not None else recorded
         return Source(base=base, adapter=Path(adapter), what=f"adapter {adapter} and its base {base}")
     if model is None:
-        raise ValueError("neither model nor adapter: something has to be merged. Pass --model, --adapter or both.")
+        raise ValueError("neither model nor adapter: there is nothing to merge. Pass --model, --adapter or both.")
     folder = Path(model)
     if (folder / CONFIG_FILE).is_file():
         return _part_of_run(*_best_of_run(folder))
@@ -143,8 +140,8 @@ def find_source(model: str | None, adapter: str | None) -> Source:
         return Source(base=model, what=f"the shards of {model}")
     if not folder.is_dir():
         raise ValueError(
-            f"model={model}: there is no such folder, and for a model on the hub there is nothing to merge. Pass "
-            "--model with an existing folder, or --adapter with an adapter of this model."
+            f"model={model}: there is no such folder, and a model on the hub has nothing to merge. Pass --model with "
+            "an existing folder, or --adapter with an adapter of this model."
         )
     raise ValueError(
         f"model={model}: nothing to merge: it is one complete model without an adapter, which transformers and vLLM "
@@ -153,7 +150,7 @@ def find_source(model: str | None, adapter: str | None) -> Source:
 
 
 def _part_of_run(folder: Path, what: str) -> Source:
-    """A model or an adapter, in the folder itself or in its subfolder for the policy."""
+    """A model or an adapter, in the folder itself or, in a checkpoint, in the policy's folder."""
     if (folder / POLICY_FOLDER).is_dir():
         folder = folder / POLICY_FOLDER
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -174,7 +171,7 @@ def _best_of_run(folder: Path) -> tuple[Path, str]:
     if latest:
         return latest, f"{latest.name} of {folder}, its last"
     raise ValueError(
-        f"model={folder}: this run has neither a checkpoint nor a final model yet. Wait for one, or pass another run."
+        f"model={folder}: this run has neither a checkpoint nor a final model yet. Wait for it, or pass another run."
     )
 
 
@@ -182,17 +179,17 @@ def _recorded_base(adapter: Path) -> str:
     path = adapter / ADAPTER_CONFIG
     if not path.is_file():
         raise ValueError(
-            f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which names the adapter's base model. Pass "
-            "--adapter with the folder that peft wrote."
+            f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which names the base model. Pass --adapter with "
+            "the folder that peft wrote."
         )
     return json.loads(path.read_text())["base_model_name_or_path"]
 
 
 def _shards(folder: Path) -> Iterator[str]:
-    """The files that an index lists.
+    """The weight files that a checkpoint's index names.
 
     Raises:
-        ValueError: one of them is missing.
+        ValueError: if one of them is missing.
     """
     for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         if not (folder / name).is_file():
@@ -200,8 +197,8 @@ def _shards(folder: Path) -> Iterator[str]:
         files = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise ValueError(
-                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: some "
-                "weights would stay random. Fetch or write the missing files again."
+                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} names: these "
+                "weights would stay uninitialised. Download or write the missing files again."
             )
         yield from files
 
@@ -210,17 +207,17 @@ def _shards(folder: Path) -> Iterator[str]:
 
 
 def check_adapter(adapter: Path, base: str) -> None:
-    """Refuse an adapter of another base model, by its name and by the shapes of its tensors.
+    """Refuse an adapter of another base model: compare the model's name and the tensors' shapes.
 
     Raises:
-        ValueError: names both models, or the tensor that does not fit.
+        ValueError: if they differ; it names both models, or the tensor that does not fit.
     """
     recorded = _recorded_base(adapter)
     if base != recorded and not (Path(base).is_dir() and Path(recorded).is_dir() and os.path.samefile(base, recorded)):
         raise ValueError(
-            f"adapter={adapter}: it belongs to the base model {recorded}, and model={base} was given: an adapter is "
-            f"useless with other weights. Pass --model {recorded}. If both are the same model in different folders, "
-            f"write the new one into base_model_name_or_path of {adapter / ADAPTER_CONFIG}."
+            f"adapter={adapter}: it belongs to the base model {recorded}, but model={base} was given: on other "
+            f"weights it gives another policy. Pass --model {recorded}. If {base} is the same model at another path, "
+            f"write this path into base_model_name_or_path of {adapter / ADAPTER_CONFIG}."
         )
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise ValueError(
@@ -246,7 +243,7 @@ def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
     """Load the base in its own precision on the CPU, and the adapter on top of it.
 
     Raises:
-        ValueError: the checkpoint lacks weights.
+        ValueError: if the checkpoint lacks weights.
     """
     config = transformers.AutoConfig.from_pretrained(source.base)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -256,7 +253,7 @@ def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
         absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
         raise ValueError(
             f"model={source.base}: {len(absent)} weights are missing or have another shape, such as {absent[0]}: they "
-            "would stay random. Fetch or write the checkpoint again."
+            "would stay uninitialised. Download or write the checkpoint again."
         )
     if (Path(source.own) / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.own)
@@ -268,7 +265,7 @@ def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the merge of the command line."""
+    """Merge as the command line says."""
     settings = parse_settings(MergeSettings, args)
     source = merge(settings)
     files = sorted(path.name for path in Path(settings.output).glob("*.safetensors"))

@@ -1,7 +1,7 @@
-"""Where the names of earlier versions are now: whoever imports one from its old place is told the new one.
+"""Where the names of earlier versions are now: an import from an old place fails and names the new one.
 
-A user's rewards or algorithm may be older than the packages of `common`. Nothing of the project imports from an old
-place, and nothing stays importable there.
+A user's rewards or algorithm may be older than the packages of `common`. Nothing can still be imported from an old
+place, and nothing in the project tries to.
 """
 
 import sys
@@ -12,8 +12,8 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import NoReturn
 
-# Old module -> new place -> the names that are there, "" for all others of the module. A place may be the new name of
-# what was renamed on the way.
+# Old module -> new place -> the names that moved there, "" for all others of the module. For something that was
+# renamed, the place includes its new name.
 MOVED: dict[str, dict[str, str]] = {
     "common.batching": {"common.seeds": "hashed_seed seeded_permutation", "common.update.rows": ""},
     "common.passes": {"common.update.batches.Batches": "Passes", "common.update.batches": ""},
@@ -78,13 +78,13 @@ MOVED: dict[str, dict[str, str]] = {
 
 
 class _OldPlaces(MetaPathFinder):
-    """Finds the modules of MOVED that are still there, and says of the others where their content is."""
+    """Loads the modules of MOVED that still exist; for the others it raises an error that says where they are now."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """See MetaPathFinder.
 
         Raises:
-            ModuleNotFoundError: for a module that is no longer there.
+            ModuleNotFoundError: if the module no longer exists.
         """
         if name not in MOVED:
             return None
@@ -108,7 +108,7 @@ def _places(module: str) -> str:
 
 
 def _explain(module: str, name: str) -> NoReturn:
-    """What a module answers that is asked for a name it does not have."""
+    """Raise the error for a name that a module of MOVED does not have."""
     for place, names in MOVED[module].items():
         if name in names.split():
             raise ImportError(f"{name} is not in {module} any more: it is in {place}. Import it from there.")
@@ -116,5 +116,5 @@ def _explain(module: str, name: str) -> NoReturn:
 
 
 def explain_old_imports() -> None:
-    """Have imports from old places answered with the new ones."""
+    """Make imports from old places fail with a message that names the new place."""
     sys.meta_path.insert(0, _OldPlaces())

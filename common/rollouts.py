@@ -1,11 +1,11 @@
-"""Rollouts: the batch every other module speaks about.
+"""Rollouts: the batch that every other module works on.
 
 Notation, used everywhere:
     B completions on this process, P prompt columns, C completion columns, G completions per prompt,
-    b rows of a micro-batch, L columns of a prompt and its completion put together, V vocabulary.
+    b rows of a micro-batch, L columns of a prompt joined with its completion, V vocabulary.
 
 Masks: True = real token. Masked positions hold 0 (token 0, 0.0), and every reduction uses the mask. Rows of one
-prompt are adjacent. Everything lives on the CPU; only micro-batches travel to the device. No maths of any algorithm.
+prompt are adjacent. Everything lives on the CPU; only micro-batches move to the device. No maths of any algorithm.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class Completion:
-    """What a sampler gives back for one completion.
+    """One completion, as a sampler returns it.
 
     Attributes:
         token_ids: the sampled tokens, the end token included when it was sampled.
@@ -32,7 +32,7 @@ class Completion:
     truncated: bool
 
     def __post_init__(self) -> None:
-        """A token without a log-prob was not sampled, and must not get into the loss."""
+        """Check that each token has a log-prob: without one it was not sampled, and must not get into the loss."""
         assert len(self.token_ids) == len(self.logprobs)
 
 
@@ -63,7 +63,7 @@ class PromptBatch:
 
 @dataclass(kw_only=True)
 class Rollouts:
-    """Prompts with their completions and everything that is later known about each token.
+    """Prompts, their completions, and everything that is computed about each token later.
 
     Attributes:
         rows: (B,) int64, number of the row among all rows of the step, over all processes.
@@ -73,16 +73,16 @@ class Rollouts:
         completion_mask: (B, C) bool.
         truncated: (B,) bool, stopped by the length limit.
         loss_mask: (B, C) bool, real tokens that are trained on; without one it is completion_mask.
-        step_lengths: trained tokens of every row of the step over all processes, by row number. One entry per row of
-            the whole step, kept when rows are left out, which therefore still count in the means. None: the rows at
-            hand are all that count; they are numbered before their first pass.
+        step_lengths: int64, trained tokens of each row by row number. One entry per row of the whole step over all
+            processes; kept when rows are dropped, so that these still count in the means. None: only the present rows
+            count; they are numbered before their first forward pass.
         sampling_logprobs: (B, C) float32, as the sampler reported them.
         prompts: B strings.
         completions: B strings, special tokens removed.
         columns: the data set's other columns, a list of B values each.
         raw_prompts: B prompts as the data set has them, text or chat messages; empty: as `prompts`.
         scores: (B,) float32, one number per completion.
-        parts: (B,) float32 for each reward by name, raw; NaN where it had no say.
+        parts: (B,) float32 for each reward by name, unweighted; NaN where it does not apply.
         old_logprobs: (B, C) float32 under the policy that sampled; None when that policy is the one being updated.
         ref_logprobs: (B, C) float32 under the reference; None without a reference.
         values: (B, C) float32; column t is the value of the state in which completion token t was chosen.
@@ -117,11 +117,7 @@ class Rollouts:
     token_weights: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check the masks, where looking at them costs nothing.
-
-        Raises:
-            ValueError: if a mask has a hole, or a token is trained on that is none.
-        """
+        """Set a missing loss_mask and check the masks, on the CPU only: elsewhere the check would cost time."""
         if self.loss_mask is None:
             self.loss_mask = self.completion_mask
         if self.completion_mask.device.type == "cpu":
@@ -133,9 +129,9 @@ class Rollouts:
         if not (left_padded and right_padded):
             name, side = ("completion_mask", "right") if left_padded else ("prompt_mask", "left")
             raise ValueError(
-                f"{name} has a hole: padding between real tokens would give the tokens behind it the log-probs of "
-                f"their neighbours. Put all padding on the {side}; tokens that are real but not trained on are False "
-                "in loss_mask alone."
+                f"{name} has a hole: the tokens after padding between real tokens would get the log-probs of their "
+                f"neighbours. Put all padding on the {side}; for real tokens that are not trained on, set only "
+                "loss_mask to False."
             )
         if (self.loss_mask > self.completion_mask).any():
             raise ValueError(
@@ -147,16 +143,13 @@ class Rollouts:
     def from_completions(
         cls, prompts: PromptBatch, completions: Sequence[Completion], texts: list[str], *, num_generations: int
     ) -> "Rollouts":
-        """Pad the sampler's lists into tensors.
+        """Pad the sampler's lists into B = len(prompts) x G rows, as wide as their longest prompt and completion.
 
         Args:
             prompts: the prompts that were sampled from.
             completions: len(prompts) x num_generations, rows of one prompt adjacent.
-            texts: the completions decoded, same order.
+            texts: the completions decoded, in the same order.
             num_generations: G.
-
-        Returns:
-            B = len(prompts) x G rows, padded to the longest prompt and completion of this batch only.
         """
         repeated = [index for index in range(len(prompts)) for _ in range(num_generations)]
         prompt_ids, prompt_mask = _pad([prompts.prompt_ids[i] for i in repeated], torch.int64, left=True)
@@ -183,13 +176,12 @@ class Rollouts:
 
     @staticmethod
     def joined(parts: Sequence["Rollouts"]) -> "Rollouts":
-        """Put rollouts of one step together, such as those of refills; every row counts that counted in its part.
+        """Join the rows of rollouts of one step, such as those of refills, padded to the widest.
+
+        Rows that count in the means of a part still count; `renumbered` takes dropped rows out of the means.
 
         Args:
-            parts: at least one, as `sample` gives them, rows left out or not; all with the same optional fields.
-
-        Returns:
-            Their rows one after another, as wide as the widest. `renumbered` drops the rows that were left out.
+            parts: at least one, as `sample` returns them, with or without dropped rows; all with the same fields.
 
         Raises:
             ValueError: if a part is not numbered, or the parts have different fields.
@@ -197,11 +189,11 @@ class Rollouts:
         contents = [dict(part._content()) for part in parts]
         if len({frozenset(content) for content in contents}) != 1 or "step_lengths" not in contents[0]:
             raise ValueError(
-                f"rollouts with the fields {', or '.join(' '.join(content) for content in contents)} to join: need "
-                "the same fields in all, step_lengths among them. Join what `sample` gave before `renumbered`, after "
-                "the same verbs."
+                f"joining rollouts with the fields {', or '.join(' '.join(content) for content in contents)}: need "
+                "the same fields in all, including step_lengths. Join what `sample` returned, before `renumbered` and "
+                "after the same verbs."
             )
-        # Row numbers of a part begin after all rows of the step that the parts before it count, on every process.
+        # Row numbers of a part start after the rows that the parts before it count on all processes.
         first_rows = accumulate((len(part.step_lengths) for part in parts[:-1]), initial=0)
         joined = {"rows": torch.cat([part.rows + first for part, first in zip(parts, first_rows, strict=True)])}
         for name in contents[0].keys() - joined.keys():
@@ -217,27 +209,23 @@ class Rollouts:
         return Rollouts(**joined)
 
     def only(self, index: Tensor | slice) -> "Rollouts":
-        """Leave rows out of all passes to come; they still count in the means, so that no gradient changes.
+        """Keep the rows at `index` (int64 tensor, bool mask or slice) for all later forward passes.
 
-        Args:
-            index: the rows that stay: an int64 tensor, a bool mask or a slice.
-
-        Returns:
-            These rows. old_logprobs is cleared: the passes of fewer rows may round differently, and the ratio before
-            the first optimizer step must be exactly 1.
+        Dropped rows still count in the means, so the gradient of the others stays the same. old_logprobs is cleared:
+        forward passes of fewer rows may round differently, and the ratio before the first optimizer step must be 1.
         """
         return replace(self[index], old_logprobs=None)
 
     def renumbered(self, counted: Tensor | None = None) -> "Rollouts":
-        """Decide anew which rows of the step count in the means; the others leave them.
+        """Renumber the rows; dropped rows leave the means.
 
         Args:
-            counted: (n,) int64 ascending row numbers over all processes, those of the rows at hand among them.
-                None: the rows at hand, on all processes, and no others.
+            counted: (n,) int64 ascending row numbers over all processes that stay in the means, including these rows.
+                None: only these rows of all processes.
 
         Returns:
-            The same rows, numbered without gaps, for None before their next pass. old_logprobs is cleared, as by
-            `only`.
+            The same rows, numbered without gaps; for None, before their next forward pass. Clears old_logprobs as
+            `only` does.
         """
         if counted is None:
             return replace(self, step_lengths=None, old_logprobs=None)
@@ -245,7 +233,7 @@ class Rollouts:
         return replace(self, rows=rows, step_lengths=lengths, old_logprobs=None)
 
     def __getitem__(self, index: Tensor | slice) -> "Rollouts":
-        """The rows `index` names (an int64 tensor, a bool mask or a slice), as Rollouts of the same width."""
+        """The rows at `index` (an int64 tensor, a bool mask or a slice), as Rollouts of the same width."""
         numbers = torch.arange(len(self))[index].tolist()
         chosen = {}
         for name, value in self._content():
@@ -278,18 +266,11 @@ class Rollouts:
         return [ids[mask].tolist() for ids, mask in rows]
 
     def spread(self, per_row: Tensor) -> Tensor:
-        """Give every real token of a row the row's number.
-
-        Args:
-            per_row: (B,) float.
-
-        Returns:
-            (B, C) float32, 0 at padding.
-        """
+        """(B, C) float32, 0 at padding: one number per row, (B,) float, repeated for all real tokens of the row."""
         return torch.where(self.completion_mask, per_row.float()[:, None], 0.0)  # (B, C)
 
     def trimmed(self) -> "Rollouts":
-        """The same rows without the columns in which all of them are padding."""
+        """The same rows without columns that are padding in all of them."""
         completion_width = max(int(self.lengths.max()), 1) if len(self) else 1
         prompt_start = self.prompt_mask.shape[1] - (int(self.prompt_mask.sum(1).max()) if len(self) else 0)
         return replace(
@@ -309,10 +290,10 @@ class Rollouts:
         return replace(self, **moved)
 
     def sequences(self) -> tuple[Tensor, Tensor]:
-        """Prompt and completion of each row put together without a gap, padded on the right.
+        """Prompt and completion of each row joined without a gap, padded on the right.
 
-        With padding on the right only, a causal model needs neither an attention mask nor position ids: no real
-        token sees a padded one. So the same row gives the same numbers in any company.
+        With padding on the right only, a causal model needs neither an attention mask nor position ids: no real token
+        sees padding. So a row gives the same numbers whatever the other rows are.
 
         Returns:
             (b, L) int64 token ids, 0 at padding, and (b,) int64 lengths of the prompts.
@@ -331,13 +312,10 @@ class Rollouts:
 
 
 def filler(like: Rollouts) -> Rollouts:
-    """One row that counts for nothing, for a process that has no rows left when others still have.
+    """One row without any effect, for a process that has no rows left while others still have some.
 
-    Args:
-        like: rollouts whose optional fields the filler must have too; may be empty.
-
-    Returns:
-        One row: a prompt of one token, one masked completion token, 0 in every other field.
+    It has the optional fields of `like`, which may be empty: a prompt of one token, one masked completion token, and 0
+    in every other field.
     """
     fields_of_one_row = {
         name: torch.zeros(1, *((1,) * (value.dim() - 1)), dtype=value.dtype)
@@ -348,7 +326,7 @@ def filler(like: Rollouts) -> Rollouts:
 
 
 def _stacked(tensors: list[Tensor], *, left: bool) -> Tensor:
-    """Tensors (B_i, C_i), or (B_i,), one below the other, padded with 0 to the widest."""
+    """Concatenate the rows of tensors (B_i, C_i) or (B_i,), padded with 0 to the widest."""
     if tensors[0].dim() == 1:
         return torch.cat(tensors)
     width = max(tensor.shape[1] for tensor in tensors)

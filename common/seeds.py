@@ -1,4 +1,4 @@
-"""Where every random number of a run comes from: hashes of (run seed, step, row, purpose), never a global state."""
+"""Where every random number of a run comes from: hashes of (run seed, step, row, purpose), never global state."""
 
 import hashlib
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def hashed_seed(*parts: int | str) -> int:
-    """56 bits of a hash of `parts`, equal on every machine and in every Python process.
+    """56 bits of a hash of `parts`, the same on every machine and in every Python process.
 
     Args:
-        parts: whatever the random numbers should depend on, such as (seed, step, "shuffle").
+        parts: all that the random numbers should depend on, such as (seed, step, "shuffle").
 
     Returns:
         An integer in [0, 2^56).

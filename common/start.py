@@ -11,12 +11,12 @@ explain_mistakes_above()
 
 
 def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) -> None:
-    """Train with the script's settings and the command line's; what is wrong with them is said in one message.
+    """Train with the settings of the script and the command line; a mistake in them ends in one message.
 
     Args:
         trainer: the algorithm.
         settings: the literal on top of the script.
-        reading: what else parse_config takes: `script`, and `embedded` where the preset cpu needs more.
+        reading: other arguments of parse_config: `script`, and `embedded` if the preset cpu needs more.
 
     Raises:
         SystemExit: with status 2 after a message about a user's mistake.
@@ -44,22 +44,22 @@ def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer
 
 
 def report(trainer: OnPolicyTrainer) -> None:
-    """Train, and print where the run is, how good the policy was before and after, and where its curves are.
+    """Train, and print the run's folder, how good the policy was before and after, and the path of its curves.
 
     Args:
         trainer: ready to train.
     """
-    say = print if trainer.accelerator.is_main_process else _say_nothing
-    begun = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
-    say(f"run: {trainer.run.folder.resolve()} ({begun})")
+    show = print if trainer.accelerator.is_main_process else _print_nothing
+    state = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
+    show(f"run: {trainer.run.folder.resolve()} ({state})")
     if trainer.prompts.num_dropped:
-        say(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")
+        show(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")
     trainer.train()
-    say(*trainer.run.outcome(len(trainer.eval_prompts or ())), sep="\n")
+    show(*trainer.run.outcome(len(trainer.eval_prompts or ())), sep="\n")
     if trainer.accelerator.num_processes > 1:  # else the group is vLLM's, whose engine destroys it
         # Threads of a process group that are still there when Python ends can abort the process.
         trainer.accelerator.state.destroy_process_group()
 
 
-def _say_nothing(*_: object, **__: object) -> None:
-    """What processes other than the main one print."""
+def _print_nothing(*_: object, **__: object) -> None:
+    """Replaces print on all processes but the main one."""

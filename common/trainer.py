@@ -1,7 +1,7 @@
-"""OnPolicyTrainer: the outer loop of every algorithm and the verbs its step is written in.
+"""OnPolicyTrainer: the training loop of every algorithm, and the verbs that its step is written with.
 
-A subclass writes one iteration, `step(prompts)`, from the verbs below, and its losses. The verbs are final: what
-differs between algorithms is in the algorithm's file, what does not is here. No algorithm is named here.
+A subclass writes one iteration, `step(prompts)`, with the verbs below, and its losses. The verbs are final: what
+differs between algorithms is in the algorithm's file, everything else is here. No algorithm is named here.
 """
 
 import logging
@@ -45,7 +45,7 @@ SaveModel = Callable[[Path], None]
 
 
 class OnPolicyTrainer(ABC):
-    """Sample, score, update, again.
+    """Sample, score, update, repeat.
 
     Args:
         config: the algorithm's settings.
@@ -53,27 +53,27 @@ class OnPolicyTrainer(ABC):
 
     Attributes:
         model_path: hub id or folder of the policy.
-        models: the pool with "policy", "ref" where a KL is wanted, and what the algorithm adds.
+        models: the pool with "policy", "ref" if a KL is needed, and the algorithm's own models.
         policy: the learner of the policy.
         metrics: the step's metrics so far; reduced over processes at its end.
         stopwatch: seconds by phase.
 
     Raises:
-        ValueError: for anything wrong with settings, data, model or folder, before a model is loaded where possible.
+        ValueError: for a mistake in settings, data, model or folder, if possible before a model is loaded.
     """
 
     def __init__(self, config: RLConfig, *, task: Task | None = None) -> None:
         self.config = config
         check_sampler(config)
         check_model(config.model)
-        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not know of each other.
+        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=type(self).__name__.removesuffix("Trainer"))
-        if self.accelerator.is_main_process:  # from here on loading takes its time
+        if self.accelerator.is_main_process:  # loading takes a while from here on
             logger.info("%s", "\n".join([*config.notes, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
@@ -89,19 +89,15 @@ class OnPolicyTrainer(ABC):
 
     @abstractmethod
     def step(self, prompts: PromptBatch) -> None:
-        """One iteration, written out by each algorithm: sample, score, advantages, update."""
+        """One iteration, written by each algorithm: sample, score, advantages, update."""
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
     @final
     def train(self) -> dict[str, float]:
-        """Run all steps that are left.
-
-        Returns:
-            The metrics of the last step.
-        """
+        """Run all remaining steps, and return the metrics of the last one."""
         metrics = {}
-        self.stopwatch.read_and_reset()  # loading is no part of the first step
+        self.stopwatch.read_and_reset()  # loading does not belong to the first step
         with self.run as run:
             if self.current_step == 0 and self._evaluates_at(0):
                 self.evaluate()
@@ -127,26 +123,23 @@ class OnPolicyTrainer(ABC):
         Args:
             step: the step.
             num_prompts: the total over all processes; None: prompts_per_step.
-            refill: 0 for the step's own prompts; 1, 2, ... for further ones, to fill the step up.
+            refill: 0 for the step's own prompts; 1, 2, ... for additional ones.
         """
-        share = {"process": self.accelerator.process_index, "num_processes": self.accelerator.num_processes}
+        processes = {"process": self.accelerator.process_index, "num_processes": self.accelerator.num_processes}
         num_prompts = num_prompts or self.config.prompts_per_step
-        return self.prompts.batch(step, num_prompts=num_prompts, refill=refill, **share)
+        return self.prompts.batch(step, num_prompts=num_prompts, refill=refill, **processes)
 
     @final
     def sample(
         self, prompts: PromptBatch, *, num_generations: int = 1, greedy: bool = False, purpose: str = "train"
     ) -> Rollouts:
-        """Complete each prompt with the current policy, at the training temperature or greedily.
+        """Complete each prompt with the current policy: B = len(prompts) x G rows, those of one prompt adjacent.
 
         Args:
             prompts: this process's prompts of the step.
             num_generations: completions per prompt, G; 1 if greedy.
-            greedy: take the most likely token each time.
+            greedy: take the most likely token each time, instead of sampling at the training temperature.
             purpose: a different one gives different completions of the same prompts.
-
-        Returns:
-            B = len(prompts) x G rows, rows of one prompt adjacent.
         """
         settings = {"num_generations": num_generations, "greedy": greedy, "purpose": purpose}
         rollouts = self.policy_sampler.sample(prompts, **settings)
@@ -160,20 +153,20 @@ class OnPolicyTrainer(ABC):
     def continue_from(
         self, rollouts: Rollouts, rows: Tensor, places: Tensor, *, num_generations: int, purpose: str
     ) -> Rollouts:
-        """Complete anew from states that completions came through, with what is left of the length limit.
+        """Sample new completions from intermediate states of completions, within the same length limit.
 
-        All processes call it, also one without states. The time counts as that of values.
+        All processes must call it, even without states. The time counts as the phase "values".
 
         Args:
             rollouts: B rows of the current policy.
             rows: (S,) int64, which completion each state belongs to.
-            places: (S,) int64, tokens of it that belong to the state; fewer than it has, 0 is the prompt alone.
+            places: (S,) int64, how many of its tokens belong to the state: 0 (the prompt alone) or more, but not all.
             num_generations: K, per state.
             purpose: as in `sample`.
 
         Returns:
-            S x K whole completions, rows of one state adjacent, that begin with the state's tokens and have the text
-            of all of them. Their noise is a function of (seed, step, row, place).
+            S x K completions that include the state's tokens and text, rows of one state adjacent. Their noise is a
+            function of (seed, step, row, place).
         """
         request = {"step": self.current_step, "num_generations": num_generations, "purpose": purpose}
         continuations = self.policy_sampler.continue_from(rollouts, rows, places, **request)
@@ -183,22 +176,19 @@ class OnPolicyTrainer(ABC):
 
     @final
     def score(self, rollouts: Rollouts) -> Tensor:
-        """(B,) float32: the weighted sum of the rewards, less missing_eos_penalty where there is no end token."""
+        """(B,) float32: the weighted sum of the rewards, minus missing_eos_penalty where there is no end token."""
         return self._rewards(rollouts) - self.config.missing_eos_penalty * rollouts.truncated
 
     @final
     def token_rewards(self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False) -> Tensor:
-        """A reward for each token: -kl_coef x its KL to the reference (k1), and the score with the last one.
+        """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
-        Where there is a KL, rollouts.old_logprobs and ref_logprobs are set on the way.
+        With kl_coef above 0, it sets rollouts.old_logprobs and ref_logprobs.
 
         Args:
             rollouts: B rows.
             scores: (B,) float32.
-            whitened: scale the rewards of the step to variance 1; their mean stays.
-
-        Returns:
-            (B, C) float32, 0 at padding.
+            whitened: scale the rewards of the step to variance 1 without changing their mean.
         """
         mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
         if self.config.kl_coef:
@@ -210,7 +200,7 @@ class OnPolicyTrainer(ABC):
 
     @final
     def maybe_whiten(self, advantages: Tensor, rollouts: Rollouts) -> Tensor:
-        """(B, C) float32: the advantages, over all processes of mean 0 and variance 1 if whiten_advantages is set."""
+        """(B, C) float32: the advantages; with whiten_advantages, of mean 0 and variance 1 over all processes."""
         self._used_settings.add("whiten_advantages")
         if not self.config.whiten_advantages:
             return advantages
@@ -218,12 +208,7 @@ class OnPolicyTrainer(ABC):
 
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
-        """Record what was sampled, before any row is left out.
-
-        Args:
-            rollouts: all rows of this process, scored.
-            advantages: (B,) or (B, C) float.
-        """
+        """Record metrics and samples of scored rollouts, before any row is dropped; advantages: (B,) or (B, C)."""
         rollout_means(rollouts, advantages, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
@@ -232,33 +217,21 @@ class OnPolicyTrainer(ABC):
 
     @final
     def keep_one_per_group(self, rollouts: Rollouts) -> Rollouts:
-        """A random completion of each prompt, to train on after all made the baseline; the others leave the means."""
-        how = {"seed": self.config.seed, "step": self.current_step}
-        return keep_one_per_group(rollouts, self.config.num_generations, **how)
+        """Keep one random completion per prompt, after all served as the baseline; the others leave the means."""
+        config, step = self.config, self.current_step
+        return keep_one_per_group(rollouts, config.num_generations, seed=config.seed, step=step)
 
     @final
     def logprobs(self, name: str, rollouts: Rollouts) -> Tensor:
-        """What a model thinks of each completion token.
-
-        Args:
-            name: "policy" or, with a kl_coef above 0, "ref".
-            rollouts: B rows.
-
-        Returns:
-            (B, C) float32, 0 at padding.
-        """
+        """(B, C) float32, 0 at padding: log-probs of the tokens under "policy" or, with a kl_coef above 0, "ref"."""
         return self.for_each_token(name, rollouts, lambda *args: token_logprobs(*args, self.config.temperature)[0])
 
     @final
     def old_logprobs(self, rollouts: Rollouts) -> Tensor | None:
-        """What the policy that sampled thinks of each token.
+        """(B, C) float32, 0 at padding: log-probs under the policy that sampled; not recomputed if already set.
 
-        Args:
-            rollouts: B rows; with old_logprobs already, these are given back.
-
-        Returns:
-            (B, C) float32, 0 at padding; None if each rollout makes one optimizer step: the policy that sampled is
-            then the one being updated, and its pass would only repeat the update's own.
+        None if each rollout makes one optimizer step: the policy that sampled is then the one being updated, and this
+        forward pass would only repeat the update's own.
         """
         if rollouts.old_logprobs is not None or self.config.trains_on_policy:
             return rollouts.old_logprobs
@@ -268,16 +241,13 @@ class OnPolicyTrainer(ABC):
     def for_each_token(
         self, name: str, rollouts: Rollouts, forward: TokenFunction, *, phase: str = "logprobs"
     ) -> Tensor:
-        """What a model of the pool says about each completion token, without gradient.
+        """(B, C) float32, 0 at padding: a model's output for each completion token, without gradient.
 
         Args:
-            name: of the model.
+            name: of the model in the pool.
             rollouts: B rows.
             forward: gives (b, C) float32 for the model and a micro-batch.
-            phase: what the time is charged to.
-
-        Returns:
-            (B, C) float32, 0 at padding.
+            phase: of the stopwatch.
         """
         if name == "ref":
             self._used_settings.add("kl_coef")
@@ -286,7 +256,7 @@ class OnPolicyTrainer(ABC):
 
     @final
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
-        """The tensor added up over all processes, on the device it came from."""
+        """The sum of the tensor over all processes, on its own device."""
         return self.batches.sum_over_processes(tensor)
 
     @final
@@ -294,10 +264,10 @@ class OnPolicyTrainer(ABC):
         """Take num_update_epochs x num_minibatches optimizer steps.
 
         Args:
-            learner: whose model is trained, by its own settings.
-            rollouts: B rows; rows of the step that are missing here still count in the means.
+            learner: what is trained, with its own settings.
+            rollouts: B rows; dropped rows of the step still count in the means.
             loss: per-token loss and metrics of a micro-batch; token weights make it a mean.
-            average_over: "tokens", "rows" or "constant", what the mean is over.
+            average_over: "tokens", "rows" or "constant": what the mean is over.
         """
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
@@ -317,15 +287,15 @@ class OnPolicyTrainer(ABC):
 
         Args:
             name: its name in the pool and the prefix of its metrics.
-            module: the model, on the CPU; of its parameters those that require a gradient are trained and saved.
+            module: the model, on the CPU; its parameters that require a gradient are trained and saved.
             config: settings of its optimizer, epochs and mini-batches.
             save: writes it into a folder of final/ that transformers loads.
-            in_pool: what else ModelPool.add takes, for a model that shares weights with another one.
+            in_pool: other arguments of ModelPool.add, for a model that shares weights with another one.
 
         Returns:
             What `update` takes.
         """
-        with in_pool.get("context", nullcontext)():  # which decides what requires a gradient
+        with in_pool.get("context", nullcontext)():  # it decides what requires a gradient
             learner = Learner(name, module, config)
         self.models.add(name, module, optimizer=learner.optimizer, **in_pool)
         self.run.restore(learner, module, save)
@@ -344,7 +314,7 @@ class OnPolicyTrainer(ABC):
                 self._add_kl(rollouts, "eval/kl")
         self.run.add_samples(self.current_step, "eval", rollouts, rollouts.parts)
 
-    # ------------------------------------------------------------------------------------------------------ inside
+    # ----------------------------------------------------------------------------------------------------- private
 
     def _load_data(self, task: Task) -> None:
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
@@ -372,7 +342,7 @@ class OnPolicyTrainer(ABC):
             logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
     def _rewards(self, rollouts: Rollouts) -> Tensor:
-        """(B,) float32, the weighted sum of the rewards; each of them is kept in rollouts.parts."""
+        """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts."""
         with self.stopwatch("score"):
             scores = judge(rollouts, self.scorer)
         for name, rows in self.scorer.over_limit.items():
@@ -380,7 +350,7 @@ class OnPolicyTrainer(ABC):
         return scores
 
     def _add_kl(self, rollouts: Rollouts, metric: str) -> Tensor:
-        """(B, C) float32: k1 of the KL to the reference; recorded, and both log-probs are kept in the rollouts."""
+        """(B, C) float32: k1 of the KL to the reference. Records it, and keeps both log-probs in the rollouts."""
         rollouts.old_logprobs = self.logprobs("policy", rollouts)
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
@@ -399,7 +369,7 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:
             check_first_step(metrics, step=step, dtype=self.dtype)
         timings = self.stopwatch.read_and_reset()
-        # Charged to the next step, since this step's line is what is being written.
+        # Counted in the next step, because this step's line is being written.
         with self.stopwatch("save"):
             self.run.end_step(step, metrics, timings)
             self.run.save_if_due(step, self.tokenizer)

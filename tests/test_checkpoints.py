@@ -408,7 +408,7 @@ def test_a_resume_under_other_versions_is_noted_with_its_step(tmp_path):
 def test_resume_never_refuses_an_existing_run(tmp_path):
     prepare_run_folder(tmp_path / "run", SETTINGS, "never")
     (tmp_path / "run" / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match=r"resume=never: a run lies there.*another --output_dir"):
+    with pytest.raises(ValueError, match=r"resume=never: it contains a run.*another --output_dir"):
         prepare_run_folder(tmp_path / "run", SETTINGS, "never")
 
 
@@ -471,6 +471,6 @@ def test_a_run_that_stopped_early_or_kept_no_checkpoint_is_finished_for_good(tmp
     with pytest.raises(ValueError, match=r"has finished \(early, after step 40 of 100\)"):
         prepare_run_folder(tmp_path / "early", SETTINGS)
     finish(tmp_path / "bare", 100)
-    with pytest.raises(ValueError, match="kept no checkpoint to go on from"):
+    with pytest.raises(ValueError, match="kept no checkpoint to continue from"):
         prepare_run_folder(tmp_path / "bare", SETTINGS | {"num_steps": 200})
     assert json.loads((tmp_path / "bare" / "final" / "trainer_state.json").read_text())["step"] == 100

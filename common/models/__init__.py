@@ -1,1 +1,1 @@
-"""Loading models, who is on the device now, and weights on their way out."""
+"""Loading models, moving them to and from the device, and exporting weights."""

@@ -1,6 +1,6 @@
 """Load policy and reference, and save the policy. Everything is loaded on the CPU."""
 
-from __future__ import annotations  # types that take seconds to import are named, not loaded
+from __future__ import annotations  # for type hints whose import would take seconds
 
 from copy import deepcopy
 from pathlib import Path
@@ -27,8 +27,8 @@ def end_token_ids(
 
     Args:
         model: its generation configuration may name one or several.
-        tokenizer: its end token counts too, and the one that its chat template ends a turn with: a base model's own
-            end token is often another one.
+        tokenizer: its end token is included, and the token that its chat template ends a turn with, because a base
+            model's own end token is often a different one.
 
     Returns:
         Distinct ids in ascending order.
@@ -55,15 +55,15 @@ def turn_end_token(tokenizer: transformers.PreTrainedTokenizerBase) -> str | Non
     """The token that the chat template writes after an answer; None without a template, or if it writes none."""
     if tokenizer.chat_template is None:
         return None
-    said = "what the assistant says"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
-    rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(said)[2]
+    answer = "what the assistant says"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     return next((token for token in tokenizer.tokenize(rest) if token in special), None)
 
 
 def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase) -> range:
-    """Ids that the model can give and the tokenizer has no token for, such as the padding of an embedding matrix.
+    """Ids beyond the tokenizer's vocabulary that the model can sample, such as padding of the embedding matrix.
 
     Args:
         path: hub id or folder of the model.
@@ -91,7 +91,7 @@ def load_policy(
         path: hub id or folder.
         config: temperature, LoRA, attention and gradient checkpointing are read.
         dtype: precision of forward passes.
-        checkpoint: folder with the weights, or the adapter, to go on from.
+        checkpoint: folder with the weights, or the adapter, to continue from.
 
     Returns:
         The model in train mode, without dropout.
@@ -112,7 +112,7 @@ def load_policy(
 def load_reference(path: str, config: RLConfig) -> transformers.PreTrainedModel:
     """Load a frozen second copy of the policy, for training without LoRA.
 
-    float32 like the policy's weights: only then is the KL exactly 0 as long as the policy has not moved.
+    It is float32 like the policy's weights: only then is the KL exactly 0 until the policy changes.
     """
     return _load(path, config, dtype=torch.float32).requires_grad_(False).eval()
 
@@ -120,14 +120,14 @@ def load_reference(path: str, config: RLConfig) -> transformers.PreTrainedModel:
 def load_without_dropout(
     auto_class: type, path: str | Path, config: RLConfig, *, dtype: torch.dtype, **options: Any
 ) -> transformers.PreTrainedModel:
-    """Load a model of transformers on the CPU.
+    """Load a transformers model on the CPU, without dropout.
 
     Args:
         auto_class: such as AutoModelForCausalLM.
         path: hub id or folder.
         config: attention is read.
         dtype: of the weights.
-        options: of from_pretrained, besides these.
+        options: other options of from_pretrained.
     """
     model_config = transformers.AutoConfig.from_pretrained(path)
     # Dropout would make two passes over the same tokens differ: the ratio would not be 1 where it must be.
@@ -167,7 +167,7 @@ def lora_config(config: RLConfig, *, task_type: str) -> LoraConfig:
 
 
 def add_adapter(model: transformers.PreTrainedModel, config: RLConfig, *, task_type: str) -> PeftModel:
-    """Put a LoRA adapter, new and drawn from the seed, around a model whose own weights then rest."""
+    """Add a new LoRA adapter, initialised from the seed, and freeze the model's own weights."""
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]):
@@ -182,18 +182,18 @@ def _without_quantization(config: transformers.PreTrainedConfig) -> transformers
 
 
 def save_model(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that AutoModelForCausalLM and vLLM load; with LoRA the merged model, and the adapter beside it.
+    """Write a folder that AutoModelForCausalLM and vLLM load; with LoRA the merged model, with adapter/ inside.
 
     Args:
         model: the policy, on the CPU or the device.
         tokenizer: saved in the same folder.
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
     if has_adapter(model):
         model.save_pretrained(folder / "adapter", selected_adapters=["default"])
         weights = {name: tensor.detach().cpu().clone() for name, tensor in policy_weights(model)}
         base = model.get_base_model()
-        with torch.device("meta"):  # a configuration that says nothing of quantization, which the merged weights lack
+        with torch.device("meta"):  # the merged weights are not quantized, so neither is this configuration
             plain = transformers.AutoModelForCausalLM.from_config(_without_quantization(base.config))
         plain.generation_config = base.generation_config
         plain.save_pretrained(folder, state_dict=weights)

@@ -1,9 +1,9 @@
-"""ModelPool: who is on the device now.
+"""ModelPool: which models are on the device.
 
-Models take turns. `with pool.use("ref") as model:` brings a model to the device; it goes home when another one comes,
-so that using the same one twice costs one move. What never changes is not copied back: its copy at home stays and the
-one on the device is dropped. Optimizer state travels with its model, only when the model is trained. Moving is copying
-bits, so results do not depend on `offload`.
+Models take turns. `with pool.use("ref") as model:` moves a model to the device; it returns to the CPU when another one
+is used, so using the same one twice costs one move. Frozen tensors are not copied back: their copy on the CPU is kept,
+and the one on the device is dropped. Optimizer state moves with its model, only for training. A move copies bits, so
+results do not depend on `offload`.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,16 +18,16 @@ from common.models.quantization import scales
 
 
 @dataclass(kw_only=True)
-class _Tenant:
-    """A model with its optimizer, and where they live.
+class _Entry:
+    """A model with its optimizer, and where their tensors are.
 
     Attributes:
-        module: what is used.
-        tensors: parameters, buffers and scales of quantized weights that are its own.
+        module: the model.
+        tensors: its own parameters, buffers and scales of quantized weights.
         optimizer: trains some of them.
-        needs: the model whose tensors it uses too.
+        needs: name of another model whose tensors it uses too.
         context: entered while the model is in use; for a reference that is the policy with its adapter off.
-        home: copies on the CPU of what is on the device.
+        cpu_copies: by tensor that is on the device, its copy on the CPU.
     """
 
     module: nn.Module
@@ -35,7 +35,7 @@ class _Tenant:
     optimizer: Optimizer | None = None
     needs: str | None = None
     context: Callable[[], AbstractContextManager] = nullcontext
-    home: dict[Tensor, Tensor] = field(default_factory=dict)
+    cpu_copies: dict[Tensor, Tensor] = field(default_factory=dict)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -53,8 +53,8 @@ class ModelPool:
 
     Args:
         device: where they are used.
-        offload: "always" or "never" move them; "auto" is settled by `plan`, and again when a model comes later.
-        stopwatch: charges the time of moves to the phase "offload".
+        offload: move them "always" or "never"; "auto" is decided by `plan`, and again when a model is added later.
+        stopwatch: counts the time of moves as the phase "offload".
 
     Attributes:
         resident: names of the models on the device now.
@@ -69,7 +69,7 @@ class ModelPool:
         self._is_auto = offload == "auto"
         self.offload = offload
         self.resident: set[str] = set()
-        self._tenants: dict[str, _Tenant] = {}
+        self._models: dict[str, _Entry] = {}
 
     def add(
         self,
@@ -80,45 +80,45 @@ class ModelPool:
         needs: str | None = None,
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        """Take in a model that lives on the CPU; it replaces a model of the same name.
+        """Add a model that is on the CPU; it replaces a model of the same name.
 
         Args:
-            name: its name here.
-            module: the model. What it shares with `needs` stays that model's.
-            optimizer: its state travels with the model.
+            name: its name in the pool.
+            module: the model. Tensors that it shares with `needs` remain that model's.
+            optimizer: its state moves with the model.
             needs: a model that must be on the device too while this one is used, such as one it shares weights with.
             context: entered while this one is used.
         """
-        others = set(self._tenants[needs].tensors) if needs else set()
+        others = set(self._models[needs].tensors) if needs else set()
         own = [t for t in [*module.parameters(), *module.buffers(), *scales(module)] if t not in others]
-        self._tenants[name] = _Tenant(module=module, tensors=own, optimizer=optimizer, needs=needs, context=context)
+        self._models[name] = _Entry(module=module, tensors=own, optimizer=optimizer, needs=needs, context=context)
         if self.offload != "auto":
             self.plan(sampler_bytes=self._sampler_bytes)
 
     def add_view(self, name: str, of: str, context: Callable[[], AbstractContextManager]) -> None:
         """Give a model a second name under which it is used inside `context`, such as a policy without its adapter."""
-        self.add(name, self._tenants[of].module, needs=of, context=context)
+        self.add(name, self._models[of].module, needs=of, context=context)
 
     def __contains__(self, name: str) -> bool:
         """True when there is a model of that name."""
-        return name in self._tenants
+        return name in self._models
 
     def plan(self, *, sampler_bytes: int) -> dict[str, float]:
-        """Settle offload="auto": move models only if everything together would not fit.
+        """Decide offload="auto": move models only if all of them together do not fit.
 
         Args:
-            sampler_bytes: what the sampler keeps on the device while models work.
+            sampler_bytes: device memory that the sampler keeps while models are used.
 
         Returns:
             The plan in GB: weights, gradients and optimizer state, sampler, reserve for activations, device.
         """
         self._sampler_bytes = sampler_bytes
-        tenants = self._tenants.values()
-        weights = sum(tensor.nbytes for tenant in tenants for tensor in tenant.tensors)
+        entries = self._models.values()
+        weights = sum(tensor.nbytes for entry in entries for tensor in entry.tensors)
         # A gradient and two moments of Adam, as large as the float32 weight each.
-        training = 3 * sum(tensor.nbytes for tenant in tenants for tensor in tenant.trained)
+        training = 3 * sum(tensor.nbytes for entry in entries for tensor in entry.trained)
         device = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
-        # A quarter for activations and fragmentation: what a micro-batch needs is not known before it runs.
+        # A quarter for activations and fragmentation: the need of a micro-batch is not known before it runs.
         reserve = device // 4
         if self._is_auto:
             fits = weights + training + sampler_bytes + reserve <= device
@@ -128,57 +128,57 @@ class ModelPool:
 
     @contextmanager
     def use(self, name: str, *, train: bool = False) -> Iterator[nn.Module]:
-        """Have a model on the device; it goes home when the next one needs the place.
+        """Use a model on the device; it stays there until another one is used.
 
         Args:
             name: which model.
-            train: bring its optimizer's state too.
+            train: move its optimizer's state too.
 
         Yields:
             The model.
         """
-        tenant = self._tenants[name]
-        needed = {name, tenant.needs or name}
+        entry = self._models[name]
+        needed = {name, entry.needs or name}
         with self._stopwatch("offload"):
             if self.offload == "always":
                 for other in self.resident - needed:
-                    self._leave(other)
+                    self._to_cpu(other)
             for other in needed:
-                self._arrive(other, train=train and other == name)
-        with tenant.context():
-            yield tenant.module
+                self._to_device(other, train=train and other == name)
+        with entry.context():
+            yield entry.module
 
     def evict(self) -> None:
-        """Send every model home, before something else needs the whole device."""
+        """Move all models back to the CPU, before something else needs the whole device."""
         with self._stopwatch("offload"):
             for name in list(self.resident) if self.offload == "always" else ():
-                self._leave(name)
+                self._to_cpu(name)
 
-    def _arrive(self, name: str, *, train: bool) -> None:
-        tenant = self._tenants[name]
+    def _to_device(self, name: str, *, train: bool) -> None:
+        entry = self._models[name]
         self.resident.add(name)
-        for tensor in [*tenant.tensors, *(tenant.moments if train else ())]:
-            if self.offload == "always" and tensor not in tenant.home:
-                tenant.home[tensor] = self._pinned(tensor.data.cpu())  # on the device if all fitted until now
-                # copy=True: with the CPU as device too the move is a real one, which tests can see.
-                tensor.data = tenant.home[tensor].to(self.device, non_blocking=True, copy=True)
+        for tensor in [*entry.tensors, *(entry.moments if train else ())]:
+            if self.offload == "always" and tensor not in entry.cpu_copies:
+                entry.cpu_copies[tensor] = self._pinned(tensor.data.cpu())  # on the device if nothing moved before
+                # copy=True: a real copy even if the device is the CPU, so that tests can see it.
+                tensor.data = entry.cpu_copies[tensor].to(self.device, non_blocking=True, copy=True)
             elif self.offload != "always":
                 tensor.data = tensor.data.to(self.device)
 
-    def _leave(self, name: str) -> None:
-        tenant = self._tenants[name]
-        changed = {*tenant.trained, *tenant.moments}
-        for tensor in [*tenant.tensors, *tenant.moments]:
-            if tensor not in tenant.home:  # a moment of the first optimizer step, or all models fitted until now
-                tenant.home[tensor] = self._pinned(torch.empty_like(tensor, device="cpu"))
+    def _to_cpu(self, name: str) -> None:
+        entry = self._models[name]
+        changed = {*entry.trained, *entry.moments}
+        for tensor in [*entry.tensors, *entry.moments]:
+            if tensor not in entry.cpu_copies:  # new since the first optimizer step, or nothing moved before
+                entry.cpu_copies[tensor] = self._pinned(torch.empty_like(tensor, device="cpu"))
                 changed.add(tensor)
         for tensor in changed:
-            tenant.home[tensor].copy_(tensor.data, non_blocking=True)
+            entry.cpu_copies[tensor].copy_(tensor.data, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        for tensor, home in tenant.home.items():
-            tensor.data = home
-        tenant.home.clear()
+        for tensor, copy in entry.cpu_copies.items():
+            tensor.data = copy
+        entry.cpu_copies.clear()
         self.resident.discard(name)
 
     def _pinned(self, tensor: Tensor) -> Tensor:

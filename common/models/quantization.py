@@ -1,7 +1,7 @@
 """Frozen weights in 4 bits (QLoRA, huggingface.co/papers/2305.14314), by bitsandbytes, which is imported on demand.
 
-The adapter beside them is trained as ever. The sampler and the saved model get the weights back in floating point,
-with the adapter merged: what vLLM samples from is what was trained, up to rounding.
+The adapter is trained as usual. The sampler and the saved model get the weights in floating point with the adapter
+merged, so vLLM samples from what was trained, up to rounding.
 """
 
 import sys
@@ -33,7 +33,7 @@ def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Stop bitsandbytes on the CPU from packing weights anew for inference, after which they could not be trained."""
+    """Stop bitsandbytes on the CPU from repacking weights for inference: repacked ones cannot be trained."""
     for module in model.modules():
         if isinstance(module, sys.modules["bitsandbytes"].nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -41,7 +41,7 @@ def keep_trainable(model: nn.Module) -> None:
 
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is packed into 4 bits."""
-    # A library that was never imported has packed nothing.
+    # If bitsandbytes was never imported, nothing is packed.
     return "bitsandbytes" in sys.modules and isinstance(weight, sys.modules["bitsandbytes"].nn.Params4bit)
 
 
@@ -51,12 +51,12 @@ def scales(module: nn.Module) -> list[Tensor]:
     found = []
     for state in states:
         found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return list(dict.fromkeys(found))  # weights share their code
+    return list(dict.fromkeys(found))  # weights share one `code`
 
 
 @torch.no_grad()
 def in_floating_point(weight: Tensor) -> Tensor:
-    """A weight as it takes part in the computation: unpacked if it is packed, else itself."""
+    """A weight with the numbers that it computes with: unpacked if it is packed, else itself."""
     if not is_quantized(weight):
         return weight
     return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)

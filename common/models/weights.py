@@ -1,11 +1,11 @@
-"""The policy's weights on their way out: to the sampler, and into a plain checkpoint.
+"""Exporting the policy's weights: to the sampler, and into a plain checkpoint.
 
-LoRA adapters are merged one tensor at a time into fresh tensors. The policy is never written to: adding an adapter to
-its weights and taking it off again would leave other weights behind, and the sampler, which holds on to tensors until
-it has all parts of a fused layer, would see them after that. There is never a second model.
+LoRA adapters are merged one tensor at a time into new tensors, so there is never a second model. The policy itself is
+not changed: adding an adapter to its weights and subtracting it again leaves rounding errors, and the sampler, which
+keeps tensors until it has all parts of a fused layer, would see the subtraction.
 """
 
-from __future__ import annotations  # types that take seconds to import are named, not loaded
+from __future__ import annotations  # for type hints whose import would take seconds
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -45,10 +45,10 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             continue
         if tied and name == head_weight:
             raise ValueError(
-                f"an adapter gives {name} other weights than the input embeddings: the model's configuration ties "
+                f"an adapter makes {name} differ from the input embeddings, but the model's configuration ties "
                 "the two, so that a checkpoint has one tensor for both. Leave embeddings out of lora_target_modules."
             )
-        if isinstance(tensor, nn.Parameter):  # not merged tensors: they would all stay alive
+        if isinstance(tensor, nn.Parameter):  # not merged tensors, which would all stay in memory
             known.add(tensor)
             tensor = tensor.detach()
         yield name, tensor
@@ -64,19 +64,19 @@ def checkpoint_shapes(model: str) -> dict[str, tuple[int, ...]]:
 def complete_weights(
     weights: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass weights on and raise if they are not complete: vLLM itself leaves half a fused layer uninitialised."""
+    """Yield the weights and raise if they are incomplete: vLLM would leave half a fused layer uninitialised."""
     missing = set(shapes)
     for name, tensor in weights:
         if name not in missing:
             problem = "comes twice" if name in shapes else "is not a weight of the model"
             raise ValueError(
-                f"push of {name}: it {problem}, and vLLM would load something else than the policy. Push what "
-                "policy_weights yields for the model that the engine was made for."
+                f"push of {name}: it {problem}, and vLLM would not load the policy. Push what "
+                "policy_weights yields for the model that the engine was created for."
             )
         if tuple(tensor.shape) != shapes[name]:
             raise ValueError(
-                f"push of {name} with shape {tuple(tensor.shape)}: the engine's model has {shapes[name]}. Make the "
-                "engine from the policy's own folder."
+                f"push of {name} with shape {tuple(tensor.shape)}: the engine's model has {shapes[name]}. Create "
+                "the engine from the policy's own folder."
             )
         missing.remove(name)
         yield name, tensor.detach()
@@ -110,7 +110,7 @@ def merged_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, T
 
 
 def _is_from_peft(module: nn.Module) -> bool:
-    """Whether peft put the module there; importing peft takes seconds, and what was never imported put nothing."""
+    """Whether the module is peft's; importing peft takes seconds, and if nothing imported it, no module is."""
     if "peft" not in sys.modules:
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -120,7 +120,7 @@ def _is_from_peft(module: nn.Module) -> bool:
 
 
 def _merged_layer(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """What merged_weights yields of a module that peft put in the place of the model's own."""
+    """What merged_weights yields for a module that peft put in place of the model's own."""
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
@@ -163,6 +163,6 @@ def _merged_weight(module: LoraLayer, prefix: str) -> Tensor:
 
 def _cannot_merge(prefix: str, kind: str) -> ValueError:
     return ValueError(
-        f"{prefix.removesuffix('.')} has {kind}: the sampler gets the policy with its adapter merged, which is "
-        "written for plain LoRA. Use LoRA without variants on Linear and Embedding modules, or sampler=transformers."
+        f"{prefix.removesuffix('.')} has {kind}: the sampler gets the policy with its adapter merged, and only "
+        "plain LoRA can be merged. Use LoRA without variants on Linear and Embedding modules, or sampler=transformers."
     )

@@ -1,7 +1,7 @@
 """A preset and the lines of a script that it replaces.
 
-It names, for each setting, the value that scripts are shipped with and its own. A line of a script that holds any
-other value was edited by its user: it stays, and the run says so.
+For each setting, it names the value that the scripts ship with and its own value. A line of a script with any other
+value was edited by the user: it stays, and the run says so.
 """
 
 import textwrap
@@ -16,20 +16,20 @@ from common.config import MEMORY_SETTINGS
 from common.embedded import is_embedded
 
 PRESETS = Path(__file__).parent
-# Data and rewards belong to the task that they were written for: edited together, replaced together.
+# Data and rewards belong to one task: if one of these is edited, the preset replaces none of them.
 TASK_GROUP = ("task", "dataset", "rewards", "reward_weights")
 
-Pairs = dict[str, tuple[Any, Any]]  # setting -> the value of the scripts as shipped, and the preset's
+Pairs = dict[str, tuple[Any, Any]]  # setting -> (value that the scripts ship with, the preset's value)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset that was read.
+    """A preset, read from its file.
 
     Attributes:
         name: of its file, or "none".
-        pairs: for each setting the value that scripts are shipped with, and the preset's.
-        why: the preset is used, in words.
+        pairs: for each setting the value that the scripts ship with, and the preset's.
+        why: the reason for using this preset, for messages.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Preset:
             name: of a file in common/presets, "none", or "auto": cpu without a CUDA GPU, none with one.
 
         Raises:
-            ValueError: there is no such preset, or it is not written as it has to be.
+            ValueError: if there is no such preset, or its file has another form.
         """
         if name == "auto":
             import torch
@@ -53,15 +53,15 @@ class Preset:
         return cls(name, {} if name == "none" else _pairs(name))
 
     def replacements(
-        self, written: dict[str, Any], given: Collection[str], *, model: str | None, nobodys: dict[str, Any]
+        self, written: dict[str, Any], given: Collection[str], *, model: str | None, class_defaults: dict[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """What the preset replaces.
+        """Decide what the preset replaces.
 
         Args:
             written: the settings of the script.
-            given: names of the settings that a file or the command line has, which are none of the preset's business.
-            model: which model a file or the command line asks for; None: neither does.
-            nobodys: values that count as unwritten besides the shipped ones, by setting.
+            given: names of the settings from a file or the command line, which a preset never replaces.
+            model: the model from a file or the command line; None: there is none.
+            class_defaults: by setting, another value that counts as not edited.
 
         Returns:
             Replaced settings, and the names of those that were edited and stay.
@@ -69,12 +69,13 @@ class Preset:
         edited = {
             name
             for name, (shipped, value) in self.pairs.items()
-            if written[name] not in (shipped, value) and (name not in nobodys or written[name] != nobodys[name])
+            if written[name] not in (shipped, value)
+            and (name not in class_defaults or written[name] != class_defaults[name])
         }
         stay = edited | set(TASK_GROUP) if edited.intersection(TASK_GROUP) else edited
         replaced = {name: value for name, (_, value) in self.pairs.items() if name not in stay and name not in given}
         kept = [name for name in self.pairs if name in stay and name not in given and self._differs(name, written)]
-        # What the embedded policy learns with is nothing for another model.
+        # Settings for the embedded policy do not suit another model.
         if not is_embedded(model or replaced.get("model", written["model"])):
             replaced = {name: value for name, value in replaced.items() if name in MEMORY_SETTINGS}
             kept = [name for name in kept if name in MEMORY_SETTINGS]
@@ -84,12 +85,12 @@ class Preset:
         return written[name] != self.pairs[name][1]
 
     def notes(self, script: str, written: dict[str, Any], replaced: dict[str, Any], kept: list[str]) -> list[str]:
-        """A few lines about what was replaced, with old and new values, and what stays; none if nothing changed."""
+        """Lines about what was replaced, with old and new values, and what stays; none if nothing changed."""
         changed = [name for name in replaced if self._differs(name, written)]
         lines = []
         if changed:
             shown = ", ".join(f"{name} {_shown(written[name])} -> {_shown(replaced[name])}" for name in changed)
-            lines.append(f"preset {self.name} ({self.why}) replaces these lines of {script}, --preset none does not:")
+            lines.append(f"preset {self.name} ({self.why}) replaces lines of {script}; --preset none keeps them:")
             lines += textwrap.wrap(shown, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
         if kept:
             shown = ", ".join(f"{name}={_shown(written[name])}" for name in kept)
@@ -108,8 +109,8 @@ def _pairs(name: str) -> Pairs:
     for setting, pair in pairs.items():
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(
-                f"{path}: {setting} is {pair!r}: need two values, that of the scripts as shipped and the preset's, to "
-                f"tell which lines were edited. Write {setting}: [shipped, preset's]."
+                f"{path}: {setting} is {pair!r}: need two values, the one that the scripts ship with and the "
+                f"preset's, to tell which lines were edited. Write {setting}: [shipped, preset's]."
             )
     return {setting: tuple(pair) for setting, pair in pairs.items()}
 

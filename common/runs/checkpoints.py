@@ -1,8 +1,8 @@
-"""A run's folder and its checkpoints: written complete or not at all, never deleted, resumed or refused.
+"""A run's folder and its checkpoints: written complete or not at all; a run is resumed or refused, never deleted.
 
-Everything is first written aside, under a name with `.tmp-` in it, and then renamed, so that a process killed at any
-moment leaves the last complete state behind. What a checkpoint contains is the trainer's choice (it hands in one
-writer per part), and so are the moments to save. These functions are called on the main process alone.
+Everything is first written under a temporary name, with `.tmp-` in it, and then renamed, so that a process killed at
+any moment leaves the last complete state behind. The trainer decides what a checkpoint contains (it passes one writer
+per part) and when to save. Only the main process calls these functions.
 """
 
 import errno
@@ -25,12 +25,12 @@ import yaml
 CONFIG_FILE, LOCK_FILE, FINAL_FOLDER = "config.yaml", ".lock", "final"
 STATE_FILE = "trainer_state.json"
 
-# What a resumed run may have different: where it reports, what it keeps and the memory it takes, not what it learns.
+# What a resumed run may change: where it reports, what it keeps and how much memory it uses, not what it learns.
 _REPORTING = ("output_dir", "preset", "report_to", "resume", "progress", "samples_every", "push_to_hub")
 _SAVING = ("save_every", "save_total_limit", "max_tokens_per_microbatch", "gradient_checkpointing", "offload")
 _VLLM = ("vllm_memory_share", "vllm_sleep_level", "vllm_enforce_eager", "vllm_max_num_seqs")
 MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_VLLM))
-# What it may have larger: a run can be made longer, not shorter than it already is.
+# What it may increase: a run can be made longer, not shorter.
 MAY_GROW = frozenset(("num_steps",))
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
@@ -41,34 +41,34 @@ _held_locks: list[int] = []  # open for as long as this process lives, which kee
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a file aside and renames it into place: a reader sees the old content or the new, never a part."""
-    aside = _aside(path)
-    aside.write_bytes(content)
-    _sync(aside)
-    os.replace(aside, path)
+    """Writes a file under a temporary name and renames it: a reader sees the old content or the new, never a part."""
+    temporary = _temporary(path)
+    temporary.write_bytes(content)
+    _sync(temporary)
+    os.replace(temporary, path)
     _sync(path.parent)
 
 
 def _write_folder(target: Path, fill: Callable[[Path], None], state: dict[str, Any]) -> None:
-    """Fills a folder aside, its state file last, and renames it into place; one that exists is replaced."""
-    aside = _aside(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    """Fills a temporary folder, its state file last, and renames it; an existing folder is replaced."""
+    temporary = _temporary(target)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
-        fill(aside)
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-        for path in (*aside.rglob("*"), aside):
+        fill(temporary)
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        for path in (*temporary.rglob("*"), temporary):
             _sync(path)
-    except BaseException:  # a full disk or Ctrl-C: what lies there is worth nothing and may be large
-        shutil.rmtree(aside, ignore_errors=True)
+    except BaseException:  # a full disk or Ctrl-C: the incomplete folder is useless and may be large
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     if target.exists():
         _remove_folder(target)
-    os.replace(aside, target)
+    os.replace(temporary, target)
     _sync(target.parent)
 
 
-def _aside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{os.getpid()}")
 
 
@@ -81,14 +81,14 @@ def _sync(path: Path) -> None:
 
 
 def _remove_folder(path: Path) -> None:
-    """Renames a folder before emptying it, so that a half-deleted one never carries a valid name."""
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-deleted")
-    os.replace(path, aside)
-    shutil.rmtree(aside)
+    """Renames a folder before emptying it, so that a half-deleted one never has a valid name."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-deleted")
+    os.replace(path, temporary)
+    shutil.rmtree(temporary)
 
 
 def _is_leftover(path: Path) -> bool:
-    """True for what a killed process had begun to write or to delete."""
+    """True for what a killed process had started to write or to delete."""
     return _LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
@@ -107,16 +107,16 @@ def save_checkpoint(
         folder: the run's folder.
         step: number of finished steps.
         writers: for each part its name in the checkpoint and a function that writes a file or folder at a given path.
-        state: what the trainer must know besides, as JSON: the best pointer under "best", counters, flags. Floats come
-            back bit-equal.
+        state: what else the trainer must store, as JSON: the best pointer under "best", counters, flags. Floats are
+            read back bit-equal.
 
     Returns:
-        The checkpoint's folder. A complete one that is already there stays: by (seed, step, row) it holds the same.
+        The checkpoint's folder. If it already exists and is complete, it stays: it contains the same.
     """
 
-    def fill(aside: Path) -> None:
+    def fill(folder: Path) -> None:
         for name, write in writers.items():
-            write(aside / name)
+            write(folder / name)
 
     target = Path(folder) / f"checkpoint-{step}"
     if not (target / STATE_FILE).exists():
@@ -125,7 +125,7 @@ def save_checkpoint(
 
 
 def save_final(folder: Path, step: int, *, fill: Callable[[Path], None], stopped_early: bool = False) -> Path:
-    """Writes `final`, complete or not at all, in place of the one of a run that has since been made longer.
+    """Writes `final`, complete or not at all; replaces the one from before the run was made longer.
 
     Args:
         folder: the run's folder.
@@ -153,12 +153,12 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """What was stored with a checkpoint or with `final`, its step under "step".
 
     Raises:
-        ValueError: the folder is not a complete checkpoint.
+        ValueError: if the folder is not a complete checkpoint.
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.is_file():
         raise ValueError(
-            f"{checkpoint}: not a complete checkpoint, which holds {STATE_FILE}. Name a folder checkpoint-N of a run."
+            f"{checkpoint}: not a complete checkpoint: it has no {STATE_FILE}. Pass a folder checkpoint-N of a run."
         )
     return json.loads(path.read_text())
 
@@ -217,25 +217,25 @@ def prepare_run_folder(
     may_grow: Collection[str] = MAY_GROW,
     notes: Sequence[str] = (),
 ) -> Path | None:
-    """Creates the folder of a new run, or finds where an interrupted one goes on; deletes nothing that counts.
+    """Creates the folder of a new run, or finds where to continue an interrupted one.
 
     Args:
         output_dir: the run's folder.
         settings: every setting as resolved, with "num_steps" among them; values that YAML can hold.
-        resume: "auto" goes on with the run that lies there, "never" refuses it.
-        may_change: settings that a resumed run may have different.
-        may_grow: settings that a resumed run may have larger.
-        notes: lines about where settings come from, for the head of a new run's config.yaml.
+        resume: "auto" continues the run in the folder, "never" refuses it.
+        may_change: settings that a resumed run may change.
+        may_grow: settings that a resumed run may increase.
+        notes: lines about where settings come from, for the top of a new run's config.yaml.
 
     Returns:
-        The checkpoint to resume from; None when the run starts at its beginning, as before its first checkpoint.
+        The checkpoint to resume from; None if the run starts from the beginning, also because it has none yet.
 
     Raises:
-        ValueError: the folder holds something else, a run with other settings, a finished run, a run that another
-            process is working on, or any run and resume is "never".
+        ValueError: if the folder contains something else, a run with other settings, a finished run, a run that
+            another process is working on, or any run and resume is "never".
     """
     folder = Path(output_dir)
-    settings = yaml.safe_load(yaml.safe_dump(settings))  # as a file gives them back, so that both sides compare
+    settings = yaml.safe_load(yaml.safe_dump(settings))  # as they are read from a file, to compare both
     if not _has_begun(folder):
         _check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -246,8 +246,8 @@ def prepare_run_folder(
         return None
     if resume == "never":
         raise ValueError(
-            f"output_dir={folder}, resume=never: a run lies there, and an existing run is never overwritten. "
-            "Pass --resume auto to go on with it, or another --output_dir."
+            f"output_dir={folder}, resume=never: it contains a run, and an existing run is never overwritten. "
+            "Pass --resume auto to continue it, or another --output_dir."
         )
     header, stored = _read_config(folder)
     grown = {name for name in may_grow if name in stored and name in settings and settings[name] >= stored[name]}
@@ -263,13 +263,13 @@ def prepare_run_folder(
 
 
 def _content(folder: Path) -> set[str]:
-    """What lies in a folder, apart from the lock and from what a kill left behind."""
+    """Names in a folder, without the lock and what a killed process left behind."""
     paths = folder.iterdir() if folder.is_dir() else ()
     return {path.name for path in paths if path.name != LOCK_FILE and not _is_leftover(path)}
 
 
 def _has_begun(folder: Path) -> bool:
-    """True when a run lies there that wrote more than its settings; a start that failed left nothing to protect."""
+    """True if the folder contains a run with more than its settings; a failed start leaves nothing to protect."""
     content, config = _content(folder), folder / CONFIG_FILE
     return CONFIG_FILE in content and (len(content) > 1 or not config.read_text("utf-8").startswith(_HEADER))
 
@@ -280,13 +280,13 @@ def _check_free(folder: Path) -> None:
     if foreign := sorted(_content(folder) - {CONFIG_FILE}):
         raise ValueError(
             f"output_dir={folder}: the folder holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''} but no "
-            f"{CONFIG_FILE}, so it is not a run's. A run writes only into a new or empty folder, to destroy nothing. "
+            f"{CONFIG_FILE}, so it is not a run's. A run needs a new or empty folder, so that nothing is overwritten. "
             "Pass another --output_dir."
         )
 
 
 def _lock(folder: Path) -> None:
-    """Keeps other processes out of the folder for as long as this one lives; its death, also by a kill, lifts that."""
+    """Locks the folder against other processes until this one ends, even by a kill."""
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -295,8 +295,8 @@ def _lock(folder: Path) -> None:
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
             return
         raise ValueError(
-            f"output_dir={folder}: another process is working on this run, and two would spoil each other's files. "
-            "Wait for it or end it, or pass another --output_dir."
+            f"output_dir={folder}: another process is working on this run, and two would damage each other's files. "
+            "Wait for it or stop it, or pass another --output_dir."
         ) from None
     _held_locks.append(descriptor)
 
@@ -308,8 +308,8 @@ def _check_same_run(folder: Path, stored: dict[str, Any], now: dict[str, Any], m
     if differences:
         raise ValueError(
             f"output_dir={folder}: the run there was started with other settings: {', '.join(differences)}. A resumed "
-            "run goes on exactly as the interrupted one would have. Pass the stored settings (--config "
-            f"{folder / CONFIG_FILE}) to go on with it, or another --output_dir for a new run."
+            "run continues exactly as the interrupted one would have. Pass the stored settings (--config "
+            f"{folder / CONFIG_FILE}) to continue it, or another --output_dir for a new run."
         )
 
 
@@ -324,8 +324,8 @@ def _check_unfinished(folder: Path, checkpoint: Path | None, num_steps: int) -> 
         return
     raise ValueError(
         f"output_dir={folder}: the run there has finished ({early}after step {state['step']} of {num_steps}). "
-        f"{'It kept no checkpoint to go on from' if longer else 'Nothing is left to do'}; its model is in {final}. "
-        "Pass another --output_dir for a new run, or a larger --num_steps to go on with one that kept its checkpoint."
+        f"{'It kept no checkpoint to continue from' if longer else 'Nothing is left to do'}; its model is in {final}. "
+        "Pass another --output_dir for a new run, or a larger --num_steps to continue one that kept its checkpoint."
     )
 
 

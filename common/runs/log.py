@@ -1,4 +1,4 @@
-"""Where a run says what it measures: metrics.jsonl, samples.jsonl, trackers, and the progress line."""
+"""Where a run writes its metrics: metrics.jsonl, samples.jsonl, trackers, and the progress line."""
 
 import json
 import math
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
-LEADING_KEYS = ("episodes", "tokens", "score")  # after the step the first in a line of metrics.jsonl, for its readers
+LEADING_KEYS = ("episodes", "tokens", "score")  # first in a line of metrics.jsonl after the step, for human readers
 
 
 def choose_trackers(report_to: list[str] | None) -> list[str]:
     """The trackers for `Accelerator(log_with=...)`; wandb without an account works offline.
 
     Raises:
-        ValueError: a tracker that Accelerate does not know, or whose package is not installed.
+        ValueError: for a tracker that Accelerate does not know, or whose package is not installed.
     """
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
@@ -33,10 +33,10 @@ def choose_trackers(report_to: list[str] | None) -> list[str]:
     installed = sorted(str(name) for name in get_available_trackers())
     for name in report_to or []:
         if name not in installed:
-            lack = "its package is not installed" if name in known else f"Accelerate knows only {', '.join(known)}"
+            problem = "its package is not installed" if name in known else f"Accelerate knows only {', '.join(known)}"
             raise ValueError(
-                f"report_to={name!r}: {lack}, so nothing could be sent there. Install it, name another, or leave it "
-                f"out: {METRICS_FILE} is always written."
+                f"report_to={name!r}: {problem}, so nothing could be sent there. Install it, pass another, or leave "
+                f"it out: {METRICS_FILE} is always written."
             )
     if "wandb" in (report_to or []) and "WANDB_MODE" not in os.environ and not _has_wandb_account():
         os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -59,7 +59,7 @@ class RunLog:
 
     Args:
         folder: the run's folder, which exists; its name is the run's name.
-        accelerator: made with `log_with=choose_trackers(...)` and any `project_dir`, which tensorboard insists on.
+        accelerator: made with `log_with=choose_trackers(...)` and any `project_dir`, which tensorboard needs.
         settings: shown by the trackers.
     """
 
@@ -73,11 +73,11 @@ class RunLog:
             accelerator.init_trackers("nanoRLHF", config=shown, init_kwargs=options)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Writes one line of metrics.jsonl; floats come back bit-equal, and what is not finite is null.
+        """Writes one line of metrics.jsonl; floats are read back bit-equal, and those that are not finite become null.
 
         Args:
             step: number of finished steps; 0 for an evaluation before training.
-            metrics: global values of that step, evaluation among them.
+            metrics: global values of that step, including evaluation.
         """
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         leading = {name: values[name] for name in LEADING_KEYS if name in values}
@@ -100,10 +100,10 @@ class RunLog:
                 tracker.log_table("samples", columns=list(rows[0]), data=cells, step=step)
 
     def rewind(self, step: int) -> None:
-        """Drops what lies after `step`, and a line that a kill cut off: the resumed run writes these lines again.
+        """Drops lines after `step`, and a line that a kill cut off; the resumed run writes them again.
 
         Args:
-            step: the step of the checkpoint that the run goes on from; -1 for its very beginning.
+            step: the step of the checkpoint that the run continues from; -1 for the very beginning.
         """
         if not self._accelerator.is_main_process:
             return
@@ -123,13 +123,13 @@ class RunLog:
         with open(self.folder / name, "ab") as file:
             file.write(b"".join(json_line(row) for row in rows))
             file.flush()
-            os.fsync(file.fileno())  # a checkpoint must not survive a power cut that its line of metrics does not
+            os.fsync(file.fileno())  # after a power cut, no checkpoint may be without its line of metrics
 
 
 def json_line(row: dict[str, Any]) -> bytes:
     """A line of a .jsonl file; numbers that are not finite become null."""
     text = json.dumps(_finite_or_null(row), ensure_ascii=False, allow_nan=False, default=str)
-    # Half a surrogate pair, as a cut-off completion can have, becomes the \\u escape that JSON has for it.
+    # Half a surrogate pair, which a cut-off completion can contain, becomes its \\u escape of JSON.
     return text.encode(errors="backslashreplace") + b"\n"
 
 
@@ -149,13 +149,13 @@ def _belongs_before(line: bytes, step: int) -> bool:
 
 
 class Progress:
-    """One line that shows step, score, last evaluation and time left; in a file or pipe a few plain lines instead.
+    """One line with step, score, last evaluation and time left; in a file or pipe, a few plain lines instead.
 
     Args:
         num_steps: steps of the whole run.
         start: steps finished before this process began.
         enabled: False shows nothing, as on all processes but the main one.
-        file: where to; None is standard error.
+        file: the output; None is standard error.
     """
 
     MAX_PLAIN_LINES = 40
@@ -192,5 +192,5 @@ class Progress:
         self._bar.refresh()
 
     def close(self) -> None:
-        """Leaves the line as it is and goes to the next one."""
+        """Ends the line."""
         self._bar.close()

@@ -1,6 +1,6 @@
-"""What a batch of completions says about the policy, and how sure the numbers are. Trains nothing.
+"""Metrics of a batch of completions, and their confidence intervals. Nothing here trains.
 
-Training's evaluation and the command ``python -m common.evaluation`` (command.py) both measure with what is here.
+Evaluation during training and the command ``python -m common.evaluation`` both use these functions.
 """
 
 import math
@@ -14,13 +14,13 @@ from common.runs.metrics import StepMetrics
 
 
 def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetrics) -> None:
-    """Add this process's part of the means over what was sampled for training.
+    """Add this process's part of the means over the rollouts of a training step.
 
     Args:
         rollouts: B rows, scored.
         advantages: (B,) or (B, C) float.
-        metrics: where the parts go: score, length, truncated, zero_advantage (share of rows without any), and
-            reward/<name> (raw, over the rows in which that reward had a say).
+        metrics: gets score, length, truncated, zero_advantage (share of rows with advantage 0 everywhere), and
+            reward/<name> (unweighted, over the rows to which that reward applies).
     """
     rows = len(rollouts)
     metrics.add("score", rollouts.scores.sum(), rows)
@@ -32,7 +32,7 @@ def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetric
 
 
 def judge(rollouts: Rollouts, scorer: Scorer) -> Tensor:
-    """(B,) float32: the weighted sum of the rewards; each of them is kept in rollouts.parts."""
+    """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts."""
     texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
     ids = rollouts.completion_tokens
     scores, rollouts.parts = scorer(*texts, completion_ids=ids, raw_prompts=rollouts.raw_prompts)
@@ -46,11 +46,11 @@ def evaluation_means(
 
     Args:
         rollouts: B scored completions of held-out prompts, num_samples adjacent rows per prompt.
-        accuracy: the reward that gives 1 for a right answer; None if the task has none.
-        format: the reward that gives 1 for the form that was asked for; None if the task has none.
+        accuracy: the reward that gives 1 for a correct answer; None if the task has none.
+        format: the reward that gives 1 for the requested format; None if the task has none.
         num_samples: completions per prompt, at least 1.
-        metrics: where the parts go: eval/score, eval/length, eval/truncated, eval/format (share of completions of the
-            right form) and eval/accuracy (share of right ones) with its square for the confidence interval, and
+        metrics: gets eval/score, eval/length, eval/truncated, eval/format (share of completions in the requested
+            format), eval/accuracy (share of correct ones) with its square for the confidence interval, and
             eval/pass@k for k = 2, 4, ... up to num_samples.
     """
     rows = len(rollouts)
@@ -82,10 +82,10 @@ def sizes_of_k(num_samples: int) -> list[int]:
 
 
 def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
-    """Probability that of k completions, drawn from a prompt's n without replacement, at least one is right.
+    """Probability that at least one of k completions, drawn from a prompt's n without replacement, is correct.
 
-    1 - C(n - c, k) / C(n, k) with c of them right: unbiased (huggingface.co/papers/2107.03374, equation 1), where the
-    share of prompts solved by the first k completions would be as right on average and less sure.
+    1 - C(n - c, k) / C(n, k), where c are correct (huggingface.co/papers/2107.03374, equation 1). It is unbiased, and
+    has less variance than the share of prompts solved by the first k completions.
 
     Args:
         num_correct: (prompts,) int64, c.
@@ -101,22 +101,22 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
 
 
 def confidence_interval(mean: float, mean_square: float, num_prompts: int) -> tuple[float, float]:
-    """Middle and half width of the 95 % confidence interval of an accuracy.
+    """Centre and half width of the 95 % confidence interval of an accuracy.
 
-    Prompts are the independent draws, not completions: it is 1.96 standard errors of the mean over prompts. Four
-    prompts are added to them, two solved always and two never. With one completion per prompt this is the interval of
-    Agresti and Coull (The American Statistician 52, 1998): it keeps its 95 % for few prompts too, and has a width when
-    none or all are solved.
+    The independent samples are prompts, not completions: half the width is 1.96 standard errors of the mean over
+    prompts. Four prompts are added, two solved always and two never. With one completion per prompt, this is the
+    interval of Agresti and Coull (The American Statistician 52, 1998): it covers 95 % even with few prompts, and its
+    width is above 0 even if none or all are solved.
 
     Args:
-        mean: over prompts, of the share of right completions.
+        mean: over prompts, of the share of correct completions.
         mean_square: over prompts, of its square.
-        num_prompts: how many there are.
+        num_prompts: number of prompts.
     """
     count = num_prompts + 4
-    middle = (num_prompts * mean + 2) / count
-    variance = (num_prompts * mean_square + 2) / count - middle**2
-    return middle, 1.96 * math.sqrt(max(variance, 0.0) / count)
+    centre = (num_prompts * mean + 2) / count
+    variance = (num_prompts * mean_square + 2) / count - centre**2
+    return centre, 1.96 * math.sqrt(max(variance, 0.0) / count)
 
 
 def with_confidence_interval(metrics: dict[str, float], num_prompts: int) -> dict[str, float]:

@@ -1,6 +1,6 @@
-"""What a step measures: global means, seconds and memory by phase, and the checks that run in every step.
+"""Metrics of a step: global means, seconds and memory by phase, and the checks that run in every step.
 
-Which quantities exist is the trainer's and the algorithms' business; where they are written is in log.py.
+The trainer and the algorithms decide which quantities exist; log.py writes them.
 """
 
 import logging
@@ -21,17 +21,17 @@ logger = logging.getLogger("nanorlhf")
 
 GB = 2**30
 
-# Mean |sampler's log-prob - trainer's log-prob| above which something is wrong, not only rounded.
+# Mean |sampler's log-prob - trainer's log-prob| that is too large to be rounding: above it something is wrong.
 MAX_LOGPROB_DIFF = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 Number = float | torch.Tensor
 
 
 class StepMetrics:
-    """Global means from the part that each process and each micro-batch contributes.
+    """Global means from the parts that each process and each micro-batch contributes.
 
-    A mean over all rows or tokens is the sum of all totals over the sum of all counts, so a process without rows, or
-    with fewer of them, counts for exactly what it has. Tensors stay on their device until `reduce`.
+    A mean over all rows or tokens is the sum of all totals divided by the sum of all counts, so every process counts
+    by its number of rows, even with none. Tensors stay on their device until `reduce`.
     """
 
     def __init__(self) -> None:
@@ -50,13 +50,13 @@ class StepMetrics:
         self._sums[name] = self._sums.get(name, 0) + _as_scalar(total)
 
     def add_max(self, name: str, value: float) -> None:
-        """Offers a value of a quantity whose global value is the largest, such as a memory peak."""
+        """Adds a value of a quantity whose global value is the maximum, such as a memory peak."""
         self._maxima[name] = max(self._maxima.get(name, value), value)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The global values of everything added since the last call, in float64; every process gets the same.
 
-        All processes have to call it, and their names may differ. A mean over nothing is left out.
+        All processes must call it; the names they added may differ. A mean with count 0 is left out.
         """
         own = [_as_numbers(part) for part in (self._totals, self._counts, self._sums, self._maxima)]
         self._totals, self._counts, self._sums, self._maxima = {}, {}, {}, {}
@@ -92,11 +92,11 @@ def _merge(parts: list[dict[str, float]], combine: Callable[[float, float], floa
 
 
 class Stopwatch:
-    """Seconds, and on a GPU peak memory, by phase: `with watch("sample"): ...`.
+    """Seconds, and on a GPU peak memory, by phase: `with stopwatch("sample"): ...`.
 
-    A phase inside another one is taken out of the outer one, so the phases add up to the step, but for what runs in
-    none of them. Only "eval" keeps what is inside it: its sampling is not part of training. A GPU is waited for at the
-    borders of phases.
+    The time of an inner phase does not count in the outer one, so the phases add up to the step, except for what runs
+    in none of them. Only "eval" includes its inner phases: its sampling is not part of training. A GPU is synchronised
+    when a phase starts or ends.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -104,50 +104,50 @@ class Stopwatch:
         self._running: list[str] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._peaks: dict[str, float] = defaultdict(float)
-        self._step_start = self._last_border = time.perf_counter()
+        self._step_start = self._last_record = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Charges what runs inside to `phase`: sample, score, logprobs, values, update, push, offload, eval, save."""
-        self._charge()
+        """Counts the block as `phase`: sample, score, logprobs, values, update, push, offload, eval or save."""
+        self._record()
         self._running.append("eval" if "eval" in self._running else phase)
         try:
             yield
         finally:
-            self._charge()
+            self._record()
             self._running.pop()
 
     def read_and_reset(self) -> dict[str, float]:
         """time/<phase> of the step that ends now, time/step, and its memory as in `memory_report`.
 
-        On a GPU memory/<phase>_peak_gb too: the peak within each phase, whoever is on the device then.
+        On a GPU also memory/<phase>_peak_gb: the peak within each phase, over all that is on the device.
         """
-        self._charge()
+        self._record()
         report = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        report["time/step"] = self._last_border - self._step_start
+        report["time/step"] = self._last_record - self._step_start
         report |= memory_report(self._device)
         if self._device.type == "cuda":
             report |= {f"memory/{phase}_peak_gb": peak for phase, peak in self._peaks.items() if phase}
             report["memory/peak_gb"] = max(self._peaks.values())
         self._seconds.clear()
         self._peaks.clear()
-        self._step_start = self._last_border
+        self._step_start = self._last_record
         return report
 
-    def _charge(self) -> None:
-        """Books what passed since the last border on the innermost phase."""
+    def _record(self) -> None:
+        """Adds the time since the last call to the innermost phase."""
         phase = self._running[-1] if self._running else ""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             self._peaks[phase] = max(self._peaks[phase], _take_device_peak(self._device))
         now = time.perf_counter()
         if phase:
-            self._seconds[phase] += now - self._last_border
-        self._last_border = now
+            self._seconds[phase] += now - self._last_record
+        self._last_record = now
 
 
 def memory_report(device: torch.device | str) -> dict[str, float]:
-    """Memory in GB of 2^30 bytes; begins a new peak on a GPU.
+    """Memory in GB of 2^30 bytes; on a GPU it resets the peak.
 
     Returns:
         memory/peak_gb: highest allocation on the device since the last call; on the CPU the process's highest resident
@@ -155,7 +155,7 @@ def memory_report(device: torch.device | str) -> dict[str, float]:
         memory/host_gb: the process's resident memory now.
     """
     device = torch.device(device)
-    # getrusage would start from the peak of the process that launched this one.
+    # getrusage would include the peak of the process that launched this one.
     status = Path("/proc/self/status").read_text()
     resident, highest = (int(status.partition(f"{name}:")[2].split()[0]) * 1024 / GB for name in ("VmRSS", "VmHWM"))
     peak = _take_device_peak(device) if device.type == "cuda" else highest
@@ -168,7 +168,7 @@ def _take_device_peak(device: torch.device) -> float:
     return peak
 
 
-# What is said when a step does not use a setting that was given.
+# Warnings for settings that were given but that the step does not use.
 _UNUSED = {
     "kl_coef": "kl_coef=%s: %s.step uses neither the reference's log-probs nor token_rewards, so there is no KL. Use "
     "one of them in `step`, or pass --kl_coef 0.",
@@ -178,11 +178,11 @@ _UNUSED = {
 
 
 def warn_of_unused_settings(config: RLConfig, used: Collection[str], *, algorithm: str) -> None:
-    """Warn if a step made nothing of a setting that was given: the run is not what was asked for.
+    """Warn if a step did not use a setting that was given: the run is not what was asked for.
 
     Args:
         config: the run's.
-        used: the settings among kl_coef and whiten_advantages that the step had a use for.
+        used: those of kl_coef and whiten_advantages that the step used.
         algorithm: name of its trainer.
     """
     for name, message in _UNUSED.items():
@@ -191,10 +191,10 @@ def warn_of_unused_settings(config: RLConfig, used: Collection[str], *, algorith
 
 
 def check_first_step(metrics: dict[str, float], *, step: int, dtype: torch.dtype) -> None:
-    """Warn if the policy that was updated does not look like the policy that sampled.
+    """Warn if the policy that was updated seems to differ from the policy that sampled.
 
     Args:
-        metrics: the step's; policy/first_ratio and sampler/logprob_diff are read where they are there.
+        metrics: the step's; policy/first_ratio and sampler/logprob_diff are read if present.
         step: the step.
         dtype: precision of forward passes.
     """

@@ -1,7 +1,7 @@
-"""The picture of a run: curves.png from its metrics.jsonl.
+"""The plot of a run: curves.png from its metrics.jsonl.
 
-It reads the file and nothing else, so it can be drawn again at any time. A picture is never worth a run: what goes
-wrong here is one warning.
+It reads only this file, so it can be drawn again at any time. An error here is one warning, because a plot must never
+stop a run.
 """
 
 import io
@@ -23,7 +23,7 @@ CURVES_FILE = "curves.png"
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 PALETTE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
 INK, FAINT = "#333333", "#DDDDDD"
-# From the bottom of the stack to its top; every phase has its colour in all pictures.
+# From the bottom of the stack to its top; every phase has the same colour in all plots.
 PHASE_COLORS = {
     "sample": BLUE,
     "score": PURPLE,
@@ -52,7 +52,7 @@ class Curves:
         self.rows = [json.loads(line) for line in lines]
 
     def names(self, prefix: str) -> list[str]:
-        """What follows `prefix` in the names that begin with it and have a value somewhere, in order of appearance."""
+        """Names that begin with `prefix` and have a value somewhere, without the prefix, in order of appearance."""
         names = {name: None for row in self.rows for name, value in row.items() if value is not None}
         return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
@@ -65,7 +65,7 @@ class Curves:
 
 
 def draw_curves(run_folder: Path) -> None:
-    """Writes curves.png of a run, complete or not at all; does nothing when there is nothing to show yet.
+    """Writes curves.png of a run, complete or not at all; does nothing if there is nothing to show yet.
 
     Args:
         run_folder: holds metrics.jsonl; the folder's name is the title.
@@ -87,7 +87,7 @@ def draw_curves(run_folder: Path) -> None:
 
 
 def _picture(curves: Curves, title: str) -> bytes | None:
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says at first use that it lists the fonts
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # at first use it logs a line about fonts
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,7 +138,7 @@ def _panels(curves: Curves) -> dict[str, Panel]:
 
 
 def _line(axes: "Axes", steps: "np.ndarray", values: "np.ndarray", color: str, label: str | None = None) -> None:
-    """Single steps faintly, no more of them than leave the line visible, and the running mean over all."""
+    """Faint dots for single steps, few enough to see the line, and the running mean over all steps."""
     every = max(len(steps) // MAX_DOTS, 1)
     axes.plot(steps[::every], values[::every], ".", color=color, alpha=0.35, markersize=5, markeredgewidth=0)
     axes.plot(steps, running_mean(values), color=color, linewidth=1.8, label=label)
@@ -161,7 +161,7 @@ def _reward_parts(axes: "Axes", curves: Curves) -> None:
 
 
 def _time_by_phase(axes: "Axes", curves: Curves) -> None:
-    """The phases stacked; what no phase accounts for is on top."""
+    """The phases stacked; time outside of all phases is on top."""
     import numpy as np
 
     steps, totals = curves.series("time/step")
@@ -178,7 +178,7 @@ def _time_by_phase(axes: "Axes", curves: Curves) -> None:
 
 
 def running_mean(values: "np.ndarray") -> "np.ndarray":
-    """Centred mean over about a tenth of the run, taken twice for roundness; at the ends over what is there."""
+    """Centred mean over about a tenth of the run, applied twice for smoothness; at the ends over fewer values."""
     import numpy as np
 
     reach = len(values) // 20
@@ -191,7 +191,7 @@ def running_mean(values: "np.ndarray") -> "np.ndarray":
 
 
 def dress(axes: "Axes", title: str) -> None:
-    """Give a panel its title and the look that all pictures of runs have."""
+    """Give a panel its title and the look of all plots of runs."""
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)

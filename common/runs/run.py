@@ -1,6 +1,6 @@
 """Run: a run's folder, its log and its checkpoints, as the trainer sees them.
 
-What the files are is in metrics.py, checkpoints.py and plots.py; when they are written is here.
+log.py, checkpoints.py and plots.py say what the files contain; this module decides when they are written.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
 
-# Rows of each entry in samples.jsonl: enough to read, little enough to keep for every few steps.
+# Rows of each entry in samples.jsonl: enough to read, few enough to store every few steps.
 NUM_SAMPLES = 8
 
 
@@ -40,7 +40,7 @@ class Run:
         algorithm: its name, for the folder's name.
 
     Attributes:
-        folder: where everything is.
+        folder: path of the folder.
         checkpoint: what to continue from, None at the beginning.
         first_step: the next step to do, from 1.
         stopped_early: early stopping has ended the run.
@@ -54,7 +54,7 @@ class Run:
         self.accelerator = accelerator
         self.folder = Path(config.output_dir or Path("runs") / default_name(config, algorithm))
         if accelerator.is_main_process:
-            # With a schedule that ends at num_steps a longer run is another run from its first step on.
+            # If the schedule depends on num_steps, a longer run differs from the first step on.
             may_grow = checkpoints.MAY_GROW if config.lr_scheduler == "constant" else ()
             notes = {"may_grow": may_grow, "notes": config.notes}
             checkpoints.prepare_run_folder(self.folder, asdict(config), config.resume, **notes)
@@ -72,12 +72,12 @@ class Run:
 
     @property
     def stopped_early(self) -> bool:
-        """True once as many evaluations as the setting says brought no new best."""
+        """True after early_stopping_patience evaluations without a new best."""
         patience = self.config.early_stopping_patience
         return bool(patience) and self._evaluations_since_best >= patience
 
     def __enter__(self) -> "Run":
-        """Open log and progress bar; lines that a killed run wrote after its last checkpoint go."""
+        """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint."""
         is_main, config = self.accelerator.is_main_process, self.config
         self._log = RunLog(self.folder, self.accelerator, asdict(config))
         self._log.rewind(self.first_step - 1 if self.checkpoint else -1)
@@ -85,16 +85,16 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
-        """Close them; the curves show what there is, also after an error."""
+        """Close them and draw the curves, even after an error."""
         self._progress.close()
         self._log.close()
         if self.accelerator.is_main_process:
             draw_curves(self.folder)
 
     def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
-        """Keep a learner in every checkpoint from now on, and give it its state of the one to continue from.
+        """Save a learner in every checkpoint from now on, and load its state from the one to continue from.
 
-        The policy's own weights are loaded with the policy; every other module's trained ones are here.
+        The policy's weights are loaded with the policy; the trained weights of every other module are loaded here.
 
         Args:
             learner: what is trained.
@@ -119,8 +119,8 @@ class Run:
     def add_samples(self, step: int, split: str, rollouts: Rollouts, parts: dict[str, Tensor]) -> None:
         """Write the first few rows of a batch to samples.jsonl; outside `with run:` nothing is written.
 
-        Of a group for training the completions are compared; of held-out prompts, which every evaluation begins with
-        the same ones, there is one completion each.
+        In training these are all completions of the first groups, to compare them. In evaluation it is one completion
+        for each of the first held-out prompts, the same ones each time.
 
         Args:
             step: the step.
@@ -165,7 +165,7 @@ class Run:
                 draw_curves(self.folder)
 
     def save_if_due(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        """Save a checkpoint every save_every steps, and one of every new best; after the step's line is written."""
+        """After the step's line is written: save a checkpoint every save_every steps, and one of every new best."""
         every = self.config.save_every
         is_new_best = self.best is not None and self.best["checkpoint"] == f"checkpoint-{step}"
         if not every or step == 0 or not (step % every == 0 or is_new_best):
@@ -205,12 +205,12 @@ class Run:
         lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
         name = "eval/accuracy" if any("eval/accuracy" in line for line in lines) else "eval/score"
         evaluations = [line for line in lines if name in line]
-        said = [f"curves: {folder / CURVES_FILE}", f"model: {folder / checkpoints.FINAL_FOLDER}"]
+        summary = [f"curves: {folder / CURVES_FILE}", f"model: {folder / checkpoints.FINAL_FOLDER}"]
         if len(evaluations) > 1:
             first, last = evaluations[0], evaluations[-1]
             before, after = f"{first[name]:.3f} before (step {first['step']})", f"{last[name]:.3f} after"
-            said.insert(0, f"{name} on {num_eval_prompts} held-out prompts: {before}, {after} step {last['step']}")
-        return said
+            summary.insert(0, f"{name} on {num_eval_prompts} held-out prompts: {before}, {after} step {last['step']}")
+        return summary
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
         writers = {}
@@ -230,9 +230,9 @@ class Run:
 
 
 def default_name(config: RLConfig, algorithm: str) -> str:
-    """Name of a run's folder: the same settings have the same folder, so that the same command continues a run."""
-    science = {name: value for name, value in asdict(config).items() if name not in checkpoints.MAY_CHANGE}
-    digest = hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:6]
+    """Name of a run's folder: the same settings give the same folder, so the same command continues a run."""
+    compared = {name: value for name, value in asdict(config).items() if name not in checkpoints.MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:6]
     return f"{algorithm.lower()}-{config.task}-seed{config.seed}-{digest}"
 
 
@@ -245,7 +245,7 @@ def _trained_weights(learner: Learner, module: nn.Module) -> dict[str, Tensor]:
 def _save_trainable(
     module: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path, *, use_lora: bool
 ) -> None:
-    """The policy as transformers or peft load it; of a LoRA model the adapter alone."""
+    """Write the policy as transformers or peft loads it; with LoRA, only the adapter."""
     with torch.no_grad():
         adapters = {"selected_adapters": ["default"]} if use_lora else {}
         module.save_pretrained(folder, **adapters)

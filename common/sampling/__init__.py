@@ -1,1 +1,1 @@
-"""Completions: what a sampler is, the two that there are, and the one that always has the policy's weights."""
+"""Sampling: the protocol, the two samplers, and the one that always has the policy's weights."""

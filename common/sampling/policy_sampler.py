@@ -1,7 +1,7 @@
 """PolicySampler: completions of the current policy, from a sampler that always has the policy's weights.
 
-An id without a token, which a model can give whose vocabulary is larger than its tokenizer's, ends a completion as the
-length limit does: it is truncated. Nothing is masked, so what is sampled from is what is trained.
+Ids beyond the tokenizer's vocabulary, which a model with a larger vocabulary can sample, end a completion as the
+length limit does: it counts as truncated. No id is masked, so training uses the distribution that was sampled from.
 """
 
 from collections.abc import Callable
@@ -58,16 +58,16 @@ def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: tor
 
 
 class PolicySampler:
-    """Draws completions; weights are pushed when, and only when, the policy has changed since.
+    """Samples completions; weights are pushed only if the policy has changed since the last push.
 
     Args:
         config: sampler, lengths, temperatures and seed.
         path: folder or hub id of the policy.
         tokenizer: turns completions into text.
         models: the pool with "policy".
-        end_token_ids: what a completion ends with.
+        end_token_ids: a completion ends with any of them.
         dtype: of forward passes.
-        stopwatch: charges time to "push" and "sample".
+        stopwatch: counts time as "push", "sample" or "values".
 
     Attributes:
         sampler: what samples.
@@ -104,7 +104,7 @@ class PolicySampler:
             prompts: this process's prompts, possibly none.
             num_generations: completions per prompt, G; 1 if greedy.
             greedy: take the most likely token each time.
-            purpose: with the seed, the step and the row it decides the noise.
+            purpose: decides the noise, with the seed, the step and the row.
 
         Returns:
             B = len(prompts) x G rows, rows of one prompt adjacent.
@@ -115,19 +115,19 @@ class PolicySampler:
     def continue_from(
         self, rollouts: Rollouts, rows: Tensor, places: Tensor, *, step: int, num_generations: int, purpose: str
     ) -> Rollouts:
-        """Complete anew from states that completions came through, at the training temperature.
+        """Sample new completions from intermediate states of completions, at the training temperature.
 
         Args:
             rollouts: B rows.
             rows: (S,) int64, which completion each state belongs to.
-            places: (S,) int64, tokens of it that belong to the state; fewer than it has, 0 is the prompt alone.
+            places: (S,) int64, how many of its tokens belong to the state: 0 (the prompt alone) or more, but not all.
             step: the step.
             num_generations: K, per state.
-            purpose: with the seed, the step, the row and the place it decides the noise.
+            purpose: decides the noise, with the seed, the step, the row and the place.
 
         Returns:
-            S x K rows, those of one state adjacent. The time is charged to the phase "values": scores of such
-            completions estimate the states' values.
+            S x K rows, those of one state adjacent. The time counts as the phase "values", because the scores of such
+            completions estimate the values of the states.
         """
         prompts, prefixes = states(
             rollouts, rows, places, step=step, max_completion_length=self.config.max_completion_length
@@ -139,14 +139,14 @@ class PolicySampler:
     def sample_for_evaluation(self, prompts: PromptBatch, *, show_progress: bool = False) -> Rollouts:
         """Complete held-out prompts as the eval_* settings say; eval_num_samples rows per prompt."""
         config = self.config
-        shape = {"top_p": config.eval_top_p, "top_k": config.eval_top_k, "show_progress": show_progress}
-        settings = self._settings(config.eval_temperature, **shape)
+        options = {"top_p": config.eval_top_p, "top_k": config.eval_top_k, "show_progress": show_progress}
+        settings = self._settings(config.eval_temperature, **options)
         return self._generate(prompts, settings, num_generations=config.eval_num_samples, purpose="eval")
 
-    def _settings(self, temperature: float, **shape: float) -> SamplingSettings:
+    def _settings(self, temperature: float, **options: float) -> SamplingSettings:
         stops = (*self.end_token_ids, *self._unused_token_ids)
         limits = {"max_tokens": self.config.max_completion_length, "stop_token_ids": stops}
-        return SamplingSettings(temperature=temperature, **shape, **limits)
+        return SamplingSettings(temperature=temperature, **options, **limits)
 
     def _generate(
         self,
@@ -158,7 +158,7 @@ class PolicySampler:
         sampler: Sampler | None = None,
         phase: str = "sample",
     ) -> Rollouts:
-        seeds = None  # greedy completions draw nothing
+        seeds = None  # greedy completions need no seeds
         if settings.temperature:
             seeds = [sampling_seed(self.config.seed, prompts.step, row, purpose) for row in prompts.rows]
         self._refresh()
@@ -169,19 +169,19 @@ class PolicySampler:
                     prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
                 )
             self.sampler.sleep()
-            completions = [replace(c, truncated=c.truncated or self._ends_badly(c)) for c in completions]
+            completions = [replace(c, truncated=c.truncated or self._ends_with_unused_id(c)) for c in completions]
             texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
             return Rollouts.from_completions(prompts, completions, texts, num_generations=num_generations)
 
-    def _ends_badly(self, completion: Completion) -> bool:
+    def _ends_with_unused_id(self, completion: Completion) -> bool:
         return bool(completion.token_ids) and completion.token_ids[-1] in self._unused_token_ids
 
     def _refresh(self) -> None:
-        """Give the sampler the policy's weights if they have changed since, and the device."""
+        """Push the policy's weights to the sampler if they have changed, and make room on the device for it."""
         if self.sampler.needs_push and (self._is_stale or not self.sampler.has_weights):
             with self.stopwatch("push"), self.models.use("policy") as model:
                 self.sampler.push(policy_weights(model))
         self._is_stale = False
-        if self.sampler.needs_push:  # a sampler with weights of its own wants the device for itself
+        if self.sampler.needs_push:  # a sampler with weights of its own needs the device for itself
             self.models.evict()
         self.sampler.wake()

@@ -1,7 +1,7 @@
 """Completions that begin with given tokens.
 
 A state of the policy is a prompt and the tokens chosen since, so sampling from it is sampling a completion that begins
-with these tokens. What such completions are for is the algorithm's business.
+with these tokens. The algorithm decides what such completions are for.
 """
 
 from collections.abc import Iterable
@@ -16,41 +16,41 @@ from common.sampling.protocol import Sampler, SamplingSettings
 def states(
     rollouts: Rollouts, rows: Tensor, places: Tensor, *, step: int, max_completion_length: int
 ) -> tuple[PromptBatch, list[Completion]]:
-    """States that completions came through, as prompts and what their completions begin with.
+    """Intermediate states of completions, as prompts and prefixes of new completions.
 
     Args:
         rollouts: B rows.
         rows: (S,) int64, which completion each state belongs to.
-        places: (S,) int64, tokens of it that belong to the state; fewer than it has, 0 is the prompt alone.
+        places: (S,) int64, how many of its tokens belong to the state: 0 (the prompt alone) or more, but not all.
         step: the step.
         max_completion_length: the setting, in tokens.
 
     Returns:
-        S prompts and S prefixes. The seeds of what is sampled from them are functions of (seed, step, row, place).
+        S prompts and S prefixes. The seeds of their completions are functions of (seed, step, row, place).
     """
-    begun = rollouts[rows]
+    chosen = rollouts[rows]
     prompts = PromptBatch(
         step=step,
-        rows=(begun.rows * max_completion_length + places).tolist(),
-        prompt_ids=[ids[mask].tolist() for ids, mask in zip(begun.prompt_ids, begun.prompt_mask, strict=True)],
-        prompts=begun.prompts,
-        columns=begun.columns,
-        raw_prompts=begun.raw_prompts,
+        rows=(chosen.rows * max_completion_length + places).tolist(),
+        prompt_ids=[ids[mask].tolist() for ids, mask in zip(chosen.prompt_ids, chosen.prompt_mask, strict=True)],
+        prompts=chosen.prompts,
+        columns=chosen.columns,
+        raw_prompts=chosen.raw_prompts,
     )
-    tokens = zip(begun.completion_ids, begun.sampling_logprobs, places.tolist(), strict=True)
-    prefixes = [Completion(ids[:place].tolist(), logs[:place].tolist(), truncated=True) for ids, logs, place in tokens]
+    tokens = zip(chosen.completion_ids, chosen.sampling_logprobs, places.tolist(), strict=True)
+    prefixes = [Completion(ids[:n].tolist(), logprobs[:n].tolist(), truncated=True) for ids, logprobs, n in tokens]
     return prompts, prefixes
 
 
 class PrefixSampler:
-    """A sampler whose completions begin with given tokens; another one draws what follows them.
+    """A sampler whose completions begin with given tokens; another sampler draws the rest.
 
     The prefix belongs to the completion: it counts towards max_tokens and comes back with it.
 
     Args:
-        sampler: draws; sleeps, wakes and gets weights as ever.
-        prefixes: one for each prompt of the requests to come, each shorter than max_tokens.
-        max_prompt_length: with max_tokens the longest sequence that the sampler takes.
+        sampler: draws the rest; push, sleep and wake go to it.
+        prefixes: one for each prompt of later requests, each shorter than max_tokens.
+        max_prompt_length: this plus max_tokens is the longest sequence that the sampler takes.
     """
 
     def __init__(self, sampler: Sampler, prefixes: list[Completion], *, max_prompt_length: int) -> None:
@@ -76,24 +76,24 @@ class PrefixSampler:
         whole = [ids + prefix.token_ids for ids, prefix in zip(prompt_ids, self._prefixes, strict=True)]
         left = [settings.max_tokens - len(prefix.token_ids) for prefix in self._prefixes]
         drawn: dict[int, list[Completion]] = {}
-        for together in self._requests(whole, left, self._max_prompt_length + settings.max_tokens):
+        for request in self._requests(whole, left, self._max_prompt_length + settings.max_tokens):
             completions = self._sampler.generate(
-                [whole[i] for i in together],
-                replace(settings, max_tokens=left[together[0]]),
+                [whole[i] for i in request],
+                replace(settings, max_tokens=left[request[0]]),
                 num_generations=num_generations,
-                seeds=seeds and [seeds[i] for i in together],
+                seeds=seeds and [seeds[i] for i in request],
             )
-            for place, i in enumerate(together):
-                rest = completions[place * num_generations : (place + 1) * num_generations]
+            for position, i in enumerate(request):
+                rest = completions[position * num_generations : (position + 1) * num_generations]
                 drawn[i] = [_joined(self._prefixes[i], completion, settings.max_tokens) for completion in rest]
         return [completion for i in range(len(whole)) for completion in drawn[i]]
 
     @staticmethod
     def _requests(whole: list[list[int]], left: list[int], max_length: int) -> list[list[int]]:
-        """Which prompts go into one request, by number; the first of a request may have the most tokens left.
+        """Group prompts, by index, into requests; the first prompt of a request has the most tokens left.
 
-        A request has one limit for all, so the others may draw a few tokens more than they have left, which are cut
-        off; the longest of a request and that limit must fit into the sampler.
+        A request has one token limit, so its other prompts may get a few tokens more than they have left; these are
+        cut off. The longest prompt of a request plus the limit must fit into the sampler.
         """
         requests: list[list[int]] = []
         longest = 0
@@ -120,6 +120,6 @@ class PrefixSampler:
 
 
 def _joined(prefix: Completion, rest: Completion, max_tokens: int) -> Completion:
-    """Both as one completion of at most max_tokens."""
+    """Join both into one completion of at most max_tokens."""
     ids, logprobs = prefix.token_ids + rest.token_ids, prefix.logprobs + rest.logprobs
     return Completion(ids[:max_tokens], logprobs[:max_tokens], rest.truncated or len(ids) > max_tokens)

@@ -1,8 +1,8 @@
-"""What a sampler is: the protocol, the settings it gets, and the seeds that its noise comes from.
+"""What a sampler is: the protocol, its settings, and the seeds of its noise.
 
-Token ids in, token ids out; text never goes round. A completion depends on its prompt, its seed and the weights, not
-on the other rows of the batch, up to rounding. vllm_sampler.py and torch_sampler.py are the two samplers,
-prefixes.py puts given tokens in front of either, policy_sampler.py keeps one supplied with the policy's weights.
+Samplers take and return token ids, never text. A completion depends on its prompt, its seed and the weights, not on
+the other rows of the batch, up to rounding. vllm_sampler.py and torch_sampler.py are the two samplers, prefixes.py
+makes their completions begin with given tokens, policy_sampler.py gives a sampler the policy's weights.
 """
 
 from collections.abc import Iterable
@@ -19,29 +19,28 @@ from common.seeds import hashed_seed
 def sampling_seed(seed: int, step: int, row: int, purpose: str) -> int:
     """The seed of a prompt's completions: 56 bits of a hash, so that no step and no prompt repeats another's noise.
 
-    On the CPU torch takes the last 32 of them: two of 32 prompts then share noise about once in half a
-    million steps.
+    On the CPU torch uses only the last 32 bits: two of 32 prompts then share noise about once in half a million steps.
 
     Args:
         seed: of the run.
         step: of the run.
         row: position of the prompt among all prompts of the step, over all processes.
-        purpose: what the completions are for, such as "train" or "eval"; another purpose gives other completions.
+        purpose: such as "train" or "eval"; a different purpose gives different completions.
     """
     return hashed_seed(seed, step, row, f"sampling {purpose}")
 
 
 @dataclass(kw_only=True, frozen=True)
 class SamplingSettings:
-    """The distribution completions are drawn from, and where they end.
+    """The distribution that completions are drawn from, and where they end.
 
     Attributes:
         temperature: 0, which is greedy, or between 0.01 and 2.
-        top_p: least probability of the set of most likely tokens that are kept, above 0; 1 keeps all.
-        top_k: how many of the most likely tokens are kept; 0 keeps all.
-        max_tokens: where completions are cut off.
+        top_p: keeps the fewest most likely tokens with at least this probability together, above 0; 1 keeps all.
+        top_k: keeps this many most likely tokens; 0 keeps all.
+        max_tokens: completions are cut off at this length.
         stop_token_ids: a completion ends with the first of these, and includes it.
-        show_progress: draw a bar.
+        show_progress: show a progress bar.
     """
 
     temperature: float
@@ -52,11 +51,11 @@ class SamplingSettings:
     show_progress: bool = False
 
     def __post_init__(self) -> None:
-        # vLLM takes 0.01 for what is below, and refuses what is above 2.
+        # vLLM raises lower temperatures to 0.01, and refuses those above 2.
         if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
             raise ValueError(
                 f"temperature={self.temperature}: need 0, which is greedy, or between 0.01 and 2, the range of vLLM. "
-                "Pass 0.7, say."
+                "Pass 0.7, for example."
             )
         if not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
@@ -68,7 +67,7 @@ class SamplingSettings:
 
 
 class Sampler(Protocol):
-    """What draws completions.
+    """Draws completions.
 
     Attributes:
         needs_push: it has weights of its own, which `push` replaces.
@@ -101,30 +100,30 @@ class Sampler(Protocol):
             len(prompt_ids) x num_generations completions, rows of one prompt adjacent.
 
         Raises:
-            ValueError: if prompts, seeds and settings do not go together.
+            ValueError: if prompts, seeds and settings do not fit together.
         """
         ...
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over all weights, as (checkpoint name, tensor)."""
+        """Replace all weights by these pairs of (checkpoint name, tensor)."""
         ...
 
     def sleep(self) -> None:
-        """Give the device's memory back; nothing can be drawn until `wake`."""
+        """Free the device's memory; nothing can be drawn until `wake`."""
         ...
 
     def wake(self) -> None:
-        """Take the memory again."""
+        """Allocate the memory again."""
         ...
 
 
 def check_request(
     prompt_ids: list[list[int]], settings: SamplingSettings, num_generations: int, seeds: list[int] | None
 ) -> None:
-    """Refuse what no sampler can do.
+    """Refuse requests that no sampler can serve.
 
     Raises:
-        ValueError: if prompts, seeds and settings do not go together.
+        ValueError: if prompts, seeds and settings do not fit together.
     """
     if not all(prompt_ids):
         raise ValueError(

@@ -1,7 +1,7 @@
 """The sampler without vLLM: a decoding loop on the policy itself.
 
-One token per pass, keys and values cached, finished rows left out. It draws by inverting the cumulative distribution,
-with one number of noise per token, so that a row does not depend on the other rows.
+Each pass adds one token; keys and values are cached, and finished rows are removed. Tokens are drawn by inverting the
+cumulative distribution with one random number per token, so that a row does not depend on the other rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,7 @@ from common.sampling.protocol import SamplingSettings, check_request
 
 
 class TransformersSampler:
-    """A decoding loop on the policy itself, for machines without vLLM: nothing is pushed, nothing sleeps.
+    """A decoding loop on the policy itself, for machines without vLLM: push and sleep do nothing.
 
     Args:
         use_policy: gives a context in which the policy is on the device.
@@ -62,8 +62,8 @@ class TransformersSampler:
                 prompts = prompt_ids[start : start + at_once]
                 noise = None
                 if seeds is not None:
-                    streams = [seed + i for seed in seeds[start : start + at_once] for i in range(num_generations)]
-                    noise = torch.stack([_uniform(stream, settings.max_tokens) for stream in streams])
+                    row_seeds = [seed + i for seed in seeds[start : start + at_once] for i in range(num_generations)]
+                    noise = torch.stack([_uniform(seed, settings.max_tokens) for seed in row_seeds])
                     noise = noise.to(self._device)  # (rows, C)
                 completions += decode(policy, prompts, settings, num_generations, noise)
         return completions
@@ -108,23 +108,23 @@ def decode(
     cache.batch_repeat_interleave(num_generations)
     mask, positions = (t.repeat_interleave(num_generations, 0) for t in (mask, positions[:, -1:]))
     stops = torch.tensor(settings.stop_token_ids, device=device)
-    live = torch.arange(len(mask), device=device)  # rows that go through the model
+    active = torch.arange(len(mask), device=device)  # rows that still go through the model
     token_ids = torch.zeros(len(mask), settings.max_tokens, dtype=torch.int64, device=device)
     logprobs = torch.zeros(len(mask), settings.max_tokens, device=device)
     lengths = torch.zeros(len(mask), dtype=torch.int64, device=device)  # 0: not finished
     for step in range(settings.max_tokens):
         distribution = _log_distribution(logits, settings)
-        chosen = distribution.argmax(-1) if noise is None else _draw(distribution, noise[live, step])
-        token_ids[live, step] = chosen
-        logprobs[live, step] = distribution.gather(1, chosen[:, None]).squeeze(1)
-        lengths[live[torch.isin(chosen, stops) & (lengths[live] == 0)]] = step + 1
-        going_on = lengths[live] == 0
-        if step + 1 == settings.max_tokens or not going_on.any():
+        chosen = distribution.argmax(-1) if noise is None else _draw(distribution, noise[active, step])
+        token_ids[active, step] = chosen
+        logprobs[active, step] = distribution.gather(1, chosen[:, None]).squeeze(1)
+        lengths[active[torch.isin(chosen, stops) & (lengths[active] == 0)]] = step + 1
+        unfinished = lengths[active] == 0
+        if step + 1 == settings.max_tokens or not unfinished.any():
             break
-        # Leaving rows out copies the whole cache, so wait until it is worth it.
-        if going_on.sum() <= 0.75 * len(live):
-            cache.batch_select_indices(going_on.nonzero().squeeze(1))
-            live, chosen, mask, positions = (t[going_on] for t in (live, chosen, mask, positions))
+        # Removing rows copies the whole cache, so wait until it is worth it.
+        if unfinished.sum() <= 0.75 * len(active):
+            cache.batch_select_indices(unfinished.nonzero().squeeze(1))
+            active, chosen, mask, positions = (t[unfinished] for t in (active, chosen, mask, positions))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions + 1
         logits = _next_logits(model, chosen[:, None], mask, positions, cache)
@@ -150,7 +150,7 @@ def _next_logits(
 
 
 def _log_distribution(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """(rows, V) log-probabilities that are drawn from: temperature first, then top_k, then top_p of what is left."""
+    """(rows, V) log-probabilities to draw from: temperature first, then top_k, then top_p of the rest."""
     if settings.temperature > 0:
         logits = logits / settings.temperature
         if 0 < settings.top_k < logits.shape[1]:
@@ -173,7 +173,7 @@ def _draw(distribution: Tensor, noise: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module is in the mode it was in."""
+    """Evaluation mode inside the block; afterwards each module has its previous mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

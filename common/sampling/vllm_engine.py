@@ -1,8 +1,8 @@
-"""The vLLM engine. The only module that imports vllm, so that each of its quirks has one home.
+"""The vLLM engine. Only this module imports vllm, so that all workarounds for it are in one place.
 
-The engine lives in the training process. Making one would change much of that process: random state, threads, the
-environment, process groups, the garbage collector. All of it is avoided or undone here. What to sample, with which
-seeds and in which order is decided in sampling.py, what is pushed in weights.py.
+The engine runs in the training process. Creating one would change much of that process: random state, threads, the
+environment, process groups, the garbage collector. All of this is avoided or undone here. policy_sampler.py decides
+what to sample with which seeds, models/weights.py what is pushed.
 
 Works with vLLM 0.25 to 0.32. vllm is imported inside functions: it takes seconds, and may not be installed.
 """
@@ -28,32 +28,32 @@ from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
 from common.sampling.protocol import SamplingSettings
 
-# Tokens of a block of the cache on the CPU, the fewest it takes. Completions of one prompt share its full blocks: with
-# vLLM's 128, prompts shorter than that would be computed once for each of their completions.
+# Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
+# vLLM's default of 128, shorter prompts would be computed once per completion.
 _CPU_BLOCK = 32
-# Prompt tokens of one forward pass on the CPU; more gains nothing, and activations grow with it.
+# Prompt tokens per forward pass on the CPU; more gains nothing and needs more memory for activations.
 _CPU_BATCHED_TOKENS = 16384
 
-# Weights below which the matrices of a sampling step on the CPU are too small to share among threads: with 0.5 million
+# With fewer weights, the matrices of a sampling step on the CPU are too small for several threads: with 0.5 million,
 # two threads take 1.2 to 1.4 times as long as one.
-_SHARED_FROM_WEIGHTS = 5_000_000
+_MIN_WEIGHTS_FOR_THREADS = 5_000_000
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(kw_only=True, frozen=True)
 class EngineSettings:
-    """How an engine is made.
+    """Settings of an engine.
 
     Attributes:
         model: hub id or folder; only its configuration is read, weights come by `push_weights`.
         dtype: "float32", "bfloat16" or "float16".
         max_model_len: tokens of the longest prompt and its completion.
         max_num_seqs: completions sampled at the same time.
-        memory_share: of the GPU's memory, for weights, cache and activations; on the CPU of the free memory, and at
-            most what the cache can use.
+        memory_share: share of the GPU's memory for weights, cache and activations; on the CPU, share of the free
+            memory, at most what the cache can use.
         enforce_eager: do not capture CUDA graphs.
-        can_sleep: memory can be given back, on CUDA.
+        can_sleep: memory can be freed for a while, on CUDA.
     """
 
     model: str
@@ -66,9 +66,9 @@ class EngineSettings:
 
 
 class Engine:
-    """vLLM with the shapes of all tensors that a complete push holds, by checkpoint name.
+    """vLLM, with the shapes of all tensors of a complete push by checkpoint name.
 
-    Deleting it frees its memory and leaves the process groups of the trainer alone.
+    Deleting it frees its memory and keeps the process groups of the trainer.
     """
 
     def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -79,33 +79,33 @@ class Engine:
 
 
 def create_engine(settings: EngineSettings) -> Engine:
-    """Start vLLM in this process; every process of a distributed run calls this at the same time.
+    """Start vLLM in this process; every process of a distributed run must call this at the same time.
 
     Raises:
         ValueError: if vLLM is not installed, or if it refuses the model or the memory.
     """
     check_installed()
     with process_unchanged():
-        # Engine and trainer in one process: weights are handed over by reference.
+        # Engine and trainer in one process: weights are passed by reference.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # In a thread of its own: a module of vLLM keeps an exception, which keeps every frame that was on the stack
-        # when it was imported, and thereby whatever the trainer has in its local variables.
+        # Import in a thread: a module of vLLM keeps an exception, and with it every frame on the stack at import. The
+        # trainer's local variables would stay in memory.
         with ThreadPoolExecutor(max_workers=1) as thread:
             LLM = thread.submit(lambda: importlib.import_module("vllm").LLM).result()
         _avoid_side_effects()
         _Groups.owned |= not torch.distributed.is_initialized()
         llm = LLM(**_engine_arguments(settings))
-    # After an exception it would print the state of the engine, 30 kB of it. LLM() configures the parent logger.
+    # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     return Engine(llm, checkpoint_shapes(settings.model))
 
 
 def check_installed() -> None:
-    """Raises a ValueError if vLLM is not installed; imports nothing."""
+    """Raise a ValueError if vLLM is not installed; imports nothing."""
     if importlib.util.find_spec("vllm") is None:
         raise ValueError(
-            "sampler=vllm, but the package vllm is not installed: completions are sampled by vLLM unless told "
-            "otherwise. Run `make install`, or pass --sampler transformers."
+            "sampler=vllm, but the package vllm is not installed: it is the default for sampling completions. "
+            "Run `make install`, or pass --sampler transformers."
         )
 
 
@@ -117,7 +117,7 @@ def generate(
     num_generations: int,
     seeds: Sequence[int | None],
 ) -> list[Completion]:
-    """Sample completions; the random state of the process stays as it is.
+    """Sample completions without changing the random state of the process.
 
     Args:
         engine: awake, with weights.
@@ -149,7 +149,7 @@ def generate(
         for seed in seeds
     ]
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
-    small = weights < _SHARED_FROM_WEIGHTS and not torch.cuda.is_available()
+    small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
         with preserved_random_state(), num_threads(1 if small else None):
             outputs = engine.llm.generate(prompts, params, use_tqdm=settings.show_progress)
@@ -163,21 +163,21 @@ def generate(
 
 
 def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Replace all weights of the engine and forget what it cached under the old ones.
+    """Replace all weights of the engine and drop what it cached under the old ones.
 
-    vLLM's layerwise reload is used on the CPU and on CUDA. On the CPU nothing else works: Linear weights are packed,
-    and their parameters replaced by empty ones, so that model.load_weights has nothing to load into. On CUDA it copies
-    into the storage that captured graphs read, one layer at a time, it is what vLLM documents for waking from sleep
-    level 2, and it repeats what is done to weights after loading, which model.load_weights would leave out.
+    This uses vLLM's layerwise reload. On the CPU nothing else works: Linear weights are packed, and their parameters
+    replaced by empty ones, so model.load_weights has nothing to load into. On CUDA it copies one layer at a time into
+    the storage that captured graphs read, and it repeats the processing after loading, which model.load_weights would
+    skip; vLLM documents it for waking from sleep level 2.
 
     Args:
         engine: awake, at least its weights.
-        weights: (checkpoint name, tensor) of every weight, in any order; each tensor unchanged until the last of its
-            layer was taken.
+        weights: (checkpoint name, tensor) of every weight, in any order; each tensor must not change before the last
+            one of its layer was taken.
 
     Raises:
-        ValueError: if a name is unknown, is there twice or is missing, or has another shape. The engine must not be
-            used before a push succeeds then, nor after any other exception.
+        ValueError: if a name is unknown, repeated or missing, or a shape differs. After this or any other exception,
+            the engine must not be used before a push succeeds.
     """
     config = engine.llm.llm_engine.model_config
     try:
@@ -188,13 +188,13 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
         engine.llm.apply_model(lambda model: _abandon_reload(model, config))
         raise
     engine.llm.apply_model(_repack_tied_head)
-    # Blocks of the cache are found by their tokens: without this, prompts would be continued under the old weights.
+    # Cache blocks are found by their tokens: without this, prompts would reuse blocks of the old weights.
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError("the cache could not be reset: requests are running. Call abort_requests first.")
 
 
 def abort_requests(engine: Engine) -> None:
-    """Drop unfinished requests, which stay in the engine after an exception and would return with the next call."""
+    """Drop unfinished requests, which stay in the engine after an exception and would come back in the next call."""
     core = engine.llm.llm_engine
     core.abort_request(list(core.output_processor.request_states), internal=True)
     core.output_processor.parent_requests.clear()
@@ -203,18 +203,18 @@ def abort_requests(engine: Engine) -> None:
 
 
 def sleep(engine: Engine, level: int) -> None:
-    """Give back the GPU's memory: level 1 keeps the weights in the host's, level 2 drops them. CUDA only."""
+    """Free the GPU's memory: level 1 keeps the weights in host memory, level 2 drops them. CUDA only."""
     engine.llm.sleep(level=level)
 
 
 def wake(engine: Engine, part: str) -> None:
-    """Take memory for "weights" or for the "kv_cache" again. CUDA only."""
-    # vLLM's pool takes memory from the driver, which cannot give what torch's cache of freed blocks holds.
+    """Allocate memory for "weights" or for the "kv_cache" again. CUDA only."""
+    # vLLM's pool allocates from the driver, which cannot use the freed blocks that torch caches.
     torch.cuda.empty_cache()
     engine.llm.wake_up(tags=[part])
 
 
-# ------------------------------------------------------------------------------------------------- making an engine
+# ----------------------------------------------------------------------------------------------- creating an engine
 
 
 def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
         "block_size": _CPU_BLOCK,
         "enforce_eager": True,  # compiling takes 26 s and gains nothing
-        # A prompt cut in two makes vLLM turn back the request's random generator, which the CPU's cannot do:
+        # For a prompt cut in two, vLLM resets the offset of the request's random generator. The CPU's has none:
         # "CPU Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py, still so in 0.32).
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, settings.max_model_len),
@@ -252,26 +252,26 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 
 
 def _cpu_cache_bytes(settings: EngineSettings) -> int:
-    """Room for all sequences at full length, limited to a share of the free memory; it is taken at once."""
+    """Memory for all sequences at full length, at most a share of the free memory; vLLM allocates it at once."""
     config = transformers.AutoConfig.from_pretrained(settings.model).get_text_config()
     named = config.to_dict()
     heads = named.get("num_key_value_heads") or config.num_attention_heads
     width = named.get("head_dim") or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * heads * width * _DTYPE_BYTES[settings.dtype]
-    blocks = -(-settings.max_model_len // _CPU_BLOCK) * settings.max_num_seqs + 1  # vLLM keeps one for itself
+    blocks = -(-settings.max_model_len // _CPU_BLOCK) * settings.max_num_seqs + 1  # vLLM reserves one
     share = int(psutil.virtual_memory().available * settings.memory_share)
     return min(blocks * _CPU_BLOCK * token_bytes, share)
 
 
 def _avoid_side_effects() -> None:
-    """Replace functions of vLLM that act on the whole process or take long for nothing."""
+    """Replace functions of vLLM that act on the whole process or take long without a benefit."""
     import vllm.v1.engine.core as core
     import vllm.v1.sample.sampler as sampler
     from vllm.platforms import current_platform
 
-    # Destroys every process group of the process, also the trainer's; `_shut_down` destroys vLLM's own.
+    # Destroys every process group of the process, even the trainer's; `_shut_down` destroys vLLM's own.
     core.cleanup_dist_env_and_memory = _do_nothing
-    # Hides all objects alive now from the garbage collector for ever, after a second of collecting.
+    # Hides all current objects from the garbage collector forever, and takes a second.
     core.freeze_gc_heap = _do_nothing
     if current_platform.is_cpu():
         # Compiled, this one-line function delays the first sampled token by 14 s.
@@ -301,15 +301,15 @@ class _Groups:
 
 
 def _shut_down(core: Any) -> None:
-    """Free an engine's memory; the last one takes vLLM's process groups with it."""
+    """Free an engine's memory; with the last engine, destroy vLLM's process groups too."""
     from vllm.distributed import parallel_state
 
     with process_unchanged():
-        if not torch.accelerator.is_available():  # vLLM waits for it here even on the CPU
+        if not torch.accelerator.is_available():  # vLLM calls both here even on the CPU
             torch.accelerator.synchronize = torch.accelerator.empty_cache = _do_nothing
         core.shutdown()
     _Groups.users -= 1
-    if _Groups.users == 0 and torch.distributed.is_initialized():  # else somebody has ended all groups already
+    if _Groups.users == 0 and torch.distributed.is_initialized():  # else all groups are destroyed already
         parallel_state.destroy_model_parallel()
         if _Groups.owned:
             parallel_state.destroy_distributed_environment()
@@ -323,9 +323,9 @@ def _shut_down(core: Any) -> None:
 
 
 def _abandon_reload(model: nn.Module, config: Any) -> None:
-    """End a reload that failed midway: layers that are not complete get their old weights again.
+    """End a reload that failed midway: incomplete layers get their old weights back.
 
-    Without this the next push would count the tensors of this one towards its own layers, and load half of them.
+    Without this, the next push would count tensors of this one as its own, and load only half of its layers.
     """
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
 
@@ -337,7 +337,7 @@ def _abandon_reload(model: nn.Module, config: Any) -> None:
 
 
 def _repack_tied_head(model: nn.Module) -> None:
-    """On the CPU a tied head computes with its own packed copy of the embeddings, which a reload leaves as it was."""
+    """Update a tied head on the CPU: it has its own packed copy of the embeddings, which a reload does not change."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.platforms import current_platform
 

@@ -1,4 +1,4 @@
-"""The sampler on vLLM: one engine for the whole run, asleep while models work, its weights replaced by `push`."""
+"""The sampler on vLLM: one engine for the whole run, asleep while models are used; `push` replaces its weights."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ class VLLMSampler:
 
     Args:
         model_path: hub id or folder; its weights are not read.
-        sleep_level: what `sleep` gives back on CUDA: 0 nothing, 1 the cache (weights go to the host), 2 weights too.
+        sleep_level: what `sleep` frees on CUDA: 0 nothing, 1 the cache (weights move to the host), 2 weights too.
         engine_settings: the other fields of EngineSettings.
     """
 
@@ -32,7 +32,7 @@ class VLLMSampler:
 
     @property
     def resident_bytes(self) -> int:
-        """Device memory it keeps while it sleeps; about, at levels 1 and 2."""
+        """Device memory it keeps while it sleeps; approximate at levels 1 and 2."""
         if not torch.cuda.is_available() or self._sleep_level > 0:
             return 0
         return int(torch.cuda.get_device_properties().total_memory * self._settings.memory_share)
@@ -50,10 +50,10 @@ class VLLMSampler:
         longest, limit = max(map(len, prompt_ids), default=0), self._settings.max_model_len
         if longest + settings.max_tokens > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens with max_tokens={settings.max_tokens}: the engine was made for "
-                f"max_model_len={limit} tokens together. Drop longer prompts, or raise max_prompt_length."
+                f"a prompt of {longest} tokens with max_tokens={settings.max_tokens}: the engine was created for "
+                f"max_model_len={limit} tokens in total. Drop longer prompts, or raise max_prompt_length."
             )
-        # vLLM would wait for ever for the memory, and sample from random weights.
+        # vLLM would wait forever for the memory, or sample from random weights.
         if self._asleep:
             raise RuntimeError(f"generate while {sorted(self._asleep)} sleep: vLLM has no memory. Call wake() first.")
         if not self.has_weights:
@@ -67,7 +67,7 @@ class VLLMSampler:
         )
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See Sampler. Wakes the weights if they sleep, and not the cache: the policy is on the device too."""
+        """See Sampler. Wakes the weights if they sleep, but not the cache: the policy is on the device too."""
         self._wake("weights")
         self.has_weights = False
         vllm_engine.push_weights(self._engine, weights)

@@ -1,1 +1,1 @@
-"""Which rows go together, and the optimizer steps that are taken on them."""
+"""Mini-batches and micro-batches, and the optimizer steps on them."""

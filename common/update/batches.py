@@ -1,7 +1,7 @@
 """Batches: from the rollouts of a step to the forward passes of this process, and sums over processes.
 
-Mini-batches are dealt out by the rows' numbers in the step, so that neither the number of processes nor leaving rows
-out changes which rows are together; micro-batches by a token budget, which changes nothing but memory and speed.
+Mini-batches are chosen by the rows' numbers in the step, so that neither the number of processes nor dropping rows
+changes which rows are together. Micro-batches follow a token budget, which changes only memory and speed.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from common.update.rows import microbatch_rows, minibatch_rows
 
 
 class Batches:
-    """Splits rollouts into mini-batches and micro-batches, and adds up sums over processes.
+    """Splits rollouts into mini-batches and micro-batches, and sums over processes.
 
     Args:
         config: batch sizes, token budget, seed.
@@ -34,18 +34,18 @@ class Batches:
         self.dtype = dtype
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
-        """The tensor added up over all processes, on the device it came from."""
+        """The sum of the tensor over all processes, on its own device."""
         if self.accelerator.num_processes == 1:
             return tensor
         return self.accelerator.reduce(tensor.to(self.device), "sum").to(tensor.device)
 
     def number(self, rollouts: Rollouts) -> None:
-        """Number rows from 0 over all processes, in their order, and note how many tokens of each are trained on.
+        """Number rows from 0 over all processes, in their order, and store how many tokens of each are trained on.
 
-        Does nothing to rollouts that are numbered already. All processes call it, each with its own rows.
+        Rollouts that are already numbered do not change. All processes must call it, each with its own rows.
 
         Args:
-            rollouts: B rows, whose `rows` are distinct over all processes; rows and step_lengths are set.
+            rollouts: B rows, whose `rows` are distinct over all processes; sets `rows` and `step_lengths`.
         """
         if rollouts.step_lengths is not None:
             return
@@ -67,10 +67,10 @@ class Batches:
         """This process's rows of each mini-batch.
 
         Args:
-            rollouts: B rows, numbered here if they are not yet.
-            step: the step; it decides the order together with the epoch.
+            rollouts: B rows; they are numbered if they are not yet.
+            step: the step; with the epoch it decides the order.
             epoch: which pass over the rollouts, from 0.
-            average_over: "tokens", "rows" or "constant", what the token weights make the mean over.
+            average_over: "tokens", "rows" or "constant": what the token weights average over.
             num_minibatches: None: the setting.
 
         Yields:
@@ -79,8 +79,8 @@ class Batches:
         config = self.config
         self.number(rollouts)
         num_minibatches = num_minibatches or config.num_minibatches
-        dealt = minibatch_rows(len(rollouts.step_lengths), num_minibatches, seed=config.seed, step=step, epoch=epoch)
-        for numbers in dealt:
+        num_rows = len(rollouts.step_lengths)
+        for numbers in minibatch_rows(num_rows, num_minibatches, seed=config.seed, step=step, epoch=epoch):
             rows = torch.isin(rollouts.rows, numbers).nonzero().squeeze(1)
             minibatch = rollouts[rows]
             lengths = rollouts.step_lengths[numbers]
@@ -94,13 +94,13 @@ class Batches:
             yield rows, minibatch
 
     def microbatches(self, minibatch: Rollouts) -> Iterator[tuple[Tensor | None, Rollouts]]:
-        """The forward passes of a mini-batch: as many on every process, so that sharded models stay in step.
+        """The forward passes of a mini-batch: the same number on every process, so that sharded models stay in step.
 
         Args:
             minibatch: rows of this process, possibly none.
 
         Yields:
-            int64 indices of the rows in `minibatch` (None for a filler that counts for nothing), and the rows on the
+            int64 indices of the rows in `minibatch` (None for a filler without any effect), and the rows on the
             device, without common padding.
         """
         chosen = microbatch_rows(minibatch.total_lengths, self.config.max_tokens_per_microbatch)
@@ -116,7 +116,7 @@ class Batches:
 
     @torch.no_grad()
     def for_each_token(self, rollouts: Rollouts, forward: Callable[[Rollouts], Tensor], *, step: int) -> Tensor:
-        """What a model says about each completion token, without gradient.
+        """A model's output for each completion token, without gradient.
 
         Args:
             rollouts: B rows.
@@ -127,7 +127,7 @@ class Batches:
             (B, C) float32 on the CPU, 0 at padding.
         """
         result = torch.zeros(rollouts.completion_ids.shape)
-        # The same passes as the first epoch of the update makes, so that its first ratio is 1 to the last bit.
+        # The same forward passes as in the first epoch of the update, so that its first ratio is exactly 1.
         for rows, minibatch in self.minibatches(rollouts, step=step, epoch=0):
             for chosen, microbatch in self.microbatches(minibatch):
                 with self.forward_context():
@@ -156,7 +156,7 @@ class Batches:
             yield total.detach(), token_metrics, microbatch.loss_mask
 
     def forward_context(self) -> AbstractContextManager[None]:
-        """Autocast where passes are in less than float32."""
+        """Autocast if forward passes are below float32."""
         return forward_context(self.device, self.dtype)
 
 
@@ -182,7 +182,7 @@ def check_processes(config: RLConfig, accelerator: Accelerator) -> None:
     """Refuse a number of prompts that the processes cannot share equally.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: if prompts_per_step is no multiple of the number of processes.
     """
     num_processes = accelerator.num_processes
     if config.prompts_per_step % num_processes:

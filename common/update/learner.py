@@ -17,10 +17,10 @@ MetricPart = tuple[str, Tensor | float, Tensor | float]
 
 
 class Learner:
-    """What is needed to train one model of the pool.
+    """Trains one model of the pool.
 
-    Gradients are summed over processes once per optimizer step, without a wrapper around the model: exact whatever
-    the number of rows on each process, also when one has none.
+    Gradients are summed over processes once per optimizer step, without a wrapper around the model. This is exact for
+    any number of rows on each process, even none.
 
     Args:
         name: the model's name in the pool, and the prefix of its metrics.
@@ -53,37 +53,37 @@ class Learner:
     ) -> list[MetricPart]:
         """Make one pass over the rollouts, with an optimizer step for each mini-batch.
 
-        The model is on the device. Nothing but its weights and its optimizer changes.
+        The model must be on the device. Only its weights and its optimizer change.
 
         Args:
-            rollouts: B rows; rows of the step that are missing here still count in the means.
+            rollouts: B rows; dropped rows of the step still count in the means.
             loss: (b, C) loss of each token of a micro-batch, and (b, C) metrics; token weights make it a mean.
             batches: makes mini-batches and micro-batches.
-            step: decides the learning rate and, with `epoch`, who is in which mini-batch.
+            step: decides the learning rate and, with `epoch`, which rows are in which mini-batch.
             epoch: which pass over the rollouts, from 0.
             rate: learning rate; None: the schedule's at `step`.
-            average_over: "tokens", "rows" or "constant", what the mean is over.
+            average_over: "tokens", "rows" or "constant": what the mean is over.
             num_minibatches: None: the setting.
 
         Returns:
-            This process's parts of the metrics. Those that the loss names first/ come from the first mini-batch of
-            epoch 0 only, without that prefix.
+            This process's parts of the metrics. Those with the prefix first/ come from the first mini-batch of epoch 0
+            only, and lose the prefix.
 
         Raises:
             FloatingPointError: if a gradient is not finite.
         """
         parts: list[MetricPart] = []
         is_first = epoch == 0
-        counts = int(batches.accelerator.is_main_process)  # one process counts the mini-batches that all have
-        dealt = batches.minibatches(
+        count = int(batches.accelerator.is_main_process)  # only the main process counts the mini-batches
+        minibatches = batches.minibatches(
             rollouts,
             step=step,
             epoch=epoch,
             average_over=average_over,
             num_minibatches=num_minibatches or self.config.num_minibatches,
         )
-        for _, minibatch in dealt:
-            parts.append((f"{self.name}/loss", 0.0, counts))
+        for _, minibatch in minibatches:
+            parts.append((f"{self.name}/loss", 0.0, count))
             for total, metrics, mask in batches.backward(minibatch, loss):
                 parts.append((f"{self.name}/loss", total, 0))
                 for name, values in metrics.items():
@@ -97,7 +97,7 @@ class Learner:
     def optimizer_step(self, step: int, accelerator: Accelerator, *, rate: float | None = None) -> float:
         """Sum the gradients over processes, clip them, and take one step.
 
-        A gradient of exactly 0 (no row had anything to teach) changes nothing: momentum and weight decay rest too.
+        A gradient of exactly 0 (no row has a signal) changes nothing: there is no momentum or weight decay either.
 
         Args:
             step: the run's step, from 1.
@@ -115,8 +115,9 @@ class Learner:
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"step {step}: the gradient of {self.name} is {norm}; one more step would spoil its weights. The last "
-                "checkpoint is intact: go on from it with a lower --learning_rate or --max_grad_norm."
+                f"step {step}: the gradient of {self.name} is {norm}; one more step would spoil its weights. A run "
+                "keeps its settings, so start a new one with a lower --learning_rate or --max_grad_norm; the last "
+                "checkpoint of this one is intact."
             )
         if norm > 0:
             for group in self.optimizer.param_groups:
@@ -126,19 +127,19 @@ class Learner:
         return norm
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, from 1: linear warm-up, then constant, or falling to its floor at the last step."""
+        """Learning rate of a step, from 1: linear warm-up, then constant, or decay to its minimum at the last step."""
         config = self.config
         if step < config.warmup_steps:
             return config.learning_rate * step / config.warmup_steps
         if config.lr_scheduler == "constant":
             return config.learning_rate
         progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
-        height = 1 - progress if config.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * height)
+        decay = 1 - progress if config.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
 
 
 def _sum_over_processes(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    # On one process too: AdamW leaves a parameter without gradient alone, and decays one whose gradient is 0.
+    # Also on one process: AdamW skips a parameter without gradient, but decays one whose gradient is 0.
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -1,7 +1,7 @@
 """Which rows go together: mini-batches (one optimizer step each) and micro-batches (one forward pass each).
 
-A mini-batch is science: it is a function of (seed, step, epoch) and of the row's place among all rows, never of the
-number of processes. A micro-batch is memory: any split of a mini-batch gives the same gradient.
+Mini-batches change the result: they depend on (seed, step, epoch) and on the row's number among all rows, never on the
+number of processes. Micro-batches change only memory and speed: any split of a mini-batch gives the same gradient.
 """
 
 import torch
@@ -12,7 +12,7 @@ from common.seeds import hashed_seed, seeded_permutation
 
 
 def minibatch_rows(num_rows: int, num_minibatches: int, *, seed: int, step: int, epoch: int) -> list[Tensor]:
-    """Deal all rows of a step out to its mini-batches at random.
+    """Assign all rows of a step to its mini-batches at random.
 
     Args:
         num_rows: rows of the step on all processes.
@@ -53,17 +53,17 @@ def microbatch_rows(lengths: Tensor, max_tokens: int) -> list[Tensor]:
 
 
 def keep_one_per_group(rollouts: Rollouts, num_generations: int, *, seed: int, step: int) -> Rollouts:
-    """A random row of each group, to train on one completion per prompt after all of them made the baseline.
+    """Keep a random row of each group: train on one completion per prompt, after all served as the baseline.
 
     Args:
-        rollouts: rows of this process, numbered, rows of one prompt adjacent; some may have been left out.
+        rollouts: rows of this process, numbered, rows of one prompt adjacent; some may have been dropped.
         num_generations: G.
         seed: the run's seed.
         step: the step.
 
     Returns:
-        At most a row of each group, renumbered: the rows that were dropped leave the means, and the row that would
-        have been kept of a group that was left out before still counts.
+        At most one row per group, renumbered: dropped rows leave the means. Of a group that was dropped before, the
+        row that would have been kept still counts.
     """
     num_groups = len(rollouts.step_lengths) // num_generations
     generator = torch.Generator().manual_seed(hashed_seed(seed, step, "keep_per_group"))
