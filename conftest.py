@@ -4,7 +4,8 @@ import common  # noqa: F401, I001
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from common.rollouts import Completion, PromptBatch, Rollouts
-from tests.toy import save_toy_policy, without_curves
+from common.runs.plots import draw_curves
+from tests.toy import save_toy_policy
 from common.embedded.policy import build_tokenizer, save_untrained
 
 
@@ -67,16 +69,30 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained policy for which every eighth token is an end token."""
     return save_toy_policy(tmp_path_factory.mktemp("policy"))
 
 
-@pytest.fixture(scope="module")
-def toy_folder(toy_policy: Path) -> Iterator[Path]:
-    """The policy of `toy_policy`, for a module whose runs draw no curves."""
-    with without_curves():
-        yield toy_policy
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> Iterator[None]:
+    """Skip curves.png, which takes most of a toy run's time; what tests it asks for `with_curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.runs.run.draw_curves", lambda folder: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def with_curves(without_curves: None) -> Callable[[], AbstractContextManager]:
+    """A context in which runs draw curves.png again."""
+
+    @contextmanager
+    def drawing() -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("common.runs.run.draw_curves", draw_curves)
+            yield
+
+    return drawing
 
 
 @pytest.fixture(scope="session")

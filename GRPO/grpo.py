@@ -35,7 +35,7 @@ SETTINGS = GRPOConfig(
     max_completion_length=1024,  # cpu: 240
     # GRPO
     scale_by_std=True,  # False: Dr. GRPO
-    average_over="rows",  # cpu: "tokens", as DAPO; "constant": Dr. GRPO
+    average_over="rows",  # cpu: "tokens"; as DAPO; "constant": Dr. GRPO
     clip_range=0.2,
     clip_range_high=None,  # as clip_range; 0.28: DAPO
     kl_coef=0.01,  # cpu: 0.0

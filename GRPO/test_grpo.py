@@ -152,13 +152,8 @@ def weights_with(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"scale_by_std": False},
-        {"average_over": "tokens"},
         {"average_over": "constant"},
         {"whiten_advantages": True},
-        {"mask_truncated": True},
-        {"kl_coef": 1.0},
-        {"temperature": 0.7},
         {"max_grad_norm": 1e-9},
         {"weight_decay": 0.5},
         {"warmup_steps": 2},
@@ -169,25 +164,20 @@ def weights_with(tiny_folder, tmp_path_factory):
     ],
     ids=lambda settings: "-".join(settings),
 )
-def test_every_setting_of_the_loss_and_the_optimizer_acts(weights_with, settings):
+def test_settings_that_every_algorithm_has_act_too(weights_with, settings):
     assert not torch.equal(weights_with({}), weights_with(settings))
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"clip_range": 0.01},
-        {"clip_range_high": 0.9},
         {"kl_coef": 1.0, "kl_estimator": "k1"},
-        {"kl_coef": 1.0, "kl_estimator": "k2"},
-        {"kl_coef": 1.0, "kl_place": "reward"},
-        {"keep_per_group": True},
         {"num_minibatches": 1},
         {"num_update_epochs": 1},
     ],
     ids=str,
 )
-def test_every_setting_of_several_optimizer_steps_acts(weights_with, settings):
+def test_settings_of_several_optimizer_steps_act(weights_with, settings):
     base = SEVERAL | ({"kl_coef": 1.0} if "kl_coef" in settings else {})
     assert not torch.equal(weights_with(base), weights_with(base | settings))
 

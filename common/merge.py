@@ -197,7 +197,7 @@ def _shards(folder: Path) -> Iterator[str]:
         files = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise ValueError(
-                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} names: these "
+                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: these "
                 "weights would stay uninitialised. Download or write the missing files again."
             )
         yield from files

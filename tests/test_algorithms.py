@@ -352,7 +352,8 @@ def weights_with(toy_folder, tmp_path_factory):
     def weights(name: str, settings: dict) -> torch.Tensor:
         key = name, str(sorted(settings.items()))
         if key not in known:
-            trainer = toy_trainer(toy_folder, tmp_path_factory.mktemp("run") / "run", algorithm=name, **settings)
+            folder = tmp_path_factory.mktemp("run") / "run"
+            trainer = toy_trainer(toy_folder, folder, algorithm=name, **({"num_steps": 1} | settings))
             known[key] = trained_weights(trainer)
         return known[key]
 

@@ -9,7 +9,7 @@ import pytest
 
 from common.cli import parse_config
 from tests.test_reward_model import save_decoder
-from tests.toy import algorithms, metrics_of, save_toy_policy, without_curves
+from tests.toy import algorithms, metrics_of, save_toy_policy
 
 ROWS = {
     "countdown": [{"nums": [a, 2, 3], "target": a + 5} for a in range(1, 9)],
@@ -66,8 +66,7 @@ def test_any_algorithm_trains_on_any_task(folder, tmp_path, name, task):
         args += ["--value_backbone", "own", "--value_init_prompts", "5", "--value_init_epochs", "1"]
     algorithm = algorithms()[name]
     settings = vars(importlib.import_module(f"{name}.{name.lower()}"))["SETTINGS"]
-    with without_curves():
-        algorithm.trainer(parse_config(settings, args=args)).train()
+    algorithm.trainer(parse_config(settings, args=args)).train()
     first, last = metrics_of(tmp_path / "run")
     parts = {key.removeprefix("reward/") for key in last if key.startswith("reward/")}
     expected = {"countdown": {"format", "equation"}, "hh_rlhf": {"judge"}, "prompts": {"says", "judge", "brief"}}

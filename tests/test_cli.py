@@ -223,7 +223,8 @@ def test_a_preset_with_a_mistake_names_it(monkeypatch, tmp_path, text):
         edited()
 
 
-def test_what_a_trainer_refuses_is_told_with_where_it_comes_from_too(tmp_path):
+def test_what_a_trainer_refuses_is_told_with_where_it_comes_from_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = edited("--preset", "none", "--sampler", "transformers", "--output_dir", str(tmp_path), model="no/model")
     with pytest.raises(ValueError, match=r"model='no/model': cannot.*\(model is from GRPO/grpo.py.\)"):
         prepare(GRPOTrainer, config)
@@ -444,8 +445,9 @@ def test_a_script_that_ends_well_just_ends():
     assert run_script(lambda: ran.append(1)) is None and ran == [1]
 
 
-def test_a_report_says_where_the_run_is_and_what_became_of_the_policy(tiny_folder, tmp_path, capsys):
-    report(toy_trainer(tiny_folder, tmp_path / "run", eval_every=1, save_every=2, max_prompt_length=10))
+def test_a_report_says_where_the_run_is_and_what_became_of_the_policy(tiny_folder, tmp_path, capsys, with_curves):
+    with with_curves():
+        report(toy_trainer(tiny_folder, tmp_path / "run", eval_every=1, save_every=2, max_prompt_length=10))
     said = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert f"run: {tmp_path / 'run'} (new)" in said

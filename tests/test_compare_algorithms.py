@@ -299,6 +299,7 @@ def colors_of(path: Path) -> set[str]:
     return present.intersection(PALETTE)
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_line_for_each_algorithm_in_a_colour_that_stays_its_own(tmp_path):
     known = ["Beta", "Alpha", "Gamma"]
     for name, accuracy in {"alpha-seed0": 0.4, "alpha-seed1": 0.6, "gamma-seed0": 0.7, "gamma-seed1": 0.8}.items():

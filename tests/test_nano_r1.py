@@ -8,7 +8,7 @@ import pytest
 
 from common.cli import parse_config
 from GRPO.grpo_trainer import GRPOTrainer
-from tests.toy import ROOT, metrics_of, save_toy_policy, without_curves
+from tests.toy import ROOT, metrics_of, save_toy_policy
 
 SCRIPT = ROOT / "examples" / "nano-r1" / "nano_r1.py"
 
@@ -49,7 +49,6 @@ def test_a_step_of_the_recipe_runs_on_problems_of_the_form_of_gsm8k(script, tmp_
     small = ["--num_steps", "1", "--prompts_per_step", "2", "--num_eval_prompts", "2", "--sampler", "transformers"]
     small += ["--max_prompt_length", "1024", "--max_completion_length", "8", "--progress", "false"]
     place = ["--model", str(model), "--dataset", str(tmp_path / "sums.jsonl"), "--output_dir", str(tmp_path / "run")]
-    with without_curves():
-        GRPOTrainer(parse_config(script.SETTINGS, args=["--preset", "none", *small, *place])).train()
+    GRPOTrainer(parse_config(script.SETTINGS, args=["--preset", "none", *small, *place])).train()
     last = metrics_of(tmp_path / "run")[-1]
     assert last["step"] == 1 and last["episodes"] == 24 and "reward/length" in last

@@ -10,7 +10,6 @@ from nbclient.exceptions import CellExecutionError
 
 from common.embedded.policy import save_untrained
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import without_curves
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -68,8 +67,7 @@ def finished_run(tmp_path_factory) -> Path:
         eval_every=0,
         progress=False,
     )
-    with without_curves():
-        GRPOTrainer(config).train()
+    GRPOTrainer(config).train()
     return folder / "run"
 
 

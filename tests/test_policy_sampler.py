@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from common.embedded.policy import build_tokenizer
 from common.models.loading import unused_token_ids
-from tests.toy import metrics_of, save_toy_policy, toy_trainer, without_curves
+from tests.toy import metrics_of, save_toy_policy, toy_trainer
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,6 @@ def test_an_id_without_a_token_ends_the_completion_as_truncated_and_training_goe
     for tokens, ends_badly, truncated in zip(rollouts.completion_tokens, bad, rollouts.truncated, strict=True):
         assert not set(tokens[:-1]) & set(unused)
         assert truncated == (ends_badly or tokens[-1] not in trainer.policy_sampler.end_token_ids)
-    with without_curves():
-        trainer.train()
+    trainer.train()
     line = metrics_of(tmp_path / "run")[-1]
     assert line["sampler/logprob_diff"] < 1e-4 and line["policy/first_ratio"] == 1

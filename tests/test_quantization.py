@@ -12,7 +12,7 @@ from common.models.loading import load_policy, save_model
 from common.models.pool import ModelPool
 from common.models.quantization import in_floating_point, is_quantized, scales
 from common.models.weights import policy_weights
-from tests.toy import metrics_of, save_toy_policy, toy_trainer, without_curves
+from tests.toy import metrics_of, save_toy_policy, toy_trainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
@@ -91,8 +91,7 @@ def test_offload_changes_no_number_of_a_quantized_run(folder, tmp_path, algorith
         settings["value_backbone"] = "shared"
     lines = []
     for offload in ("never", "always"):
-        with without_curves():
-            toy_trainer(folder, tmp_path / offload, offload=offload, **settings).train()
+        toy_trainer(folder, tmp_path / offload, offload=offload, **settings).train()
         lines.append(metrics_of(tmp_path / offload))
     assert lines[0] == lines[1]
     assert lines[0][1]["policy/grad_norm"] > 0 and lines[0][1]["sampler/logprob_diff"] < 1e-4
@@ -100,12 +99,11 @@ def test_offload_changes_no_number_of_a_quantized_run(folder, tmp_path, algorith
 
 def test_a_quantized_run_goes_on_from_its_checkpoint(folder, tmp_path):
     settings = LORA | {"load_in_4bit": True, "save_every": 1, "num_steps": 3}
-    with without_curves():
-        toy_trainer(folder, tmp_path / "whole", **settings).train()
-        trainer = toy_trainer(folder, tmp_path / "parts", **settings)
-        step = trainer.step
-        trainer.step = lambda prompts: step(prompts) if prompts.step < 3 else 1 / 0
-        with pytest.raises(ZeroDivisionError):
-            trainer.train()
-        toy_trainer(folder, tmp_path / "parts", **settings).train()
+    toy_trainer(folder, tmp_path / "whole", **settings).train()
+    trainer = toy_trainer(folder, tmp_path / "parts", **settings)
+    step = trainer.step
+    trainer.step = lambda prompts: step(prompts) if prompts.step < 3 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    toy_trainer(folder, tmp_path / "parts", **settings).train()
     assert metrics_of(tmp_path / "parts") == metrics_of(tmp_path / "whole")

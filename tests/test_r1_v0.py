@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from common.embedded import check_model, load_tokenizer, resolve_model
 from common.embedded.policy import TINY_POLICIES, tiny_policy
 from GRPO.grpo_trainer import GRPOConfig
-from tests.toy import metrics_of, without_curves
+from tests.toy import metrics_of
 
 FOLDER = Path(__file__).parents[1] / "examples" / "r1-v0"
 MATH_500 = Path(__file__).parents[2] / "shared" / "data" / "math500" / "test.jsonl"
@@ -38,8 +38,7 @@ def train(monkeypatch, folder, output_dir, *arguments):
         *("--max_completion_length", "8", "--eval_every", "1", "--save_every", "0"),
     ]
     monkeypatch.setattr("sys.argv", ["grpo_r1.py", *small, *arguments])
-    with without_curves():
-        grpo_r1.main()
+    grpo_r1.main()
     return metrics_of(output_dir)
 
 

@@ -276,6 +276,7 @@ def test_a_tiny_model_learns_the_layout_and_when_to_stop(trained, sums):
     assert strict_format_reward([""], [tokenizer.decode(completion, skip_special_tokens=True)]) == [1.0]
 
 
+@pytest.mark.slow
 def test_metrics_begin_with_the_untrained_model(trained):
     folder, result = trained
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

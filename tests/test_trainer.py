@@ -30,12 +30,13 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_folder, tmp_path_factory):
+def finished(tiny_folder, tmp_path_factory, with_curves):
     """A short run with everything on, and its trainer."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     settings = {"num_steps": 4, "eval_every": 2, "save_every": 2, "kl_coef": 0.05, "num_minibatches": 2}
     trainer = toy_trainer(tiny_folder, folder, **settings)
-    trainer.train()
+    with with_curves():
+        trainer.train()
     return folder, trainer
 
 

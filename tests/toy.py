@@ -2,13 +2,10 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import GenerationConfig
 
@@ -127,14 +124,6 @@ def _align_weights(file: Path) -> None:
     size = int.from_bytes(content[:8], "little")  # of the header, which may end in blanks
     header = content[8 : 8 + size] + b" " * (-(8 + size) % 64)
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
-
-
-@contextmanager
-def without_curves() -> Iterator[None]:
-    """Skip curves.png, which takes most of a toy run's time; test_plots.py and test_trainer.py test it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("common.runs.run.draw_curves", lambda folder: None)
-        yield
 
 
 def metrics_of(folder: Path) -> list[dict]:

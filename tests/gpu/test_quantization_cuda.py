@@ -9,7 +9,7 @@ from common.config import RLConfig
 from common.models.loading import load_policy
 from common.models.pool import ModelPool
 from common.models.quantization import in_floating_point, is_quantized, scales
-from tests.toy import metrics_of, save_toy_policy, toy_trainer, without_curves
+from tests.toy import metrics_of, save_toy_policy, toy_trainer
 
 pytestmark = pytest.mark.gpu
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -40,7 +40,6 @@ def test_packed_weights_and_scales_go_to_the_device_and_home_again(folder):
 def test_offload_changes_no_number_of_a_quantized_run(folder, tmp_path):
     lines = []
     for offload in ("never", "always"):
-        with without_curves():
-            toy_trainer(folder, tmp_path / offload, offload=offload, kl_coef=0.1, eval_every=1, **LORA).train()
+        toy_trainer(folder, tmp_path / offload, offload=offload, kl_coef=0.1, eval_every=1, **LORA).train()
         lines.append(metrics_of(tmp_path / offload))
     assert lines[0] == lines[1] and lines[0][1]["policy/grad_norm"] > 0
