@@ -384,6 +384,7 @@ def test_a_step_expects_exactly_the_gradient_of_score_less_kl(small_world, tmp_p
     assert difference(gradient, -small_world.gradient(objective(small_world, 0.3 - kl_coef))) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{"chunk_length": 2}, {"chunk_length": 1, "chunk_separator": "a"}],

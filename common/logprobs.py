@@ -62,7 +62,7 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 
 def _changes_logits(model: nn.Module) -> bool:
-    settings = model.config.get_text_config().to_dict()
+    settings = vars(model.config.get_text_config())
     return any(settings.get(name) is not None for name in _LOGIT_SETTINGS)
 
 

@@ -58,6 +58,7 @@ def arguments(folder: Path, task: str, output_dir: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ROWS)
 @pytest.mark.parametrize("name", algorithms())
 def test_any_algorithm_trains_on_any_task(folder, tmp_path, name, task):

@@ -418,6 +418,7 @@ def test_messages_need_a_template_that_says_where_the_assistant_speaks(tiny_fold
         encode(example, chat_tokenizer(marked), max_length=100)
 
 
+@pytest.mark.slow
 def test_a_finished_run_and_another_runs_folder_are_refused(trained, sums, tmp_path):
     folder, _ = trained
     with pytest.raises(ValueError, match=r"the run there has finished.*Pass another --output_dir"):

@@ -131,7 +131,7 @@ def load_without_dropout(
     """
     model_config = transformers.AutoConfig.from_pretrained(path)
     # Dropout would make two passes over the same tokens differ: the ratio would not be 1 where it must be.
-    for name, value in model_config.to_dict().items():
+    for name, value in vars(model_config).items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
             setattr(model_config, name, 0.0)
     model = auto_class.from_pretrained(
