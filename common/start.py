@@ -1,5 +1,6 @@
 """What a script does: read its settings, train, and report."""
 
+import sys
 from typing import Any
 
 from common.cli import explain_mistakes_above, origins_in, parse_config, run_script
@@ -34,6 +35,8 @@ def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer
     Raises:
         ValueError: see OnPolicyTrainer; with where the values come from that it is about.
     """
+    if sys.stderr.isatty():  # somebody is watching, and data may take a while; a file keeps only what matters later
+        print(f"preparing {config.task} for {config.model} ...", file=sys.stderr, flush=True)
     try:
         return trainer(config)
     except ValueError as error:

@@ -261,7 +261,8 @@ def test_a_step_that_uses_them_says_nothing(tiny_folder, tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_tokens_outside_the_loss_mask_have_no_gradient_and_no_part_in_the_mean(tiny_folder, tmp_path):
+@pytest.mark.parametrize("average_over", ["tokens", "rows"])
+def test_tokens_outside_the_loss_mask_have_no_gradient_and_no_part_in_the_mean(tiny_folder, tmp_path, average_over):
     """As if they had been given, like a tool's answer: what they hold changes nothing."""
     steps = []
     for poison in (0.0, 1e6):
@@ -271,7 +272,7 @@ def test_tokens_outside_the_loss_mask_have_no_gradient_and_no_part_in_the_mean(t
         rollouts.loss_mask[:, 1::2] = False
         rollouts.step_lengths = None  # counted anew
         rollouts.advantages = torch.where(rollouts.loss_mask, 1.0, poison)
-        trainer.update(trainer.policy, rollouts, trainer.loss, average_over="tokens")
+        trainer.update(trainer.policy, rollouts, trainer.loss, average_over=average_over)
         steps.append(torch.cat([p.detach().flatten() for p in trainer.policy.parameters]))
         metrics = trainer.metrics.reduce(trainer.accelerator)
         assert metrics["policy/tokens"] == rollouts.loss_mask.sum() == rollouts.step_lengths.sum()
