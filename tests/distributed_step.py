@@ -1,7 +1,7 @@
-"""One gradient of the toy run, started by torchrun on any number of processes; test_distributed.py uses it.
+"""One gradient of the toy run for each of several cases; test_distributed.py starts it by torchrun.
 
-Arguments: model folder, run folder, file for the result, how many of the 4 groups have no signal, and 1 if what is
-left is filled up with other prompts, so that only groups with signal count.
+Arguments: model folder, folder for runs and results, and the cases: how many of the 4 groups have no signal, a comma,
+and 1 if what is left is filled up with other prompts, so that only groups with signal count.
 """
 
 import sys
@@ -12,20 +12,30 @@ import torch
 import common  # noqa: F401
 from common.advantages import group_relative, rows_with_signal, whiten
 from common.rollouts import Rollouts
+from common.trainer import OnPolicyTrainer
 from tests.toy import toy_trainer
 
 
 def main() -> None:
+    """Take the step of every case."""
+    model, folder, *cases = sys.argv[1:]
+    for case in cases:
+        num_dead, refills = map(int, case.split(","))
+        trainer = take_step(Path(model), Path(folder) / case, num_dead=num_dead, refills=bool(refills))
+    # Threads of a process group that are still there when Python ends can abort the process.
+    trainer.accelerator.state.destroy_process_group()
+
+
+def take_step(model: Path, folder: Path, *, num_dead: int, refills: bool) -> OnPolicyTrainer:
     """Take one step of plain gradient descent with a learning rate of 1 and save the change of the weights."""
-    model, folder, result, num_dead, refills = sys.argv[1:6]
     settings = {"learning_rate": 1.0, "max_grad_norm": 0.0, "num_minibatches": 2, "kl_coef": 0.1}
-    trainer = toy_trainer(Path(model), Path(folder), **settings)
+    trainer = toy_trainer(model, folder / "run", **settings)
     trainer.policy.optimizer = torch.optim.SGD(trainer.policy.parameters, lr=1.0)
     trainer.current_step = 1
     before = [p.detach().clone() for p in trainer.policy.parameters]
     rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
     # The last groups of the step are the dead ones: with two of four they are all on the second process.
-    rollouts.scores = torch.where(rollouts.rows >= 4 * (4 - int(num_dead)), 0.5, trainer.score(rollouts))
+    rollouts.scores = torch.where(rollouts.rows >= 4 * (4 - num_dead), 0.5, trainer.score(rollouts))
     advantages = group_relative(rollouts.scores, 4)
     rollouts.advantages = rollouts.spread(advantages)
     trainer.describe(rollouts, rollouts.advantages)
@@ -34,7 +44,7 @@ def main() -> None:
         torch.stack([whitened.sum(), whitened.square().sum(), rollouts.completion_mask.sum().float()])
     )
     rollouts = rollouts.only(rows_with_signal(rollouts.scores, 4))
-    if int(refills):
+    if refills:
         more = trainer.sample(trainer.training_prompts(1, refill=1), num_generations=4)
         more.scores = torch.where(more.rows < 4, 0.5, trainer.score(more))
         more.advantages = more.spread(group_relative(more.scores, 4))
@@ -49,9 +59,8 @@ def main() -> None:
     if trainer.accelerator.is_main_process:
         step = torch.cat([(p.detach() - b).flatten() for p, b in zip(trainer.policy.parameters, before, strict=True)])
         content = {"step": step, "metrics": metrics, "moments": moments, "num_rows": num_rows}
-        torch.save(content, result)
-    # Threads of a process group that are still there when Python ends can abort the process.
-    trainer.accelerator.state.destroy_process_group()
+        torch.save(content, folder / "result.pt")
+    return trainer
 
 
 if __name__ == "__main__":

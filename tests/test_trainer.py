@@ -1,12 +1,12 @@
 """The outer loop: what every run does, whatever the algorithm."""
 
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,39 +186,47 @@ def test_the_best_checkpoint_survives_rotation(tiny_folder, tmp_path):
     assert kept == ["checkpoint-2", "checkpoint-6"]
 
 
-RUN_TOY = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-import common
-from tests.toy import toy_trainer
-model, folder, steps = sys.argv[1:4]
-toy_trainer(Path(model), Path(folder), num_steps=int(steps), eval_every=2, save_every=2, kl_coef=0.05,
-            num_minibatches=2, use_lora=len(sys.argv) > 4, lora_r=4).train()
-"""
+def run_toy(model: Path, folder: Path, settings: dict) -> None:
+    """What a process of its own does."""
+    toy_trainer(
+        model, folder, num_steps=6, eval_every=2, save_every=2, kl_coef=0.05, num_minibatches=2, **settings
+    ).train()
 
 
-def run_toy(tiny_folder: Path, folder: Path, steps: int, *extra: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", RUN_TOY, str(tiny_folder), str(folder), str(steps), *extra]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+@pytest.fixture(scope="module")
+def processes() -> BaseContext:
+    """Processes that start with everything imported, since they are forked from one that has."""
+    context = multiprocessing.get_context("forkserver")
+    heavy = ["peft", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2"]
+    context.set_forkserver_preload(["tests.toy", *heavy, "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    return context
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [[], ["lora"]], ids=["full", "lora"])
-def test_a_killed_run_continues_as_if_nothing_had_happened(tiny_folder, tmp_path, extra):
-    assert run_toy(tiny_folder, tmp_path / "whole", 6, *extra).wait() == 0
+@pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4}], ids=["full", "lora"])
+def test_a_killed_run_continues_as_if_nothing_had_happened(tiny_folder, tmp_path, processes, settings):
+    def start(folder: Path) -> BaseProcess:
+        process = processes.Process(target=run_toy, args=(tiny_folder, folder, settings))
+        process.start()
+        return process
+
+    whole = start(tmp_path / "whole")
     for kill_at in (1, 3, 5):
         # Killed as soon as the line of that step is written: step 1 before any checkpoint, the others after one, and
         # at an odd step with lines that the continued run must write anew.
-        process = run_toy(tiny_folder, tmp_path / "killed", 6, *extra)
-        while process.poll() is None:
+        process = start(tmp_path / "killed")
+        while process.is_alive():
             path = tmp_path / "killed" / "metrics.jsonl"
             if path.exists() and f'"step": {kill_at},' in path.read_text():
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 break
-            time.sleep(0.01)
-        process.wait()
-    assert run_toy(tiny_folder, tmp_path / "killed", 6, *extra).wait() == 0
+            time.sleep(0.005)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    last = start(tmp_path / "killed")
+    for process in (whole, last):
+        process.join()
+        assert process.exitcode == 0
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
     for name in ("samples.jsonl",):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
