@@ -261,6 +261,7 @@ def test_the_fit_explains_variance_of_returns_that_it_has_not_seen(tmp_path, bac
     assert line["value/explained_variance"] > 0.5  # and of those of the first step
 
 
+@pytest.mark.slow
 def test_the_fit_changes_neither_policy_nor_reference_nor_any_random_state_nor_what_is_sampled(
     toy_folder, tmp_path, backbone
 ):
@@ -303,6 +304,7 @@ def test_what_the_fit_samples_is_counted_and_its_metrics_are_no_part_of_the_firs
     assert "value_init/explained_variance_after" in first and "value_init/explained_variance_after" not in second
 
 
+@pytest.mark.slow
 def test_a_continued_run_does_not_fit_again(toy_folder, tmp_path, monkeypatch, backbone):
     settings = FIT | backbone | {"save_every": 1}
     trainer = ppo(toy_folder, tmp_path / "run", num_steps=1, **settings)

@@ -6,6 +6,7 @@ import runpy
 import sys
 import warnings
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +86,7 @@ def test_every_setting_is_on_top_of_the_script_and_nothing_else(name):
     assert sorted(written) == sorted(field.name for field in fields(algorithms()[name].config))
 
 
+@cache
 def script_of(name: str) -> SimpleNamespace:
     """The literal of a script, what its preset cpu needs besides, and the marks of the literal's lines."""
     text = algorithms()[name].script.read_text()

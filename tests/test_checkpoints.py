@@ -236,6 +236,7 @@ def rotate_blocked(folder, point):
     rotate(folder, 1, "checkpoint-2")
 
 
+@pytest.mark.slow
 def test_a_kill_while_rotating_leaves_whole_checkpoints_only(tmp_path):
     run = tmp_path / "run"
     prepare_run_folder(run, SETTINGS)

@@ -17,6 +17,8 @@ from tests.toy import metrics_of, save_toy_policy, toy_trainer
 bitsandbytes = pytest.importorskip("bitsandbytes")
 LORA = {"use_lora": True, "lora_r": 4, "lora_alpha": 8}
 
+pytestmark = pytest.mark.slow  # bitsandbytes takes seconds to import
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
