@@ -254,6 +254,7 @@ class Killed(BaseException):
     """What no part of a run catches."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_that_was_cut_off_continues_as_if_nothing_had_happened(busy_run, toy_folder, tmp_path, variant):
     """In its fourth step, so that a line and samples of the third are written anew from the checkpoint of the second.
@@ -362,6 +363,7 @@ def weights_with(toy_folder, tmp_path_factory):
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "setting"), [(name, setting) for name in NAMES for setting, how in acts(name).items() if how is not None]
 )
