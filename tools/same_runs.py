@@ -4,7 +4,7 @@ Compares samples.jsonl byte for byte, and metrics.jsonl except for time/* and me
 check that a change leaves the results as they are, train each algorithm before and after it:
 
     for name in GRPO PPO RLOO ReMax RAFT Reinforce VinePPO; do
-        (cd $name && python ${name,,}.py --preset cpu --num_steps 3 --output_dir /tmp/before/$name)
+        (cd $name && python ${name,,}.py --preset cpu --num_steps 3 --output_dir ~/before/$name)
     done
 """
 
