@@ -18,15 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import toy_config, toy_task, toy_trainer
+from tests.toy import metrics_of, toy_config, toy_task, toy_trainer
 
 ROOT = Path(__file__).parent.parent
-
-
-def metrics_of(folder: Path) -> list[dict]:
-    """Lines of metrics.jsonl without what a clock or the machine decides."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
 
 
 @pytest.fixture(scope="module")

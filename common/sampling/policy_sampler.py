@@ -134,7 +134,7 @@ class PolicySampler:
         )
         sampler = PrefixSampler(self.sampler, prefixes, max_prompt_length=self.config.max_prompt_length)
         request = {"num_generations": num_generations, "purpose": purpose, "phase": "values"}
-        return self._generate(prompts, self._settings(self.config.temperature), sampler=sampler, **request)
+        return self._generate(prompts, self._settings(self.config.temperature), draw=sampler.generate, **request)
 
     def sample_for_evaluation(self, prompts: PromptBatch, *, show_progress: bool = False) -> Rollouts:
         """Complete held-out prompts as the eval_* settings say; eval_num_samples rows per prompt."""
@@ -155,7 +155,7 @@ class PolicySampler:
         *,
         num_generations: int,
         purpose: str,
-        sampler: Sampler | None = None,
+        draw: Callable[..., list[Completion]] | None = None,
         phase: str = "sample",
     ) -> Rollouts:
         seeds = None  # greedy completions need no seeds
@@ -165,7 +165,7 @@ class PolicySampler:
         with self.stopwatch(phase):
             completions: list[Completion] = []
             if len(prompts):
-                completions = (sampler or self.sampler).generate(
+                completions = (draw or self.sampler.generate)(
                     prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
                 )
             self.sampler.sleep()

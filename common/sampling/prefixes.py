@@ -4,7 +4,6 @@ A state of the policy is a prompt and the tokens chosen since, so sampling from 
 with these tokens. The algorithm decides what such completions are for.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor
@@ -43,12 +42,12 @@ def states(
 
 
 class PrefixSampler:
-    """A sampler whose completions begin with given tokens; another sampler draws the rest.
+    """Draws completions that begin with given tokens; a sampler draws the rest.
 
     The prefix belongs to the completion: it counts towards max_tokens and comes back with it.
 
     Args:
-        sampler: draws the rest; push, sleep and wake go to it.
+        sampler: draws the rest; awake and with weights.
         prefixes: one for each prompt of later requests, each shorter than max_tokens.
         max_prompt_length: this plus max_tokens is the longest sequence that the sampler takes.
     """
@@ -57,12 +56,6 @@ class PrefixSampler:
         self._sampler = sampler
         self._prefixes = prefixes
         self._max_prompt_length = max_prompt_length
-        self.needs_push, self.resident_bytes = sampler.needs_push, sampler.resident_bytes
-
-    @property
-    def has_weights(self) -> bool:
-        """See Sampler."""
-        return self._sampler.has_weights
 
     def generate(
         self,
@@ -72,7 +65,7 @@ class PrefixSampler:
         num_generations: int = 1,
         seeds: list[int] | None = None,
     ) -> list[Completion]:
-        """See Sampler."""
+        """See Sampler.generate."""
         whole = [ids + prefix.token_ids for ids, prefix in zip(prompt_ids, self._prefixes, strict=True)]
         left = [settings.max_tokens - len(prefix.token_ids) for prefix in self._prefixes]
         drawn: dict[int, list[Completion]] = {}
@@ -105,18 +98,6 @@ class PrefixSampler:
                 requests.append([i])
                 longest = len(whole[i])
         return requests
-
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See Sampler."""
-        self._sampler.push(weights)
-
-    def sleep(self) -> None:
-        """See Sampler."""
-        self._sampler.sleep()
-
-    def wake(self) -> None:
-        """See Sampler."""
-        self._sampler.wake()
 
 
 def _joined(prefix: Completion, rest: Completion, max_tokens: int) -> Completion:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from r1_figure import FIGURE_FILE, write_figure
 
 from common.cli import parse_config, run_script
-from common.start import report
+from common.start import prepare, report
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 SETTINGS = GRPOConfig(
@@ -152,7 +152,7 @@ def parse(args: list[str] | None = None) -> GRPOConfig:
 
 def main() -> None:
     """Train with the settings above, and draw accuracy and response length into the run's folder."""
-    trainer = GRPOTrainer(parse())
+    trainer = prepare(GRPOTrainer, parse())
     report(trainer)
     if trainer.accelerator.is_main_process:
         figure = trainer.run.folder / FIGURE_FILE
