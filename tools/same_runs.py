@@ -24,10 +24,11 @@ def content(run: Path) -> tuple[list[str], bytes]:
 
 
 def main() -> None:
-    """Compare the runs of both folders by name."""
+    """Compare the runs of both folders by name; a run that only one of them has is different."""
     before, after = map(Path, sys.argv[1:3])
-    names = sorted(path.parent.name for path in before.glob("*/metrics.jsonl"))
-    different = [name for name in names if content(before / name) != content(after / name)]
+    runs = [{path.parent.name for path in folder.glob("*/metrics.jsonl")} for folder in (before, after)]
+    names, in_both = sorted(runs[0] | runs[1]), runs[0] & runs[1]
+    different = [name for name in names if name not in in_both or content(before / name) != content(after / name)]
     print(f"{len(names)} runs: {', '.join(names)}; different: {', '.join(different) or 'none'}")
     sys.exit(bool(different))
 
