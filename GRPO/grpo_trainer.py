@@ -67,6 +67,13 @@ class GRPOConfig(ClippedConfig):
                 "mini-batches must be equally large. Pass a divisor of prompts_per_step."
             )
 
+    def idle_settings(self) -> dict[str, str]:
+        """Those of every clipped algorithm, and how a KL is taken where none is."""
+        idle = super().idle_settings()
+        if not self.kl_coef:
+            idle |= dict.fromkeys(("kl_estimator", "kl_place"), "kl_coef is 0")
+        return idle
+
 
 class GRPOTrainer(OnPolicyTrainer):
     """Compare the completions of one prompt with each other; no value model."""

@@ -1,12 +1,12 @@
 """PPO: proximal policy optimization with a value model (huggingface.co/papers/1707.06347)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from common.advantages import generalized_advantages
-from common.config import ClippedConfig, check_discount
+from common.config import ON_POLICY, ClippedConfig, check_discount
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
@@ -79,6 +79,16 @@ class PPOConfig(ClippedConfig):
                 f"{counts}: need at least {NUM_PARTS} prompts, since one part tests the fit, and 1 of the others. "
                 "Pass --value_init_prompts 640."
             )
+
+    def idle_settings(self) -> dict[str, str]:
+        """Those of every clipped algorithm, the clip of values where it cannot act, and the fit's if there is none."""
+        idle = super().idle_settings()
+        if self.trains_on_policy:
+            idle["value_clip_range"] = ON_POLICY
+        if self.value_init != "fit":
+            names = [field.name for field in fields(self) if field.name.startswith("value_init_")]
+            idle |= dict.fromkeys(names, f"value_init is {self.value_init}")
+        return idle
 
 
 class PPOTrainer(OnPolicyTrainer):

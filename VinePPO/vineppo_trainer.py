@@ -43,6 +43,15 @@ class VinePPOConfig(ClippedConfig):
                 "chunk ends with, or leave --chunk_separator out for chunks of equal length."
             )
 
+    def idle_settings(self) -> dict[str, str]:
+        """Those of every clipped algorithm, and the continuations and chunks where completions are not cut."""
+        idle = super().idle_settings()
+        if self.chunk_length >= self.max_completion_length:
+            idle["chunk_separator"] = "a chunk of chunk_length tokens holds a whole completion"
+            if self.num_generations > 1:  # the prompt's state is valued by the group
+                idle["vine_k"] = idle["chunk_separator"]
+        return idle
+
 
 class VinePPOTrainer(OnPolicyTrainer):
     """Compare each chunk of a completion with alternatives sampled from the same state; no value model."""

@@ -27,6 +27,9 @@ MEMORY_SETTINGS = (
     "vllm_max_num_seqs",
 )
 
+# Why a clip does nothing, in `idle_settings`.
+ON_POLICY = "num_minibatches x num_update_epochs is 1: no step is taken from rollouts of an older policy"
+
 # vLLM silently raises lower temperatures to this, and its log-probs would differ from the trainer's.
 LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
@@ -216,6 +219,40 @@ class RLConfig:
         """True when each rollout makes one optimizer step: the ratio is then 1 by definition."""
         return self.num_minibatches * self.num_update_epochs == 1
 
+    def scheduled_rate(self, step: int) -> float:
+        """Learning rate of a step, from 1: linear warm-up, then constant, or decay to its minimum at the last step."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / self.warmup_steps
+        if self.lr_scheduler == "constant":
+            return self.learning_rate
+        progress = (step - self.warmup_steps) / max(self.num_steps - self.warmup_steps, 1)
+        decay = 1 - progress if self.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * decay)
+
+    def idle_settings(self) -> dict[str, str]:
+        """The settings that do nothing next to the others, whatever their value, each with the reason.
+
+        An algorithm adds its own. A run names those of them that its user set himself; see `remarks`.
+        """
+        idle = {}
+        if not self.use_lora:
+            idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_target_modules"), "use_lora is false")
+        if self.sampler != "vllm":
+            names = [field.name for field in fields(self) if field.name.startswith("vllm_")]
+            idle |= dict.fromkeys(names, f"sampler is {self.sampler}")
+        if self.lr_scheduler == "constant":
+            idle["min_lr_ratio"] = "lr_scheduler is constant"
+        if not self.reward_time_limit:
+            idle["reward_memory_limit"] = "reward_time_limit is 0, which switches both limits off"
+        if not self.save_every:
+            idle["save_total_limit"] = "save_every is 0"
+        if self.eval_temperature == 0:
+            idle |= dict.fromkeys(("eval_top_p", "eval_top_k"), "eval_temperature is 0: the likeliest token is taken")
+        if not self.eval_every:
+            names = ("eval_temperature", "eval_top_p", "eval_top_k", "eval_num_samples", "eval_kl")
+            idle |= dict.fromkeys(names, "nothing is evaluated")
+        return idle
+
     def _check_types(self) -> None:
         """Convert values to their declared types: YAML reads 2e-6 as text and 1 as an integer."""
         declared = typing.get_type_hints(type(self))  # not field.type: HfArgumentParser removes None from it
@@ -259,6 +296,11 @@ class RLConfig:
             raise ValueError(
                 f"reward_memory_limit={self.reward_memory_limit}: need gigabytes above 0, or no rule could run. "
                 "Pass --reward_memory_limit 2; --reward_time_limit 0 switches both limits off."
+            )
+        if self.min_lr_ratio > 1:
+            raise ValueError(
+                f"min_lr_ratio={self.min_lr_ratio}: it is the share of learning_rate that is left at the end, so it "
+                "must be in [0, 1]. Pass --min_lr_ratio 0.1."
             )
         for name in ("eval_top_p", "vllm_memory_share"):
             if not 0 < getattr(self, name) <= 1:
@@ -351,6 +393,67 @@ class ClippedConfig(RLConfig):
     def clip_ranges(self) -> tuple[float, float]:
         """How far the ratio may fall, and rise."""
         return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+    def idle_settings(self) -> dict[str, str]:
+        """Those of RLConfig, and the clip where nothing can be clipped."""
+        idle = super().idle_settings()
+        if self.trains_on_policy:
+            idle |= dict.fromkeys(("clip_range", "clip_range_high"), ON_POLICY)
+        return idle
+
+
+def remarks(config: RLConfig) -> list[str]:
+    """What a run should say once at its start about settings that are allowed, but hardly meant.
+
+    Args:
+        config: the run's settings; `origins` tells which of them the user set.
+
+    Returns:
+        Lines: the settings that the user set and that do nothing next to the others, then oddities of the learning
+        rate. None for settings as shipped.
+    """
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in config.idle_settings().items():
+        if _is_set_by_user(config, name):
+            names_by_reason.setdefault(reason, []).append(f"{name}={vars(config)[name]}")
+    lines = [
+        f"{', '.join(names)}: {'they do' if len(names) > 1 else 'it does'} nothing, since {reason}"
+        for reason, names in names_by_reason.items()
+    ]
+    return lines + _remarks_on_rate(config)
+
+
+def _is_set_by_user(config: RLConfig, name: str) -> bool:
+    """Whether a setting was typed, or has another value than it comes with.
+
+    The scripts ship with some values that are not the defaults of the class: those are of settings that act.
+    """
+    default = next(field.default for field in fields(config) if field.name == name)
+    origin = config.origins.get(name)
+    return origin == "" or (vars(config)[name] != default and not str(origin).startswith("preset "))
+
+
+def _remarks_on_rate(config: RLConfig) -> list[str]:
+    lines, steps = [], f"num_steps={config.num_steps}"
+    highest, last = (
+        max(map(config.scheduled_rate, range(1, config.num_steps + 1))),
+        config.scheduled_rate(config.num_steps),
+    )
+    if config.warmup_steps >= max(config.num_steps, 2):
+        lines.append(
+            f"the learning rate rises until the last step, where it is {last:.3g}: warmup_steps={config.warmup_steps} "
+            f"is not shorter than {steps}"
+        )
+    elif highest < config.learning_rate / 2:
+        lines.append(
+            f"the learning rate is {highest:.3g} at most, not learning_rate={config.learning_rate:.3g}: with {steps}, "
+            f"warmup_steps={config.warmup_steps} and lr_scheduler={config.lr_scheduler} no step is at its peak"
+        )
+    if config.learning_rate and last == 0:
+        lines.append(
+            f"the last step has a learning rate of 0 and changes nothing, since min_lr_ratio={config.min_lr_ratio}"
+        )
+    return lines
 
 
 def check_discount(config: RLConfig, *names: str) -> None:

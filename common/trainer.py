@@ -8,6 +8,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.advantages import per_token_rewards, whiten
-from common.config import RLConfig
+from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet
 from common.embedded import check_model, load_tokenizer, resolve_model
 from common.logprobs import token_logprobs
@@ -74,7 +75,8 @@ class OnPolicyTrainer(ABC):
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=type(self).__name__.removesuffix("Trainer"))
         if self.accelerator.is_main_process:  # loading takes a while from here on
-            logger.info("%s", "\n".join([*config.notes, f"loading {config.model} and {config.sampler} ..."]))
+            said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
+            logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
         self.dtype = compute_dtype(config, self.accelerator.device)
@@ -322,15 +324,40 @@ class OnPolicyTrainer(ABC):
         self.prompts = PromptSet.of(task.train, self.tokenizer, self.config)
         self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config) if task.eval else None
         self.scorer.check_columns(list(self.prompts.columns))
+        self._check_evaluation()
+
+    @property
+    def _evaluates(self) -> bool:
+        return bool(self.config.eval_every and self.eval_prompts)
+
+    def _check_evaluation(self) -> None:
+        if self.config.early_stopping_patience and not self._evaluates:
+            raise ValueError(
+                f"early_stopping_patience={self.config.early_stopping_patience}, task={self.config.task}: it has no "
+                "held-out prompts, so nothing is evaluated that could stop the run. Pass "
+                "--early_stopping_patience 0, or data with held-out rows."
+            )
+
+    def _remarks(self) -> list[str]:
+        """What the run says of its settings at its start."""
+        config = self.config if self._evaluates else replace(self.config, eval_every=0)
+        config.origins = self.config.origins
+        lines = remarks(config)
+        if self.config.eval_every and not self._evaluates:
+            lines.insert(
+                0, f"eval_every={self.config.eval_every}: there are no held-out prompts, so nothing is evaluated"
+            )
+        return lines
 
     def _load_models(self) -> None:
         config, path = self.config, self.model_path
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         self.policy = self.add_learner("policy", module, config)
-        if (config.kl_coef or config.eval_kl) and config.use_lora:
+        needs_reference = config.kl_coef or (config.eval_kl and self._evaluates)
+        if needs_reference and config.use_lora:
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
-        elif config.kl_coef or config.eval_kl:
+        elif needs_reference:
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
@@ -358,8 +385,7 @@ class OnPolicyTrainer(ABC):
         return kl
 
     def _evaluates_at(self, step: int) -> bool:
-        every = self.config.eval_every
-        return bool(every and self.eval_prompts) and (step % every == 0 or step == self.config.num_steps)
+        return self._evaluates and (step % self.config.eval_every == 0 or step == self.config.num_steps)
 
     def _end_step(self) -> dict[str, float]:
         """Reduce and write the step's metrics, and save what is due."""

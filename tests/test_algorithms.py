@@ -15,10 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
-from common.config import ClippedConfig, RLConfig
-from common.presets.preset import Preset
+from common.config import ClippedConfig, RLConfig, remarks
+from common.presets.preset import PRESETS, Preset
 from tests.toy import (
     LORA,
+    Killed,
     algorithms,
     described_by,
     facts,
@@ -115,6 +116,16 @@ def test_without_a_gpu_the_bare_command_is_the_embedded_default(name, monkeypatc
     config = parse_config(script.settings, embedded=script.embedded, script=str(algorithms()[name].script), args=[])
     assert {setting: vars(config)[setting] for setting in pairs} == {s: value for s, (_, value) in pairs.items()}
     assert "since you edited" not in "".join(config.notes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_as_shipped_has_no_setting_that_does_nothing(name):
+    script = script_of(name)
+    for preset in ["none", *(file.stem for file in PRESETS.glob("*.yaml"))]:
+        config = parse_config(
+            script.settings, embedded=script.embedded, script=str(algorithms()[name].script), args=["--preset", preset]
+        )
+        assert remarks(config) == []
 
 
 def test_the_literals_of_the_scripts_agree_in_what_all_algorithms_share():
@@ -248,10 +259,6 @@ def test_the_final_model_is_the_trained_policy_in_plain_transformers(busy_run, t
     untrained = AutoModelForCausalLM.from_pretrained(toy_folder)
     assert not torch.allclose(model(ids).logits, untrained(ids).logits, atol=1e-4)
     assert AutoTokenizer.from_pretrained(folder / "final").decode([5]) == trainer.tokenizer.decode([5])
-
-
-class Killed(BaseException):
-    """What no part of a run catches."""
 
 
 @pytest.mark.slow

@@ -6,8 +6,10 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from common.config import RLConfig
+from common.config import RLConfig, remarks
 from GRPO.grpo_trainer import GRPOConfig
+from PPO.ppo_trainer import PPOConfig
+from VinePPO.vineppo_trainer import VinePPOConfig
 
 NAN, INF = float("nan"), float("inf")
 AT_LEAST_ONE = [
@@ -42,6 +44,7 @@ def refused(config_class, **settings) -> str:
         *({name: value} for name in ("eval_top_p", "vllm_memory_share") for value in (0.0, 1.1, NAN)),
         *({name: "nonsense"} for name in CHOICES),
         {"vllm_sleep_level": 3},
+        {"min_lr_ratio": 1.1},
     ],
     ids=str,
 )
@@ -215,3 +218,68 @@ def test_several_greedy_samples_per_prompt_are_refused():
     """They would all be the same: pass@k of one sample."""
     message = refused(RLConfig, eval_temperature=0.0, eval_num_samples=4)
     assert "eval_num_samples=4" in message and "--eval_temperature" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (GRPOConfig(clip_range=0.1), ["clip_range=0.1"]),
+        (GRPOConfig(clip_range_high=0.3), ["clip_range_high=0.3"]),
+        (GRPOConfig(clip_range=0.1, num_minibatches=2), []),
+        (GRPOConfig(kl_place="reward"), ["kl_place=reward"]),
+        (GRPOConfig(kl_place="reward", kl_coef=0.1), []),
+        (RLConfig(lora_r=8, lora_alpha=16, lora_target_modules="q_proj"), ["lora_r=8", "lora_alpha", "lora_target"]),
+        (RLConfig(lora_r=8, use_lora=True), []),
+        (RLConfig(vllm_sleep_level=2, sampler="transformers"), ["vllm_sleep_level=2", "sampler is transformers"]),
+        (RLConfig(vllm_sleep_level=2), []),
+        (RLConfig(min_lr_ratio=0.5), ["min_lr_ratio=0.5"]),
+        (RLConfig(min_lr_ratio=0.5, lr_scheduler="linear"), []),
+        (RLConfig(reward_memory_limit=1.0, reward_time_limit=0.0), ["reward_memory_limit=1.0"]),
+        (RLConfig(save_every=0, save_total_limit=5), ["save_total_limit=5"]),
+        (RLConfig(eval_temperature=0.0, eval_top_p=0.9, eval_top_k=5), ["eval_top_p=0.9, eval_top_k=5"]),
+        (RLConfig(eval_every=0, eval_num_samples=4, eval_kl=True), ["eval_num_samples=4, eval_kl=True"]),
+        (RLConfig(eval_num_samples=4, eval_kl=True), []),
+        (PPOConfig(value_clip_range=0.5), ["value_clip_range=0.5"]),
+        (PPOConfig(value_clip_range=0.5, num_update_epochs=2), []),
+        (PPOConfig(value_init="none", value_init_epochs=2), ["value_init_epochs=2", "value_init is none"]),
+        (PPOConfig(value_init_epochs=2), []),
+        (VinePPOConfig(vine_k=5, chunk_length=1024), ["vine_k=5"]),
+        (VinePPOConfig(vine_k=5, chunk_length=1024, num_generations=1), []),
+        (VinePPOConfig(vine_k=5), []),
+        (VinePPOConfig(chunk_separator="\n", chunk_length=1024), ["chunk_separator"]),
+    ],
+    ids=str,
+)
+def test_what_does_nothing_next_to_the_other_settings_is_named(config, named):
+    said = "\n".join(remarks(config))
+    assert bool(said) is bool(named) and all(part in said for part in named)
+
+
+def test_only_what_the_user_set_is_named():
+    """A value of the script or of a preset that does nothing was not asked for; one that was typed was."""
+    config = GRPOConfig(use_lora=False, lora_r=8)
+    config.origins = {"lora_r": "preset cpu"}
+    assert remarks(config) == []
+    config.origins = {"lora_r": "", "lora_alpha": "", "kl_estimator": "GRPO/grpo.py"}
+    assert remarks(config) == ["lora_r=8, lora_alpha=64: they do nothing, since use_lora is false"]
+    config.origins = {"lora_r": "mine.yaml", "lora_alpha": "mine.yaml"}
+    assert remarks(config) == ["lora_r=8: it does nothing, since use_lora is false"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_steps": 3, "warmup_steps": 5}, "rises until the last step, where it is 0.6"),
+        ({"num_steps": 3, "warmup_steps": 3, "lr_scheduler": "cosine"}, "rises until the last step, where it is 1:"),
+        ({"num_steps": 1, "lr_scheduler": "cosine"}, "is 0.1 at most, not learning_rate=1"),
+        ({"num_steps": 1, "warmup_steps": 2}, "where it is 0.5:"),
+        ({"num_steps": 3, "lr_scheduler": "linear", "min_lr_ratio": 0.0}, "the last step has a learning rate of 0"),
+        ({"num_steps": 3, "warmup_steps": 2}, None),
+        ({"num_steps": 3, "lr_scheduler": "linear"}, None),
+        ({"num_steps": 1, "warmup_steps": 1}, None),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_hardly_trains_is_said(settings, said):
+    lines = remarks(RLConfig(learning_rate=1.0, **settings))
+    assert [said in line for line in lines] == [True] * bool(said)

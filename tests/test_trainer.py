@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import signal
 import time
+from dataclasses import replace
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import metrics_of, toy_config, toy_task, toy_trainer
+from tests.toy import metrics_of, toy_config, toy_task, toy_trainer, train_until
 
 ROOT = Path(__file__).parent.parent
 
@@ -337,3 +338,31 @@ def test_the_final_model_goes_to_the_hub_if_asked(tiny_folder, tmp_path, monkeyp
     toy_trainer(tiny_folder, tmp_path / "run", push_to_hub="countdown").train()
     ((repository, names),) = uploads
     assert repository == "me/countdown" and {"model.safetensors", "config.json", "tokenizer.json"} <= set(names)
+
+
+# Evaluation without held-out prompts
+
+
+def test_without_held_out_prompts_nothing_stops_early_and_no_reference_is_loaded(toy_folder, tmp_path, caplog):
+    task = replace(toy_task(), eval=[])
+    with pytest.raises(ValueError, match=r"early_stopping_patience=1.*held-out"):
+        GRPOTrainer(toy_config(toy_folder, tmp_path / "run", eval_every=1, early_stopping_patience=1), task=task)
+    with caplog.at_level("INFO", logger="nanorlhf"):
+        trainer = GRPOTrainer(toy_config(toy_folder, tmp_path / "run", eval_every=1, eval_kl=True), task=task)
+    assert "ref" not in trainer.models
+    assert "eval_every=1: there are no held-out prompts" in caplog.text and "eval_kl=True" in caplog.text
+
+
+def test_a_reference_for_the_evaluation_alone_is_loaded_where_it_evaluates(toy_folder, tmp_path):
+    for every in (0, 1):
+        trainer = toy_trainer(toy_folder, tmp_path / str(every), eval_kl=True, eval_every=every)
+        assert ("ref" in trainer.models) is bool(every)
+
+
+def test_what_does_nothing_is_said_once_at_the_start_of_a_run(toy_folder, tmp_path, caplog):
+    settings = {"kl_place": "reward", "save_every": 1, "num_steps": 2}
+    with caplog.at_level("INFO", logger="nanorlhf"):
+        trainer = toy_trainer(toy_folder, tmp_path / "run", **settings)
+        train_until(trainer, 1)
+        toy_trainer(toy_folder, tmp_path / "run", **settings)
+    assert caplog.text.count("kl_place=reward: it does nothing, since kl_coef is 0") == 1

@@ -1,5 +1,6 @@
 """A toy run for tests: an untrained policy of two layers, and a reward that any policy can learn in seconds."""
 
+import contextlib
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from transformers import GenerationConfig
 
 from common.config import RLConfig
 from common.embedded.policy import save_untrained
-from common.rollouts import Rollouts
+from common.rollouts import PromptBatch, Rollouts
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
 from common.update.learner import Learner
@@ -151,6 +152,24 @@ def trained_weights(trainer: OnPolicyTrainer) -> torch.Tensor:
     """All trained weights in one vector, after training."""
     trainer.train()
     return weights_of(trainer)
+
+
+class Killed(BaseException):
+    """What no part of a run catches."""
+
+
+def train_until(trainer: OnPolicyTrainer, step: int) -> None:
+    """Train as far as the line and the checkpoint of `step`, and leave the folder as a killed process would."""
+    whole = trainer.step
+
+    def until(prompts: PromptBatch) -> None:
+        if trainer.current_step > step:
+            raise Killed
+        whole(prompts)
+
+    trainer.step = until
+    with contextlib.suppress(Killed):
+        trainer.train()
 
 
 def updates_of(trainer: OnPolicyTrainer) -> list[tuple[Learner, Rollouts]]:

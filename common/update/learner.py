@@ -127,15 +127,8 @@ class Learner:
         return norm
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step, from 1: linear warm-up, then constant, or decay to its minimum at the last step."""
-        config = self.config
-        if step < config.warmup_steps:
-            return config.learning_rate * step / config.warmup_steps
-        if config.lr_scheduler == "constant":
-            return config.learning_rate
-        progress = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
-        decay = 1 - progress if config.lr_scheduler == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * decay)
+        """Learning rate of a step, from 1."""
+        return self.config.scheduled_rate(step)
 
 
 def _sum_over_processes(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
