@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import metrics_of, toy_config, toy_task, toy_trainer, train_until
+from tests.toy import metrics_of, shift_weights, toy_config, toy_task, toy_trainer, train_until, weights_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -338,6 +339,30 @@ def test_the_final_model_goes_to_the_hub_if_asked(tiny_folder, tmp_path, monkeyp
     toy_trainer(tiny_folder, tmp_path / "run", push_to_hub="countdown").train()
     ((repository, names),) = uploads
     assert repository == "me/countdown" and {"model.safetensors", "config.json", "tokenizer.json"} <= set(names)
+
+
+# Where the weights come from
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offset", [0, 16])
+@pytest.mark.parametrize("algorithm", ["GRPO", "PPO"])
+def test_a_resumed_run_has_the_same_bits_wherever_in_its_file_a_weight_begins(toy_folder, tmp_path, algorithm, offset):
+    """Kernels of the CPU may round differently at another place in memory, and a checkpoint is another file."""
+    model = shutil.copytree(toy_folder, tmp_path / "model")
+    shift_weights(model / "model.safetensors", offset)
+    settings = {"num_minibatches": 2, "num_update_epochs": 2, "kl_coef": 0.1, "max_tokens_per_microbatch": 1}
+    settings |= {"algorithm": algorithm, "num_steps": 4, "save_every": 1}
+    if algorithm == "PPO":
+        settings["value_init"] = "zero_head"
+    whole = toy_trainer(model, tmp_path / "whole", **settings)
+    whole.train()
+    train_until(toy_trainer(model, tmp_path / "resumed", **settings), 2)
+    resumed = toy_trainer(model, tmp_path / "resumed", **settings)
+    assert resumed.run.first_step == 3
+    resumed.train()
+    assert metrics_of(tmp_path / "resumed") == metrics_of(tmp_path / "whole")
+    assert torch.equal(weights_of(resumed), weights_of(whole))
 
 
 # Evaluation without held-out prompts

@@ -115,15 +115,15 @@ def save_toy_policy(folder: Path, **sizes: float) -> Path:
     generation = GenerationConfig.from_pretrained(folder)
     generation.eos_token_id = list(range(3, 400, 8))
     generation.save_pretrained(folder)
-    _align_weights(folder / "model.safetensors")
     return folder
 
 
-def _align_weights(file: Path) -> None:
-    """Have weights begin at multiples of 64 bytes, as their copies do: elsewhere kernels may round differently."""
+def shift_weights(file: Path, offset: int) -> None:
+    """Have the weights of a safetensors file begin `offset` bytes, a multiple of 8, after a multiple of 64."""
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")  # of the header, which may end in blanks
-    header = content[8 : 8 + size] + b" " * (-(8 + size) % 64)
+    header = content[8 : 8 + size].rstrip(b" ")
+    header += b" " * ((offset - 8 - len(header)) % 64)
     file.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
 
 

@@ -16,6 +16,9 @@ from common.models.quantization import four_bits, keep_trainable
 from common.models.weights import policy_weights
 from common.seeds import hashed_seed
 
+# Of the memory that torch allocates on the CPU, in bytes.
+ALIGNMENT = 64
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
@@ -140,7 +143,19 @@ def load_without_dropout(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    _align(model)
     return model
+
+
+def _align(model: nn.Module) -> None:
+    """Move weights that begin elsewhere than a new tensor would, at a multiple of 64 bytes.
+
+    Weights are read in place from a file, where each begins somewhere else than in another file. Kernels of the CPU
+    may round differently there, so a run that is continued from a checkpoint would not write the same digits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _load(path: str | Path, config: RLConfig, *, dtype: torch.dtype) -> transformers.PreTrainedModel:
