@@ -19,6 +19,7 @@ ACTS = CLIP | {
     "sparse": None,  # changes no weight; that it spares passes is shown below
     "keep_per_group": (SEVERAL, True),
 }
+VALUES = {"kl_estimator": [None, "k1", "k2", "k3"]}
 
 
 def test_the_kl_before_the_first_update_is_exactly_zero(tiny_folder, tmp_path):

@@ -45,6 +45,13 @@ FIT = {
 TOY_SETTINGS = {"value_init": "zero_head", "value_learning_rate": 1e-3}
 # Runs with everything on: the value model, fitted first, beside the policy and on its base.
 FITTED = {"value_init": "fit", "value_init_prompts": 10, "value_init_epochs": 1, "value_init_minibatches": 4}
+VALUES = {
+    "value_init": ["zero_head", "none", "fit"],
+    "value_init_prompts": [10, 5],
+    "value_init_minibatches": [4, 1],
+    "value_init_epochs": [1, 2],
+    "value_clip_range": [0.2, None, 1e-3],
+}
 VARIANTS = {"lora": LORA | FITTED, "shared": LORA | FITTED | {"value_backbone": "shared"}}
 FITTED_STEP = FITTED | {"value_init_learning_rate": 1e-3, "num_steps": 1}
 # For each setting of its own: with which others it shows, and changed to what.
