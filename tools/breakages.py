@@ -1,0 +1,161 @@
+"""Breaks the code in one line at a time, and reports which test sees it.
+
+    python tools/breakages.py                  # all of tests/breakages.yaml: about half an hour on two cores
+    python tools/breakages.py whiten clip      # those whose text contains one of these words
+    python tools/breakages.py --write          # and the table in tests/README.md
+
+Each entry of tests/breakages.yaml says what is broken, in which file, the line (a part of it that occurs once) and
+what it becomes, and the test that should see it. A breakage that this test does not see is given to the whole suite.
+An entry with `equivalent` changes nothing that could be seen, and says why; it counts in neither number.
+Everything happens in copies of the files that git knows; the suite itself must pass.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+LIST, README = ROOT / "tests" / "breakages.yaml", ROOT / "tests" / "README.md"
+HEAD = "| breakage | in | test that fails |\n|---|---|---|\n"
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?)(?:\[.*)?(?: - .*)?$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Breakage:
+    """One line that is made wrong.
+
+    Attributes:
+        what: in words.
+        file: from the repository's root.
+        line: a part of it that occurs once in the file.
+        becomes: what replaces that part.
+        test: pytest's id of the test that sees it, from the root; parameters left out.
+        equivalent: why nothing can see it; None for a real breakage.
+    """
+
+    what: str
+    file: str
+    line: str
+    becomes: str
+    test: str = ""
+    equivalent: str | None = None
+
+    def broken(self, text: str) -> str:
+        """The text of the file with the breakage.
+
+        Raises:
+            ValueError: if the line does not occur exactly once.
+        """
+        if (count := text.count(self.line)) != 1:
+            raise ValueError(f"{self.what}: {self.line!r} occurs {count} times in {self.file}, not once.")
+        return text.replace(self.line, self.becomes)
+
+
+def read_breakages() -> list[Breakage]:
+    """The entries of tests/breakages.yaml."""
+    return [Breakage(**entry) for entry in yaml.safe_load(LIST.read_text())]
+
+
+def copied(folder: Path) -> Path:
+    """Copy the files that git knows, as they are now, and link the environment."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").symlink_to((ROOT / ".venv").resolve())
+    return folder
+
+
+def failing(copy: Path, *arguments: str) -> list[str]:
+    """The tests that fail in a copy.
+
+    Raises:
+        RuntimeError: if pytest could not run.
+    """
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [".venv/bin/python", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1, 2):  # 2: a module that cannot be imported
+        raise RuntimeError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-1000:]}")
+    found = FAILED.findall(done.stdout)
+    return found or (["a test module cannot be imported"] if done.returncode else [])
+
+
+def seen_by(breakage: Breakage, copy: Path) -> str:
+    """The test that fails, the one that should first; empty if the whole suite passes."""
+    path = copy / breakage.file
+    whole = path.read_text()
+    path.write_text(breakage.broken(whole))
+    try:
+        named = failing(copy, breakage.test) if breakage.test else []
+        return (named or failing(copy, "-m", "not gpu") or [""])[0]
+    finally:
+        path.write_text(whole)
+
+
+def table(breakages: list[Breakage]) -> str:
+    """The table of tests/README.md."""
+    rows = [
+        f"| {b.what} | {b.file} | {b.test.replace('::', ': ') if b.equivalent is None else 'none: ' + b.equivalent} |"
+        for b in breakages
+    ]
+    return HEAD + "\n".join(rows) + "\n"
+
+
+def write_table(breakages: list[Breakage]) -> None:
+    """Replace the table in tests/README.md."""
+    before, _, rest = README.read_text().partition(HEAD)
+    rows = rest.splitlines(keepends=True)
+    after = next((number for number, row in enumerate(rows) if not row.startswith("|")), len(rows))
+    README.write_text(before + table(breakages) + "".join(rows[after:]))
+
+
+def main() -> None:
+    """Try the breakages, and exit with 1 if one was seen by no test or another test than its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only breakages whose text or file contains one of these")
+    parser.add_argument("--jobs", type=int, default=2, help="copies at the same time")
+    parser.add_argument("--write", action="store_true", help="write the table of tests/README.md")
+    arguments = parser.parse_args()
+    every = read_breakages()
+    chosen = [b for b in every if not arguments.words or any(word in f"{b.what} {b.file}" for word in arguments.words)]
+    real = [b for b in chosen if b.equivalent is None]
+    for breakage in chosen:  # before anything runs
+        breakage.broken((ROOT / breakage.file).read_text())
+    with tempfile.TemporaryDirectory() as root:
+        copies: Queue[Path] = Queue()
+        for number in range(arguments.jobs):
+            copies.put(copied(Path(root) / str(number)))
+
+        def tried(breakage: Breakage) -> str:
+            copy = copies.get()
+            try:
+                test = seen_by(breakage, copy)
+            finally:
+                copies.put(copy)
+            mark = "survived" if not test else "seen" if test == breakage.test else f"seen by {test}, not its own test"
+            print(f"{mark:8}  {breakage.what} ({breakage.file})", flush=True)
+            return mark
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            marks = list(pool.map(tried, real))
+    survived = marks.count("survived")
+    print(f"{len(real) - survived} of {len(real)} seen, {len(chosen) - len(real)} equivalent")
+    if arguments.write:
+        write_table(every)
+    sys.exit(marks != ["seen"] * len(real))
+
+
+if __name__ == "__main__":
+    main()
