@@ -197,6 +197,17 @@ def test_truncated_completions_can_be_left_out_of_gradient_and_mean(tiny_folder,
     assert all(line["policy/loss"] == line["policy/loss"] for line in metrics_of(tmp_path / "run"))  # no NaN
 
 
+@pytest.mark.parametrize("average_over", ["tokens", "rows"])
+def test_completions_that_are_left_out_do_not_make_the_others_weigh_less(toy_folder, tmp_path, average_over):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", mask_truncated=True, num_steps=1, average_over=average_over)
+    seen, whole = [], trainer.loss
+    trainer.loss = lambda policy, minibatch: seen.append(minibatch) or whole(policy, minibatch)
+    trainer.train()
+    truncated = torch.cat([minibatch.truncated for minibatch in seen])
+    assert truncated.any() and not truncated.all()
+    assert sum(float(minibatch.token_weights.sum()) for minibatch in seen) == pytest.approx(1)
+
+
 def test_sparse_with_a_kl_in_the_loss_warns_that_it_is_not_exact():
     with pytest.warns(UserWarning, match="KL"):
         GRPOConfig(sparse=True, kl_coef=0.1)

@@ -159,6 +159,12 @@ def test_the_run_says_what_was_replaced_and_what_was_kept():
     assert "num_steps 500" not in said and "num_steps=3" in said
     assert "seed" not in said and "num_minibatches" not in said  # the same with the preset and without
     assert edited("--preset", "none").notes == ()
+    assert "num_steps" not in "".join(edited("--num_steps", "7").notes)  # typed, so the preset has no say in it
+
+
+def test_a_line_that_says_already_what_the_preset_says_is_no_reason_to_keep_others():
+    assert edited(task="countdown").rewards == edited().rewards == ["format", "equation"]
+    assert "since you edited" not in "".join(edited(task="countdown").notes)
 
 
 def test_edited_data_keep_their_task_and_rewards():

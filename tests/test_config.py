@@ -210,6 +210,13 @@ def test_grpos_defaults_are_those_of_its_paper():
     )  # fmt: skip
 
 
+def test_what_bends_the_objective_is_off_unless_it_is_asked_for():
+    config = RLConfig()
+    assert config.kl_coef == config.missing_eos_penalty == config.weight_decay == config.early_stopping_patience == 0
+    assert not (config.whiten_advantages or config.mask_truncated or config.eval_kl or config.use_lora)
+    assert config.temperature == config.eval_temperature == config.eval_top_p == 1
+
+
 def test_greedy_decoding_is_for_evaluation_alone():
     assert RLConfig(eval_temperature=0.0).eval_temperature == 0
 

@@ -124,8 +124,10 @@ def test_loss_and_metrics_do_not_depend_on_the_token_budget(tiny_folder, tmp_pat
     seen = []
     for budget in (1, 100_000):
         trainer = make_trainer(tiny_folder, tmp_path / str(budget), max_tokens_per_microbatch=budget, kl_coef=0.1)
-        step_taken(trainer, sampled(trainer))
+        rollouts = sampled(trainer)
+        rollouts.advantages += rollouts.spread(torch.ones(len(rollouts)))  # centred ones have a loss of 0
+        step_taken(trainer, rollouts)
         seen.append(trainer.metrics.reduce(trainer.accelerator))
-    assert seen[0].keys() == seen[1].keys()
+    assert seen[0].keys() == seen[1].keys() and seen[0]["policy/loss"] == pytest.approx(-1)
     for name, value in seen[0].items():
         assert value == pytest.approx(seen[1][name], abs=1e-5), name

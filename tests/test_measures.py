@@ -14,6 +14,7 @@ from common.runs.measures import (
     is_one,
     judge,
     pass_at_k,
+    rollout_means,
     sizes_of_k,
     with_confidence_interval,
 )
@@ -57,6 +58,16 @@ def test_means_by_hand(accelerator):
         "eval/accuracy": 0.5,
         "eval/accuracy_square": 0.5,
     }
+
+
+def test_means_of_a_training_step_by_hand(accelerator):
+    rollouts, metrics = held_out([2, 5, 1, 4]), StepMetrics()
+    rollouts.scores = torch.tensor([0.0, 1.0, 0.5, 1.0])
+    rollouts.parts = {"right": torch.tensor([float("nan"), 1.0, 0.0, float("nan")])}  # no say in two rows
+    advantages = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    rollout_means(rollouts, advantages, metrics=metrics)
+    expected = {"score": 0.625, "length": 3.0, "truncated": 0.25, "zero_advantage": 0.25, "reward/right": 0.5}
+    assert metrics.reduce(accelerator) == expected
 
 
 def test_padding_counts_for_nothing(accelerator):

@@ -377,5 +377,13 @@ def test_a_file_gets_a_few_whole_lines_without_control_characters():
     assert lines[-1].startswith("step 1000/1000: score 1.000, eval/accuracy 0.500")
 
 
+def test_the_time_left_of_a_resumed_run_is_told_by_its_own_steps(monkeypatch):
+    now = iter([100.0, 106.0])  # seconds: one step took six, and one is left
+    monkeypatch.setattr("common.runs.log.time.monotonic", lambda: next(now))
+    file = io.StringIO()
+    Progress(10, start=8, file=file).update(9, {"score": 1.0})
+    assert file.getvalue() == "step 9/10: score 1.000, 00:06 left\n"
+
+
 def test_progress_switched_off_shows_nothing():
     assert run_progress(Terminal(), 5, enabled=False) == run_progress(io.StringIO(), 5, enabled=False) == ""

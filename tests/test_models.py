@@ -1,6 +1,7 @@
 """Log-probs of completions: the one place they come from."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,6 +186,9 @@ def test_lora_starts_the_same_for_the_same_seed_and_leaves_the_global_generator_
     assert torch.equal(torch.get_rng_state(), before)
     for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+    elsewhere = load_policy(str(tiny_folder), replace(config, seed=4), dtype=torch.float32)
+    drawn = {name: weight for name, weight in elsewhere.named_parameters() if "lora_A" in name}
+    assert drawn and not any(torch.equal(weight, first.get_parameter(name)) for name, weight in drawn.items())
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_folder, rollouts):

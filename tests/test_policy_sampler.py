@@ -1,4 +1,4 @@
-"""Completions of a policy whose vocabulary is larger than its tokenizer's."""
+"""What the sampler is asked for; completions of a policy whose vocabulary is larger than its tokenizer's."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from common.embedded.policy import build_tokenizer
 from common.models.loading import unused_token_ids
+from common.rollouts import Completion
 from tests.toy import metrics_of, save_toy_policy, toy_trainer
 
 
@@ -41,3 +42,56 @@ def test_an_id_without_a_token_ends_the_completion_as_truncated_and_training_goe
     trainer.train()
     line = metrics_of(tmp_path / "run")[-1]
     assert line["sampler/logprob_diff"] < 1e-4 and line["policy/first_ratio"] == 1
+
+
+class Recorder:
+    """A sampler with weights of its own that writes down what it is asked for."""
+
+    needs_push, has_weights, resident_bytes = True, False, 0
+
+    def __init__(self) -> None:
+        self.asked: list = []
+
+    def push(self, weights) -> None:
+        self.asked.append(("push", len(list(weights)) > 0))
+        self.has_weights = True
+
+    def generate(self, prompt_ids, settings, *, num_generations=1, seeds=None) -> list[Completion]:
+        self.asked.append((settings.temperature, settings.top_p, settings.top_k, num_generations, seeds is not None))
+        return [Completion([3], [-1.0], truncated=False)] * (len(prompt_ids) * num_generations)
+
+    def sleep(self) -> None:
+        pass
+
+    wake = sleep
+
+
+@pytest.fixture
+def recorded(toy_folder, tmp_path):
+    """A trainer and what its sampler is asked for."""
+    settings = {"temperature": 0.9, "eval_temperature": 0.6, "eval_top_p": 0.8, "eval_top_k": 5, "eval_num_samples": 2}
+    trainer = toy_trainer(toy_folder, tmp_path / "run", eval_every=1, **settings)
+    trainer.policy_sampler.sampler = Recorder()
+    return trainer, trainer.policy_sampler.sampler.asked
+
+
+def test_weights_are_pushed_once_for_each_change_of_the_policy_and_again_when_the_sampler_lost_them(recorded):
+    trainer, asked = recorded
+    prompts = trainer.training_prompts(1)
+    for _ in range(2):
+        trainer.sample(prompts)
+    assert asked.count(("push", True)) == 1 and asked[0] == ("push", True)
+    trainer.policy_sampler.policy_has_changed()
+    trainer.sample(prompts)
+    assert asked.count(("push", True)) == 2 and asked[-2] == ("push", True)
+    trainer.policy_sampler.sampler.has_weights = False  # as after a sleep that drops them
+    trainer.sample(prompts)
+    assert asked.count(("push", True)) == 3 and asked[-2] == ("push", True)
+
+
+def test_training_samples_by_the_temperature_alone_and_evaluation_as_its_own_settings_say(recorded):
+    trainer, asked = recorded
+    trainer.sample(trainer.training_prompts(1), num_generations=4)
+    trainer.sample(trainer.training_prompts(1), greedy=True)
+    trainer.policy_sampler.sample_for_evaluation(trainer.eval_prompts.share())
+    assert asked[1:] == [(0.9, 1.0, 0, 4, True), (0.0, 1.0, 0, 1, False), (0.6, 0.8, 5, 2, True)]

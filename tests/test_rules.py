@@ -55,6 +55,12 @@ def test_an_accident_costs_its_row_the_score_and_no_other_row_anything(accident,
     assert found == ([1, 0, 3, 0, 2], [False, True, False, True, False])
 
 
+def test_a_row_over_the_limit_has_a_reward_of_zero_and_not_none():
+    scorer = Scorer({"obedient": obedient}, {"obedient": 1.0}, limits=SHORT)
+    _, parts = scorer(["p"] * 3, ["crash", "bbb", "shy"], {})
+    assert parts["obedient"].nan_to_num(nan=-1.0).tolist() == [0.0, 3.0, -1.0]
+
+
 @pytest.mark.slow
 def test_the_limit_is_of_wall_clock_time_for_each_row():
     begun = time.perf_counter()

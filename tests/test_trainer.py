@@ -166,7 +166,20 @@ def test_early_stopping_counts_evaluations_without_a_new_best(tiny_folder, tmp_p
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
-def test_the_best_checkpoint_survives_rotation(tiny_folder, tmp_path):
+def test_early_stopping_goes_on_counting_in_a_resumed_run(tiny_folder, tmp_path):
+    task = toy_task()
+    task.rewards["sum"] = lambda prompts, completions, **columns: [0.0] * len(completions)
+    stopping = {"eval_every": 1, "early_stopping_patience": 4, "save_every": 1}
+    config = toy_config(tiny_folder, tmp_path / "run", num_steps=9, **stopping)
+    train_until(GRPOTrainer(config, task=task), 2)
+    GRPOTrainer(config, task=task).train()
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("save_every", "latest"), [(1, "checkpoint-6"), (4, "checkpoint-4")])
+def test_the_best_checkpoint_is_saved_whenever_it_comes_and_survives_rotation(
+    tiny_folder, tmp_path, save_every, latest
+):
     task = toy_task()
     accuracies = iter([0.1, 0.2, 1.0, 0.3, 0.2, 0.1, 0.1])
 
@@ -176,10 +189,12 @@ def test_the_best_checkpoint_survives_rotation(tiny_folder, tmp_path):
         return [float(i < round(4 * accuracy)) for accuracy in [next(accuracies)] for i in range(4)]
 
     task.rewards["sum"] = scripted
-    config = toy_config(tiny_folder, tmp_path / "run", num_steps=6, eval_every=1, save_every=1, save_total_limit=1)
+    config = toy_config(
+        tiny_folder, tmp_path / "run", num_steps=6, eval_every=1, save_every=save_every, save_total_limit=1
+    )
     GRPOTrainer(config, task=task).train()
     kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
-    assert kept == ["checkpoint-2", "checkpoint-6"]
+    assert kept == ["checkpoint-2", latest]
 
 
 def run_toy(model: Path, folder: Path, settings: dict) -> None:
