@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from common.advantages import generalized_advantages
+from common.update.learner import Learner
 from PPO import value_initializer
 from PPO.ppo_trainer import PPOTrainer
 from PPO.test_value_model import save_classifier
@@ -356,6 +357,23 @@ def test_the_weights_with_the_least_held_out_error_are_kept_and_two_passes_witho
         kept = list(value.parameters())
         equal = [all(torch.equal(a, b) for a, b in zip(kept, weights, strict=True)) for weights in seen]
     assert equal == [False, False, False, True, False, False]
+
+
+def test_the_rate_of_the_fit_falls_to_zero_and_each_pass_has_mini_batches_of_its_own(
+    toy_folder, tmp_path, monkeypatch
+):
+    rates, dealt, update = [], [], Learner.update
+
+    def recorded(learner, rollouts, loss, *, rate, **how):
+        rates.append(rate)
+        deal = {name: how[name] for name in ("step", "num_minibatches")}
+        dealt.append([rows.tolist() for rows, _ in how["batches"].minibatches(rollouts, epoch=0, **deal)])
+        return update(learner, rollouts, loss, rate=rate, **how)
+
+    monkeypatch.setattr(Learner, "update", recorded)
+    ppo(toy_folder, tmp_path / "run", **(FIT | {"value_init_epochs": 2}))
+    assert rates == pytest.approx([3e-3 * left / 8 for left in range(8, 0, -1)])  # two passes over four parts
+    assert all(first != second for first, second in zip(dealt[:4], dealt[4:], strict=True))
 
 
 def test_a_fit_that_only_makes_it_worse_leaves_the_values_at_zero(toy_folder, tmp_path):

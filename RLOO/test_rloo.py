@@ -60,6 +60,18 @@ def test_rloo_has_one_loss_for_a_whole_completion(toy_folder, tmp_path):
         assert torch.equal(ratio, ratio[:, :1].expand(ratio.shape))
 
 
+def test_the_ratio_of_a_completion_is_over_the_tokens_that_are_trained_on(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="RLOO", num_update_epochs=2)
+    rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
+    rollouts.advantages = rollouts.spread(torch.ones(len(rollouts)))
+    rollouts.old_logprobs = trainer.logprobs("policy", rollouts) - 0.1 * rollouts.completion_mask
+    rollouts.loss_mask = rollouts.completion_mask & (torch.arange(rollouts.completion_mask.shape[1]) != 1)
+    with trainer.models.use("policy") as policy:
+        _, metrics = trainer.loss(policy, rollouts)
+    ratios = metrics["policy/ratio"][:, 0]
+    torch.testing.assert_close(ratios, (0.1 * rollouts.loss_mask.sum(1)).exp(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -135,6 +135,7 @@ def test_score_and_outputs_agree(model):
     assert all(c["correct"] == (c["parts"]["equation"] == 1) for c in completions)
     assert score["tokens"] == sum(c["length"] for c in completions)
     assert score["tokens_per_second"] == pytest.approx(score["tokens"] / score["seconds"]["sample"])
+    assert [row["problem"] for row in rows] == list(range(256))
     assert [{"nums": row["nums"], "target": row["target"]} for row in rows] == problems()[1]
     assert rows[0]["prompt"] == f"{' '.join(map(str, rows[0]['nums']))} make {rows[0]['target']}\n"
     assert "torch" in score["versions"] and score["settings"]["temperature"] == 0.6

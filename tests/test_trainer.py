@@ -74,6 +74,29 @@ def test_the_parts_of_a_step_add_up_to_its_time(finished):
         assert parts > 0.5 * line["time/step"]  # a toy step takes milliseconds; docs/performance.md has real ones
 
 
+def test_what_comes_before_training_is_no_time_of_the_first_step(tiny_folder, tmp_path, monkeypatch):
+    trainer, clock = toy_trainer(tiny_folder, tmp_path / "run", num_steps=1), time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + 10_000)
+    assert trainer.train() and json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["time/step"] < 5_000
+
+
+def test_a_token_counts_as_often_as_it_was_trained_on(toy_folder, tmp_path):
+    toy_trainer(toy_folder, tmp_path / "run", num_steps=1, num_update_epochs=3, num_minibatches=2).train()
+    (line,) = metrics_of(tmp_path / "run")
+    assert line["policy/tokens"] == 3 * line["tokens"] == pytest.approx(3 * 16 * line["length"])
+
+
+def test_the_kl_that_is_reported_is_that_of_the_reward_as_a_mean_over_tokens(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", kl_coef=0.1, kl_place="reward")
+    rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
+    with torch.no_grad():
+        for weight in trainer.policy.parameters:
+            weight.mul_(1.1)  # away from the reference
+    rewards = trainer.token_rewards(rollouts, torch.zeros(len(rollouts)))
+    kl = -rewards[rollouts.completion_mask].mean() / 0.1
+    assert abs(kl) > 1e-3 and trainer.metrics.reduce(trainer.accelerator)["kl"] == pytest.approx(float(kl), rel=1e-4)
+
+
 def test_samples_show_prompt_completion_score_and_parts(finished):
     rows = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
     assert {row["split"] for row in rows} == {"train", "eval"}
