@@ -21,8 +21,9 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
+from common.rewards.copies import Arguments, own_arguments
+
 Function = TypeVar("Function", bound=Callable)
-Arguments = dict[str, list | None]
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _FORK = multiprocessing.get_context("fork")  # functions need not be picklable, and keep their caches
@@ -234,7 +235,8 @@ def _work(connection: Connection, functions: dict[str, Callable], limits: Limits
 
 def _answer(function: Callable, arguments: Arguments) -> RowAnswer:
     try:
-        rewards = function(**arguments)
+        # Its own copy: the rows of a group arrive as references to one object.
+        rewards = function(**own_arguments(arguments))
     except MemoryError:
         raise
     except Exception as error:  # a function may raise anything

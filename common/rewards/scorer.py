@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from common.models.pool import ModelPool
+from common.rewards.copies import Arguments, own_arguments
 from common.rewards.reward_model import RewardModel, as_messages
-from common.rewards.rules import DEFAULT_LIMITS, Arguments, Limits, RuleWorker, is_rule
+from common.rewards.rules import DEFAULT_LIMITS, Limits, RuleWorker, is_rule
 
 # Long enough to recognise a prompt, short enough for an error message.
 _SHORTEN = reprlib.Repr()
@@ -42,7 +43,8 @@ class RewardFunction(Protocol):
                 `completion_ids` also gets the token ids of the completions.
 
         Returns:
-            One finite number per completion, or None where the function does not apply.
+            One finite number per completion, or None where the function does not apply. The function may change its
+            arguments; they are its own.
         """
 
 
@@ -174,8 +176,9 @@ class Scorer:
             if isinstance(self.functions[name], RewardModel):
                 answers[name] = self.functions[name](**given)
                 continue
+            own = own_arguments(given)
             try:
-                answers[name] = self.functions[name](**given)
+                answers[name] = self.functions[name](**own)
             except Exception as error:  # the user's function may raise anything
                 answers[name] = error
         waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
