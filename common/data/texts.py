@@ -21,10 +21,10 @@ def completion_texts(
         completions: token ids of each, padded or not.
         end_token_ids: a completion ends with the first of these.
     """
-    ends = set(end_token_ids)
+    ends = set(end_token_ids) & set().union(*completions)  # those that occur
     left_out = {tokenizer.pad_token_id}
     left_out |= {token for token in ends if not tokenizer.decode([token], skip_special_tokens=True)}
-    # The token that ends a turn ends it also in a tokenizer that does not call it special.
+    # The token that ends a turn does so also in a tokenizer that does not call it special.
     turn_end = turn_end_token(tokenizer)
     left_out |= {tokenizer.convert_tokens_to_ids(turn_end)} & ends if turn_end is not None else set()
     misspelled = _misspelled(tokenizer)

@@ -27,19 +27,26 @@ def own_copy(value: Any) -> Any:
     Raises:
         Exception: whatever `deepcopy` raises for a value that cannot be copied, such as a lock.
     """
+    try:
+        return _copy(value)
+    except RecursionError:  # it holds itself, which deepcopy can deal with
+        return deepcopy(value)
+
+
+def _copy(value: Any) -> Any:
     kind = type(value)
     if kind in _UNCHANGEABLE:
         return value
     # Rows of data are mostly these; deepcopy would take ten times as long for them.
     if kind is list:
-        return value.copy() if _UNCHANGEABLE.issuperset(map(type, value)) else list(map(own_copy, value))
+        return value.copy() if _UNCHANGEABLE.issuperset(map(type, value)) else list(map(_copy, value))
     if kind is dict:
-        return {key: own_copy(item) for key, item in value.items()}
+        return {key: _copy(item) for key, item in value.items()}
     if kind is tuple:
-        copies = tuple(map(own_copy, value))
+        copies = tuple(map(_copy, value))
         return value if all(map(_is, copies, value)) else copies
     if kind is MappingProxyType:  # deepcopy refuses it, though its content can be copied
-        return MappingProxyType(own_copy(dict(value)))
+        return MappingProxyType(_copy(dict(value)))
     if isinstance(value, Tensor):  # deepcopy refuses one that was computed with a gradient
         return value.clone()
     return deepcopy(value)
@@ -71,8 +78,6 @@ def own_values(name: str, values: list) -> list:
     for row, value in enumerate(values):
         try:
             copies.append(value if type(value) in _UNCHANGEABLE else own_copy(value))
-        except RecursionError:  # it holds itself, which deepcopy can deal with
-            copies.append(deepcopy(value))
         except Exception as error:  # an object may raise anything
             raise ValueError(
                 f"column {name!r}, row {row}: a {type(value).__name__} that cannot be copied ({error}). Every call "

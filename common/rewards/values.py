@@ -9,6 +9,7 @@ from torch import Tensor
 
 # Kinds of numpy's types that are no real numbers although they can be converted: complex, bytes, text, dates, spans.
 _NO_NUMBERS = "cSUMm"
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def values_of(rewards: Any) -> list | None:
@@ -38,7 +39,7 @@ def number_of(reward: Any) -> float:
         value = _float(reward)
     except Exception:  # an object may raise anything
         value = math.nan
-    if not abs(value) <= torch.finfo(torch.float32).max:
+    if not abs(value) <= _LARGEST:
         raise TypeError("not a finite float32 number")
     return value
 
