@@ -26,7 +26,9 @@ def chunk_starts(
     """
     starts = torch.zeros_like(rollouts.completion_mask)
     distinct = rollouts.completion_ids[rollouts.completion_mask].unique().tolist()
-    texts = dict(zip(distinct, tokenizer.batch_decode([[token] for token in distinct]), strict=True))
+    # Exactly as written: a clean-up would take the space of " ." away, which the separator may begin with.
+    exact = {"clean_up_tokenization_spaces": False}
+    texts = dict(zip(distinct, tokenizer.batch_decode([[token] for token in distinct], **exact), strict=True))
     for row, length in enumerate(rollouts.lengths.tolist()):
         ids = rollouts.completion_ids[row, :length].tolist()
         ends = _completes(separator, [texts[token] for token in ids]) if separator else [True] * length

@@ -78,7 +78,7 @@ class Rollouts:
             count; they are numbered before their first forward pass.
         sampling_logprobs: (B, C) float32, as the sampler reported them.
         prompts: B strings.
-        completions: B strings, special tokens removed.
+        completions: B strings, without end token and padding.
         columns: the data set's other columns, a list of B values each.
         raw_prompts: B prompts as the data set has them, text or chat messages; empty: as `prompts`.
         scores: (B,) float32, one number per completion.

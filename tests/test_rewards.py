@@ -427,6 +427,46 @@ def test_a_function_of_ones_own_counts_with_weight_one_beside_the_tasks(own_file
     assert scores.tolist() == pytest.approx([1.9, 1.9, 0.9])
 
 
+WITH_OBJECTS = """
+from dataclasses import dataclass
+from functools import partial
+
+def at_most(prompts, completions, *, limit, **columns):
+    return [float(len(text) <= limit) for text in completions]
+
+@dataclass
+class Judge:
+    limit: int
+
+    def __call__(self, prompts, completions, **columns):
+        return at_most(prompts, completions, limit=self.limit)
+
+    def strict(self, prompts, completions, **columns):
+        return at_most(prompts, completions, limit=self.limit - 1)
+
+one, two = partial(at_most, limit=1), partial(at_most, limit=2)
+judge, other = Judge(2), Judge(3)
+strict = judge.strict
+"""
+
+
+def test_partials_methods_and_objects_of_a_file_are_rewards_with_the_names_they_have_there(tmp_path):
+    (tmp_path / "mine.py").write_text(WITH_OBJECTS)
+    names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("one", "two", "judge", "other", "strict")]
+    scorer = make_scorer({}, {}, names=names, weights=None)
+    scorer.check_columns([])
+    _, parts = scorer(PROMPTS, COMPLETIONS, {})
+    assert {name: sum(part.tolist()) for name, part in parts.items()} == {
+        "one": 1.0,
+        "two": 2.0,
+        "judge": 2.0,
+        "other": 3.0,
+        "strict": 1.0,
+    }
+    with pytest.raises(ValueError, match=r"Judge is a class.*judge = Judge\(\.\.\.\).*mine\.py:judge"):
+        load_reward(f"{tmp_path / 'mine.py'}:Judge")
+
+
 def test_a_file_of_ones_own_may_hold_whatever_a_module_may(tmp_path):
     """A dataclass with deferred annotations looks its own module up."""
     (tmp_path / "mine.py").write_text(WITH_A_DATACLASS)

@@ -1,12 +1,17 @@
 """Rules in their worker: what hangs, swallows memory or crashes costs one row its score, and never the run."""
 
+import copy
 import ctypes
+import functools
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -145,12 +150,213 @@ def test_functions_that_are_no_rules_and_rules_without_limits_run_in_the_trainin
     assert seen == ["a"]
 
 
-def test_an_asynchronous_rule_is_refused():
+# What can be a rule
+
+
+def which_process(prompts, completions, offset=0.0, **columns):
+    """The number of the process, and an offset: a rule's is not this one's."""
+    return [os.getpid() + offset for _ in completions]
+
+
+def passes_on(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Judge:
+    def __init__(self, offset=0.0):
+        self.offset = offset
+
+    @rule
+    def method(self, prompts, completions, **columns):
+        return which_process(prompts, completions, self.offset)
+
+    @rule
+    @classmethod
+    def of_class(cls, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    @classmethod
+    @rule
+    def of_class_inside(cls, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    @rule
+    @staticmethod
+    def static(prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    @passes_on
+    @rule
+    def wrapped(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    def plain(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    bound_later = functools.partialmethod(method)
+
+
+class MarkedCall:
+    @rule
+    def __call__(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+
+class Heir(MarkedCall):
+    pass
+
+
+@rule
+class MarkedClass:
+    def __call__(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+
+@dataclass
+class Scaled:
+    """Equal to its like, and so without a hash."""
+
+    scale: float = 1.0
+
+    def __call__(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    def __call__(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+
+@rule
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    def __call__(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+
+def rules() -> dict:
+    return {
+        "function": rule(lambda **given: which_process(**given)),
+        "partial of a rule": partial(process),
+        "rule of a partial": rule(partial(which_process, offset=0.0)),
+        "partial of a marked partial": partial(rule(partial(which_process)), offset=0.0),
+        "decorated rule": passes_on(rule(lambda **given: which_process(**given))),
+        "rule of a decorated function": rule(passes_on(lambda **given: which_process(**given))),
+        "marked method": Judge().method,
+        "partial of a marked method": partial(Judge().method),
+        "partial method": Judge().bound_later,
+        "class method": Judge.of_class,
+        "class method, marked inside": Judge().of_class_inside,
+        "static method": Judge.static,
+        "decorated method": Judge().wrapped,
+        "rule of a method": rule(Judge().plain),
+        "object with a marked call": MarkedCall(),
+        "object of a heir": Heir(),
+        "object of a marked class": MarkedClass(),
+        "object of a marked class with slots": Slotted(),
+        "rule of an object": rule(MarkedCall()),
+        "rule of a dataclass": rule(Scaled()),
+        "rule of a frozen dataclass": rule(Frozen()),
+    }
+
+
+def test_whatever_is_marked_as_a_rule_runs_in_the_worker():
+    functions = rules()
+    scorer = Scorer(functions, dict.fromkeys(functions, 1.0), limits=SHORT)
+    _, parts = scorer(["p"], ["a"], {})
+    assert len({part.item() for part in parts.values()}) == 1 and parts["function"].item() != os.getpid()
+    assert list(scorer.over_limit) == list(functions) == list(parts)
+
+
+def test_the_limits_hold_for_methods_partials_and_objects():
+    class Hangs:
+        @rule
+        def __call__(self, completions, **columns):
+            return obedient([], completions)
+
+        @rule
+        def method(self, completions, **columns):
+            return obedient([], completions)
+
+    functions = {"object": Hangs(), "method": Hangs().method, "partial": rule(partial(obedient, weight=1))}
+    scorer = Scorer(functions, dict.fromkeys(functions, 1.0), limits=Limits(seconds=0.1, gigabytes=0.5))
+    _, parts = scorer(["p"] * 2, ["hang", "abc"], {})
+    for name in functions:
+        assert parts[name].tolist() == [0.0, 3.0] and scorer.over_limit[name].tolist() == [True, False]
+
+
+def test_the_mark_of_one_object_is_not_that_of_its_equal():
+    """Two dataclasses with the same fields are equal, but only one was marked."""
+    marked, other = rule(Frozen()), Frozen()
+    assert marked == other and is_rule(marked) and not is_rule(other)
+    assert is_rule(rule(partial(which_process))) and not is_rule(partial(which_process)) and not is_rule(which_process)
+    assert not is_rule(Scaled()) and not is_rule(max) and not is_rule(partial(max)) and not is_rule(Judge)
+    assert not is_rule(Mock())
+
+
+def test_pickles_and_copies_of_a_rule_are_rules():
+    for function in (process, rule(partial(which_process)), rule(Scaled(2.0)), Judge(1.0).method, MarkedClass()):
+        assert is_rule(pickle.loads(pickle.dumps(function))) and is_rule(copy.deepcopy(function))
+
+
+def test_an_object_that_can_be_called_is_a_reward_like_any_other():
+    @dataclass
+    class Constant:
+        value: float
+
+        def __call__(self, prompts, completions, **columns):
+            return [self.value] * len(completions)
+
+    one, two = Constant(1.0), Constant(2.0)
+    scores, parts = Scorer({"one": one, "two": two}, {"one": 1.0, "two": 1.0})(["p"], ["a"], {})
+    assert scores.tolist() == [3.0] and list(parts) == ["one", "two"]
+
+
+def test_what_cannot_be_marked_or_called_is_refused_at_the_start():
+    @dataclass(slots=True)
+    class Tight:
+        def __call__(self, prompts, completions, **columns):
+            return [0.0]
+
+    with pytest.raises(ValueError, match=r"@rule on Tight: .*no room for the mark.*Put @rule on its class"):
+        rule(Tight())
+    with pytest.raises(ValueError, match=r"@rule on len: .*no room for the mark"):
+        rule(len)
+    with pytest.raises(ValueError, match=r"reward 'raw' is a classmethod, which cannot be called"):
+        Scorer({"raw": vars(Judge)["of_class"]}, {"raw": 1.0})
+
+
+def test_every_kind_of_asynchronous_rule_is_refused():
     async def judge(prompts, completions, **columns):
         return [1.0]
 
-    with pytest.raises(ValueError, match=r"asynchronous judge"):
-        rule(judge)
+    class Waits:
+        async def __call__(self, **given):
+            return [1.0]
+
+        async def method(self, **given):
+            return [1.0]
+
+    for function, name in [
+        (judge, "judge"),
+        (partial(judge, []), "judge"),
+        (Waits(), "Waits"),
+        (Waits, "Waits"),
+        (Waits().method, "method"),
+        (staticmethod(judge), "judge"),
+        (passes_on(judge), None),  # it returns what has to be awaited, which Python cannot tell before
+    ]:
+        if name is None:
+            with pytest.raises(ValueError, match=r"returned <coroutine"):
+                Scorer({"late": rule(function)}, {"late": 1.0})(["p"], ["a"], {})
+        else:
+            with pytest.raises(ValueError, match=rf"asynchronous {name}: "):
+                rule(function)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from common.data.texts import completion_texts
 from common.embedded.cache import cached_folder
 from common.tasks.countdown import (
     NUMBERS,
@@ -338,7 +339,8 @@ def held_out_accuracy(folder: Path) -> float:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = policy.generate(**prompts, do_sample=True, top_k=0, max_new_tokens=min(MAX_COMPLETION, room))
-    completions = tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    new = ids[:, prompts["input_ids"].shape[1] :].tolist()
+    completions = completion_texts(tokenizer, new, [tokenizer.eos_token_id])
     columns = {name: [row[name] for row in rows] for name in ("nums", "target")}
     return sum(equation_reward([""] * len(rows), completions, **columns)) / len(rows)
 

@@ -87,7 +87,7 @@ def load_reward(where: str) -> RewardFunction:
         The function.
 
     Raises:
-        ValueError: if there is no such file, or no such function in it.
+        ValueError: if there is no such file, or no such function in it, or if it is a class.
     """
     file, _, name = where.rpartition(":")
     path = Path(file)
@@ -106,9 +106,15 @@ def load_reward(where: str) -> RewardFunction:
         raise ValueError(
             f"rewards={where!r}: {file} cannot be imported: {type(error).__name__}: {error}. Fix the file."
         ) from error
-    if not callable(vars(module).get(name)):
+    found = vars(module).get(name)
+    if isinstance(found, type):
+        raise ValueError(
+            f"rewards={where!r}: {name} is a class, and a reward is one of its objects. Write `judge = {name}(...)` "
+            f"into the file and pass {file}:judge."
+        )
+    if not callable(found):
         raise ValueError(
             f"rewards={where!r}: {file} defines no function {name!r}. Pass the name of a function in it: "
             f"{', '.join(key for key, value in vars(module).items() if callable(value) and not key.startswith('_'))}."
         )
-    return vars(module)[name]
+    return found

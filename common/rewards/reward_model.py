@@ -6,6 +6,7 @@ score of a text does not depend on the rest of the batch. Reward models are not 
 
 import itertools
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -173,6 +174,12 @@ class RewardModel:
         else:
             encoded = self.tokenizer([_dialogue(m) for m, _ in pairs], [text for _, text in pairs], **options)
         rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
+        # Of a pair, what each token belongs to: 0 the prompt, 1 the completion, None neither.
+        is_chat = self.tokenizer.chat_template is not None
+        parts = [None if is_chat else encoded.sequence_ids(row) for row in range(len(rows))]
+        markers = self._markers()
+        for row in [row for row, (_, text) in enumerate(pairs) if markers.search(text)]:
+            rows[row], parts[row] = self._encode_as_text(*pairs[row], markers, options)
         too_long = [row for row, inputs in enumerate(rows) if len(inputs["input_ids"]) > self.max_length]
         if too_long and not self.num_truncated:
             logger.warning(
@@ -182,15 +189,54 @@ class RewardModel:
             )
         self.num_truncated += len(too_long)
         for row in too_long:
-            if self.tokenizer.chat_template is not None:
+            if is_chat:
                 cut_order = self._cut_order(rows[row]["input_ids"], pairs[row][0])
             else:
-                parts = encoded.sequence_ids(row)  # 0: prompt, 1: completion, None: special token
-                cut_order = [i for i, part in enumerate(parts) if part == 0]
-                cut_order += [i for i, part in enumerate(parts) if part == 1][::-1]
+                cut_order = [i for i, part in enumerate(parts[row]) if part == 0]
+                cut_order += [i for i, part in enumerate(parts[row]) if part == 1][::-1]
             cut = set(cut_order[: len(rows[row]["input_ids"]) - self.max_length])
             rows[row] = {key: [v for i, v in enumerate(values) if i not in cut] for key, values in rows[row].items()}
         return rows
+
+    def _markers(self) -> re.Pattern:
+        """Matches the special tokens that divide a text: those that the template, or a pair of texts, adds to it."""
+        if self.tokenizer.chat_template is not None:
+            text = self._render([{"role": "user", "content": "a"}], "b")
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer("", "")["input_ids"]
+        special = [i for i in set(ids) if not self.tokenizer.decode([i], skip_special_tokens=True)]
+        tokens = {*self.tokenizer.convert_ids_to_tokens(special)}
+        tokens &= {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+    def _encode_as_text(
+        self, messages: list[dict], completion: str, markers: re.Pattern, options: dict[str, bool]
+    ) -> tuple[dict[str, list[int]], list[int | None] | None]:
+        """A row whose completion spells markers, which stay text: a policy must not write a turn into its answer.
+
+        Returns:
+            The model's inputs, and for a pair which part each token belongs to.
+        """
+        if self.tokenizer.chat_template is None:
+            encoded = self.tokenizer([_dialogue(messages)], [completion], split_special_tokens=True, **options)
+            return {key: values[0] for key, values in encoded.items()}, encoded.sequence_ids(0)
+        # The template writes its own markers; those of the completion go through it as numbers between marks.
+        text = self._render(messages, completion)
+        mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in text)  # for private use
+        spelled = markers.findall(completion)
+        numbers = itertools.count()
+        text = self._render(messages, markers.sub(lambda _: f"{mark}{next(numbers)}{mark}", completion))
+        pieces = [
+            self.tokenizer(
+                spelled[int(piece)] if is_number else piece,
+                add_special_tokens=False,
+                split_special_tokens=bool(is_number),
+                **options,
+            )
+            for piece, is_number in zip(re.split(f"{mark}(\\d+){mark}", text), itertools.cycle([False, True]))
+        ]
+        return {key: [value for piece in pieces for value in piece[key]] for key in pieces[0]}, None
 
     def _render(self, messages: list[dict], completion: str) -> str:
         answer = {"role": "assistant", "content": completion}

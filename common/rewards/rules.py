@@ -8,26 +8,32 @@ attackers: no rule may pass a model's text to an interpreter.
 
 import ctypes
 import inspect
+import math
 import multiprocessing
 import os
 import pickle
+import reprlib
 import resource
 import signal
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, partialmethod
 from multiprocessing.connection import Connection
+from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
+from common.rewards.copies import Arguments, own_arguments
+from common.rewards.values import number_of, values_of
+
 Function = TypeVar("Function", bound=Callable)
-Arguments = dict[str, list | None]
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _FORK = multiprocessing.get_context("fork")  # functions need not be picklable, and keep their caches
 
-_RULES: weakref.WeakSet[Callable] = weakref.WeakSet()
+# The attribute that marks a rule. Unlike a list of rules it needs no hash, and pickles and copies keep it.
+_MARK = "_scores_each_row_by_itself"
 
 
 def rule(function: Function) -> Function:
@@ -36,28 +42,66 @@ def rule(function: Function) -> Function:
     It must accept any number of rows, keep no state between calls, and not use the device.
 
     Args:
-        function: with the signature of a reward function.
+        function: with the signature of a reward function. Any callable: a function, a partial, a method, which is
+            then a rule of every object of its class, an object with `__call__`, or the class of such objects.
 
     Returns:
         The function.
 
     Raises:
-        ValueError: if it is asynchronous.
+        ValueError: if it is asynchronous, or cannot be marked.
     """
-    if inspect.iscoroutinefunction(function):
+    code = function.__func__ if isinstance(function, MethodType | staticmethod | classmethod) else function
+    if any(inspect.iscoroutinefunction(part) for part in (code, inspect.getattr_static(code, "__call__", None))):
         raise ValueError(
-            f"@rule on the asynchronous {function.__name__}: rules only compute, under a time limit; functions that "
+            f"@rule on the asynchronous {name_of(function)}: rules only compute, under a time limit; functions that "
             "wait for something else run in the training process. Leave out @rule."
         )
-    _RULES.add(function)
+    try:
+        if isinstance(code, type):
+            setattr(code, _MARK, True)
+        else:
+            object.__setattr__(code, _MARK, True)  # also on an object whose class is frozen
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"@rule on {name_of(function)}: a {type(code).__name__} has no room for the mark, so it would run without "
+            "limits. Put @rule on its class, or on a function that calls it."
+        ) from error
     return function
 
 
 def is_rule(function: Callable) -> bool:
-    """Whether a function, or the function inside a partial, is marked as a rule."""
+    """Whether a callable is marked as a rule, or what it calls is.
+
+    That is the function of a partial, of a method or of a wrapper by functools.wraps, and the class and the `__call__`
+    of an object.
+    """
+    return any(inspect.getattr_static(part, _MARK, False) is True for part in _parts(function, []))
+
+
+def _parts(function: Any, seen: list) -> Iterator[Any]:
+    """A callable, and what it calls."""
+    if any(function is part for part in seen):
+        return
+    seen.append(function)
+    yield function
+    inner = [inspect.getattr_static(function, "__wrapped__", None)]
+    if isinstance(function, partial | partialmethod):
+        inner.append(function.func)
+    elif isinstance(function, MethodType | staticmethod | classmethod):
+        inner.append(function.__func__)
+    elif not isinstance(function, type):
+        inner.append(inspect.getattr_static(type(function), "__call__", None))
+    for part in inner:
+        if part is not None:
+            yield from _parts(part, seen)
+
+
+def name_of(function: Callable) -> str:
+    """A name for messages: of the function inside a partial, and of the class of an object."""
     while isinstance(function, partial):
         function = function.func
-    return function in _RULES
+    return getattr(function, "__name__", type(function).__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +124,13 @@ class RowAnswer(NamedTuple):
     """The result of one row.
 
     Attributes:
-        reward: what the function returned for the row; None if it raised or was over a limit.
+        reward: the number that the function returned for the row, NaN for None; NaN too if it raised or was over a
+            limit.
         error: the exception as text; None without one.
         over_limit: it took too long, too much memory, or the process died.
     """
 
-    reward: Any = None
+    reward: float = math.nan
     error: str | None = None
     over_limit: bool = False
 
@@ -234,14 +279,19 @@ def _work(connection: Connection, functions: dict[str, Callable], limits: Limits
 
 def _answer(function: Callable, arguments: Arguments) -> RowAnswer:
     try:
-        rewards = function(**arguments)
+        # Its own copy: the rows of a group arrive as references to one object.
+        rewards = function(**own_arguments(arguments))
     except MemoryError:
         raise
     except Exception as error:  # a function may raise anything
         return RowAnswer(error=f"{type(error).__name__}: {error}")
-    if not isinstance(rewards, list | tuple) or len(rewards) != 1:
+    values = values_of(rewards)
+    if values is None or len(values) != 1:
         return RowAnswer(error=f"TypeError: returned {rewards!r:.80} for 1 completion, not a list with one number")
-    return RowAnswer(reward=rewards[0])
+    try:
+        return RowAnswer(reward=number_of(values[0]))
+    except TypeError as error:
+        return RowAnswer(error=f"TypeError: returned {reprlib.repr(values[0])} for 1 completion, {error}")
 
 
 def _die_with_parent() -> None:

@@ -9,15 +9,17 @@ import inspect
 import math
 import reprlib
 import weakref
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Collection, Mapping
 from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from common.models.pool import ModelPool
+from common.rewards.copies import Arguments, own_arguments
 from common.rewards.reward_model import RewardModel, as_messages
-from common.rewards.rules import DEFAULT_LIMITS, Arguments, Limits, RuleWorker, is_rule
+from common.rewards.rules import DEFAULT_LIMITS, Limits, RuleWorker, is_rule
+from common.rewards.values import number_of, values_of
 
 # Long enough to recognise a prompt, short enough for an error message.
 _SHORTEN = reprlib.Repr()
@@ -37,12 +39,13 @@ class RewardFunction(Protocol):
 
         Args:
             prompts: the text each completion continues; chat messages in trl's conversational form.
-            completions: the completions, special tokens removed; in the conversational form a list with one message.
+            completions: the completions without their end token; in the conversational form a list with one message.
             columns: every other column of the data set, one value per completion. A function with a parameter
                 `completion_ids` also gets the token ids of the completions.
 
         Returns:
-            One finite number per completion, or None where the function does not apply.
+            One finite number per completion, or None where the function does not apply: a list, or a one-dimensional
+            tensor, array or Series. The function may change its arguments; they are its own.
         """
 
 
@@ -57,6 +60,9 @@ class Scorer:
 
     Attributes:
         over_limit: for each rule, (B,) bool: the rows of the last call that scored 0 because they were over a limit.
+
+    Raises:
+        ValueError: if something that cannot be called is given as a function.
     """
 
     def __init__(
@@ -67,6 +73,12 @@ class Scorer:
         conversational: Collection[str] = (),
         limits: Limits | None = DEFAULT_LIMITS,
     ) -> None:
+        for name, function in functions.items():
+            if not callable(function):
+                raise ValueError(
+                    f"reward {name!r} is a {type(function).__name__}, which cannot be called. Need a function with "
+                    "the parameters prompts, completions and columns of the data; pass one."
+                )
         self.functions = functions
         self.weights = weights
         self.conversational = conversational
@@ -160,7 +172,7 @@ class Scorer:
         elif name in self.conversational:
             arguments["prompts"] = [as_messages(prompt) for prompt in raw_prompts]
             arguments["completions"] = [[{"role": "assistant", "content": c}] for c in text["completions"]]
-        if "completion_ids" in inspect.signature(self.functions[name]).parameters:
+        if "completion_ids" in _parameters(self.functions[name]):
             arguments["completion_ids"] = completion_ids
         return arguments
 
@@ -174,8 +186,9 @@ class Scorer:
             if isinstance(self.functions[name], RewardModel):
                 answers[name] = self.functions[name](**given)
                 continue
+            own = own_arguments(given)
             try:
-                answers[name] = self.functions[name](**given)
+                answers[name] = self.functions[name](**own)
             except Exception as error:  # the user's function may raise anything
                 answers[name] = error
         waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
@@ -193,20 +206,20 @@ class Scorer:
         if rows and rows[-1].error:
             self._refuse(name, rows[-1].error, self._shown(arguments, len(rows) - 1))
         self.over_limit[name] = torch.tensor([row.over_limit for row in rows], dtype=torch.bool)
-        return [0.0 if row.over_limit else row.reward for row in rows]
+        return [0.0 if row.over_limit else None if math.isnan(row.reward) else row.reward for row in rows]
 
     def _numbers(self, name: str, rewards: object, arguments: dict[str, list], completions: list[str]) -> list[float]:
         """A function's answer as one number per completion, NaN for None."""
         if isinstance(rewards, Exception):
             self._refuse(name, f"{type(rewards).__name__}: {rewards}", self._failing_row(name, arguments), rewards)
-        is_list = isinstance(rewards, list | tuple) or (isinstance(rewards, Tensor) and rewards.dim() == 1)
-        if not is_list or len(rewards) != len(completions):
-            given = f"{len(rewards)} values" if is_list else _SHORTEN.repr(rewards)
+        values = values_of(rewards)
+        if values is None or len(values) != len(completions):
+            given = _SHORTEN.repr(rewards) if values is None else f"{len(values)} values"
             raise ValueError(
                 f"reward {name!r} returned {given} for {len(completions)} completions: need a list with one number "
                 "each, in the same order. Fix the function."
             )
-        return [self._checked(name, reward, row, completions[row]) for row, reward in enumerate(rewards)]
+        return [self._checked(name, reward, row, completions[row]) for row, reward in enumerate(values)]
 
     @staticmethod
     def _refuse(name: str, error: str, where: str, cause: Exception | None = None) -> NoReturn:
@@ -216,20 +229,15 @@ class Scorer:
         ) from cause
 
     @staticmethod
-    def _checked(name: str, reward: float | None, row: int, completion: str) -> float:
-        if reward is None:
-            return math.nan
+    def _checked(name: str, reward: object, row: int, completion: str) -> float:
         try:
-            value = float(reward)
-        except (TypeError, ValueError, OverflowError):
-            value = math.nan
-        if not abs(value) <= torch.finfo(torch.float32).max:
+            return number_of(reward)
+        except TypeError as error:
             raise ValueError(
                 f"reward {name!r} returned {_SHORTEN.repr(reward)} in row {row} for {_SHORTEN.repr(completion)}: need "
-                "a finite float32 number, since one such value would spoil the whole batch. Fix the function, or "
-                "return None there."
-            )
-        return value
+                "a finite float32 number, not text, since one such value would spoil the whole batch. Fix the "
+                "function, or return None there."
+            ) from error
 
     def _failing_row(self, name: str, arguments: dict[str, list]) -> str:
         """Call the function row by row to find the one it fails on, with its arguments shortened."""
@@ -250,5 +258,12 @@ class Scorer:
 def _required(function: RewardFunction) -> list[str]:
     """Parameters without a default that are passed by name."""
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind in by_name and p.default is p.empty]
+    return [p.name for p in _parameters(function).values() if p.kind in by_name and p.default is p.empty]
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
+    """Parameters by name; none if Python cannot tell, as for some functions of C libraries."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}

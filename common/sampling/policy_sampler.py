@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from common.config import RLConfig
+from common.data.texts import completion_texts
 from common.models.loading import unused_token_ids
 from common.models.pool import ModelPool
 from common.models.weights import policy_weights
@@ -170,7 +171,7 @@ class PolicySampler:
                 )
             self.sampler.sleep()
             completions = [replace(c, truncated=c.truncated or self._ends_with_unused_id(c)) for c in completions]
-            texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
+            texts = completion_texts(self.tokenizer, [c.token_ids for c in completions], self.end_token_ids)
             return Rollouts.from_completions(prompts, completions, texts, num_generations=num_generations)
 
     def _ends_with_unused_id(self, completion: Completion) -> bool:
