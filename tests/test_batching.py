@@ -6,14 +6,17 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config import RLConfig
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.seeds import hashed_seed, seeded_permutation
+from common.update.batches import Batches
 from common.update.rows import keep_one_per_group, microbatch_rows, minibatch_rows
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +141,16 @@ def test_a_row_longer_than_the_budget_gets_a_pass_of_its_own():
 
 def test_no_rows_need_no_pass():
     assert microbatch_rows(torch.zeros(0, dtype=torch.int64), 100) == []
+
+
+@pytest.mark.parametrize(("others", "fillers"), [(5, 3), (2, 0), (0, 0)])
+def test_every_process_makes_as_many_passes_as_the_one_with_the_most(others, fillers):
+    """Sharded models exchange their weights in each pass, and would wait forever for a process that makes none."""
+    accelerator = SimpleNamespace(num_processes=2, process_index=0, device=torch.device("cpu"))
+    accelerator.reduce = lambda counts, how: counts + torch.tensor([0.0, others])
+    batches = Batches(RLConfig(max_tokens_per_microbatch=1), accelerator, torch.float32)
+    passes = [(rows is None, bool(part.loss_mask.any())) for rows, part in batches.microbatches(step_of(1, 2))]
+    assert passes == [(False, True)] * 2 + [(True, False)] * fillers
 
 
 def test_all_rows_share_one_pass_when_the_budget_allows():

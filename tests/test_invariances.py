@@ -131,3 +131,19 @@ def test_loss_and_metrics_do_not_depend_on_the_token_budget(tiny_folder, tmp_pat
     assert seen[0].keys() == seen[1].keys() and seen[0]["policy/loss"] == pytest.approx(-1)
     for name, value in seen[0].items():
         assert value == pytest.approx(seen[1][name], abs=1e-5), name
+
+
+def test_log_probs_are_taken_in_the_very_passes_of_the_first_epoch(toy_folder, tmp_path):
+    """Other rows beside a row may change its last bits, and the ratio before the first step would not be 1."""
+    settings = {"num_minibatches": 2, "num_update_epochs": 2, "max_tokens_per_microbatch": 60}
+    trainer = make_trainer(toy_folder, tmp_path / "run", **settings)
+    rollouts, taken, updated, loss = sampled(trainer), [], [], trainer.loss
+
+    def forward(model, minibatch):
+        taken.append(minibatch.completion_tokens)
+        return torch.zeros(minibatch.completion_ids.shape)
+
+    trainer.for_each_token("policy", rollouts, forward)
+    trainer.loss = lambda model, minibatch: updated.append(minibatch.completion_tokens) or loss(model, minibatch)
+    step_taken(trainer, rollouts)
+    assert len(taken) > 2 and taken == updated[: len(taken)] and len(updated) > len(taken)
