@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from common.advantages import per_token_rewards, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet
-from common.embedded import check_model, load_tokenizer, resolve_model
+from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
+from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
@@ -66,6 +67,8 @@ class OnPolicyTrainer(ABC):
         self.config = config
         check_sampler(config)
         check_model(config.model)
+        if config.use_lora:
+            check_targets(skeleton(config.model), config)
         # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
@@ -327,6 +330,8 @@ class OnPolicyTrainer(ABC):
         config, path = self.config, self.model_path
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
+        if config.use_lora and self.accelerator.is_main_process:
+            logger.info("%s", describe_adapter(module))
         self.policy = self.add_learner("policy", module, config)
         if (config.kl_coef or config.eval_kl) and config.use_lora:
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
