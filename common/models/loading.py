@@ -12,6 +12,7 @@ from torch import nn
 
 from common.config import RLConfig
 from common.logprobs import has_adapter
+from common.models.chat import turn_end_token
 from common.models.lora import targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.weights import policy_weights
@@ -50,17 +51,6 @@ def end_token_ids(
             "never end. Set eos_token_id in generation_config.json."
         )
     return tuple(sorted(ids))
-
-
-def turn_end_token(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
-    """The token that the chat template writes after an answer; None without a template, or if it writes none."""
-    if tokenizer.chat_template is None:
-        return None
-    answer = "what the assistant says"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-    rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
-    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    return next((token for token in tokenizer.tokenize(rest) if token in special), None)
 
 
 def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase) -> range:

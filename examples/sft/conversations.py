@@ -13,7 +13,7 @@ from trl.chat_template_utils import get_training_chat_template, is_chat_template
 
 from common.data.prompts import AS_IT_IS, PromptSet, PromptStyle
 from common.data.rows import read_rows
-from common.models.loading import turn_end_token
+from common.models.chat import turn_end_token
 from common.tasks import gsm8k, math
 
 # The columns of each form; a data set is read in the first form whose columns it has.
