@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.advantages import per_token_rewards, whiten
 from common.config import RLConfig
-from common.data.prompts import PromptSet
+from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
@@ -29,7 +29,8 @@ from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import evaluation_means, judge, rollout_means, with_confidence_interval
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
-from common.runs.run import Run
+from common.runs.prompt_record import describe_prompts, start_time
+from common.runs.run import Run, run_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, load_task, task_scorer
 from common.update.batches import Batches, check_processes
@@ -56,6 +57,7 @@ class OnPolicyTrainer(ABC):
         model_path: hub id or folder of the policy.
         models: the pool with "policy", "ref" if a KL is needed, and the algorithm's own models.
         policy: the learner of the policy.
+        start_time: when the run began, for chat templates that write the date.
         metrics: the step's metrics so far; reduced over processes at its end.
         stopwatch: seconds by phase.
 
@@ -74,8 +76,12 @@ class OnPolicyTrainer(ABC):
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
+        algorithm = type(self).__name__.removesuffix("Trainer")
+        self.start_time = start_time(run_folder(config, algorithm), config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
-        self.run = Run(config, self.accelerator, algorithm=type(self).__name__.removesuffix("Trainer"))
+        self.run = Run(config, self.accelerator, algorithm=algorithm)
+        record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
+        self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             logger.info("%s", "\n".join([*config.notes, f"loading {config.model} and {config.sampler} ..."]))
 
@@ -322,8 +328,10 @@ class OnPolicyTrainer(ABC):
     def _load_data(self, task: Task) -> None:
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
-        self.prompts = PromptSet.of(task.train, self.tokenizer, self.config)
-        self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config) if task.eval else None
+        self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time)
+        self.eval_prompts = None
+        if task.eval:
+            self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)
         self.scorer.check_columns(list(self.prompts.columns))
 
     def _load_models(self) -> None:
@@ -337,7 +345,7 @@ class OnPolicyTrainer(ABC):
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
         elif config.kl_coef or config.eval_kl:
             self.models.add("ref", load_reference(path, config))
-        self.scorer.load(self.models)
+        self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
         self.policy_sampler = PolicySampler(
             config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, **tokens
