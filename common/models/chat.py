@@ -34,9 +34,8 @@ def render_chat(
     Raises:
         ValueError: if the template refuses the messages or cannot be run.
     """
-    clock = {} if now is None else {"strftime_now": now.strftime}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **clock, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, **clock(now), **options)
     except Exception as error:  # the template is a program, and may raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if options.get("continue_final_message") and "final message" in reason:
@@ -45,6 +44,11 @@ def render_chat(
             f"the chat template does not write the messages {_shown(messages)}: {reason}. Use a model whose "
             "template takes such messages, or prompts with other roles, or as plain text."
         ) from error
+
+
+def clock(now: datetime | None) -> dict[str, Any]:
+    """The variables with which a template sees another time than the clock's; none for None."""
+    return {} if now is None else {"strftime_now": now.strftime}
 
 
 def check_keeps(render: Callable[[list[dict]], str], messages: list[dict]) -> None:

@@ -4,18 +4,24 @@ Some templates write today's date. A run that is continued tomorrow keeps the da
 are others for any reason is refused: it would not be the same run.
 """
 
+from __future__ import annotations  # for type hints whose import would take seconds
+
 import hashlib
 import json
+from collections.abc import Iterable, Sized
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from common.data.prompts import PromptSet, PromptStyle
 from common.runs.checkpoints import CONFIG_FILE, PROMPTS_FILE, has_begun, write_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Token ids are compared in about this many rows: they follow from the text, and only another tokenizer changes them.
 _ROWS_OF_TOKENS = 4096
@@ -23,19 +29,19 @@ _ROWS_OF_TOKENS = 4096
 Record = dict[str, Any]
 
 
-def start_time(folder: Path, resume: str, accelerator: Accelerator) -> datetime:
+def start_time(folder: Path, resume: str, process: Accelerator | PartialState) -> datetime:
     """When the run in a folder began, for all processes the same; now, if it is new or does not say.
 
     Args:
         folder: the run's folder, which need not exist.
         resume: the setting; "never": the run is new.
-        accelerator: the main process reads folder and clock.
+        process: the main one reads folder and clock.
 
     Raises:
         ValueError: if the record of the run cannot be read.
     """
     found = [None]
-    if accelerator.is_main_process:
+    if process.is_main_process:
         record = _read(folder) if resume != "never" and has_begun(folder) else None
         found = [record["now"] if record else datetime.now().isoformat(timespec="seconds")]
     return datetime.fromisoformat(broadcast_object_list(found)[0])
@@ -67,13 +73,27 @@ def describe_prompts(
         style: what was added to them.
         now: the time that chat templates saw.
     """
-    return {
-        "now": now.isoformat(timespec="seconds"),
-        "chat_template": _digest(tokenizer.chat_template),
-        "prompt_file": _digest(style.template),
-        "training": _digests(training),
-        "held-out": _digests(held_out),
+    parts = {"training": _digests(training), "held-out": held_out and _digests(held_out)}
+    return _origins(tokenizer, style, now) | parts
+
+
+def describe_examples(
+    training: Dataset, held_out: Dataset, *, tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle
+) -> Record:
+    """The record of a supervised run: its examples are token ids.
+
+    Args:
+        training: the examples to train on, with a column input_ids.
+        held_out: the held-out examples.
+        tokenizer: which has written them.
+        style: what was added to their prompts, and the time that chat templates saw.
+    """
+    parts = {"training": training, "held-out": held_out}
+    described = {
+        name: {"number": len(rows), "token ids": _digest(rows[_few(rows)]["input_ids"])}
+        for name, rows in parts.items()
     }
+    return _origins(tokenizer, style, style.now) | described
 
 
 def check_record(folder: Path, record: Record, *, is_new: bool) -> None:
@@ -158,22 +178,33 @@ def _read(folder: Path) -> Record | None:
     return record
 
 
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+def _origins(tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle, now: datetime) -> Record:
+    return {
+        "now": now.isoformat(timespec="seconds"),
+        "chat_template": _digest([tokenizer.chat_template]),
+        "prompt_file": _digest([style.template]),
+    }
 
 
-def _digests(prompts: PromptSet | None) -> dict[str, int | str] | None:
-    if prompts is None:
-        return None
-    text, tokens, columns = (hashlib.sha256() for _ in range(3))
-    for each in prompts.texts:
-        text.update(each.encode("utf-8", "surrogatepass") + b"\0")
-    for ids in prompts.ids[:: len(prompts) // _ROWS_OF_TOKENS + 1]:
-        tokens.update(json.dumps(ids).encode())
-    for name, values in prompts.columns.items():
-        columns.update(json.dumps([name, values], default=_kind, skipkeys=True).encode())
-    digests = {"text": text, "token ids": tokens, "columns": columns}
-    return {"number": len(prompts)} | {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+def _digests(prompts: PromptSet) -> dict[str, int | str]:
+    columns = ([name, values] for name, values in prompts.columns.items())
+    return {
+        "number": len(prompts),
+        "text": _digest(prompts.texts),
+        "token ids": _digest(prompts.ids[_few(prompts)]),
+        "columns": _digest(columns),
+    }
+
+
+def _few(rows: Sized) -> slice:
+    return slice(None, None, len(rows) // _ROWS_OF_TOKENS + 1)
+
+
+def _digest(parts: Iterable) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, default=_kind, skipkeys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _kind(value: object) -> str:
