@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -179,6 +181,23 @@ def test_the_first_special_token_is_there_once(folders, tmp_path):
     judge.tokenizer = tokenizer
     ids = judge._encode(["hello"], ["four"])[0]["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "hello", "[SEP]", "four", "[SEP]"]
+
+
+def test_its_template_sees_the_date_of_the_runs_start_and_must_write_the_answer(folders, tmp_path):
+    shutil.copytree(folders["decoder"], tmp_path / "dated")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "dated")
+    judge = RewardModel(str(tmp_path / "dated"))
+    judge.load(ModelPool(CPU, "never"), datetime(2024, 2, 29))
+    text = "2024-02-29<user>what is two and two<eos><assistant>four<eos>"
+    expected = alone(tmp_path / "dated", text, add_special_tokens=False)
+    assert judge(["what is two and two"], ["four"]) == pytest.approx([expected], abs=1e-5)
+    parts = "{% for part in m['content'] %}{{ part.text }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}" + parts + "{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "dated")
+    with pytest.raises(ValueError, match=r"reward model .*leaves out the text of user and assistant messages"):
+        RewardModel(str(tmp_path / "dated"))
 
 
 # The same score whatever the batch
