@@ -30,6 +30,8 @@ MEMORY_SETTINGS = (
 # Why a clip does nothing, in `idle_settings`.
 ON_POLICY = "num_minibatches x num_update_epochs is 1: no step is taken from rollouts of an older policy"
 
+ALL_LINEAR = "all-linear"
+
 # vLLM silently raises lower temperatures to this, and its log-probs would differ from the trainer's.
 LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
@@ -128,7 +130,7 @@ class RLConfig:
     lora_r: int = 64
     lora_alpha: int = 64
     lora_target_modules: str = "all-linear"
-    """"all-linear" or names of modules, separated by commas."""
+    """"all-linear", or names of modules, separated by commas or as a list."""
     load_in_4bit: bool = False
     """Keep the frozen base in 4 bits (QLoRA): a quarter of its memory; needs use_lora and bitsandbytes."""
 
@@ -204,6 +206,7 @@ class RLConfig:
         Raises:
             ValueError: what was given, what is needed and why, what to do.
         """
+        self.lora_target_modules = _module_names(self.lora_target_modules)
         self._check_types()
         self._check_ranges()
         self._check_choices()
@@ -454,6 +457,28 @@ def _remarks_on_rate(config: RLConfig) -> list[str]:
             f"the last step has a learning rate of 0 and changes nothing, since min_lr_ratio={config.min_lr_ratio}"
         )
     return lines
+
+
+def _module_names(given: object) -> object:
+    """The setting lora_target_modules in one form: names with commas between them, each once and without spaces.
+
+    Args:
+        given: such a text, or a list of names; anything else is returned as it is.
+
+    Raises:
+        ValueError: if it has no name, or all-linear and others.
+    """
+    parts = given if isinstance(given, list) else [given]
+    if not all(isinstance(part, str) for part in parts):
+        return given
+    names = [name.strip() for part in parts for name in part.split(",")]
+    names = list(dict.fromkeys(ALL_LINEAR if name.lower() == ALL_LINEAR else name for name in names if name))
+    if not names or (ALL_LINEAR in names and len(names) > 1):
+        raise ValueError(
+            f"lora_target_modules={given!r}: need names of modules, or {ALL_LINEAR} alone, which is every linear "
+            "layer but the head. Pass --lora_target_modules q_proj,v_proj, for example."
+        )
+    return ",".join(names)
 
 
 def check_discount(config: RLConfig, *names: str) -> None:

@@ -41,7 +41,9 @@ def token_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float) -> 
     positions = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)[None, :]  # (1, L)
     is_completion = (positions >= prompt_lengths[:, None]) & (positions < rollouts.total_lengths[:, None])  # (b, L)
     base = without_adapter(model)
-    if sequence_ids.device.type == "cuda" or _changes_logits(base):
+    # The fused head reads the head's weight, and would pass over an adapter on it.
+    has_plain_head = not hasattr(base.get_output_embeddings(), "base_layer")
+    if (sequence_ids.device.type == "cuda" and has_plain_head) or changes_logits(base):
         logprobs, entropy = _fused(base, sequence_ids, is_completion, temperature)
     else:
         logprobs, entropy = _plain(base, sequence_ids, is_completion, temperature)
@@ -61,7 +63,8 @@ def without_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if has_adapter(model) else model
 
 
-def _changes_logits(model: nn.Module) -> bool:
+def changes_logits(model: nn.Module) -> bool:
+    """Whether the model's configuration changes logits after the head, which only the fused head computes."""
     settings = vars(model.config.get_text_config())
     return any(settings.get(name) is not None for name in _LOGIT_SETTINGS)
 

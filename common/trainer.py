@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from common.advantages import per_token_rewards, whiten
 from common.config import RLConfig, remarks
-from common.data.prompts import PromptSet
-from common.embedded import check_model, load_tokenizer, resolve_model
+from common.data.prompts import PromptSet, PromptStyle
+from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
+from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import evaluation_means, judge, rollout_means, with_confidence_interval
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
-from common.runs.run import Run
+from common.runs.prompt_record import describe_prompts, start_time
+from common.runs.run import Run, run_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, load_task, task_scorer
 from common.update.batches import Batches, check_processes
@@ -56,6 +58,7 @@ class OnPolicyTrainer(ABC):
         model_path: hub id or folder of the policy.
         models: the pool with "policy", "ref" if a KL is needed, and the algorithm's own models.
         policy: the learner of the policy.
+        start_time: when the run began, for chat templates that write the date.
         metrics: the step's metrics so far; reduced over processes at its end.
         stopwatch: seconds by phase.
 
@@ -67,13 +70,19 @@ class OnPolicyTrainer(ABC):
         self.config = config
         check_sampler(config)
         check_model(config.model)
+        if config.use_lora:
+            check_targets(skeleton(config.model), config)
         # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
+        algorithm = type(self).__name__.removesuffix("Trainer")
+        self.start_time = start_time(run_folder(config, algorithm), config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
-        self.run = Run(config, self.accelerator, algorithm=type(self).__name__.removesuffix("Trainer"))
+        self.run = Run(config, self.accelerator, algorithm=algorithm)
+        record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
+        self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
@@ -321,8 +330,10 @@ class OnPolicyTrainer(ABC):
     def _load_data(self, task: Task) -> None:
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
-        self.prompts = PromptSet.of(task.train, self.tokenizer, self.config)
-        self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config) if task.eval else None
+        self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time)
+        self.eval_prompts = None
+        if task.eval:
+            self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)
         self.scorer.check_columns(list(self.prompts.columns))
         self._check_evaluation()
 
@@ -353,13 +364,15 @@ class OnPolicyTrainer(ABC):
         config, path = self.config, self.model_path
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
+        if config.use_lora and self.accelerator.is_main_process:
+            logger.info("%s", describe_adapter(module))
         self.policy = self.add_learner("policy", module, config)
         needs_reference = config.kl_coef or (config.eval_kl and self._evaluates)
         if needs_reference and config.use_lora:
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
         elif needs_reference:
             self.models.add("ref", load_reference(path, config))
-        self.scorer.load(self.models)
+        self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
         self.policy_sampler = PolicySampler(
             config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, **tokens

@@ -8,6 +8,9 @@ import pytest
 from tests.covering import FIXED, Draws, broken, pairs_of, values_of
 from tests.toy import algorithms
 
+# Of settings that are allowed, but not exact.
+pytestmark = pytest.mark.filterwarnings("ignore:sparse with kl_coef")
+
 NAMES = list(algorithms())
 RUNS = 5
 
@@ -27,7 +30,6 @@ def test_draws_are_a_function_of_the_seed_and_bring_pairs_that_have_not_met():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of settings that are allowed, but not exact
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_settings_meet_a_run_holds_what_every_run_must(name, toy_folder, tmp_path):
     draws = Draws(name, 0)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import date, datetime
 from pathlib import Path
 
 import datasets
@@ -541,3 +542,48 @@ def test_torchrun_is_refused(tiny_folder, monkeypatch):
 
 def test_named_sets_are_those_of_the_documentation():
     assert list(NAMED_SETS) == ["math500", "aime24", "gsm8k", "countdown"]
+
+
+# The date
+
+
+DATED = "{{ strftime_now('%Y-%m-%d') }}" + CHAT_TEMPLATE
+
+
+@pytest.fixture
+def dated(model, tmp_path) -> Path:
+    """A run of a model whose chat template writes the date; it began on the last day of February 2024."""
+    folder = tmp_path / "run" / "final"
+    shutil.copytree(model, folder)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "run" / "config.yaml").write_text("num_steps: 1\n")
+    record = {"now": "2024-02-29T10:00:00", "chat_template": "", "prompt_file": "", "training": {}, "held-out": None}
+    (tmp_path / "run" / "prompts.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_prompts_have_the_date_of_the_run_a_model_comes_from(dated, tmp_path):
+    def dates(*models: Path, **changes: object) -> list[str]:
+        problems = write(tmp_path / "problems.jsonl", [{"nums": [3, 5], "target": 8}])
+        changes = {"task": problems, "num_problems": 1, **changes}
+        return [Evaluation(settings(each, **changes)).prompts.texts[0][:10] for each in models]
+
+    elsewhere = shutil.copytree(dated, tmp_path / "copy")
+    today = datetime.now().strftime("%Y-%m-%d")
+    assert dates(dated, elsewhere) == ["2024-02-29", today]
+    assert dates(dated, elsewhere, date="2020-12-31") == ["2020-12-31"] * 2
+    assert settings(dated, date=date(2020, 12, 31)).date == "2020-12-31"  # as YAML reads it
+    with pytest.raises(ValueError, match=r"date=today: .*--date"):
+        settings(dated, date="today")
+
+
+def test_models_of_one_table_have_the_same_date(dated, tmp_path, monkeypatch):
+    elsewhere = shutil.copytree(dated, tmp_path / "copy")
+    seen = []
+    monkeypatch.setattr(command, "Evaluation", lambda settings, parent: seen.append(settings.date) or 1 / 0)
+    for models in ((elsewhere, dated), (dated, elsewhere)):
+        with pytest.raises(ZeroDivisionError):
+            evaluate(settings(*models))
+    assert seen == ["2024-02-29T10:00:00"] * 2

@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -230,6 +232,23 @@ def test_a_completion_that_spells_the_marker_of_a_pair_begins_no_second_text(fol
     judge.max_length = 6
     [row] = judge._encode(["what is two"], ["four [SEP] two"])
     assert len(row["input_ids"]) == 6 and row["input_ids"].count(separator) == 2
+
+
+def test_its_template_sees_the_date_of_the_runs_start_and_must_write_the_answer(folders, tmp_path):
+    shutil.copytree(folders["decoder"], tmp_path / "dated")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "dated")
+    judge = RewardModel(str(tmp_path / "dated"))
+    judge.load(ModelPool(CPU, "never"), datetime(2024, 2, 29))
+    text = "2024-02-29<user>what is two and two<eos><assistant>four<eos>"
+    expected = alone(tmp_path / "dated", text, add_special_tokens=False)
+    assert judge(["what is two and two"], ["four"]) == pytest.approx([expected], abs=1e-5)
+    parts = "{% for part in m['content'] %}{{ part.text }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}" + parts + "{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "dated")
+    with pytest.raises(ValueError, match=r"reward model .*leaves out the text of user and assistant messages"):
+        RewardModel(str(tmp_path / "dated"))
 
 
 # The same score whatever the batch

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl.chat_template_utils import qwen2_5_chat_template, qwen3_chat_template
 
 from common.config import RLConfig
-from common.data.prompts import PromptSet
+from common.data.prompts import PromptSet, PromptStyle
 from common.embedded.policy import build_tokenizer as byte_tokenizer
 from common.models.loading import end_token_ids
 from common.tasks import load_task
@@ -447,3 +448,24 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
     monkeypatch.setattr("examples.sft.sft.PartialState", lambda: type("State", (), {"num_processes": 3}))
     with pytest.raises(ValueError, match=r"batch_size=16: 3 processes.*multiple of 3"):
         check_settings(SFTSettings())
+
+
+# The date
+
+
+def test_examples_have_the_date_they_are_given_and_every_message():
+    dated = chat_tokenizer()
+    now = datetime(2024, 2, 29)
+    marked = "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    dated.chat_template = (
+        "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        + marked
+        + "{% elif m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    question = [{"role": "user", "content": "1+1?"}]
+    answered = [*question, {"role": "assistant", "content": "2"}]
+    for examples in ([{"prompt": question, "completion": "2"}], [{"messages": answered}]):
+        ids = encode(examples, dated, 999, PromptStyle(now=now))["input_ids"][0]
+        assert dated.decode(ids).startswith("2024-02-29")
+    with pytest.raises(ValueError, match="leaves out the text of system messages"):
+        encode([{"messages": [{"role": "system", "content": "Be brief."}, *answered]}], dated, 999)

@@ -40,8 +40,9 @@ def test_a_run_leaves_the_files_it_promises(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint-2", "checkpoint-4", "final"
-    }  # fmt: skip
+        *("config.yaml", "prompts.json", "metrics.jsonl", "samples.jsonl", "curves.png"),
+        *("checkpoint-2", "checkpoint-4", "final"),
+    }
     assert [line["step"] for line in metrics_of(folder)] == [0, 1, 2, 3, 4]
 
 

@@ -4,11 +4,13 @@ The batch of a step is a pure function of (seed, step), so a resumed run needs n
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import transformers
 
 from common.config import RLConfig
+from common.models.chat import check_keeps, render_chat
 from common.rollouts import PromptBatch
 from common.seeds import seeded_permutation
 
@@ -22,20 +24,22 @@ class PromptStyle:
     Attributes:
         template: text with {prompt} in it, put around a prompt, or around the last user message of a chat.
         enable_thinking: passed to the chat template; None: its default.
+        now: the time that a chat template sees which writes today's date; None: the clock.
     """
 
     template: str = PLACE
     enable_thinking: bool | None = None
+    now: datetime | None = None
 
     @classmethod
-    def of(cls, config: RLConfig) -> "PromptStyle":
+    def of(cls, config: RLConfig, now: datetime | None = None) -> "PromptStyle":
         """The style that the settings prompt_file and enable_thinking describe.
 
         Raises:
             ValueError: if the file is missing or does not contain {prompt} exactly once.
         """
         if config.prompt_file is None:
-            return cls(enable_thinking=config.enable_thinking)
+            return cls(enable_thinking=config.enable_thinking, now=now)
         file = Path(config.prompt_file)
         if not file.is_file():
             raise ValueError(f"prompt_file={file}: there is no such file. Pass --prompt_file with a text file.")
@@ -45,7 +49,7 @@ class PromptStyle:
                 f"prompt_file={file}: it has {PLACE} {template.count(PLACE)} times; need it once, where each prompt "
                 "of the data goes. Fix the file."
             )
-        return cls(template=template, enable_thinking=config.enable_thinking)
+        return cls(template=template, enable_thinking=config.enable_thinking, now=now)
 
     def around(self, prompt: str | list[dict]) -> str | list[dict]:
         """The prompt, text or chat messages, with the template around it."""
@@ -76,7 +80,8 @@ def render_prompt(
         The text; with a chat template it contains all special tokens, including the first one.
 
     Raises:
-        ValueError: for messages without a chat template, and for enable_thinking if the template does not use it.
+        ValueError: for messages without a chat template, or that it refuses, and for enable_thinking if the template
+            does not use it.
     """
     prompt = style.around(prompt)
     if isinstance(prompt, str):
@@ -95,9 +100,8 @@ def render_prompt(
             )
         switches = {"enable_thinking": style.enable_thinking}
     prefilled = prompt[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled, **switches
-    )
+    ends = {"add_generation_prompt": not prefilled, "continue_final_message": prefilled}
+    return render_chat(tokenizer, prompt, now=style.now, **ends, **switches)
 
 
 class PromptSet:
@@ -114,7 +118,8 @@ class PromptSet:
         num_dropped: number of prompts that were too long.
 
     Raises:
-        ValueError: if a prompt is missing or empty, none is short enough, or a column's name is taken.
+        ValueError: if a prompt is missing or empty, none is short enough, the chat template leaves out what a message
+            says, or a column's name is taken.
     """
 
     def __init__(
@@ -153,14 +158,26 @@ class PromptSet:
         self.columns = {name: [rows[i][name] for i in kept] for name in names}
 
     @classmethod
-    def of(cls, rows: list[dict], tokenizer: transformers.PreTrainedTokenizerBase, config: RLConfig) -> "PromptSet":
+    def of(
+        cls,
+        rows: list[dict],
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        config: RLConfig,
+        now: datetime | None = None,
+    ) -> "PromptSet":
         """The prompts of a run, by its max_prompt_length, seed, prompt_file and enable_thinking.
+
+        Args:
+            rows: see PromptSet.
+            tokenizer: see PromptSet.
+            config: the run's settings.
+            now: the time that chat templates see; None: the clock.
 
         Raises:
             ValueError: see PromptSet and PromptStyle.
         """
         limits = {"max_prompt_length": config.max_prompt_length, "seed": config.seed}
-        return cls(rows, tokenizer, **limits, style=PromptStyle.of(config))
+        return cls(rows, tokenizer, **limits, style=PromptStyle.of(config, now))
 
     def __len__(self) -> int:
         """Number of prompts that are short enough."""
@@ -225,6 +242,12 @@ def _encode(
             "templates, so it would have no effect. Leave the setting out, or use chat messages."
         )
     texts = [render_prompt(tokenizer, row["prompt"], style) for row in rows]
+    shapes: dict[tuple, list[dict]] = {}  # the first prompt of each sequence of roles
+    for row in rows:
+        if isinstance(row["prompt"], list):
+            shapes.setdefault(tuple(message["role"] for message in row["prompt"]), row["prompt"])
+    for messages in shapes.values():
+        check_keeps(lambda messages: render_prompt(tokenizer, messages, style), messages)
     # A chat template writes the first special token itself; for plain text the tokenizer adds it.
     ids: list[list[int]] = [[] for _ in rows]
     for chat in (False, True):

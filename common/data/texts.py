@@ -5,7 +5,7 @@ from itertools import groupby
 
 import transformers
 
-from common.models.loading import turn_end_token
+from common.models.chat import turn_end_token
 
 
 def completion_texts(

@@ -3,6 +3,6 @@
 The rest of the project does not know these models: code that gets the value of `model` asks this package what to load.
 """
 
-from common.embedded.resolve import check_model, is_embedded, load_tokenizer, resolve_model
+from common.embedded.resolve import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 
-__all__ = ["check_model", "is_embedded", "load_tokenizer", "resolve_model"]
+__all__ = ["check_model", "is_embedded", "load_tokenizer", "resolve_model", "skeleton"]

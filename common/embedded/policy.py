@@ -123,7 +123,19 @@ def build_tokenizer() -> Qwen2Tokenizer:
 def build_policy(settings: TinySettings, tokenizer: PreTrainedTokenizerBase | None = None) -> Qwen2ForCausalLM:
     """Make an untrained float32 policy for a tokenizer (None: this module's); keeps the global random state."""
     tokenizer = tokenizer or build_tokenizer()
-    config = Qwen2Config(
+    config = policy_config(settings, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        policy = Qwen2ForCausalLM(config)
+    policy.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return policy
+
+
+def policy_config(settings: TinySettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
+    """The architecture of a policy for a tokenizer."""
+    return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
@@ -138,13 +150,6 @@ def build_policy(settings: TinySettings, tokenizer: PreTrainedTokenizerBase | No
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        policy = Qwen2ForCausalLM(config)
-    policy.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-    return policy
 
 
 def save_untrained(folder: str | Path, **sizes: int) -> Path:

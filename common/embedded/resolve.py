@@ -47,6 +47,21 @@ def resolve_model(model: str) -> str:
     return str(tiny_policy(TINY_POLICIES[model]))
 
 
+def skeleton(model: str) -> transformers.PreTrainedModel:
+    """The model's modules without their weights; an embedded policy is not built for it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if is_embedded(model):
+        from common.embedded.policy import TINY_POLICIES, build_tokenizer, policy_config
+
+        config = policy_config(TINY_POLICIES[model], build_tokenizer())
+    else:
+        config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
     """Load a model's tokenizer; a missing pad token needs no fix, since masks mark padding."""
     if is_embedded(model):

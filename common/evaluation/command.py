@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from common.rollouts import Rollouts
 from common.runs.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
 from common.runs.measures import confidence_interval, evaluation_means, judge
 from common.runs.metrics import StepMetrics, Stopwatch
+from common.runs.prompt_record import time_of_run
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import task_scorer
 
@@ -43,8 +45,8 @@ DEFAULT_PARENT = Path("evaluations")
 # Enough for the reasoning of most models; the model cards of others say how much they need.
 MOST_TOKENS = 4096
 
-# Settings that do not change a result.
-_NO_EFFECT = ("output_dir", "vllm_memory_share", "vllm_max_num_seqs")
+# Settings that do not change a result. A date acts through the prompts, which are compared themselves.
+_NO_EFFECT = ("output_dir", "vllm_memory_share", "vllm_max_num_seqs", "date")
 
 
 class Evaluation:
@@ -75,7 +77,8 @@ class Evaluation:
             config = replace(config, max_completion_length=min(MOST_TOKENS, (context or NO_LIMIT) // 2))
         self.task = load_problems(found, config, self.tokenizer)
         self.num_left_out = num_left_out(found, self.task)
-        self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config)
+        now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
+        self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, now)
         self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)))
         self._check_room(context)
         self.settings = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT} | {
@@ -183,6 +186,10 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
         )
     several = len(settings.model) > 1
     parent = Path(settings.output_dir or DEFAULT_PARENT) if several else None
+    if several and settings.date is None:  # one table has one date
+        times = (_time_of(_find_model(model, None)) for model in settings.model)
+        time = next((time for time in times if time is not None), datetime.now())
+        settings = replace(settings, date=time.isoformat(timespec="seconds"))
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
     for evaluation in evaluations:
         if evaluation.stored():
@@ -221,6 +228,12 @@ def _find_model(model: str, adapter: str | None) -> Source:
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
     return source
+
+
+def _time_of(source: Source) -> datetime | None:
+    """When the run began that the model, or its adapter, comes from; None if it comes from none."""
+    times = (time_of_run(folder) for folder in (source.adapter, source.base) if folder is not None)
+    return next((time for time in times if time is not None), None)
 
 
 def _load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:

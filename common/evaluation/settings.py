@@ -2,6 +2,7 @@
 
 import typing
 from dataclasses import dataclass, field, fields
+from datetime import date, datetime
 
 import torch
 
@@ -29,6 +30,9 @@ class EvaluationSettings:
     """Text file with {prompt} in it, put around every prompt, as in training."""
     enable_thinking: bool | None = None
     """Passed to the chat template, as in training; None: its default."""
+    date: str | None = None
+    """What chat templates that write the date take for today, such as 2026-11-27; None: the start of the run that a
+    model comes from, else today."""
 
     num_samples: int | None = None
     """Completions per problem; None: 8, or 1 with temperature 0."""
@@ -62,6 +66,8 @@ class EvaluationSettings:
         Raises:
             ValueError: what was given, what is needed and why, what to do.
         """
+        if isinstance(self.date, date):  # YAML reads a date without quotes as one
+            self.date = self.date.isoformat()
         self.model = [self.model] if isinstance(self.model, str) else self.model
         types = typing.get_type_hints(type(self))
         for name in (each.name for each in fields(self)):
@@ -78,8 +84,18 @@ class EvaluationSettings:
                 f"num_problems={self.num_problems}: need at least 1 problem, or there is nothing to measure. Pass "
                 "--num_problems 1 or more, or leave it out for all."
             )
+        if self.date is not None and not _is_date(self.date):
+            raise ValueError(f"date={self.date}: need a day in the form of 2026-11-27. Pass --date with one.")
         if self.num_samples is None:
             self.num_samples = 8 if self.temperature else 1
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:

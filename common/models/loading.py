@@ -12,6 +12,8 @@ from torch import nn
 
 from common.config import RLConfig
 from common.logprobs import has_adapter
+from common.models.chat import turn_end_token
+from common.models.lora import targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.weights import policy_weights
 from common.seeds import hashed_seed
@@ -52,17 +54,6 @@ def end_token_ids(
             "never end. Set eos_token_id in generation_config.json."
         )
     return tuple(sorted(ids))
-
-
-def turn_end_token(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
-    """The token that the chat template writes after an answer; None without a template, or if it writes none."""
-    if tokenizer.chat_template is None:
-        return None
-    answer = "what the assistant says"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-    rest = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(answer)[2]
-    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
-    return next((token for token in tokenizer.tokenize(rest) if token in special), None)
 
 
 def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase) -> range:
@@ -168,16 +159,21 @@ def _load(path: str | Path, config: RLConfig, *, dtype: torch.dtype) -> transfor
     return model
 
 
-def lora_config(config: RLConfig, *, task_type: str) -> LoraConfig:
-    """Peft's configuration for the LoRA settings."""
+def lora_config(config: RLConfig, *, task_type: str, model: transformers.PreTrainedModel | None = None) -> LoraConfig:
+    """Peft's configuration for the LoRA settings.
+
+    Args:
+        config: the settings.
+        task_type: of peft.
+        model: a model without the policy's head, whose modules have other names; None: the policy.
+
+    Raises:
+        ValueError: a name matches nothing in that model.
+    """
     from peft import LoraConfig
 
-    targets = config.lora_target_modules
     return LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-        task_type=task_type,
+        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets(config, model), task_type=task_type
     )
 
 
@@ -185,9 +181,10 @@ def add_adapter(model: transformers.PreTrainedModel, config: RLConfig, *, task_t
     """Add a new LoRA adapter, initialised from the seed, and freeze the model's own weights."""
     from peft import get_peft_model
 
+    headless = None if task_type == "CAUSAL_LM" else model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "lora"))
-        return get_peft_model(model, lora_config(config, task_type=task_type))
+        return get_peft_model(model, lora_config(config, task_type=task_type, model=headless))
 
 
 def _without_quantization(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:

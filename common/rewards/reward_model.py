@@ -7,6 +7,7 @@ score of a text does not depend on the rest of the batch. Reward models are not 
 import itertools
 import logging
 import re
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common.data.dialogues import conversation
+from common.models.chat import check_keeps, render_chat
 from common.models.pool import ModelPool
 from common.update.rows import microbatch_rows
 
@@ -47,7 +49,8 @@ class RewardModel:
         num_truncated: number of texts cut so far.
 
     Raises:
-        ValueError: if the model cannot be loaded, is not a sequence classifier or has several labels.
+        ValueError: if the model cannot be loaded, is not a sequence classifier or has several labels, or if its chat
+            template leaves out what it should judge.
     """
 
     def __init__(self, model: str, *, max_tokens_per_microbatch: int = 16384) -> None:
@@ -92,16 +95,25 @@ class RewardModel:
         self.max_length = min(limit for limit in limits if limit is not None and limit > 0)
         self._pad_token_id = settings.get("pad_token_id")
         self._models: ModelPool | None = None
+        self._now: datetime | None = None
+        if self.tokenizer.chat_template is not None:
+            judged = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+            try:
+                check_keeps(lambda messages: render_chat(self.tokenizer, messages), judged)
+            except ValueError as error:
+                raise ValueError(f"reward model {model!r}: {error}") from error
 
-    def load(self, models: ModelPool) -> None:
+    def load(self, models: ModelPool, now: datetime | None = None) -> None:
         """Load the weights on the CPU and add them to the pool; in float32, or as saved if the device is CUDA.
 
         Args:
             models: moves the model to the device while it scores.
+            now: the time that its chat template sees; None: the clock.
 
         Raises:
             ValueError: if weights are missing, such as the head.
         """
+        self._now = now
         dtype = "auto" if models.device.type == "cuda" else torch.float32
         with torch.random.fork_rng(devices=[]):
             module, report = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -240,7 +252,7 @@ class RewardModel:
 
     def _render(self, messages: list[dict], completion: str) -> str:
         answer = {"role": "assistant", "content": completion}
-        return self.tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+        return render_chat(self.tokenizer, [*messages, answer], now=self._now)
 
     def _cut_order(self, ids: list[int], messages: list[dict]) -> list[int]:
         """Positions of the tokens in the order they are cut: the prompt from its start, then the rest from its end."""

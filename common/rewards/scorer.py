@@ -10,6 +10,7 @@ import math
 import reprlib
 import weakref
 from collections.abc import Awaitable, Collection, Mapping
+from datetime import datetime
 from typing import NoReturn, Protocol
 
 import torch
@@ -89,18 +90,19 @@ class Scorer:
         self._loop = asyncio.Runner()
         weakref.finalize(self, self._loop.close)
 
-    def load(self, models: ModelPool) -> None:
+    def load(self, models: ModelPool, now: datetime | None = None) -> None:
         """Load the weights of every reward model.
 
         Args:
             models: moves each to the device while it scores.
+            now: the time that chat templates see which write the date; None: the clock.
 
         Raises:
             ValueError: if a model's weights are incomplete.
         """
         for function in self.functions.values():
             if isinstance(function, RewardModel):
-                function.load(models)
+                function.load(models, now)
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Refuse data without a column that a reward function needs.

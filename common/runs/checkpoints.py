@@ -23,7 +23,7 @@ from typing import Any, Literal
 import yaml
 
 CONFIG_FILE, LOCK_FILE, FINAL_FOLDER = "config.yaml", ".lock", "final"
-STATE_FILE = "trainer_state.json"
+STATE_FILE, PROMPTS_FILE = "trainer_state.json", "prompts.json"
 
 # What a resumed run may change: where it reports, what it keeps and how much memory it uses, not what it learns.
 _REPORTING = ("output_dir", "preset", "report_to", "resume", "progress", "samples_every", "push_to_hub")
@@ -34,7 +34,7 @@ MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_VLLM))
 MAY_GROW = frozenset(("num_steps",))
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
-_LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|[a-z]+\.(yaml|jsonl|png|html))\.tmp-.*")
+_LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|[a-z]+\.(yaml|jsonl?|png|html))\.tmp-.*")
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
 _held_locks: list[int] = []  # open for as long as this process lives, which keeps its run folders locked
@@ -236,7 +236,7 @@ def prepare_run_folder(
     """
     folder = Path(output_dir)
     settings = yaml.safe_load(yaml.safe_dump(settings))  # as they are read from a file, to compare both
-    if not _has_begun(folder):
+    if not has_begun(folder):
         _check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _lock(folder)
@@ -263,12 +263,12 @@ def prepare_run_folder(
 
 
 def _content(folder: Path) -> set[str]:
-    """Names in a folder, without the lock and what a killed process left behind."""
+    """Names in a folder, without what every start writes and what a killed process left behind."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    return {path.name for path in paths if path.name != LOCK_FILE and not _is_leftover(path)}
+    return {path.name for path in paths if path.name not in (LOCK_FILE, PROMPTS_FILE) and not _is_leftover(path)}
 
 
-def _has_begun(folder: Path) -> bool:
+def has_begun(folder: Path) -> bool:
     """True if the folder contains a run with more than its settings; a failed start leaves nothing to protect."""
     content, config = _content(folder), folder / CONFIG_FILE
     return CONFIG_FILE in content and (len(content) > 1 or not config.read_text("utf-8").startswith(_HEADER))

@@ -23,6 +23,7 @@ from common.rollouts import Rollouts
 from common.runs import checkpoints
 from common.runs.log import METRICS_FILE, Progress, RunLog
 from common.runs.plots import CURVES_FILE, draw_curves
+from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
@@ -52,7 +53,8 @@ class Run:
     def __init__(self, config: RLConfig, accelerator: Accelerator, *, algorithm: str) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.folder = Path(config.output_dir or Path("runs") / default_name(config, algorithm))
+        self.folder = run_folder(config, algorithm)
+        self._is_new = not checkpoints.has_begun(self.folder)
         if accelerator.is_main_process:
             # If the schedule depends on num_steps, a longer run differs from the first step on.
             may_grow = checkpoints.MAY_GROW if config.lr_scheduler == "constant" else ()
@@ -69,6 +71,20 @@ class Run:
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
         self._progress: Progress | None = None
+
+    def check_prompts(self, record: Record) -> None:
+        """Keep the record of a new run's prompts; refuse to continue a run with others.
+
+        Args:
+            record: of the prompts as they are now.
+
+        Raises:
+            ValueError: says what differs, between now and the start or between processes.
+        """
+        check_processes_agree(record, self.accelerator)
+        if self.accelerator.is_main_process:
+            check_record(self.folder, record, is_new=self._is_new)
+        self.accelerator.wait_for_everyone()
 
     @property
     def stopped_early(self) -> bool:
@@ -227,6 +243,11 @@ class Run:
                     _trained_weights(learner, module), path
                 )
         return writers
+
+
+def run_folder(config: RLConfig, algorithm: str) -> Path:
+    """The folder that the settings name, or one below runs/ with a name made of them."""
+    return Path(config.output_dir or Path("runs") / default_name(config, algorithm))
 
 
 def default_name(config: RLConfig, algorithm: str) -> str:

@@ -6,6 +6,8 @@ end of the assistant's turn is learned too. The trainer does the packing.
 
 import re
 import sys
+from dataclasses import replace
+from datetime import datetime
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +15,7 @@ from trl.chat_template_utils import get_training_chat_template, is_chat_template
 
 from common.data.prompts import AS_IT_IS, PromptSet, PromptStyle
 from common.data.rows import read_rows
-from common.models.loading import turn_end_token
+from common.models.chat import check_keeps, clock, render_chat, turn_end_token
 from common.tasks import gsm8k, math
 
 # The columns of each form; a data set is read in the first form whose columns it has.
@@ -161,7 +163,7 @@ def encode(
         examples: of one form.
         tokenizer: the model's.
         max_length: longer examples are dropped: cut off, they would teach to stop anywhere.
-        style: what RL will add to the prompts.
+        style: what RL will add to the prompts, and the time that chat templates see.
 
     Returns:
         Columns `input_ids` and `labels`; as long as `examples` minus what was too long.
@@ -171,8 +173,8 @@ def encode(
     """
     if "prompt" in examples[0]:
         columns = _encode_completions(examples, tokenizer, style)
-    elif style == AS_IT_IS:
-        columns = _encode_messages(examples, tokenizer)
+    elif replace(style, now=None) == AS_IT_IS:
+        columns = _encode_messages(examples, tokenizer, style.now)
     else:
         raise ValueError(
             "prompt_file or enable_thinking with rows of the form messages: they change prompts of a single "
@@ -202,14 +204,15 @@ def _encode_completions(
     }
 
 
-def _encode_messages(examples: list[dict], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+def _encode_messages(
+    examples: list[dict], tokenizer: PreTrainedTokenizerBase, now: datetime | None
+) -> dict[str, list]:
     template = _training_template(tokenizer)
-    encoded = [
-        tokenizer.apply_chat_template(
-            example["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-        )
-        for example in examples
-    ]
+    shapes = {tuple(message["role"] for message in example["messages"]): example["messages"] for example in examples}
+    for messages in shapes.values():
+        check_keeps(lambda messages: render_chat(tokenizer, messages, now=now, chat_template=template), messages)
+    options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True, **clock(now)}
+    encoded = [tokenizer.apply_chat_template(example["messages"], **options) for example in examples]
     masks = [[bool(bit) for bit in row["assistant_masks"]] for row in encoded]
     labels = [
         [token if spoken else IGNORED for token, spoken in zip(row["input_ids"], mask, strict=True)]

@@ -8,6 +8,7 @@ holds the model, or the adapter with --use_lora, for `python -m common.merge`.
 import json
 import sys
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -21,7 +22,15 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from common.runs.checkpoints import FINAL_FOLDER, latest_checkpoint, prepare_run_folder, save_final, write_file
+from common.runs.checkpoints import (
+    FINAL_FOLDER,
+    has_begun,
+    latest_checkpoint,
+    prepare_run_folder,
+    save_final,
+    write_file,
+)
+from common.runs.prompt_record import Record, check_record, describe_examples, start_time
 from common.cli import parse_settings, run_script
 from common.data.prompts import PromptStyle
 from common.runs.log import METRICS_FILE
@@ -140,7 +149,9 @@ def base_folder(settings: SFTSettings) -> Path | str:
     return Path(settings.model).resolve() if Path(settings.model).is_dir() else settings.model
 
 
-def read_data(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset, dict[str, int]]:
+def read_data(
+    settings: SFTSettings, tokenizer: PreTrainedTokenizerBase, now: datetime | None = None
+) -> tuple[Dataset, Dataset, dict[str, int]]:
     """Examples to train on, held-out examples, and how many there are of each and were dropped.
 
     Raises:
@@ -149,7 +160,7 @@ def read_data(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> tupl
     source, num_held_out = settings.dataset, settings.num_eval_prompts
     examples, num_unboxed = read_examples(source, settings.dataset_split, form=settings.form, tokenizer=tokenizer)
     parts = split_held_out(examples, num_held_out, key=example_key)
-    style = PromptStyle.of(settings)
+    style = PromptStyle.of(settings, now)
     train, held_out = (encode(part, tokenizer, settings.max_length, style) for part in parts)
     counts = {
         "num_train_examples": len(train),
@@ -210,11 +221,13 @@ def make_trainer(
     )
 
 
-def prepare_folder(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def prepare_folder(
+    settings: SFTSettings, tokenizer: PreTrainedTokenizerBase, record: Record | None = None
+) -> str | None:
     """Make the run's folder, or find the checkpoint to continue from; a new folder gets the "tiny" model.
 
     Raises:
-        ValueError: the folder is another run's, or a finished one.
+        ValueError: the folder is another run's, or a finished one, or the run had other examples.
     """
     folder = Path(settings.output_dir)
     if (folder / FINAL_FOLDER).exists():
@@ -223,7 +236,10 @@ def prepare_folder(settings: SFTSettings, tokenizer: PreTrainedTokenizerBase) ->
         )
     state = PartialState()
     if state.is_main_process:
+        is_new = not has_begun(folder)
         prepare_run_folder(folder, asdict(settings), may_change=("output_dir", "save_every"), may_grow=())
+        if record is not None:
+            check_record(folder, record, is_new=is_new)
         if settings.model == "tiny" and not base_folder(settings).exists():
             temporary = folder / f"{BASE_FOLDER}.part"
             save_tiny(temporary, tokenizer, settings.seed)
@@ -245,8 +261,11 @@ def train_sft(settings: SFTSettings) -> dict[str, float]:
     """
     check_settings(settings)
     tokenizer = load_tokenizer(settings)
-    train, held_out, counts = read_data(settings, tokenizer)
-    checkpoint = prepare_folder(settings, tokenizer)
+    # A chat template that writes the date sees that of the run's start, also if the run is continued.
+    now = start_time(Path(settings.output_dir), "auto", PartialState())
+    train, held_out, counts = read_data(settings, tokenizer, now)
+    record = describe_examples(train, held_out, tokenizer=tokenizer, style=PromptStyle.of(settings, now))
+    checkpoint = prepare_folder(settings, tokenizer, record)
     trainer = make_trainer(settings, (train, held_out), tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history

@@ -1,0 +1,212 @@
+"""What the prompts of a run were when it began: the date that chat templates saw, and digests of what they wrote.
+
+Some templates write today's date. A run that is continued tomorrow keeps the date of its start, and one whose prompts
+are others for any reason is refused: it would not be the same run.
+"""
+
+from __future__ import annotations  # for type hints whose import would take seconds
+
+import hashlib
+import json
+from collections.abc import Iterable, Sized
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from common.data.prompts import PromptSet, PromptStyle
+from common.runs.checkpoints import CONFIG_FILE, PROMPTS_FILE, has_begun, write_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# Token ids are compared in about this many rows: they follow from the text, and only another tokenizer changes them.
+_ROWS_OF_TOKENS = 4096
+
+Record = dict[str, Any]
+
+
+def start_time(folder: Path, resume: str, process: Accelerator | PartialState) -> datetime:
+    """When the run in a folder began, for all processes the same; now, if it is new or does not say.
+
+    Args:
+        folder: the run's folder, which need not exist.
+        resume: the setting; "never": the run is new.
+        process: the main one reads folder and clock.
+
+    Raises:
+        ValueError: if the record of the run cannot be read.
+    """
+    found = [None]
+    if process.is_main_process:
+        record = _read(folder) if resume != "never" and has_begun(folder) else None
+        found = [record["now"] if record else datetime.now().isoformat(timespec="seconds")]
+    return datetime.fromisoformat(broadcast_object_list(found)[0])
+
+
+def time_of_run(model: str | Path) -> datetime | None:
+    """When the run began that a folder belongs to, such as its checkpoint-20/policy; None if it is none of a run."""
+    folder = Path(model).absolute()
+    for parent in [folder, *folder.parents][:4]:
+        if (parent / CONFIG_FILE).is_file() and (record := _read(parent)):
+            return datetime.fromisoformat(record["now"])
+    return None
+
+
+def describe_prompts(
+    training: PromptSet,
+    held_out: PromptSet | None,
+    *,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    style: PromptStyle,
+    now: datetime,
+) -> Record:
+    """The record of a run's prompts.
+
+    Args:
+        training: the prompts to train on.
+        held_out: those of the evaluations.
+        tokenizer: which has written them.
+        style: what was added to them.
+        now: the time that chat templates saw.
+    """
+    parts = {"training": _digests(training), "held-out": held_out and _digests(held_out)}
+    return _origins(tokenizer, style, now) | parts
+
+
+def describe_examples(
+    training: Dataset, held_out: Dataset, *, tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle
+) -> Record:
+    """The record of a supervised run: its examples are token ids.
+
+    Args:
+        training: the examples to train on, with a column input_ids.
+        held_out: the held-out examples.
+        tokenizer: which has written them.
+        style: what was added to their prompts, and the time that chat templates saw.
+    """
+    parts = {"training": training, "held-out": held_out}
+    described = {
+        name: {"number": len(rows), "token ids": _digest(rows[_few(rows)]["input_ids"])}
+        for name, rows in parts.items()
+    }
+    return _origins(tokenizer, style, style.now) | described
+
+
+def check_record(folder: Path, record: Record, *, is_new: bool) -> None:
+    """Write the record of a new run; compare that of a run which is continued. Only the main process calls this.
+
+    A run from before there were records gets one.
+
+    Args:
+        folder: the run's folder.
+        record: of the prompts as they are now.
+        is_new: the run begins, so that any record there is a failed start's.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    stored = None if is_new else _read(folder)
+    if stored is None:
+        write_file(folder / PROMPTS_FILE, (json.dumps(record, indent=2) + "\n").encode())
+        return
+    changed = []
+    for part in ("training", "held-out"):
+        old, new = (side[part] or {} for side in (stored, record))
+        differences = [name for name in new.keys() | old.keys() if old.get(name) != new.get(name)]
+        names = [name for name in ("number", "text", "token ids", "columns") if name in differences]
+        changed += [(name, f"the {name} of the {part} prompts") for name in names[:1]]
+    if changed:
+        what, cause = " and ".join(text for _, text in changed), _cause(stored, record, {name for name, _ in changed})
+        raise ValueError(
+            f"output_dir={folder}: the run there was started with other prompts: {what} differ, {cause}. A resumed "
+            "run continues exactly as the interrupted one would have. Bring back what has changed, or pass another "
+            "--output_dir for a new run. To continue with the new prompts all the same, delete "
+            f"{folder / PROMPTS_FILE}."
+        )
+
+
+def check_processes_agree(record: Record, accelerator: Accelerator) -> None:
+    """Refuse prompts that differ between processes, such as those of another version of the data on one machine.
+
+    Raises:
+        ValueError: on all processes.
+    """
+    if accelerator.num_processes == 1:
+        return
+    everyone = gather_object([record])
+    if any(other != everyone[0] for other in everyone):
+        different = [str(process) for process, other in enumerate(everyone) if other != everyone[0]]
+        raise ValueError(
+            f"the prompts of process {', '.join(different)} are not those of process 0: all processes train on the "
+            "same prompts. Give every machine the same data, tokenizer and packages; a chat template must not write "
+            "anything random."
+        )
+
+
+def _cause(stored: Record, record: Record, names: set[str]) -> str:
+    """Why the prompts differ, as far as digests tell."""
+    if names <= {"token ids"}:
+        return "because the tokenizer has changed"
+    if names <= {"columns"}:
+        return "because the data have changed"
+    for name, what in (("chat_template", "the model's chat template"), ("prompt_file", "the text of prompt_file")):
+        if stored[name] != record[name]:
+            return f"because {what} has changed"
+    return "because the data have changed, or the versions of packages that read and write them"
+
+
+def _read(folder: Path) -> Record | None:
+    path = folder / PROMPTS_FILE
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        datetime.fromisoformat(record["now"])
+        parts = [record[name] for name in ("chat_template", "prompt_file", "training", "held-out")]
+        readable = isinstance(parts[2], dict)
+    except (ValueError, KeyError, TypeError):
+        readable = False
+    if not readable:
+        raise ValueError(
+            f"{path}: not readable as the record of a run's prompts. Restore the file; or delete it, and the run "
+            "continues without comparing its prompts, with today's date where a chat template writes one."
+        )
+    return record
+
+
+def _origins(tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle, now: datetime) -> Record:
+    return {
+        "now": now.isoformat(timespec="seconds"),
+        "chat_template": _digest([tokenizer.chat_template]),
+        "prompt_file": _digest([style.template]),
+    }
+
+
+def _digests(prompts: PromptSet) -> dict[str, int | str]:
+    columns = ([name, values] for name, values in prompts.columns.items())
+    return {
+        "number": len(prompts),
+        "text": _digest(prompts.texts),
+        "token ids": _digest(prompts.ids[_few(prompts)]),
+        "columns": _digest(columns),
+    }
+
+
+def _few(rows: Sized) -> slice:
+    return slice(None, None, len(rows) // _ROWS_OF_TOKENS + 1)
+
+
+def _digest(parts: Iterable) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, default=_kind, skipkeys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _kind(value: object) -> str:
+    """Stands for a value that JSON cannot hold, whose text may differ from process to process."""
+    return type(value).__name__

@@ -1,0 +1,192 @@
+"""LoRA: which modules a name means, what is refused, and what is said."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from common.cli import parse_config
+from common.config import RLConfig
+from common.logprobs import token_logprobs
+from common.models.loading import add_adapter, load_policy
+from common.models.lora import check_targets, describe_adapter
+from GRPO.grpo_trainer import GRPOConfig
+from PPO.value_model import load_value_model
+from tests.toy import LORA, toy_trainer
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def model(*, tied: bool = False) -> Qwen2ForCausalLM:
+    """Two layers without storage."""
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=tied))
+
+
+def adapted(targets: str | list[str], *, tied: bool = False) -> list[str]:
+    """Names of the modules that get an adapter."""
+    config = RLConfig(use_lora=True, lora_r=4, lora_target_modules=targets)
+    whole = model(tied=tied)
+    check_targets(whole, config)
+    names = add_adapter(whole, config, task_type="CAUSAL_LM").state_dict()
+    return sorted({name.split(".lora_")[0].split("base_model.model.")[1] for name in names if ".lora_" in name})
+
+
+# How names are given
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("q_proj,v_proj", "q_proj, v_proj", " q_proj ,\tv_proj\n", "q_proj,v_proj,", "q_proj,,v_proj"),
+        *("q_proj,v_proj,q_proj", ["q_proj", "v_proj"], ["q_proj, v_proj"], ["q_proj ", " v_proj", ""]),
+    ],
+)
+def test_names_are_stripped_and_counted_once(given):
+    assert RLConfig(lora_target_modules=given).lora_target_modules == "q_proj,v_proj"
+    layers = [f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "v_proj")]
+    assert adapted(given) == layers
+
+
+@pytest.mark.parametrize("line", ["q_proj, v_proj", "[q_proj, v_proj]", '"q_proj , v_proj,"', "[' q_proj', v_proj]"])
+def test_a_yaml_file_gives_names_as_text_or_as_a_list(tmp_path, line):
+    (tmp_path / "lora.yaml").write_text(f"use_lora: true\nlora_target_modules: {line}\n")
+    config = parse_config(GRPOConfig(), args=["--config", str(tmp_path / "lora.yaml"), "--preset", "none"])
+    assert config.lora_target_modules == "q_proj,v_proj"
+
+
+@pytest.mark.parametrize("words", [["q_proj, v_proj"], ["q_proj,v_proj"], [" q_proj,v_proj "]])
+def test_the_command_line_gives_names_as_text(words):
+    config = parse_config(GRPOConfig(), args=["--lora_target_modules", *words, "--preset", "none"])
+    assert config.lora_target_modules == "q_proj,v_proj"
+
+
+@pytest.mark.parametrize("given", ["", " ", ",", [], [""], "all-linear,q_proj", ["all-linear", "lm_head"]])
+def test_no_name_at_all_and_a_name_beside_all_linear_are_refused(given):
+    with pytest.raises(ValueError, match=r"lora_target_modules=.*need names of modules, or all-linear alone"):
+        RLConfig(lora_target_modules=given)
+
+
+@pytest.mark.parametrize("given", [["q_proj", 3], 3, None])
+def test_names_are_text(given):
+    with pytest.raises(ValueError, match="lora_target_modules"):
+        RLConfig(lora_target_modules=given)
+
+
+# What they mean
+
+
+@pytest.mark.parametrize("given", ["all-linear", " All-Linear "])
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_linear_is_every_linear_layer_but_the_head(given, tied):
+    names = adapted(given, tied=tied)
+    assert len(names) == 14 and all(name.startswith("model.layers.") for name in names)
+
+
+def test_a_name_is_the_end_of_a_modules_name():
+    assert adapted("layers.1.self_attn.q_proj") == ["model.layers.1.self_attn.q_proj"]
+    # The second is all of the first's end, and covers it.
+    assert adapted("self_attn.q_proj,q_proj") == adapted("q_proj")
+    assert adapted("model.embed_tokens, lm_head") == ["lm_head", "model.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("given", "unmatched"),
+    [
+        ("q_proj,c_attn", "c_attn"),
+        ("proj", "proj"),  # not a part between dots
+        ("q_proj,v-proj,k_porj", "v-proj or k_porj"),
+        (r".*\.q_proj", r"\.\*.*q_proj"),
+        ("Q_PROJ", "Q_PROJ"),
+        ("q_proj v_proj", "q_proj v_proj"),
+        ("model.layers.2.self_attn.q_proj", "model.layers.2.self_attn.q_proj"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_refused_with_what_there_is(given, unmatched):
+    with pytest.raises(ValueError, match=rf"nothing in the model is called {unmatched}, .*The model has .*q_proj"):
+        adapted(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [("mlp", "Qwen2MLP"), ("q_proj,norm", "Qwen2RMSNorm"), ("layers", "ModuleList")]
+)
+def test_a_module_that_has_no_adapter_is_refused_by_its_kind(given, named):
+    with pytest.raises(ValueError, match=rf"is a {named}, .*q_proj"):
+        adapted(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["lm_head", "embed_tokens", "model.embed_tokens", "q_proj,lm_head", ["q_proj", " lm_head", "embed_tokens"]],
+)
+def test_tied_embeddings_are_refused(given):
+    with pytest.raises(ValueError, match=r"ties lm_head and model.embed_tokens.*Leave it out"):
+        adapted(given, tied=True)
+    assert adapted(given)  # without the tie each has its own weight
+
+
+def test_conv1d_layers_are_linear_layers():
+    with torch.device("meta"):
+        gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2))
+    check_targets(gpt2, RLConfig(lora_target_modules="c_attn"))
+    with pytest.raises(ValueError, match=r"ties lm_head and transformer\.wte"):
+        check_targets(gpt2, RLConfig(lora_target_modules="wte"))
+    with pytest.raises(ValueError, match="The model has wpe, c_attn, c_proj, c_fc"):
+        check_targets(gpt2, RLConfig(lora_target_modules="q_proj"))
+
+
+def test_an_adapter_on_the_head_is_part_of_the_logprobs_or_refused(tmp_path, rollouts):
+    Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="lm_head")
+    policy = load_policy(str(tmp_path), config, dtype=torch.float32)
+    before = token_logprobs(policy, rollouts, 1.0)[0].detach()
+    with torch.no_grad():
+        policy.get_output_embeddings().lora_B["default"].weight.add_(0.1)
+    assert not torch.equal(token_logprobs(policy, rollouts, 1.0)[0], before)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path)
+    base.config.final_logit_softcapping = 0.5
+    with pytest.raises(ValueError, match="changes its logits after the head"):
+        check_targets(base, config)
+
+
+def test_a_value_model_gets_the_same_layers_under_its_shorter_names(tiny_folder):
+    def backbone(targets: str) -> list[str]:
+        config = RLConfig(use_lora=True, lora_r=4, lora_target_modules=targets)
+        value = load_value_model(str(tiny_folder), config, dtype=torch.float32, zero_head=True)
+        return [name for name, part in value.backbone.named_modules() if hasattr(part, "lora_A")]
+
+    assert backbone("model.layers.0.self_attn.q_proj,lm_head") == ["base_model.model.layers.0.self_attn.q_proj"]
+    assert len(backbone("q_proj,v_proj")) == 4
+    for targets, problem in (("lm_head", "a value model has no lm_head"), ("c_attn", "is called c_attn")):
+        with pytest.raises(ValueError, match=problem):
+            backbone(targets)
+
+
+# What is said
+
+
+def test_the_line_counts_modules_and_parameters():
+    config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="q_proj,v_proj")
+    line = describe_adapter(add_adapter(model(), config, task_type="CAUSAL_LM"))
+    # q: 16 -> 16, v: 16 -> 8, rank 4: 4 x 32 and 4 x 24 in two layers.
+    total = sum(parameter.numel() for parameter in model().parameters()) + 448
+    assert line == f"LoRA: 4 modules adapted (q_proj 2, v_proj 2), 448 of {total:,} parameters train"
+
+
+def test_a_run_says_once_what_it_adapts_and_a_mistake_leaves_no_folder(tiny_folder, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="nanorlhf"):
+        toy_trainer(tiny_folder, tmp_path / "run", **LORA, lora_target_modules=" q_proj, v_proj").train()
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LoRA: ")]
+    assert len(lines) == 1 and lines[0].startswith("LoRA: 4 modules adapted (q_proj 2, v_proj 2), ")
+    for targets in ("lm_head", "embed_tokens", "c_attn"):
+        with pytest.raises(ValueError, match=f"lora_target_modules={targets}"):
+            toy_trainer(tiny_folder, tmp_path / "wrong", **LORA, lora_target_modules=targets)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_an_embedded_policy_is_checked_before_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.trainer.resolve_model", lambda model: pytest.fail("it was built"))
+    with pytest.raises(ValueError, match="ties lm_head"):
+        toy_trainer("tiny", tmp_path / "run", **LORA, lora_target_modules="lm_head")
