@@ -87,11 +87,16 @@ def test_an_adapter_that_is_off_does_not_come_out():
     assert all(torch.equal(tensor, original[name]) for name, tensor in weights.items())
 
 
-def test_a_merged_weight_in_bfloat16_is_rounded_once():
+@pytest.mark.parametrize("adapters", [["default"], ["default", "second", "third"]], ids=len)
+def test_a_merged_weight_in_bfloat16_is_rounded_once(adapters):
     model = with_adapter(dtype=torch.bfloat16)
+    for name in adapters[1:]:
+        model.add_adapter(name, LoraConfig(r=4, lora_alpha=8, target_modules=LINEAR, init_lora_weights=False))
+    model.base_model.set_adapter(adapters)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    exact = layer.base_layer.weight.double() + 2 * b.double() @ a.double()  # lora_alpha / r = 2
+    exact = layer.base_layer.weight.double()
+    for name in adapters:
+        exact = exact + 2 * layer.lora_B[name].weight.double() @ layer.lora_A[name].weight.double()  # lora_alpha / r
     merged = dict(policy_weights(model))["model.layers.0.self_attn.q_proj.weight"]
     assert merged.dtype == torch.bfloat16
     # Half a unit in the last place of bfloat16, which has 8 bits; the float32 sum adds next to nothing.
