@@ -1,5 +1,6 @@
 """A checkpoint is complete or absent whenever a kill comes; the folder of a run is resumed or refused, never lost."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -14,7 +15,9 @@ import torch
 import yaml
 from trl import TrlParser
 
+from common.config import RLConfig
 from common.runs.checkpoints import (
+    MAY_CHANGE,
     better_checkpoint,
     latest_checkpoint,
     list_checkpoints,
@@ -391,6 +394,21 @@ def test_settings_that_may_change_or_grow_are_taken_over(tmp_path):
     with pytest.raises(ValueError, match=r"num_steps \(stored 200, now 201\)"):
         prepare_run_folder(run, now | {"num_steps": 201}, may_grow=())
     assert prepare_run_folder(run, now | {"seed": 5}, may_change=["seed"]) == run / "checkpoint-4"
+
+
+def test_of_what_decides_the_result_only_the_number_of_steps_may_grow(tmp_path):
+    run, settings = tmp_path / "run", dataclasses.asdict(RLConfig())
+    prepare_run_folder(run, settings)
+    save(run, 4)
+    taken = set()
+    for name, value in settings.items():
+        more = not value if isinstance(value, bool) else value + 1 if isinstance(value, int | float) else "another"
+        with contextlib.suppress(ValueError):
+            prepare_run_folder(run, settings | {name: more})
+            taken.add(name)
+            settings = settings | {name: more}  # as stored from now on
+    learns = {"model", "seed", "learning_rate", "prompts_per_step", "num_generations", "warmup_steps", "kl_coef"}
+    assert taken == MAY_CHANGE | {"num_steps"} and not taken & learns
 
 
 def test_a_resume_under_other_versions_is_noted_with_its_step(tmp_path):
