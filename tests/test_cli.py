@@ -183,6 +183,7 @@ def test_what_the_embedded_policy_learns_with_never_reaches_another_model(write_
     assert config.preset == "cpu" and changed <= {*MEMORY_SETTINGS, "preset"}
     assert config.max_tokens_per_microbatch == 8192 and config.gradient_checkpointing is False
     assert "num_steps" not in "".join(config.notes)
+    assert "num_steps" not in "".join(edited("--model", model, num_steps=3).notes)  # an edited line is no exception
 
 
 def test_another_embedded_policy_learns_with_them():
@@ -317,6 +318,11 @@ def test_a_setting_in_a_file(write_yaml, line, name, value):
     assert given == value and type(given) is type(value)
     if isinstance(value, list):
         assert [type(item) for item in given] == [type(item) for item in value]
+
+
+def test_the_command_line_goes_on_before_and_after_a_file(write_yaml):
+    config = parse("--num_steps", "7", *write_yaml("eval_every: 3\n"), "--seed", "5")
+    assert (config.num_steps, config.eval_every, config.seed) == (7, 3, 5)
 
 
 def test_a_file_can_be_named_with_an_equals_sign(tmp_path):

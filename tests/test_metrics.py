@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from common.runs.log import Progress, RunLog, choose_trackers
-from common.runs.metrics import StepMetrics, Stopwatch, memory_report
+from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, memory_report
 
 
 @pytest.fixture(scope="module")
@@ -387,3 +388,26 @@ def test_the_time_left_of_a_resumed_run_is_told_by_its_own_steps(monkeypatch):
 
 def test_progress_switched_off_shows_nothing():
     assert run_progress(Terminal(), 5, enabled=False) == run_progress(io.StringIO(), 5, enabled=False) == ""
+
+
+# What every run is checked for
+
+
+@pytest.mark.parametrize(
+    ("metrics", "dtype", "said"),
+    [
+        ({}, torch.float32, None),
+        ({"policy/first_ratio": 1.0, "sampler/logprob_diff": 1e-4}, torch.float32, None),
+        ({"policy/first_ratio": 1.0001}, torch.float32, "step 3: the ratio .* is 1.00010000, not 1"),
+        ({"policy/first_ratio": 0.9999}, torch.float32, "step 3: the ratio .* is 0.99990000, not 1"),
+        ({"sampler/logprob_diff": 0.01}, torch.float32, "step 3: log-probs of sampler and trainer differ by 0.0100"),
+        ({"sampler/logprob_diff": 0.01}, torch.bfloat16, None),
+        ({"sampler/logprob_diff": 0.2}, torch.bfloat16, "step 3: log-probs of sampler and trainer differ by 0.2000"),
+    ],
+    ids=str,
+)
+def test_a_policy_that_is_not_the_one_that_sampled_is_warned_of(metrics, dtype, said, caplog):
+    with caplog.at_level(logging.WARNING, logger="nanorlhf"):
+        check_first_step(metrics, step=3, dtype=dtype)
+    assert len(caplog.messages) == (said is not None)
+    assert all(re.match(said, message) for message in caplog.messages)

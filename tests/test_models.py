@@ -248,11 +248,13 @@ def test_a_model_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch):
 @torch.no_grad()
 def test_a_saved_policy_loads_in_plain_transformers(tiny_folder, tmp_path, tokenizer, rollouts, use_lora):
     policy = load_policy(str(tiny_folder), RLConfig(use_lora=use_lora, lora_r=4), dtype=torch.float32)
+    policy.generation_config.eos_token_id = [7, 9]
     for parameter in policy.parameters():
         if parameter.requires_grad:
             parameter.add_(0.01)
     save_model(policy, tokenizer, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.generation_config.eos_token_id == [7, 9]
     assert plain.get_input_embeddings().weight is plain.get_output_embeddings().weight  # still tied
     ids = torch.tensor([[5, 9, 4, 11]])
     torch.testing.assert_close(plain(ids).logits, policy.eval()(ids).logits, atol=1e-5, rtol=0)

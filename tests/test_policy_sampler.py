@@ -51,12 +51,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.asked: list = []
+        self.seeds: list = []
 
     def push(self, weights) -> None:
         self.asked.append(("push", len(list(weights)) > 0))
         self.has_weights = True
 
     def generate(self, prompt_ids, settings, *, num_generations=1, seeds=None) -> list[Completion]:
+        self.seeds.append(seeds)
         self.asked.append((settings.temperature, settings.top_p, settings.top_k, num_generations, seeds is not None))
         return [Completion([3], [-1.0], truncated=False)] * (len(prompt_ids) * num_generations)
 
@@ -95,3 +97,12 @@ def test_training_samples_by_the_temperature_alone_and_evaluation_as_its_own_set
     trainer.sample(trainer.training_prompts(1), greedy=True)
     trainer.policy_sampler.sample_for_evaluation(trainer.eval_prompts.share())
     assert asked[1:] == [(0.9, 1.0, 0, 4, True), (0.0, 1.0, 0, 1, False), (0.6, 0.8, 5, 2, True)]
+
+
+def test_an_evaluation_has_noise_of_its_own_for_the_same_rows_of_the_same_step(recorded):
+    trainer, _ = recorded
+    prompts = trainer.eval_prompts.share()
+    trainer.sample(prompts)
+    trainer.policy_sampler.sample_for_evaluation(prompts)
+    training, evaluation = map(set, trainer.policy_sampler.sampler.seeds)
+    assert len(training) == len(evaluation) == len(prompts) and not training & evaluation

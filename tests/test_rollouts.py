@@ -177,6 +177,8 @@ def test_spreading_gives_a_rows_number_to_its_real_tokens_only():
     rollouts = make_batch([[1]], [[5], [5, 6, 7], [5, 6]])  # as many rows as columns: a swapped axis would fit
     assert rollouts.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 0, 0], [2, 2, 2], [3, 3, 0]]
     assert rollouts.spread(torch.tensor([1, 2, 3])).dtype == torch.float32
+    rollouts.loss_mask = torch.zeros_like(rollouts.completion_mask)  # what is not trained on is real too
+    assert rollouts.spread(torch.ones(3)).sum() == 6
 
 
 def test_spreading_lets_no_garbage_into_padding():
