@@ -24,6 +24,8 @@ class Task:
         reward_weights: weight of each in the score.
         accuracy: the reward whose value 1 means a right answer; None if there is none.
         format: the reward whose value 1 means an answer in the requested form; None if there is none.
+        lenient_accuracy: a rule whose value 1 means that the answer is right, in the requested form or not; it is
+            measured in evaluations and never a reward; None if there is none.
         default_rewards: used if the setting `rewards` is not given; may name reward models; None: all of `rewards`.
     """
 
@@ -33,6 +35,7 @@ class Task:
     reward_weights: dict[str, float]
     accuracy: str | None
     format: str | None = None
+    lenient_accuracy: RewardFunction | None = None
     default_rewards: list[str] | None = None
 
 
