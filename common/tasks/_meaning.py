@@ -20,12 +20,13 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
+import mpmath
 import sympy
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy.functions.combinatorial.factorials import CombinatorialFunction
 
-from common.tasks._numbers import Number, exact_number
+from common.tasks._numbers import Number, exact_number, read_number
 from common.tasks._quantities import quantity
 from common.tasks._writing import tidy, with_binomials
 
@@ -88,16 +89,22 @@ def _compared(gold: str, answer: str) -> bool:
     answer_tidy = with_binomials(tidy(answer), computed=False)
     if not answer_tidy or _contradicts_itself(answer_tidy):
         return False
-    if gold_tidy == answer_tidy or _is_same_quantity(gold_tidy, answer_tidy):
+    if _words(gold_tidy) == _words(answer_tidy) or _is_same_quantity(gold_tidy, answer_tidy):
         return True
     return _is_same_option(gold_tidy, answer_tidy)
+
+
+def _words(latex: str) -> str:
+    r"""An answer without \text and spaces, and without capitals if it has words."""
+    text = re.sub(r"\\text(?=\{)|[{}\s]", "", latex)
+    return text.lower() if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", latex) else latex
 
 
 def _contradicts_itself(latex: str) -> bool:
     """Whether an answer says that two different numbers are equal."""
     if "=" not in latex or "," in latex or ";" in latex:
         return False
-    numbers = [exact_number(side) for side in re.split(r"(?<![<>!\\])=", latex)]
+    numbers = [exact_number(side) for side in _EQUALS.split(latex)]
     values = {number.value for number in numbers if number is not None}
     return len(values) > 1
 
@@ -133,9 +140,13 @@ def _is_same_option(gold: str, answer: str) -> bool:
 # Values
 
 
+_EQUALS = re.compile(r"(?<![<>!\\])=")
 _NAMED = re.compile(
     r"^(?P<name>(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\s*(?:\w|\{\w+\}))?'*(?:\([a-zA-Z]\))?)\s*=\s*(?P<rest>[^=<>]+)$"
 )
+# What is asked for, such as x, f(2), AB or x + y; 2x and x^2 are not.
+_NAME = re.compile(r"(?:\\[A-Za-z]+|_\s*\w|_\s*\{[^{}]*\}|\([^()]*\)|\\text\{[^{}]*\}|[A-Za-z\s'|{}:+-])+")
+_BASED = re.compile(r"(?P<digits>[0-9A-Z]+)\s*_\s*\{?\s*(?P<base>\d{1,2})\s*\}?")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z{])(?![ei](?![A-Za-z]))[A-Za-z]")
 _RELATION = re.compile(r"[=<>]|\\(?:approx|in|equiv|to|begin|text)(?![A-Za-z])")
 _DECIMAL = re.compile(r"(\^?)(?<![\d.])(\d*)\.(\d{1,40})(?![\d.(_])(\s*\^)?")
@@ -145,18 +156,25 @@ def _is_same_value(gold: str, answer: str) -> bool:
     """Whether two answers without units have the same value."""
     right, given = _NAMED.match(gold), _NAMED.match(answer)
     if right and given and right["name"].replace(" ", "") == given["name"].replace(" ", ""):
-        return _is_same_value(right["rest"], given["rest"])
-    if right and "=" not in answer:
+        return _is_same_value(right["rest"].strip(), given["rest"].strip())
+    if right and not _EQUALS.search(answer):
         gold = right["rest"].strip()
-    if given and "=" not in gold:
-        answer = given["rest"].strip()
+    if not _EQUALS.search(gold) and "," not in gold + answer and _EQUALS.search(answer):
+        # Math-Verify takes 2x = 2 for 2.
+        name, *sides = map(str.strip, _EQUALS.split(answer))
+        sides += [] if _NAME.fullmatch(name) else [name]
+        return all(_is_same_value(gold, side) for side in sides)
     numbers = exact_number(gold), exact_number(answer)
     if None not in numbers:
         return _is_same_number(*numbers)
     if gold == answer and answer:
         return True
+    based = [_BASED.fullmatch(text) for text in (gold, answer)]
+    if any(based):
+        return _is_same_in_base(gold, answer, *based)
     if numbers[0] is not None and _VARIABLE.search(answer) and not _RELATION.search(answer):
-        return False  # parsing would take a while and change nothing
+        is_in_words = re.search(r"[A-Za-z]{3}", answer)  # 5 apples
+        return bool(is_in_words) and read_number(answer) == numbers[0].value
     return _is_same_expression(gold, answer) or (
         "log" in answer + gold
         and "\\ln" in answer + gold  # a logarithm without a base is often the natural one
@@ -164,16 +182,29 @@ def _is_same_value(gold: str, answer: str) -> bool:
     )
 
 
+def _is_same_in_base(gold: str, answer: str, right: re.Match | None, given: re.Match | None) -> bool:
+    """Whether digits agree, of which at least one side says the base."""
+    if right and given:
+        return right["base"] == given["base"] and right["digits"].lstrip("0") == given["digits"].lstrip("0")
+    return (right["digits"] if right else gold) == (given["digits"] if given else answer)
+
+
 def _is_same_number(first: Number, second: Number) -> bool:
     """Whether two numbers are equal, or one is a fraction without end and the other its first six or more digits."""
     if first.value == second.value:
         return True
     return any(
-        rounded.decimals >= ROUNDED_DECIMALS
+        _is_precise(rounded)
         and not _ends(whole.value)
         and abs(first.value - second.value) < Fraction(1, 10**rounded.decimals)
         for rounded, whole in ((first, second), (second, first))
     )
+
+
+def _is_precise(number: Number) -> bool:
+    """Whether it has enough decimals, and enough digits that are not leading zeros, to stand for what it rounds."""
+    digits = abs(number.value) * 10**number.decimals
+    return number.decimals >= ROUNDED_DECIMALS and digits >= 10 ** (ROUNDED_DECIMALS - 1)
 
 
 def _ends(value: Fraction) -> bool:
@@ -203,7 +234,7 @@ def _is_same_expression(gold: str, answer: str) -> bool:
     ):
         return True
     for number, other in ((exact_number(gold), given[0]), (exact_number(answer), right[0])):
-        if number is not None and number.decimals >= ROUNDED_DECIMALS and _is_near(number, other):
+        if number is not None and _is_precise(number) and _is_near(number, other):
             return True
     return False
 
@@ -268,8 +299,10 @@ def _size(expression: sympy.Basic | sympy.MatrixBase) -> float:
     """Roughly the bits of an expression once it is evaluated; for 9^(9^9) more than fits in memory."""
     if isinstance(expression, sympy.MatrixBase):
         return sum(map(_size, expression))
-    if isinstance(expression, sympy.Rational | sympy.Float):
-        return 1 + abs(math.log2(abs(float(expression)) or 1))
+    if isinstance(expression, sympy.Rational):
+        return expression.p.bit_length() + expression.q.bit_length()
+    if isinstance(expression, sympy.Float):
+        return 1 + abs(mpmath.mag(expression.num)) if expression else 1
     if not expression.args:
         return SYMBOL_SIZE
     if isinstance(expression, sympy.Pow) and not expression.exp.free_symbols:
@@ -279,6 +312,8 @@ def _size(expression: sympy.Basic | sympy.MatrixBase) -> float:
         num_terms = max(1, len(base.args))  # (x + y)^n expands to many more
         return _size(base) * max(1.0, abs(float(exponent)) * num_terms**2)
     total = sum(map(_size, expression.args))
+    if isinstance(expression, sympy.factorial) and expression.args[0].is_Integer and total < 20:
+        return 1 + math.lgamma(abs(int(expression.args[0])) + 1) / math.log(2)
     if isinstance(expression, sympy.exp | CombinatorialFunction) and not expression.free_symbols:
         return 2.0 ** min(total, 100)
     is_sum = isinstance(expression, sympy.Add | sympy.Mul | sympy.Set | sympy.Tuple | sympy.core.relational.Relational)

@@ -94,7 +94,7 @@ _WHOLE = rf"(?:{_GROUPS}|\d+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
     rf"""
-    (?P<whole>\d+)(?:\ +|\ +and\ +)(?P<top>\d+)\ ?/\ ?(?P<bottom>\d+)(?![\d.,]*\d)
+    (?P<whole>{_WHOLE})(?:\ +|\ +and\ +)(?P<top>\d+)\ ?/\ ?(?P<bottom>\d+)(?![\d.,]*\d)
     | (?P<over>{_DECIMAL})\ */\ *(?P<under_sign>[-+]?)(?P<under>{_DECIMAL})
     | (?P<mantissa>{_DECIMAL})(?:\ *\*\ *10\ *\^\ *|[eE])(?P<ten>[-+]?\d{{1,3}})(?![\d.])
     | (?P<base>{_DECIMAL})\ *\^\ *(?P<exponent>[-+]?\d{{1,3}})(?![\d.])
@@ -111,7 +111,7 @@ _HEDGE = re.compile(
 )
 _CHANGED = re.compile(
     r"\b(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|half|halves|thirds?|fifths?|squared|cubed"
-    r"|factorial|or|and a quarter|more or less)\b",
+    r"|factorial|mod|modulo|or|and a quarter)\b",
     re.IGNORECASE,
 )
 _BULLET = re.compile(r"^\s*[*\N{BULLET}]\s+")
@@ -249,8 +249,8 @@ def _value(found: re.Match) -> Number | None:
     groups = found.groupdict()
     sign = -1 if (groups.get("sign") or "").strip() == "-" else 1
     if groups["whole"]:
-        whole, top, bottom = (int(groups[name]) for name in ("whole", "top", "bottom"))
-        return Number(sign * (whole + Fraction(top, bottom)), 0) if 0 < top < bottom else None
+        whole, top, bottom = (_digits(groups[name]) for name in ("whole", "top", "bottom"))
+        return Number(sign * (whole + top / bottom), 0) if top < bottom else None
     if groups["over"]:
         top, bottom = _digits(groups["over"]), _digits(groups["under"])
         if groups["under_sign"] == "-":

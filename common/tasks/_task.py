@@ -62,9 +62,6 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
     Raises:
         ValueError: for an unknown reward.
     """
-    limits = None
-    if config.reward_time_limit:
-        limits = Limits(seconds=config.reward_time_limit, gigabytes=config.reward_memory_limit)
     return make_scorer(
         task.rewards,
         task.reward_weights,
@@ -73,9 +70,23 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
         settings=ScoringSettings(
             conversational=config.reward_format == "conversational",
             max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-            limits=limits,
+            limits=_limits(config),
         ),
     )
+
+
+def lenient_scorer(task: Task, config: RLConfig) -> Scorer | None:
+    """The scorer of `task.lenient_accuracy`, which evaluations use beside that of the rewards; None without one."""
+    if task.lenient_accuracy is None:
+        return None
+    name = "lenient_accuracy"
+    return Scorer({name: task.lenient_accuracy}, {name: 1.0}, limits=_limits(config))
+
+
+def _limits(config: RLConfig) -> Limits | None:
+    if not config.reward_time_limit:
+        return None
+    return Limits(seconds=config.reward_time_limit, gigabytes=config.reward_memory_limit)
 
 
 def check_task(name: str) -> None:

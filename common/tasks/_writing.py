@@ -23,7 +23,7 @@ _SYMBOLS = CHARACTERS | {
         "\N{UNION}": "cup", "\N{INTERSECTION}": "cap", "\N{ELEMENT OF}": "in", "\N{EMPTY SET}": "emptyset",
         "\N{PLUS-MINUS SIGN}": "pm", "\N{GREEK SMALL LETTER PI}": "pi", "\N{GREEK SMALL LETTER THETA}": "theta",
         "\N{GREEK SMALL LETTER ALPHA}": "alpha", "\N{GREEK SMALL LETTER BETA}": "beta",
-        "\N{LATIN CAPITAL LETTER O WITH STROKE}": "emptyset",
+        "\N{LATIN CAPITAL LETTER O WITH STROKE}": "emptyset", "\N{SQUARE ROOT}": "sqrt",
     }.items()
 } | {
     ord("\N{DEGREE SIGN}"): "^\\circ ",
@@ -35,6 +35,8 @@ _SYMBOLS = CHARACTERS | {
 # Styles of mathematics; the others are of words.
 _LOUD = ("boxed", "fbox", "underline", "boldsymbol", "bm", "emph")
 _STYLE = re.compile(rf"\\(?P<style>{'|'.join(STYLES)}|operatorname)\s*\{{(?P<inside>[^{{}}]*)\}}")
+_OPENING = re.compile(rf"\\(?:{'|'.join(STYLES)})\s*\{{")
+_SQUARED = re.compile(r"(?<=[\d ])([cdkm]?m)[\N{SUPERSCRIPT TWO}\N{SUPERSCRIPT THREE}]")
 _SIZED = re.compile(rf"\\(?:{'|'.join(DECLARATIONS)})(?![A-Za-z])")
 _REPLACED = [
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
@@ -56,6 +58,8 @@ _REPLACED = [
     (re.compile(r"(?<![\\A-Za-z{])(pi|theta|alpha|beta|infinity|sqrt|sin|cos|tan|ln|log)(?![A-Za-z])"), r"\\\1"),
     (re.compile(r"\\infinity"), r"\\infty"),
     (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"\\sqrt\s*(\d{2,})"), r"\\sqrt{\1}"),  # as it is meant; LaTeX would take one digit
+    (re.compile(r"^\s*(?:\\approx(?![A-Za-z])|=)"), ""),
     (re.compile(r"(?<=\d)i(?![A-Za-z])"), " i"),
     # Digits in groups of three: 10{,}000 and 10 000. A comma alone may also separate two numbers of a list.
     (re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:\{,\}\d{3})+(?!\d)"), lambda found: found[0].replace("{,}", "")),
@@ -74,11 +78,13 @@ _PREAMBLE = re.compile(
 @lru_cache(maxsize=4096)
 def tidy(latex: str) -> str:
     """An answer in one way of writing: without styles, sizes and delimiters, with one name per command."""
+    latex = _SQUARED.sub(r"\\text{\1}", latex)
     latex = latex.translate(_SYMBOLS).replace("\\\\", "\0")  # the end of a row of a matrix is no command
     for _ in range(4):  # styles inside styles
         latex, count = _STYLE.subn(_unstyled, latex)
         if not count:
             break
+    latex = _without_large_styles(latex)
     latex = _SIZED.sub(" ", latex).replace("\1", "\\text{").replace("\2", "}")
     if latex.endswith("\\"):
         latex = latex[:-1]  # of a space at the end
@@ -97,9 +103,22 @@ def _unstyled(found: re.Match) -> str:
     inside = found["inside"]
     if found["style"] == "operatorname" and inside.strip() not in UNITS:
         return found[0]
-    is_unit = inside.strip() in LETTERS and re.search(r"[\d})]\s*$", found.string[: found.start()])
+    is_unit = inside.strip() in LETTERS and re.search(r"[\d})/\2]\s*$", found.string[: found.start()])
     is_word = found["style"] not in _LOUD and re.search(r"[A-Za-z]{2}|[a-z]\.[a-z]\.", inside) and "\1" not in inside
     return f"\1{inside}\2" if is_unit or is_word else f" {inside} "
+
+
+def _without_large_styles(latex: str) -> str:
+    """A text without the styles that are left: those around LaTeX with braces of its own."""
+    while style := _OPENING.search(latex):
+        depth, end = 1, len(latex)
+        for brace in re.finditer(r"\\.|[{}]", latex[style.end() :]):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                end = style.end() + brace.start()
+                break
+        latex = f"{latex[: style.start()]} {latex[style.end() : end]} {latex[end + 1 :]}"
+    return latex
 
 
 def _closes_at_the_end(latex: str) -> bool:
