@@ -197,7 +197,8 @@ def _slashed(found: re.Match) -> str:
     """A LaTeX fraction of two numbers as top/bottom, with one sign in front."""
     top_sign, top, _, top_digit, bottom_sign, bottom, _, bottom_digit = (part or "" for part in found.groups())
     sign = "-" if (top_sign == "-") != (bottom_sign == "-") else ""
-    return f" {sign}{top or top_digit}/{bottom or bottom_digit} "
+    space = "" if found.string[: found.start()].endswith(("-", "+")) else " "
+    return f"{space}{sign}{top or top_digit}/{bottom or bottom_digit} "
 
 
 def _number_in_words(text: str) -> Fraction | None:

@@ -111,12 +111,16 @@ def gold_answer(row: dict) -> str | None:
     answer is what follows "The answer is:" or, at its end, ####; else it is the last box. Not used are placeholders
     such as "proof", nan, several answers in a list, and texts of more than 8 words or 300 characters.
     """
-    for name in ANSWER_COLUMNS:
-        text = _as_text(row.get(name))
-        if text is not None and text.strip().lower() not in EMPTY_VALUES:
-            answer = _final_part(text, is_solution=name in ("solution", "response"))
-            return answer if answer and _can_be_matched(answer) else None
-    return None
+    name = next((name for name in ANSWER_COLUMNS if not _is_empty(row.get(name))), None)
+    text = _as_text(row.get(name))
+    answer = text and _final_part(text, is_solution=name in ("solution", "response"))
+    return answer if answer and _can_be_matched(answer) else None
+
+
+def _is_empty(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or str(value).strip().lower() in EMPTY_VALUES
 
 
 def _as_text(value: object) -> str | None:
@@ -133,8 +137,6 @@ def _as_text(value: object) -> str | None:
     if isinstance(value, dict):
         named = [value[name] for name in (*ANSWER_COLUMNS[:2], "ground_truth", "value") if value.get(name) is not None]
         return _as_text(named[0]) if len(named) == 1 else None
-    if isinstance(value, list | tuple):
-        return "several answers: " + "; ".join(map(str, value)) if value else None
     if isinstance(value, float | Decimal):
         if not math.isfinite(value):
             return None
