@@ -28,12 +28,18 @@ from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
-from common.runs.measures import evaluation_means, judge, rollout_means, with_confidence_interval
+from common.runs.measures import (
+    evaluation_means,
+    judge,
+    judge_leniently,
+    rollout_means,
+    with_confidence_interval,
+)
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, run_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
-from common.tasks import Task, load_task, task_scorer
+from common.tasks import Task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner
 from common.update.rows import keep_one_per_group
@@ -320,7 +326,8 @@ class OnPolicyTrainer(ABC):
         with self.stopwatch("eval"):
             rollouts = self.policy_sampler.sample_for_evaluation(prompts)
             rollouts.scores = self._rewards(rollouts)
-            evaluation_means(rollouts, **self.judged_by, num_samples=num_samples, metrics=self.metrics)
+            judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
+            evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
                 self._add_kl(rollouts, "eval/kl")
         self.run.add_samples(self.current_step, "eval", rollouts, rollouts.parts)
@@ -330,6 +337,7 @@ class OnPolicyTrainer(ABC):
     def _load_data(self, task: Task) -> None:
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
+        self.lenient_scorer = lenient_scorer(task, self.config)
         self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time)
         self.eval_prompts = None
         if task.eval:

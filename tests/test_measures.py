@@ -13,6 +13,7 @@ from common.runs.measures import (
     evaluation_means,
     is_one,
     judge,
+    judge_leniently,
     pass_at_k,
     sizes_of_k,
     with_confidence_interval,
@@ -91,6 +92,21 @@ def test_the_share_of_the_right_form_is_that_of_its_reward_being_one(accelerator
     rollouts.scores, rollouts.parts = torch.zeros(4), {"shape": torch.tensor([1.0, 0.5, 0.0, 1.0])}
     evaluation_means(rollouts, accuracy=None, format="shape", num_samples=1, metrics=metrics)
     assert metrics.reduce(accelerator)["eval/format"] == 0.5
+
+
+def test_the_lenient_accuracy_is_the_share_of_right_answers_in_any_form_and_changes_no_score(accelerator):
+    def lenient_rule(prompts, completions, word, **columns):
+        return [float(w in text) for w, text in zip(word, completions, strict=True)]
+
+    rollouts, metrics = held_out([1, 2, 3, 4]), StepMetrics()
+    rollouts.columns = {"word": ["t", "u", "t", "t"]}
+    rollouts.scores, rollouts.parts = torch.zeros(4), {"right": torch.tensor([1.0, 0.0, 0.0, 0.0])}
+    lenient = judge_leniently(rollouts, Scorer({"lenient_accuracy": lenient_rule}, {"lenient_accuracy": 1.0}))
+    assert lenient.tolist() == [True, False, True, True] and rollouts.parts.keys() == {"right"}
+    evaluation_means(rollouts, accuracy="right", format=None, num_samples=1, metrics=metrics, lenient=lenient)
+    reduced = metrics.reduce(accelerator)
+    assert (reduced["eval/lenient_accuracy"], reduced["eval/accuracy"], reduced["eval/score"]) == (0.75, 0.25, 0.0)
+    assert judge_leniently(rollouts, None) is None
 
 
 def test_judging_gives_the_weighted_sum_and_keeps_each_reward():

@@ -39,8 +39,29 @@ def judge(rollouts: Rollouts, scorer: Scorer) -> Tensor:
     return scores
 
 
+def judge_leniently(rollouts: Rollouts, scorer: Scorer | None) -> Tensor | None:
+    """(B,) bool: the answer is right, in the requested form or not; None if the task has no such rule.
+
+    It is no reward: neither the scores nor rollouts.parts change.
+
+    Args:
+        rollouts: B completions.
+        scorer: of one rule, from `lenient_scorer`.
+    """
+    if scorer is None:
+        return None
+    right, _ = scorer(rollouts.prompts, rollouts.completions, rollouts.columns, raw_prompts=rollouts.raw_prompts)
+    return torch.isclose(right, torch.tensor(1.0))
+
+
 def evaluation_means(
-    rollouts: Rollouts, *, accuracy: str | None, format: str | None, num_samples: int, metrics: StepMetrics
+    rollouts: Rollouts,
+    *,
+    accuracy: str | None,
+    format: str | None,
+    num_samples: int,
+    metrics: StepMetrics,
+    lenient: Tensor | None = None,
 ) -> None:
     """Add this process's part of the evaluation's means.
 
@@ -50,8 +71,9 @@ def evaluation_means(
         format: the reward that gives 1 for the requested format; None if the task has none.
         num_samples: completions per prompt, at least 1.
         metrics: gets eval/score, eval/length, eval/truncated, eval/format (share of completions in the requested
-            format), eval/accuracy (share of correct ones) with its square for the confidence interval, and
-            eval/pass@k for k = 2, 4, ... up to num_samples.
+            format), eval/lenient_accuracy (share whose answer is right in any form), eval/accuracy (share of correct
+            ones) with its square for the confidence interval, and eval/pass@k for k = 2, 4, ... up to num_samples.
+        lenient: (B,) bool, from `judge_leniently`; None if the task has no such rule.
     """
     rows = len(rollouts)
     metrics.add("eval/score", rollouts.scores.sum(), rows)
@@ -60,6 +82,8 @@ def evaluation_means(
     formed = is_one(rollouts.parts, format)
     if formed is not None:
         metrics.add("eval/format", formed.sum(), rows)
+    if lenient is not None:
+        metrics.add("eval/lenient_accuracy", lenient.sum(), rows)
     correct = is_one(rollouts.parts, accuracy)
     if correct is None:
         return
