@@ -378,6 +378,25 @@ def as_declared(name: str, value: object, declared: type | types.UnionType) -> o
         value: as read; YAML reads 2e-6 as text and 1 as an integer.
         declared: a type, or a union of types.
 
+def check_kept_rows(config: RLConfig, who: str) -> None:
+    """Raise a ValueError if training on one completion per prompt, which `who` does, makes unequal mini-batches."""
+    if config.prompts_per_step % config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches}: {who} trains on one completion of each of prompts_per_step="
+            f"{config.prompts_per_step} prompts, and mini-batches must be equally large. Pass a divisor of it."
+        )
+
+
+def check_whiten_rewards(config: RLConfig, *names: str) -> None:
+    """Raise a ValueError for whiten_rewards with a setting that takes its effect away."""
+    for name in names:
+        if vars(config)["whiten_rewards"] and vars(config)[name]:
+            raise ValueError(
+                f"whiten_rewards with {name}: advantages are divided by their own deviation, so a factor that all "
+                f"rewards have in common cancels. Pass --whiten_rewards false, or --{name} false."
+            )
+
+
     Raises:
         ValueError: if the value is of another type.
     """

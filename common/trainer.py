@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.advantages import per_token_rewards, whiten
+from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.embedded import check_model, load_tokenizer, resolve_model
@@ -180,7 +180,9 @@ class OnPolicyTrainer(ABC):
         return self._rewards(rollouts) - self.config.missing_eos_penalty * rollouts.truncated
 
     @final
-    def token_rewards(self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False) -> Tensor:
+    def token_rewards(
+        self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False, with_kl: bool = True
+    ) -> Tensor:
         """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
         With kl_coef above 0, it sets rollouts.old_logprobs and ref_logprobs.
@@ -188,15 +190,19 @@ class OnPolicyTrainer(ABC):
         Args:
             rollouts: B rows.
             scores: (B,) float32.
-            whitened: scale the rewards of the step to variance 1 without changing their mean.
+            whitened: multiply by `reward_scale`.
+            with_kl: False leaves the KL out, for an algorithm that has it in the loss.
         """
         mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
-        if self.config.kl_coef:
-            kl = self._add_kl(rollouts, "kl")
+        if with_kl and self.config.kl_coef:
+            kl = self._kl(rollouts)
         rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
-        if whitened:
-            rewards = whiten(rewards, mask, sum_over_processes=self.sum_over_processes, shift_mean=False)
-        return rewards
+        return rewards * self.reward_scale(rewards, rollouts) if whitened else rewards
+
+    @final
+    def reward_scale(self, rewards: Tensor, rollouts: Rollouts) -> float:
+        """The factor that scales token rewards (B, C) to variance 1, over the tokens of all processes trained on."""
+        return inverse_deviation(rewards, rollouts.loss_mask, sum_over_processes=self.sum_over_processes)
 
     @final
     def maybe_whiten(self, advantages: Tensor, rollouts: Rollouts) -> Tensor:
@@ -204,7 +210,7 @@ class OnPolicyTrainer(ABC):
         self._used_settings.add("whiten_advantages")
         if not self.config.whiten_advantages:
             return advantages
-        return whiten(advantages, rollouts.completion_mask, sum_over_processes=self.sum_over_processes)
+        return whiten(advantages, rollouts.loss_mask, sum_over_processes=self.sum_over_processes)
 
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
