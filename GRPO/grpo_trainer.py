@@ -26,7 +26,7 @@ class GRPOConfig(ClippedConfig):
     whiten_rewards: bool = False
     """Scale the rewards of a step to variance 1 over its tokens; for scale_by_std=False, which keeps their scale."""
     kl_estimator: str | None = None
-    """"k1", "k2" or "k3"; None: the paper's k3 in the loss, k1 in the reward, where only its gradient is right."""
+    """"k2" or "k3" in the loss, "k1" in the reward; None: the paper's k3, or k1."""
     kl_place: str = "loss"
     """"loss", or "reward": the completion's KL is subtracted from its score before groups are compared."""
     sparse: bool = False
@@ -46,6 +46,11 @@ class GRPOConfig(ClippedConfig):
             raise ValueError(
                 f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
                 f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
+            )
+        if self.kl_place == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator=k1 in the loss: its gradient has mean zero, so it adds noise and holds the policy "
+                "nowhere. Pass --kl_estimator k3 or k2, or --kl_place reward."
             )
         if self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
             raise ValueError(

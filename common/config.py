@@ -309,6 +309,14 @@ class RLConfig:
                 f"eval_num_samples={self.eval_num_samples} with eval_temperature=0: greedy completions of a prompt "
                 "are all the same, so more than one adds nothing. Pass --eval_temperature 1.0 or --eval_num_samples 1."
             )
+        sampled_alike = self.eval_temperature == self.temperature and self.eval_top_p == 1 and self.eval_top_k == 0
+        if self.eval_kl and not sampled_alike:
+            raise ValueError(
+                f"eval_kl with eval_temperature={self.eval_temperature}, eval_top_p={self.eval_top_p}, eval_top_k="
+                f"{self.eval_top_k}: the KL is a mean over completions of the policy that is trained, and these come "
+                f"from another distribution. Pass --eval_temperature {self.temperature} --eval_top_p 1 --eval_top_k "
+                "0, or --eval_kl false."
+            )
         if self.early_stopping_patience and not (self.eval_every and self.num_eval_prompts):
             raise ValueError(
                 f"early_stopping_patience={self.early_stopping_patience} without evaluation: it counts evaluations "
@@ -370,14 +378,6 @@ def check_group(num_generations: int, reason: str) -> None:
         )
 
 
-def as_declared(name: str, value: object, declared: type | types.UnionType) -> object:
-    """Convert a value to its declared type, and the entries of a list too.
-
-    Args:
-        name: of the setting, for messages.
-        value: as read; YAML reads 2e-6 as text and 1 as an integer.
-        declared: a type, or a union of types.
-
 def check_kept_rows(config: RLConfig, who: str) -> None:
     """Raise a ValueError if training on one completion per prompt, which `who` does, makes unequal mini-batches."""
     if config.prompts_per_step % config.num_minibatches:
@@ -396,6 +396,14 @@ def check_whiten_rewards(config: RLConfig, *names: str) -> None:
                 f"rewards have in common cancels. Pass --whiten_rewards false, or --{name} false."
             )
 
+
+def as_declared(name: str, value: object, declared: type | types.UnionType) -> object:
+    """Convert a value to its declared type, and the entries of a list too.
+
+    Args:
+        name: of the setting, for messages.
+        value: as read; YAML reads 2e-6 as text and 1 as an integer.
+        declared: a type, or a union of types.
 
     Raises:
         ValueError: if the value is of another type.
