@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from common.advantages import group_relative, rows_with_signal
 from common.config import ClippedConfig, check_group, check_kept_rows, check_whiten_rewards
 from common.logprobs import token_logprobs
-from common.losses import clipped_policy_loss, importance_ratio, kl_estimate
+from common.losses import clipped_policy_loss, importance_ratio, kl_estimate, sampling_kl
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 
@@ -112,5 +112,5 @@ class GRPOTrainer(OnPolicyTrainer):
         if config.kl_coef and config.kl_place == "loss":
             kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator or "k3")
             loss = loss + config.kl_coef * kl
-            metrics["kl"] = kl.detach()
+            metrics |= {"policy/kl_loss": kl.detach(), "kl": sampling_kl(logprobs, minibatch)}
         return loss, metrics

@@ -75,7 +75,7 @@ class RLOOTrainer(OnPolicyTrainer):
         """(b, C) clipped surrogate, of the completion's ratio or the token's, and (b, C) metrics by name."""
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
         if self.config.ratio_level == "sequence":
-            ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)  # (b, C), equal in a row
+            ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)  # (b, 1)
         else:
             ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
         return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
