@@ -33,6 +33,7 @@ PHASE_COLORS = {
     "push": RED,
     "offload": "#8C6D31",
     "eval": "#F0E442",
+    "value_init": "#44AA99",
     "save": "#999999",
     "other": FAINT,
 }
