@@ -307,22 +307,29 @@ def test_prompts_are_held_out_in_the_order_of_training_or_every_fifth_where_they
         value_initializer.held_out_and_fitted([[7], [7]], [0, 1], 1)
 
 
-@pytest.mark.parametrize("value_init_minibatches", [1, 3, 6])
-def test_a_pass_of_the_fit_makes_as_many_optimizer_steps_as_asked(
-    toy_folder, tmp_path, monkeypatch, value_init_minibatches
-):
+def test_a_pass_of_the_fit_makes_as_many_optimizer_steps_as_asked(toy_folder, tmp_path, monkeypatch):
     steps, step = [], Learner.optimizer_step
     monkeypatch.setattr(
         Learner, "optimizer_step", lambda self, *args, **kwargs: steps.append(self.name) or step(self, *args, **kwargs)
     )
-    ppo(toy_folder, tmp_path / "run", **(FITTED | {"value_init_minibatches": value_init_minibatches}))
-    assert steps == ["value"] * value_init_minibatches
+    ppo(toy_folder, tmp_path / "run", **(FITTED | {"value_init_minibatches": 6}))
+    assert steps == ["value"] * 6
 
 
-def test_a_fit_with_fewer_completions_than_optimizer_steps_says_so(toy_folder, tmp_path, caplog):
-    ppo(toy_folder, tmp_path / "run", **(FITTED | {"value_init_minibatches": 40}))
-    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "value_init_minibatches=40: there are 32 completions to fit" in message
+@pytest.mark.parametrize("masked", [False, True])
+def test_mini_batches_of_a_pass_are_as_many_as_asked_or_as_there_are_rows_to_fit(rollouts, caplog, masked):
+    if masked:  # two of six completions
+        rollouts.loss_mask = rollouts.completion_mask & torch.tensor([1, 0, 1, 1, 0, 1]).bool()[:, None]
+        rollouts.step_lengths = rollouts.loss_mask.sum(1)
+    num_rows = 16 if masked else 24
+    for asked in range(1, num_rows + 1):
+        parts = value_initializer._parts_of_a_pass([rollouts] * 4, asked)
+        assert sum(count for _, count in parts) == asked and sum(len(part) for part, _ in parts) == num_rows
+        assert all(1 <= count <= len(part) and part.loss_mask.any(1).all() for part, count in parts)
+        assert len(parts) == min(asked, 4)
+    assert not caplog.records
+    assert sum(count for _, count in value_initializer._parts_of_a_pass([rollouts] * 4, 40)) == num_rows
+    assert f"value_init_minibatches=40: there are {num_rows} completions to fit" in caplog.text
 
 
 def test_completions_that_are_masked_have_no_part_in_the_fit_nor_in_its_error(toy_folder, tmp_path, monkeypatch):
@@ -337,7 +344,7 @@ def test_completions_that_are_masked_have_no_part_in_the_fit_nor_in_its_error(to
             return rollouts
 
         monkeypatch.setattr(value_initializer, "_returns", poisoned)
-        settings = FIT | {"mask_truncated": True, "num_steps": 1, "max_completion_length": 5}
+        settings = FITTED_STEP | {"mask_truncated": True, "max_completion_length": 5}
         trainer = ppo(toy_folder, tmp_path / str(poison), **settings)
         values.append(values_of(trainer, trainer.sample(trainer.training_prompts(1), num_generations=4)))
         trainer.train()
@@ -391,7 +398,7 @@ def test_explained_variance_is_that_of_what_came_and_random_values_have_none(toy
 
 def test_where_all_returns_are_equal_explained_variance_is_left_out(toy_folder, tmp_path):
     task = task_of([f"{i} make {i}\n" for i in range(12)], [1.0] * 12)
-    config = toy_config(toy_folder, tmp_path / "run", algorithm="PPO", **FITTED)
+    config = toy_config(toy_folder, tmp_path / "run", algorithm="PPO", num_steps=1, **FITTED)
     PPOTrainer(config, task=task).train()
     for line in metrics_of(tmp_path / "run"):
         assert not any("explained_variance" in name for name in line)
