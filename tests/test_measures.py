@@ -15,6 +15,7 @@ from common.runs.measures import (
     judge,
     judge_leniently,
     pass_at_k,
+    rollout_means,
     sizes_of_k,
     with_confidence_interval,
 )
@@ -58,6 +59,31 @@ def test_means_by_hand(accelerator):
         "eval/accuracy": 0.5,
         "eval/accuracy_square": 0.5,
     }
+
+
+def test_the_means_of_a_training_step_by_hand(accelerator):
+    """Rows of 1, 5 and 2 tokens. The second is cut off and not trained on: only zero_advantage leaves it out."""
+    rollouts, metrics = held_out([1, 5, 2]), StepMetrics()
+    rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]
+    rollouts.scores = torch.tensor([1.0, 0.0, 0.5])
+    rollouts.parts = {"part": torch.tensor([2.0, float("nan"), 4.0]), "nowhere": torch.full((3,), float("nan"))}
+    rollouts.old_logprobs = torch.full((3, 5), -1.0)
+    rollouts.ref_logprobs = torch.tensor([[-3.0, 9, 9, 9, 9], [-1.0] * 5, [-1.0, -3.0, 9, 9, 9]])
+    rollout_means(rollouts, torch.tensor([0.0, 0.0, 1.0]), metrics=metrics)
+    assert metrics.reduce(accelerator) == {
+        "score": 0.5, "length": pytest.approx(8 / 3), "truncated": pytest.approx(1 / 3),
+        "reward/part": 3.0, "kl": 4 / 8, "zero_advantage": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_step_that_trains_on_nothing_has_no_share_without_advantage_and_no_kl_without_a_reference(
+    accelerator, per_token
+):
+    rollouts, metrics = held_out([1, 2]), StepMetrics()
+    rollouts.scores, rollouts.loss_mask = torch.zeros(2), torch.zeros(2, 2, dtype=torch.bool)
+    rollout_means(rollouts, torch.zeros(2, 2) if per_token else torch.zeros(2), metrics=metrics)
+    assert set(metrics.reduce(accelerator)) == {"score", "length", "truncated"}
 
 
 def test_padding_counts_for_nothing(accelerator):

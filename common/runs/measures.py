@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from common.losses import kl_estimate
 from common.rewards.scorer import Scorer
 from common.rollouts import Rollouts
 from common.runs.metrics import StepMetrics
@@ -19,14 +20,19 @@ def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetric
     Args:
         rollouts: B rows, scored.
         advantages: (B,) or (B, C) float.
-        metrics: gets score, length, truncated, zero_advantage (share of rows with advantage 0 everywhere), and
-            reward/<name> (unweighted, over the rows to which that reward applies).
+        metrics: gets score, length, truncated; reward/<name> (unweighted, over the rows to which that reward applies);
+            kl (k1, over all tokens) if both log-probs are known; and zero_advantage (share of the rows trained on
+            whose advantage is 0 everywhere). Only the last one leaves out rows that the loss mask leaves out.
     """
     rows = len(rollouts)
     metrics.add("score", rollouts.scores.sum(), rows)
     metrics.add("length", rollouts.lengths.sum(), rows)
     metrics.add("truncated", rollouts.truncated.sum(), rows)
-    metrics.add("zero_advantage", (advantages.reshape(rows, -1) == 0).all(1).sum(), rows)
+    trained = rollouts.loss_mask.any(1)  # (B,)
+    metrics.add("zero_advantage", (trained & (advantages[..., None] == 0).flatten(1).all(1)).sum(), trained.sum())
+    if rollouts.old_logprobs is not None and rollouts.ref_logprobs is not None:
+        kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # (B, C)
+        metrics.add("kl", torch.where(rollouts.completion_mask, kl, 0.0).sum(), rollouts.lengths.sum())
     for name, part in rollouts.parts.items():
         metrics.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
 
