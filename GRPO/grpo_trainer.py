@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import group_relative, rows_with_signal
-from common.config import ClippedConfig, check_group
+from common.config import ClippedConfig, check_group, check_kept_rows, check_whiten_rewards
 from common.logprobs import token_logprobs
-from common.losses import clipped_policy_loss, importance_ratio, kl_estimate
+from common.losses import clipped_policy_loss, importance_ratio, kl_estimate, sampling_kl
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 
@@ -23,8 +23,10 @@ class GRPOConfig(ClippedConfig):
     """GRPO's own mean: every completion weighs the same. "tokens" is DAPO's, "constant" is Dr. GRPO's."""
     scale_by_std: bool = True
     """Divide advantages by the group's standard deviation; False is Dr. GRPO."""
+    whiten_rewards: bool = False
+    """Scale the rewards of a step to variance 1 over its tokens; for scale_by_std=False, which keeps their scale."""
     kl_estimator: str | None = None
-    """"k1", "k2" or "k3"; None: the paper's k3 in the loss, k1 in the reward, where only its gradient is right."""
+    """"k2" or "k3" in the loss, "k1" in the reward; None: the paper's k3, or k1."""
     kl_place: str = "loss"
     """"loss", or "reward": the completion's KL is subtracted from its score before groups are compared."""
     sparse: bool = False
@@ -45,6 +47,11 @@ class GRPOConfig(ClippedConfig):
                 f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
                 f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
             )
+        if self.kl_place == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator=k1 in the loss: its gradient has mean zero, so it adds noise and holds the policy "
+                "nowhere. Pass --kl_estimator k3 or k2, or --kl_place reward."
+            )
         if self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
             raise ValueError(
                 f"kl_estimator={self.kl_estimator} in the reward: only k1's gradient is that of the KL there; k2's "
@@ -61,11 +68,9 @@ class GRPOConfig(ClippedConfig):
                 "sparse with whiten_advantages: whitening moves advantages of 0 away from 0, so the rows that sparse "
                 "leaves out would have had a gradient. Pass --sparse false or --whiten_advantages false."
             )
-        if self.keep_per_group and self.completions_per_step // self.num_generations % self.num_minibatches:
-            raise ValueError(
-                f"keep_per_group leaves {self.prompts_per_step} rows for num_minibatches={self.num_minibatches}: "
-                "mini-batches must be equally large. Pass a divisor of prompts_per_step."
-            )
+        if self.keep_per_group:
+            check_kept_rows(self, "keep_per_group")
+        check_whiten_rewards(self, "scale_by_std", "whiten_advantages")
 
     def idle_settings(self) -> dict[str, str]:
         """Those of every clipped algorithm, and how a KL is taken where none is."""
@@ -85,9 +90,9 @@ class GRPOTrainer(OnPolicyTrainer):
         config, group_size = self.config, self.config.num_generations
         # 1. Sample a group of completions for each prompt and score them.
         rollouts = self.sample(prompts, num_generations=group_size)
-        rollouts.scores = scores = self.score(rollouts)
-        if config.kl_place == "reward":
-            scores = self.token_rewards(rollouts, scores).sum(1)  # (B,), minus each completion's KL
+        rollouts.scores = self.score(rollouts)
+        options = {"whitened": config.whiten_rewards, "with_kl": config.kl_place == "reward"}
+        scores = self.token_rewards(rollouts, rollouts.scores, **options).sum(1)  # (B,), less the KL if it is there
         # 2. Compare each completion with its group; every token of a completion gets the same advantage.
         advantages = group_relative(scores, group_size, scale_by_std=config.scale_by_std)
         rollouts.advantages = self.maybe_whiten(rollouts.spread(advantages), rollouts)
@@ -114,5 +119,5 @@ class GRPOTrainer(OnPolicyTrainer):
         if config.kl_coef and config.kl_place == "loss":
             kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator or "k3")
             loss = loss + config.kl_coef * kl
-            metrics["kl"] = kl.detach()
+            metrics |= {"policy/kl_loss": kl.detach(), "kl": sampling_kl(logprobs, minibatch)}
         return loss, metrics

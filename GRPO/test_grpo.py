@@ -14,6 +14,7 @@ WITH_KL = SEVERAL | {"kl_coef": 1.0}
 ACTS = CLIP | {
     "average_over": ({}, "tokens"),
     "scale_by_std": ({}, False),
+    "whiten_rewards": ({"scale_by_std": False}, True),
     "kl_estimator": (WITH_KL, "k2"),
     "kl_place": (WITH_KL, "reward"),
     "sparse": None,  # changes no weight; that it spares passes is shown below
@@ -25,8 +26,9 @@ VALUES = {"kl_estimator": [None, "k1", "k2", "k3"]}
 def test_the_kl_before_the_first_update_is_exactly_zero(tiny_folder, tmp_path):
     for name, settings in {"full": {}, "lora": {"use_lora": True, "lora_r": 4}}.items():
         toy_trainer(tiny_folder, tmp_path / name, kl_coef=0.1, num_steps=3, **settings).train()
-        kl = [line["kl"] for line in metrics_of(tmp_path / name)]
-        assert kl[0] == 0.0 and kl[1] > 0 and kl[2] > 0
+        for metric in ("kl", "policy/kl_loss"):
+            kl = [line[metric] for line in metrics_of(tmp_path / name)]
+            assert kl[0] == 0.0 and kl[1] != 0 and kl[2] != 0
 
 
 def test_no_reference_is_loaded_when_no_kl_is_wanted(tiny_folder, tmp_path):
@@ -136,6 +138,43 @@ def test_the_estimator_left_to_the_place_is_k3_in_the_loss_and_k1_in_the_reward(
         assert torch.equal(*weights)
 
 
+@pytest.mark.parametrize("steps", [{}, SEVERAL], ids=["one step", "several"])
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_kl_is_that_of_the_policy_that_sampled_wherever_the_kl_is(tiny_folder, tmp_path, steps, place):
+    """The mean over all real tokens of log(policy / reference), before any update of the step."""
+    settings = steps | {"kl_coef": 0.1, "kl_place": place, "num_steps": 1, "mask_truncated": True}
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", **settings)
+    move_reference(trainer)
+    rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
+    log_ratios = trainer.logprobs("policy", rollouts) - trainer.logprobs("ref", rollouts)
+    line = trainer.train()
+    mean = float(log_ratios[rollouts.completion_mask].double().mean())
+    assert line["kl"] == pytest.approx(mean, rel=1e-4) and abs(mean) > 1e-3
+    assert ("policy/kl_loss" in line) is (place == "loss")
+
+
+def move_reference(trainer) -> None:
+    """Give the reference other weights than the policy."""
+    with torch.no_grad(), trainer.models.use("ref") as ref:
+        for index, parameter in enumerate(ref.parameters()):
+            parameter.add_(0.05 * torch.sin(torch.arange(parameter.numel()) + index).view_as(parameter))
+
+
+def test_sparse_keeps_groups_of_equal_scores_whose_kl_in_the_reward_differs(tiny_folder, tmp_path):
+    """Rows are dropped by what their advantages are made of, which is the score less the KL."""
+    kept, weights = {}, {}
+    for sparse in (True, False):
+        settings = {"kl_coef": 0.5, "kl_place": "reward", "sparse": sparse, "num_steps": 1}
+        trainer = toy_trainer(tiny_folder, tmp_path / str(sparse), **settings)
+        move_reference(trainer)
+        trainer.scorer.functions = {"digits": lambda completions, **_: [0.5] * len(completions)}
+        seen = updates_of(trainer)
+        weights[sparse] = trained_weights(trainer)
+        ((_, kept[sparse]),) = seen
+    assert len(kept[True]) == len(kept[False]) == 16 and kept[True].advantages.any()
+    assert torch.equal(weights[True], weights[False])
+
+
 @pytest.fixture(scope="module")
 def weights_with(tiny_folder, tmp_path_factory):
     """The weights after training with these settings; the same ones are trained once."""
@@ -172,7 +211,7 @@ def test_settings_that_every_algorithm_has_act_too(weights_with, settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"kl_coef": 1.0, "kl_estimator": "k1"},
+        {"kl_coef": 1.0, "kl_estimator": "k2"},
         {"num_minibatches": 1},
         {"num_update_epochs": 1},
     ],
@@ -230,7 +269,7 @@ def test_in_bfloat16_too_the_ratio_starts_at_one_and_the_kl_at_zero(tiny_folder,
     trainer.train()
     first, second = metrics_of(tmp_path / "run")
     assert first["policy/first_ratio"] == second["policy/first_ratio"] == 1.0
-    assert second["kl"] > 0
+    assert first["kl"] == 0 < second["policy/kl_loss"]
     assert first["sampler/logprob_diff"] < 0.05  # the sampler goes token by token, the trainer does not
 
 

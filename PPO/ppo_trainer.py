@@ -1,11 +1,12 @@
 """PPO: proximal policy optimization with a value model (huggingface.co/papers/1707.06347)."""
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from common.advantages import generalized_advantages
+from common.advantages import generalized_advantages, rewards_to_go
 from common.config import ON_POLICY, ClippedConfig, check_discount
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
@@ -57,6 +58,12 @@ class PPOConfig(ClippedConfig):
         """
         super().__post_init__()
         check_discount(self, "gamma", "gae_lambda")
+        for name in ("value_learning_rate", "value_init_learning_rate", "value_loss_coef"):
+            if not 0 <= vars(self)[name] < math.inf:
+                raise ValueError(
+                    f"{name}={vars(self)[name]}: need a finite number, 0 or more, since the value model goes down its "
+                    f"loss. Pass --{name} {type(self).__dataclass_fields__[name].default}."
+                )
         if self.value_clip_range is not None and not self.value_clip_range > 0:
             raise ValueError(
                 f"value_clip_range={self.value_clip_range}: values must be able to change, so it must be above 0. "
@@ -117,17 +124,20 @@ class PPOTrainer(OnPolicyTrainer):
         rollouts.scores = self.score(rollouts)
         rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
         # 2. What the value model predicted in each state, and how much better or worse the outcome was.
-        mask = rollouts.completion_mask
+        mask, gamma = rollouts.completion_mask, config.gamma
         rollouts.values = self.for_each_token("value", rollouts, token_values, phase="values")
         advantages, rollouts.returns = generalized_advantages(
-            rewards, rollouts.values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda
+            rewards, rollouts.values, mask, gamma=gamma, gae_lambda=config.gae_lambda
         )
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)
         self.describe(rollouts, rollouts.advantages)
         explained = explained_variance(
-            rollouts.values, rollouts.returns, mask, sum_over_processes=self.sum_over_processes
+            rollouts.values,
+            rewards_to_go(rewards, mask, gamma=gamma),  # what came, not rollouts.returns, which contain the values
+            rollouts.loss_mask,
+            sum_over_processes=self.sum_over_processes,
         )
-        self.metrics.add("value/explained_variance", explained, 1)
+        self.metrics.add_if_defined("value/explained_variance", explained)
         # 3. Clipped steps of the policy, then of the value model; one of them is on the device at a time.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.policy_loss, average_over=config.average_over)

@@ -1,5 +1,6 @@
 """PPO as a whole: two models that do not touch each other, and a value model that is ready when training starts."""
 
+import json
 import random
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification
 
 from common.advantages import generalized_advantages
+from common.rollouts import Rollouts
+from common.tasks import Task
 from common.update.learner import Learner
 from PPO import value_initializer
 from PPO.ppo_trainer import PPOTrainer
@@ -23,7 +26,6 @@ from tests.toy import (
     samples_of,
     save_toy_policy,
     toy_config,
-    toy_task,
     toy_trainer,
     updates_of,
 )
@@ -254,10 +256,20 @@ def test_the_fit_aims_at_the_very_returns_that_ppo_computes_of_values_of_zero(to
         assert torch.equal(rollouts.returns, fitted.returns) and torch.equal(rollouts.advantages, fitted.returns)
 
 
-def test_the_fit_explains_variance_of_returns_that_it_has_not_seen(tmp_path, backbone):
-    task = toy_task()
-    task.rewards = {"sum": lambda completions, total, **_: [float(t > 4) for t in total]}  # the prompt tells
-    task.reward_weights = {"sum": 1.0}
+def task_of(prompts: list[str], bonus: list[float]) -> Task:
+    """Each prompt has a score of its own, whatever its completions."""
+    return Task(
+        train=[{"prompt": prompt, "bonus": score} for prompt, score in zip(prompts, bonus, strict=True)],
+        eval=[],
+        rewards={"bonus": lambda completions, bonus, **_: list(bonus)},
+        reward_weights={"bonus": 1.0},
+        accuracy=None,
+    )
+
+
+def test_the_fit_explains_variance_of_returns_of_prompts_that_it_has_not_seen(tmp_path, backbone):
+    # The prompt tells: its last token is one of two.
+    task = task_of([f"{i} {word}\n" for i in range(30) for word in ("low", "high")], [0.0, 1.0] * 30)
     # Initial weights of the usual size make states of an untrained model alike, and LoRA leaves them as they are.
     model = save_toy_policy(tmp_path / "model", initializer_range=0.3)
     settings = FIT | {"prompts_per_step": 12, "value_init_prompts": 60, "value_init_learning_rate": 1e-2} | backbone
@@ -267,6 +279,136 @@ def test_the_fit_explains_variance_of_returns_that_it_has_not_seen(tmp_path, bac
     assert line["value_init/explained_variance_before"] == pytest.approx(0.0)
     assert line["value_init/explained_variance_after"] > 0.5
     assert line["value/explained_variance"] > 0.5  # and of those of the first step
+
+
+def parts_of_the_fit(monkeypatch) -> list[Rollouts]:
+    """The completions of each part, the held-out one first, in a list that fills while a trainer is made."""
+    seen, returns = [], value_initializer._returns
+    monkeypatch.setattr(value_initializer, "_returns", lambda *args: seen.append(returns(*args)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize(("value_init_prompts", "copies"), [(13, 1), (5, 3), (60, 3)])
+def test_no_held_out_prompt_is_fitted_also_if_the_data_repeat_and_as_many_are_used_as_asked(
+    toy_folder, tmp_path, monkeypatch, value_init_prompts, copies
+):
+    """Twelve prompts; three times the same ones, with other columns; fewer and more of them than are asked for."""
+    task = task_of([f"{i} make {i}\n" for i in range(12)] * copies, [float(i % 5) for i in range(12 * copies)])
+    settings = {"value_init": "fit", "value_init_prompts": value_init_prompts, "value_init_epochs": 1}
+    config = toy_config(toy_folder, tmp_path / "run", algorithm="PPO", value_init_minibatches=4, **settings)
+    seen = parts_of_the_fit(monkeypatch)
+    PPOTrainer(config, task=task)
+    held_out, *fitted = seen
+    of_fit = {prompt for part in fitted for prompt in part.prompts}
+    assert not set(held_out.prompts) & of_fit
+    assert sum(map(len, seen)) == 4 * value_init_prompts and len(held_out) == 4 * (value_init_prompts // 5)
+    if value_init_prompts == 60:
+        assert len(of_fit) + len(set(held_out.prompts)) == 12
+
+
+def test_prompts_are_held_out_in_the_order_of_training_or_every_fifth_where_they_are_few():
+    ids, order = [[7], [8], [7], [9], [5], [4], [3]], [3, 0, 2, 1, 6, 5, 4]
+    assert value_initializer.held_out_and_fitted(ids, order, 1) == ([3], [0, 2, 1, 6, 5, 4])
+    assert value_initializer.held_out_and_fitted(ids, order, 2) == ([3, 4], [0, 2, 1, 6, 5])
+    with pytest.raises(ValueError, match=r"one distinct prompt.*--value_init zero_head"):
+        value_initializer.held_out_and_fitted([[7], [7]], [0, 1], 1)
+
+
+def test_a_pass_of_the_fit_makes_as_many_optimizer_steps_as_asked(toy_folder, tmp_path, monkeypatch):
+    steps, step = [], Learner.optimizer_step
+    monkeypatch.setattr(
+        Learner, "optimizer_step", lambda self, *args, **kwargs: steps.append(self.name) or step(self, *args, **kwargs)
+    )
+    ppo(toy_folder, tmp_path / "run", **(FITTED | {"value_init_minibatches": 6}))
+    assert steps == ["value"] * 6
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_mini_batches_of_a_pass_are_as_many_as_asked_or_as_there_are_rows_to_fit(rollouts, caplog, masked):
+    if masked:  # two of six completions
+        rollouts.loss_mask = rollouts.completion_mask & torch.tensor([1, 0, 1, 1, 0, 1]).bool()[:, None]
+        rollouts.step_lengths = rollouts.loss_mask.sum(1)
+    num_rows = 16 if masked else 24
+    for asked in range(1, num_rows + 1):
+        parts = value_initializer._parts_of_a_pass([rollouts] * 4, asked)
+        assert sum(count for _, count in parts) == asked and sum(len(part) for part, _ in parts) == num_rows
+        assert all(1 <= count <= len(part) and part.loss_mask.any(1).all() for part, count in parts)
+        assert len(parts) == min(asked, 4)
+    assert not caplog.records
+    assert sum(count for _, count in value_initializer._parts_of_a_pass([rollouts] * 4, 40)) == num_rows
+    assert f"value_init_minibatches=40: there are {num_rows} completions to fit" in caplog.text
+
+
+def test_completions_that_are_masked_have_no_part_in_the_fit_nor_in_its_error(toy_folder, tmp_path, monkeypatch):
+    """What they returned may be anything."""
+    values, lines, returns = [], [], value_initializer._returns
+    for poison in (0.0, 1e3):
+
+        def poisoned(trainer, part, poison=poison):
+            rollouts = returns(trainer, part)
+            assert rollouts.truncated.any() and not rollouts.truncated.all()
+            rollouts.returns = rollouts.returns + poison * rollouts.spread(rollouts.truncated)
+            return rollouts
+
+        monkeypatch.setattr(value_initializer, "_returns", poisoned)
+        settings = FITTED_STEP | {"mask_truncated": True, "max_completion_length": 5}
+        trainer = ppo(toy_folder, tmp_path / str(poison), **settings)
+        values.append(values_of(trainer, trainer.sample(trainer.training_prompts(1), num_generations=4)))
+        trainer.train()
+        lines += metrics_of(tmp_path / str(poison))
+    assert torch.equal(*values) and values[0].any() and lines[0] == lines[1]
+
+
+def test_a_fit_without_any_completion_to_learn_from_says_so_and_trains(tiny_folder, tmp_path, caplog):
+    settings = FIT | {"mask_truncated": True, "num_steps": 1, "max_completion_length": 1}
+    trainer = ppo(tiny_folder, tmp_path / "run", **settings)
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "cut off all completions" in message and "--max_completion_length" in message
+    trainer.train()
+    (line,) = metrics_of(tmp_path / "run")
+    assert not any("explained_variance" in name for name in line)
+
+
+def test_the_fit_is_a_part_of_the_time_of_the_first_line(toy_folder, tmp_path):
+    ppo(toy_folder, tmp_path / "run", num_steps=2, **FITTED).train()
+    first, second = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "time/value_init" not in second
+    for line in (first, second):
+        parts = {name: value for name, value in line.items() if name.startswith("time/") and name != "time/step"}
+        assert 0.5 * line["time/step"] < sum(parts.values()) <= line["time/step"]
+    assert first["time/value_init"] > first["time/update"]  # the steps of the fit are not in the update's
+
+
+# What the values explain
+
+
+def test_explained_variance_is_that_of_what_came_and_random_values_have_none(toy_folder, tmp_path):
+    """Lambda-returns contain the values, which would then explain a part of themselves."""
+    settings = {"value_init": "none", "num_steps": 1, "gae_lambda": 0.5, "gamma": 0.9, "mask_truncated": True}
+    trainer = ppo(toy_folder, tmp_path / "run", **settings)
+    with torch.no_grad(), trainer.models.use("value") as value:
+        value.head.weight.mul_(30.0)
+    updates = updates_of(trainer)
+    line = trainer.train()
+    (_, rollouts), _ = updates
+    came, values, lambda_returns = [], [], []
+    for row, length in enumerate(rollouts.lengths.tolist()):
+        if not rollouts.truncated[row]:
+            came += [float(rollouts.scores[row]) * 0.9 ** (length - 1 - t) for t in range(length)]
+            values += rollouts.values[row, :length].tolist()
+            lambda_returns += rollouts.returns[row, :length].tolist()
+    came, values, lambda_returns = map(np.array, (came, values, lambda_returns))
+    assert line["value/explained_variance"] == pytest.approx(1 - (came - values).var() / came.var(), rel=1e-4)
+    of_lambda_returns = 1 - (lambda_returns - values).var() / lambda_returns.var()
+    assert line["value/explained_variance"] < 0 and line["value/explained_variance"] < of_lambda_returns - 1
+
+
+def test_where_all_returns_are_equal_explained_variance_is_left_out(toy_folder, tmp_path):
+    task = task_of([f"{i} make {i}\n" for i in range(12)], [1.0] * 12)
+    config = toy_config(toy_folder, tmp_path / "run", algorithm="PPO", num_steps=1, **FITTED)
+    PPOTrainer(config, task=task).train()
+    for line in metrics_of(tmp_path / "run"):
+        assert not any("explained_variance" in name for name in line)
 
 
 @pytest.mark.slow
@@ -297,11 +439,12 @@ def test_the_fit_changes_neither_policy_nor_reference_nor_any_random_state_nor_w
 
 
 def test_the_fit_learns_from_other_completions_than_training_will(toy_folder, tmp_path):
-    trainer = ppo(toy_folder, tmp_path / "run", value_init_prompts=20)
-    fitted = value_initializer._returns(trainer, 1)
-    trained_on = trainer.sample(trainer.training_prompts(1), num_generations=4)
-    assert fitted.prompts == trained_on.prompts
-    assert not set(fitted.completions) & set(trained_on.completions)
+    trainer = ppo(toy_folder, tmp_path / "run", value_init_prompts=12, value_init_generations=4)
+    fitted = Rollouts.joined([value_initializer._returns(trainer, part) for part in range(1, 6)])
+    trained_on = trainer.sample(trainer.training_prompts(1, 12), num_generations=4)
+    pairs = [set(zip(some.prompts, some.completions, strict=True)) for some in (fitted, trained_on)]
+    assert set(fitted.prompts) == set(trained_on.prompts) and len(set(fitted.prompts)) == 12
+    assert len(pairs[0] & pairs[1]) < 5 < len(pairs[0]) - 30  # completions of one token may be equal
 
 
 def test_what_the_fit_samples_is_counted_and_its_metrics_are_no_part_of_the_first_step(toy_folder, tmp_path):

@@ -1,7 +1,5 @@
 """The value model: which state a value is of, where the model comes from, what it is written to."""
 
-import math
-
 import pytest
 import torch
 from transformers import (
@@ -268,7 +266,9 @@ def test_explained_variance_by_hand(values, expected):
 
 def test_returns_that_are_all_equal_have_no_variance_to_explain():
     values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    assert math.isnan(explained_variance(values, torch.full((2, 3), 2.0), MASK, sum_over_processes=alone))
+    for returns in (torch.full((2, 3), 2.0), torch.tensor([[0.3, 0.1 + 0.2, 0.30000001], [0.3, NAN, 7.0]])):
+        assert explained_variance(values, returns, MASK, sum_over_processes=alone) is None
+    assert explained_variance(values, RETURNS, MASK & False, sum_over_processes=alone) is None
 
 
 def test_explained_variance_is_over_the_tokens_of_all_processes():

@@ -6,7 +6,6 @@ rewards and with reward models.
 """
 
 import logging
-import time
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.advantages import rewards_to_go
-from common.rollouts import Rollouts
+from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 from common.update.learner import Learner
 from PPO.value_model import (
@@ -29,7 +28,7 @@ from PPO.value_model import (
 
 logger = logging.getLogger("nanorlhf")
 
-# The completions are sampled in this many parts, and the first is held out: the fit uses 80 %.
+# The completions are sampled in this many parts. The first, with prompts of its own, is held out: the fit uses 80 %.
 NUM_PARTS = 5
 
 # Passes over the data without a lower held-out error before the fit ends.
@@ -73,27 +72,77 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, in_pool: dict
     config = trainer.config
     if config.value_init in ("none", "zero_head"):
         return
-    start = time.perf_counter()
-    held_out, *fitted = [_returns(trainer, part) for part in range(1, NUM_PARTS + 1)]
-    learner = trainer.add_learner("value", model, config, **in_pool)  # PPO's own replaces it afterwards
-    before = _explained(trainer, held_out)
-    if config.value_init == "fit":
-        _fit(trainer, learner, fitted, held_out)
-    else:
-        _calibrate(trainer, model.head, fitted)
-    after = _explained(trainer, held_out)
-    trainer.models.evict()
-    trainer.metrics.reduce(trainer.accelerator)  # metrics of the fit do not belong to the first step
-    trainer.metrics.add("value_init/explained_variance_before", before, 1)
-    trainer.metrics.add("value_init/explained_variance_after", after, 1)
-    trainer.metrics.add("time/value_init", time.perf_counter() - start, 1)
-    logger.info("value model: explained variance of held-out returns %.3f before, %.3f after", before, after)
+    with trainer.stopwatch("value_init"):
+        held_out, *fitted = [_returns(trainer, part) for part in range(1, NUM_PARTS + 1)]
+        learner = trainer.add_learner("value", model, config, **in_pool)  # PPO's own replaces it afterwards
+        explained = {"before": _explained(trainer, held_out)}
+        if not _num_rows([held_out]) or not _num_rows(fitted):
+            logger.warning(
+                "value_init=%s: the length limit cut off all completions, and mask_truncated leaves them out, so the "
+                "value model stays as it is. Pass a larger --max_completion_length, or --mask_truncated false.",
+                config.value_init,
+            )
+        elif config.value_init == "fit":
+            _fit(trainer, learner, fitted, held_out)
+        else:
+            _calibrate(trainer, model.head, fitted)
+        explained["after"] = _explained(trainer, held_out)
+        trainer.models.evict()
+    of_fit = trainer.metrics.reduce(trainer.accelerator)  # of it, only these belong to the first line of the run
+    for name in ("value_init/completions", "value_init/tokens"):
+        trainer.metrics.add_sum(name, of_fit[name] if trainer.accelerator.is_main_process else 0)
+    for when, value in explained.items():
+        trainer.metrics.add_if_defined(f"value_init/explained_variance_{when}", value)
+    known = [f"{value:.3f} {when}" for when, value in explained.items() if value is not None]
+    logger.info("value model: explained variance of held-out returns %s", ", ".join(known) or "undefined")
+
+
+def _prompts(trainer: OnPolicyTrainer, part: int) -> PromptBatch:
+    """This process's prompts of a part, from 1; no prompt of the first part is in another."""
+    count, process = trainer.config.value_init_prompts, trainer.accelerator.process_index
+    first, end = (count * number // NUM_PARTS for number in (part - 1, part))
+    held_out, fitted = held_out_and_fitted(trainer.prompts.ids, trainer.prompts.order(0), count // NUM_PARTS)
+    # If there are fewer prompts than asked for, they come again, with other completions.
+    pool, offset = (held_out, 0) if part == 1 else (fitted, first - count // NUM_PARTS)
+    bounds = [(end - first) * number // trainer.accelerator.num_processes for number in (process, process + 1)]
+    rows = list(range(*bounds))
+    return trainer.prompts.select(part, rows, [pool[(offset + row) % len(pool)] for row in rows])
+
+
+def held_out_and_fitted(
+    prompt_ids: list[list[int]], order: list[int], num_held_out: int
+) -> tuple[list[int], list[int]]:
+    """Split prompts by their content.
+
+    Args:
+        prompt_ids: token ids of each prompt, with duplicates or without.
+        order: indices of the prompts in the order in which they are used.
+        num_held_out: how many are held out; if there are fewer than NUM_PARTS times as many, every NUM_PARTS-th is.
+
+    Returns:
+        Indices of the held-out prompts, no two of the same content, and of all others without their duplicates.
+
+    Raises:
+        ValueError: if there is only one prompt.
+    """
+    first_with: dict[tuple[int, ...], int] = {}
+    for index in order:
+        first_with.setdefault(tuple(prompt_ids[index]), index)
+    if len(first_with) < 2:
+        raise ValueError(
+            "value_init with one distinct prompt: the fit is tested on prompts that it has not seen, so it needs at "
+            "least 2. Pass --value_init zero_head, or more prompts."
+        )
+    contents = list(first_with)
+    enough = len(contents) >= NUM_PARTS * num_held_out
+    held_out = {ids: first_with[ids] for ids in (contents[:num_held_out] if enough else contents[::NUM_PARTS])}
+    return list(held_out.values()), [index for index in order if tuple(prompt_ids[index]) not in held_out]
 
 
 def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
     """Completions of a part of the prompts, different from the ones PPO samples, with the returns it would compute."""
     config = trainer.config
-    prompts = trainer.training_prompts(part, config.value_init_prompts // NUM_PARTS)
+    prompts = _prompts(trainer, part)
     rollouts = trainer.sample(prompts, num_generations=config.value_init_generations, purpose="value_init")
     rollouts.scores = trainer.score(rollouts)
     rewards = trainer.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
@@ -103,18 +152,18 @@ def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
 
 def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: Rollouts) -> None:
     config, epochs = trainer.config, trainer.config.value_init_epochs
-    num_minibatches = max(config.value_init_minibatches // len(fitted), 1)
+    parts = _parts_of_a_pass(fitted, config.value_init_minibatches)
     best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
     for epoch in range(epochs):
         with trainer.models.use("value", train=True) as model:
-            for part, rollouts in enumerate(fitted):
+            for part, (rollouts, num_minibatches) in enumerate(parts):
                 # The rate falls to 0: at the end, small mini-batches would add more noise than they teach.
-                remaining = 1 - (epoch + part / len(fitted)) / epochs
+                remaining = 1 - (epoch + part / len(parts)) / epochs
                 learner.update(
                     rollouts,
                     partial(_squared_error, model),
                     batches=trainer.batches,
-                    step=epoch * len(fitted) + part,  # different mini-batches in each pass
+                    step=epoch * len(parts) + part,  # different mini-batches in each pass
                     rate=config.value_init_learning_rate * remaining,
                     num_minibatches=num_minibatches,
                 )
@@ -129,6 +178,37 @@ def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], hel
             parameter.copy_(weight)
 
 
+def _parts_of_a_pass(fitted: list[Rollouts], num_minibatches: int) -> list[tuple[Rollouts, int]]:
+    """The rows to fit, as parts with a number of mini-batches each, together num_minibatches if there are enough rows.
+
+    Rows that are not trained on are left out. Parts of too few rows for a mini-batch are joined with the next.
+    """
+    total = _num_rows(fitted)
+    if total < num_minibatches:
+        logger.warning(
+            "value_init_minibatches=%d: there are %d completions to fit, so each pass makes %d optimizer steps. Pass "
+            "more --value_init_prompts, or --value_init_minibatches %d.",
+            *(num_minibatches, total, total, total),
+        )
+        num_minibatches = total
+    parts, waiting = [], []
+    taken = seen = 0
+    for rollouts in fitted:
+        waiting.append(rollouts)
+        seen += _num_rows([rollouts])
+        count = num_minibatches * seen // total - taken
+        if count:
+            joined = Rollouts.joined(waiting)
+            parts.append((joined.only(joined.loss_mask.any(1)).renumbered(), count))
+            taken, waiting = taken + count, []
+    return parts
+
+
+def _num_rows(batches: list[Rollouts]) -> int:
+    """Completions that are trained on, over all processes."""
+    return sum(int((rollouts.step_lengths > 0).sum()) for rollouts in batches)
+
+
 def _calibrate(trainer: OnPolicyTrainer, head: nn.Linear, fitted: list[Rollouts]) -> None:
     """Scale and shift the head's values to the lowest squared error."""
     values, returns = _flat(trainer, fitted)
@@ -141,14 +221,14 @@ def _calibrate(trainer: OnPolicyTrainer, head: nn.Linear, fitted: list[Rollouts]
         head.bias.copy_(head.bias * scale.float() + (target - scale * value) / count)
 
 
-def _explained(trainer: OnPolicyTrainer, held_out: Rollouts) -> float:
+def _explained(trainer: OnPolicyTrainer, held_out: Rollouts) -> float | None:
     values, returns = _flat(trainer, [held_out])
     everything = torch.ones(values.shape, dtype=torch.bool)
     return explained_variance(values, returns, everything, sum_over_processes=trainer.sum_over_processes)
 
 
 def _error(trainer: OnPolicyTrainer, held_out: Rollouts) -> float:
-    """Mean squared error over the tokens of all processes."""
+    """Mean squared error over the tokens of all processes that are trained on."""
     values, returns = _flat(trainer, [held_out])
     parts = torch.stack([(values - returns).square().sum(), torch.tensor(float(len(values)))])
     total, count = trainer.sum_over_processes(parts.double())
@@ -156,12 +236,12 @@ def _error(trainer: OnPolicyTrainer, held_out: Rollouts) -> float:
 
 
 def _flat(trainer: OnPolicyTrainer, batches: list[Rollouts]) -> tuple[Tensor, Tensor]:
-    """Values and returns of all tokens, (tokens,) float64 both."""
+    """Values and returns of all tokens that are trained on, (tokens,) float64 both."""
     values = [
-        trainer.for_each_token("value", rollouts, token_values, phase="values")[rollouts.completion_mask]
+        trainer.for_each_token("value", rollouts, token_values, phase="values")[rollouts.loss_mask]
         for rollouts in batches
     ]
-    returns = [rollouts.returns[rollouts.completion_mask] for rollouts in batches]
+    returns = [rollouts.returns[rollouts.loss_mask] for rollouts in batches]
     return torch.cat(values).double(), torch.cat(returns).double()
 
 

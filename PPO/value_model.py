@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from common.advantages import is_spread, moments
 from common.config import RLConfig
 from common.logprobs import without_adapter
 from common.models.loading import add_adapter, load_without_dropout, lora_config
@@ -207,33 +208,31 @@ def clipped_value_loss(
     error = (values - returns).square()
     if clip_range is None:
         return error, torch.zeros_like(error)
-    kept = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    change = values - old_values
+    # Where the clip does not act the value stays as it is: a sum of rounded numbers would differ in the last bits.
+    kept = torch.where(change.abs() <= clip_range, values, old_values + change.clamp(-clip_range, clip_range))
     clipped_error = (kept - returns).square()
     return torch.maximum(error, clipped_error), (clipped_error > error).float()
 
 
 def explained_variance(
     values: Tensor, returns: Tensor, mask: Tensor, *, sum_over_processes: Callable[[Tensor], Tensor]
-) -> float:
+) -> float | None:
     """Share of the returns' variance that the values explain: 1 - Var(return - value) / Var(return).
 
     Args:
-        values: (B, C) float; padding may hold anything, in returns too.
-        returns: (B, C) float.
+        values: (B, C) float; may hold anything outside the mask, in returns too.
+        returns: (B, C) float, sums of rewards. Lambda-returns contain the values, which would then explain themselves.
         mask: (B, C) bool.
         sum_over_processes: adds a tensor over all processes; the identity on one process.
 
     Returns:
-        1: all of it; 0: no better than one constant; below 0: worse. NaN if all returns are equal.
+        1: all of it; 0: no better than one constant; below 0: worse. None if all returns are equal (to 1e-6), or if
+        there are none: it is not defined then.
     """
-
-    def variance(numbers: Tensor) -> Tensor:
-        numbers = torch.where(mask, numbers.double(), 0.0)
-        count, total = sum_over_processes(torch.stack([mask.sum().double(), numbers.sum()]))
-        return sum_over_processes(torch.where(mask, numbers - total / count, 0.0).square().sum())
-
-    of_returns = variance(returns)
-    return float(1 - variance(returns - values) / of_returns) if of_returns > 0 else float("nan")
+    _, mean, of_returns = moments(returns, mask, sum_over_processes)
+    _, _, of_errors = moments(returns - values, mask, sum_over_processes)
+    return float(1 - of_errors / of_returns) if is_spread(mean, of_returns) else None
 
 
 def _with_head(backbone: nn.Module, head: nn.Linear, config: RLConfig) -> ValueModel:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from common.advantages import as_groups
-from common.config import RLConfig, check_group
+from common.config import RLConfig, check_group, check_kept_rows
 from common.logprobs import token_logprobs
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
@@ -29,11 +29,7 @@ class RAFTConfig(RLConfig):
                 "whiten_advantages=True: RAFT has no advantages; every chosen completion has the same weight. "
                 "Pass --whiten_advantages false."
             )
-        if self.prompts_per_step % self.num_minibatches:
-            raise ValueError(
-                f"num_minibatches={self.num_minibatches}: RAFT trains on one completion of each of prompts_per_step="
-                f"{self.prompts_per_step} prompts, and mini-batches must be equally large. Pass a divisor of it."
-            )
+        check_kept_rows(self, "RAFT")
 
 
 class RAFTTrainer(OnPolicyTrainer):

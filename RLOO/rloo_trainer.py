@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import leave_one_out
-from common.config import ClippedConfig, check_group
+from common.config import ClippedConfig, check_group, check_kept_rows, check_whiten_rewards
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio, sequence_ratio
 from common.rollouts import PromptBatch, Rollouts
@@ -44,6 +44,9 @@ class RLOOConfig(ClippedConfig):
                 f"average_over={self.average_over!r} with ratio_level='sequence': a whole completion has one loss, so "
                 "the mean is over rows. Pass --average_over rows, or --ratio_level token."
             )
+        if self.keep_per_group:
+            check_kept_rows(self, "keep_per_group")
+        check_whiten_rewards(self, "whiten_advantages")
 
 
 class RLOOTrainer(OnPolicyTrainer):
@@ -72,7 +75,7 @@ class RLOOTrainer(OnPolicyTrainer):
         """(b, C) clipped surrogate, of the completion's ratio or the token's, and (b, C) metrics by name."""
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
         if self.config.ratio_level == "sequence":
-            ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)  # (b, C), equal in a row
+            ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)  # (b, 1)
         else:
             ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
         return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)

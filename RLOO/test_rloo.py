@@ -1,11 +1,10 @@
 """RLOO alone: that its settings act, and by hand what it makes of a step."""
 
 import pytest
-import torch
 
 from RLOO.rloo_trainer import RLOOConfig
 from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_on
-from tests.toy import CLIP, SEVERAL, metrics_of, toy_trainer
+from tests.toy import CLIP, SEVERAL, described_by, metrics_of, toy_trainer
 
 # For each setting of its own: with which others it shows, and changed to what.
 ACTS = CLIP | {
@@ -50,14 +49,41 @@ def test_rloo_has_one_loss_for_a_whole_completion(toy_folder, tmp_path):
 
     def watched(policy, minibatch):
         loss, metrics = whole(policy, minibatch)
-        ratios.append((metrics["policy/ratio"], minibatch.completion_mask))
+        ratios.append(metrics["policy/ratio"])
         return loss, metrics
 
     trainer.loss = watched
     trainer.train()
-    assert any((ratio != 1).any() for ratio, _ in ratios)
-    for ratio, _ in ratios:
-        assert torch.equal(ratio, ratio[:, :1].expand(ratio.shape))
+    assert any((ratio != 1).any() for ratio in ratios)
+    assert all(ratio.shape[1] == 1 for ratio in ratios)
+
+
+def test_the_ratio_and_the_clip_fraction_of_rloo_are_means_over_completions(toy_folder, tmp_path):
+    settings = SEVERAL | {"mask_truncated": True, "max_tokens_per_microbatch": 60}
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="RLOO", **settings)
+    ratios, clipped, whole = [], [], trainer.loss
+
+    def watched(policy, minibatch):
+        loss, metrics = whole(policy, minibatch)
+        for row in minibatch.loss_mask.any(1).nonzero().flatten().tolist():
+            ratios.append(float(metrics["policy/ratio"][row]))
+            high, low = minibatch.advantages[row].max() > 0, minibatch.advantages[row].min() < 0
+            clipped.append(float((high and ratios[-1] > 1.2) or (low and ratios[-1] < 0.8)))
+        return loss, metrics
+
+    trainer.loss = watched
+    line = trainer.train()
+    assert line["policy/ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-5)
+    assert line["policy/clip_fraction"] == pytest.approx(sum(clipped) / len(clipped)) and sum(clipped) > 0
+
+
+def test_scaling_the_rewards_rewards_no_length(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="RLOO", whiten_rewards=True, num_steps=1)
+    trainer.scorer.functions = {"digits": lambda completions, **_: [0.7] * len(completions)}
+    seen = described_by(trainer)
+    trainer.train()
+    ((rollouts, advantages),) = seen
+    assert len(set(rollouts.lengths.tolist())) > 3 and not advantages.any()
 
 
 def test_the_ratio_of_a_completion_is_over_the_tokens_that_are_trained_on(toy_folder, tmp_path):

@@ -39,6 +39,7 @@ SETTINGS = ReMaxConfig(
     clip_range_high=None,  # as clip_range
     kl_coef=0.01,  # cpu: 0.0; in the reward
     missing_eos_penalty=0.0,
+    whiten_rewards=False,
     whiten_advantages=False,  # the greedy completion is already the baseline
     average_over="tokens",
     mask_truncated=False,

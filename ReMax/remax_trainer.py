@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import rewards_to_go
-from common.config import ClippedConfig, check_discount
+from common.config import ClippedConfig, check_discount, check_whiten_rewards
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
@@ -20,6 +20,8 @@ class ReMaxConfig(ClippedConfig):
     """Sampled completions per prompt; an additional greedy one is their baseline."""
     gamma: float = 1.0
     """Discount of later rewards, in [0, 1]."""
+    whiten_rewards: bool = False
+    """Scale the token rewards of a step to variance 1; those of the greedy completions by the same factor."""
 
     def __post_init__(self) -> None:
         """Check ReMax's settings after the shared ones.
@@ -29,6 +31,7 @@ class ReMaxConfig(ClippedConfig):
         """
         super().__post_init__()
         check_discount(self, "gamma")
+        check_whiten_rewards(self, "whiten_advantages")
 
 
 class ReMaxTrainer(OnPolicyTrainer):
@@ -40,23 +43,26 @@ class ReMaxTrainer(OnPolicyTrainer):
         """One iteration of ReMax on this process's prompts."""
         config = self.config
         # 1. The baseline of a prompt: the return of its greedy completion, with the same penalties as all others.
-        greedy = self.returns(self.sample(prompts, greedy=True))
+        greedy, _ = self.returns(self.sample(prompts, greedy=True))
         baselines = greedy.returns[:, 0].repeat_interleave(config.num_generations)  # (B,)
         # 2. Sample, and subtract the baseline.
-        rollouts = self.returns(self.sample(prompts, num_generations=config.num_generations))
-        rollouts.advantages = self.maybe_whiten(rollouts.returns - rollouts.spread(baselines), rollouts)
+        rollouts, rewards = self.returns(self.sample(prompts, num_generations=config.num_generations))
+        advantages = rollouts.returns - rollouts.spread(baselines)
+        if config.whiten_rewards:  # of both, so that the baseline stays comparable
+            advantages = advantages * self.reward_scale(rewards, rollouts)
+        rollouts.advantages = self.maybe_whiten(advantages, rollouts)
         self.describe(rollouts, rollouts.advantages)
         self.metrics.add("baseline", baselines.sum(), len(baselines))
         # 3. Clipped policy-gradient steps; the greedy completions are not trained on.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
 
-    def returns(self, rollouts: Rollouts) -> Rollouts:
-        """Score completions, and sum the rewards from each token on: score and KL to the reference."""
+    def returns(self, rollouts: Rollouts) -> tuple[Rollouts, Tensor]:
+        """Score completions, and sum the rewards from each token on: score and KL. Also gives the rewards, (B, C)."""
         rollouts.scores = self.score(rollouts)
         rewards = self.token_rewards(rollouts, rollouts.scores)
         rollouts.returns = rewards_to_go(rewards, rollouts.completion_mask, gamma=self.config.gamma)
-        return rollouts
+        return rollouts, rewards
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate and (b, C) metrics by name."""

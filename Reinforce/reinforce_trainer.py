@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import group_relative, rewards_to_go
-from common.config import ClippedConfig, check_discount, check_group
+from common.config import ClippedConfig, check_discount, check_group, check_whiten_rewards
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
@@ -37,6 +37,7 @@ class ReinforceConfig(ClippedConfig):
         check_discount(self, "gamma")
         if self.group_baseline:
             check_group(self.num_generations, "group_baseline compares completions of one prompt")
+        check_whiten_rewards(self, "whiten_advantages")
 
 
 class ReinforceTrainer(OnPolicyTrainer):

@@ -30,7 +30,7 @@ from VinePPO.vineppo_trainer import VinePPOConfig, VinePPOTrainer
 
 TOY_SETTINGS = {"vine_k": 2, "chunk_length": 4}
 # For each setting of its own: with which others it shows, and changed to what.
-ACTS = CLIP | {"vine_k": ({}, 3), "chunk_length": ({}, 5), "chunk_separator": ({}, "1")}
+ACTS = CLIP | {"vine_k": ({}, 3), "chunk_length": ({}, 5), "chunk_separator": ({}, "1"), "whiten_rewards": ({}, True)}
 
 
 def vine_trainer(model, folder, **settings):
@@ -257,8 +257,10 @@ def test_values_do_not_depend_on_who_else_is_on_the_process(toy_folder, tmp_path
     assert values[1].any() and torch.equal(values[1], values[2])
 
 
-def test_with_one_chunk_it_is_rloo_with_the_ratio_of_tokens(toy_folder, tmp_path):
+@pytest.mark.parametrize("whitened", [False, True])
+def test_with_one_chunk_it_is_rloo_with_the_ratio_of_tokens(toy_folder, tmp_path, whitened):
     common = {"average_over": "tokens", "num_minibatches": 2, "num_update_epochs": 2, "missing_eos_penalty": 0.2}
+    common["whiten_rewards"] = whitened
     vine = vine_trainer(toy_folder, tmp_path / "vine", chunk_length=12, **common)
     rloo = toy_trainer(toy_folder, tmp_path / "rloo", algorithm="RLOO", ratio_level="token", **common)
     torch.testing.assert_close(trained_weights(vine), trained_weights(rloo), atol=1e-5, rtol=1e-4)

@@ -42,6 +42,7 @@ SETTINGS = VinePPOConfig(
     clip_range_high=None,  # as clip_range
     kl_coef=0.01,  # cpu: 0.0; in the reward
     missing_eos_penalty=0.0,
+    whiten_rewards=False,
     whiten_advantages=False,  # every chunk already has its own baseline
     mask_truncated=False,
     # Optimizer

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from common.advantages import leave_one_out, rewards_to_go
-from common.config import ClippedConfig
+from common.advantages import leave_one_out, per_token_rewards, rewards_to_go
+from common.config import ClippedConfig, check_whiten_rewards
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
@@ -24,6 +24,8 @@ class VinePPOConfig(ClippedConfig):
     """Minimum tokens between two valued states; exact without chunk_separator."""
     chunk_separator: str | None = None
     """Text that ends a chunk, such as a line break; None: every chunk_length-th token does."""
+    whiten_rewards: bool = False
+    """Scale the token rewards of a step to variance 1; values, which are mean scores, by the same factor."""
 
     def __post_init__(self) -> None:
         """Check VinePPO's settings after the shared ones.
@@ -42,6 +44,7 @@ class VinePPOConfig(ClippedConfig):
                 "chunk_separator='': an empty text matches everywhere, so it marks no end. Pass the text that a "
                 "chunk ends with, or leave --chunk_separator out for chunks of equal length."
             )
+        check_whiten_rewards(self, "whiten_advantages")
 
     def idle_settings(self) -> dict[str, str]:
         """Those of every clipped algorithm, and the continuations and chunks where completions are not cut."""
@@ -80,6 +83,9 @@ class VinePPOTrainer(OnPolicyTrainer):
         self.metrics.add("vine/chunks", starts.sum(), len(rollouts))
         kl_rewards = self.token_rewards(rollouts, torch.zeros(len(rollouts)))
         advantages = advantages + rewards_to_go(kl_rewards, rollouts.completion_mask)
+        if config.whiten_rewards:  # advantages are linear in the rewards, those of continuations included
+            only_scores = per_token_rewards(scores, rollouts.completion_mask, torch.zeros(starts.shape), 0.0)
+            advantages = advantages * self.reward_scale(kl_rewards + only_scores, rollouts)
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)
         self.describe(rollouts, rollouts.advantages)
         # 4. Clipped policy-gradient steps; the continuations are not trained on.

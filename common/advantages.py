@@ -142,32 +142,57 @@ def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:
     return (~all_equal).expand(-1, num_generations).reshape(-1).nonzero().squeeze(1)
 
 
-def whiten(
-    values: Tensor, mask: Tensor, *, sum_over_processes: Callable[[Tensor], Tensor], shift_mean: bool = True
-) -> Tensor:
-    """Scale real tokens to variance 1 and shift them to mean 0.
+def whiten(values: Tensor, mask: Tensor, *, sum_over_processes: Callable[[Tensor], Tensor]) -> Tensor:
+    """Scale the tokens of `mask` to variance 1 and shift them to mean 0.
 
-    Mean and (biased) variance are over all real tokens of all processes, so splitting the batch changes nothing.
+    Mean and (biased) variance are over these tokens of all processes, so splitting the batch changes nothing.
 
     Args:
-        values: (B, C) float; padding may hold anything.
+        values: (B, C) float; may hold anything outside the mask.
         mask: (B, C) bool.
         sum_over_processes: adds a tensor over all processes; the identity on one process.
-        shift_mean: False only scales and keeps the mean.
 
     Returns:
-        (B, C) float32, 0 at padding.
+        (B, C) float32, 0 outside the mask.
     """
-    real = torch.where(mask, values.double(), 0.0)  # float64: sums over 10^5 tokens
+    centred, _, variance = moments(values, mask, sum_over_processes)
+    # 1e-8: a batch of equal values has variance 0 and must come out as 0, not as NaN.
+    return (centred * torch.rsqrt(variance + 1e-8)).float()
+
+
+def inverse_deviation(values: Tensor, mask: Tensor, *, sum_over_processes: Callable[[Tensor], Tensor]) -> float:
+    """The factor that gives values variance 1: 1 / their standard deviation.
+
+    Rewards are multiplied by it and not shifted. A shift gives every token the same reward on top, also those that
+    have none, and their sum over a completion would then reward length.
+
+    Args:
+        values: (B, C) float; may hold anything outside the mask.
+        mask: (B, C) bool.
+        sum_over_processes: adds a tensor over all processes; the identity on one process.
+
+    Returns:
+        1 if all values are equal (to 1e-6): there is nothing to scale.
+    """
+    _, mean, variance = moments(values, mask, sum_over_processes)
+    return float(variance.rsqrt()) if is_spread(mean, variance) else 1.0
+
+
+def is_spread(mean: Tensor, variance: Tensor) -> bool:
+    """True if numbers of this mean and variance differ by more than float noise."""
+    size = (mean.square() + variance).sqrt().clamp(min=1)
+    return bool(variance.sqrt() > SCORE_TOLERANCE * size)
+
+
+def moments(
+    values: Tensor, mask: Tensor, sum_over_processes: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values less their mean (B, C), 0 outside the mask; mean; biased variance. float64: sums over 10^5 tokens."""
+    real = torch.where(mask, values.double(), 0.0)
     count, total = sum_over_processes(torch.stack([mask.sum().double(), real.sum()]))
     mean = total / count.clamp(min=1)
     centred = torch.where(mask, real - mean, 0.0)
-    variance = sum_over_processes(centred.square().sum()) / count.clamp(min=1)
-    # 1e-8: a batch of equal values has variance 0 and must come out as 0, not as NaN.
-    whitened = centred * torch.rsqrt(variance + 1e-8)
-    if not shift_mean:
-        whitened = torch.where(mask, whitened + mean, 0.0)
-    return whitened.float()
+    return centred, mean, sum_over_processes(centred.square().sum()) / count.clamp(min=1)
 
 
 def as_groups(scores: Tensor, num_generations: int) -> Tensor:

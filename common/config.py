@@ -354,6 +354,14 @@ class RLConfig:
                 f"eval_num_samples={self.eval_num_samples} with eval_temperature=0: greedy completions of a prompt "
                 "are all the same, so more than one adds nothing. Pass --eval_temperature 1.0 or --eval_num_samples 1."
             )
+        sampled_alike = self.eval_temperature == self.temperature and self.eval_top_p == 1 and self.eval_top_k == 0
+        if self.eval_kl and not sampled_alike:
+            raise ValueError(
+                f"eval_kl with eval_temperature={self.eval_temperature}, eval_top_p={self.eval_top_p}, eval_top_k="
+                f"{self.eval_top_k}: the KL is a mean over completions of the policy that is trained, and these come "
+                f"from another distribution. Pass --eval_temperature {self.temperature} --eval_top_p 1 --eval_top_k "
+                "0, or --eval_kl false."
+            )
         if self.early_stopping_patience and not (self.eval_every and self.num_eval_prompts):
             raise ValueError(
                 f"early_stopping_patience={self.early_stopping_patience} without evaluation: it counts evaluations "
@@ -496,6 +504,25 @@ def check_group(num_generations: int, reason: str) -> None:
             f"num_generations={num_generations}: {reason}, so it needs at least 2. Pass --num_generations 8, or use "
             "an algorithm with another baseline."
         )
+
+
+def check_kept_rows(config: RLConfig, who: str) -> None:
+    """Raise a ValueError if training on one completion per prompt, which `who` does, makes unequal mini-batches."""
+    if config.prompts_per_step % config.num_minibatches:
+        raise ValueError(
+            f"num_minibatches={config.num_minibatches}: {who} trains on one completion of each of prompts_per_step="
+            f"{config.prompts_per_step} prompts, and mini-batches must be equally large. Pass a divisor of it."
+        )
+
+
+def check_whiten_rewards(config: RLConfig, *names: str) -> None:
+    """Raise a ValueError for whiten_rewards with a setting that takes its effect away."""
+    for name in names:
+        if vars(config)["whiten_rewards"] and vars(config)[name]:
+            raise ValueError(
+                f"whiten_rewards with {name}: advantages are divided by their own deviation, so a factor that all "
+                f"rewards have in common cancels. Pass --whiten_rewards false, or --{name} false."
+            )
 
 
 def as_declared(name: str, value: object, declared: type | types.UnionType) -> object:

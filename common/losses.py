@@ -34,7 +34,7 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
 
 
 def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor) -> Tensor:
-    """Ratio of each completion's current probability to that when it was sampled, repeated for all its tokens.
+    """Ratio of each completion's current probability to that when it was sampled.
 
     Args:
         logprobs: (b, C) float32, with gradient.
@@ -42,10 +42,10 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor) 
         mask: (b, C) bool.
 
     Returns:
-        (b, C) float32, the same number in each row.
+        (b, 1) float32.
     """
     log_ratio = torch.where(mask, log_importance_ratio(logprobs, old_logprobs), 0.0).sum(1, keepdim=True)  # (b, 1)
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().expand(mask.shape)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float) -> Tensor:
@@ -55,7 +55,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float, clip
     (huggingface.co/papers/2503.14476).
 
     Args:
-        ratio: (b, C) float32.
+        ratio: (b, C) float32 of tokens, or (b, 1) of completions.
         advantages: (b, C) float32.
         clip_range: in (0, 1), how far the ratio may fall.
         clip_range_high: above 0, how far it may rise.
@@ -80,35 +80,38 @@ def clipped_policy_loss(
     """The clipped surrogate of a micro-batch, and its metrics.
 
     Args:
-        ratio: (b, C) float32, with gradient: of tokens, of whole completions, or any other.
+        ratio: (b, C) float32, with gradient, of tokens; or (b, 1), of completions.
         logprobs: (b, C) float32.
         entropy: (b, C) float32.
         minibatch: b rows with advantages.
         clip_ranges: how far the ratio may fall, and rise.
 
     Returns:
-        (b, C) loss, and (b, C) metrics by name.
+        (b, C) loss, and metrics by name. Ratio and clip of completions are (b, 1): each completion counts once.
     """
     loss = clipped_surrogate(ratio, minibatch.advantages, *clip_ranges)
     clipped = clipped_tokens(ratio, minibatch.advantages, *clip_ranges)
+    if ratio.shape != loss.shape:
+        mask = minibatch.loss_mask
+        clipped = torch.where(mask, clipped, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     return loss, policy_metrics(ratio, clipped, entropy, logprobs, minibatch.sampling_logprobs)
 
 
 def policy_metrics(
     ratio: Tensor, clipped: Tensor, entropy: Tensor, logprobs: Tensor, sampling_logprobs: Tensor
 ) -> dict[str, Tensor]:
-    """What every policy loss reports about each token, all without gradient.
+    """What every policy loss reports, all without gradient.
 
     Args:
-        ratio: (b, C) float32, from importance_ratio.
-        clipped: (b, C) float32, from clipped_tokens.
+        ratio: (b, C) float32 from importance_ratio, or (b, 1) from sequence_ratio.
+        clipped: float32 of the same shape, the share that the clip stops.
         entropy: (b, C) float32, nats.
         logprobs: (b, C) float32.
         sampling_logprobs: (b, C) float32, as the sampler reported them.
 
     Returns:
-        (b, C) tensors by metric name. Names under first/ are for the first optimizer step after sampling: the policy
-        is still the one that sampled, so the ratio must be 1 and both log-probs equal.
+        Tensors by metric name. Names under first/ are for the first optimizer step after sampling: the policy is
+        still the one that sampled, so the ratio must be 1 and both log-probs equal.
     """
     return {
         "policy/ratio": ratio.detach(),
@@ -150,6 +153,22 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return difference.exp() - difference - 1
     raise ValueError(f"kl_estimator={estimator!r}: need one of k1, k2, k3. Pass --kl_estimator k3.")
+
+
+def sampling_kl(logprobs: Tensor, minibatch: Rollouts) -> tuple[Tensor, Tensor]:
+    """The metric `kl` of an algorithm with the KL in its loss: k1 of the policy that sampled, over all real tokens.
+
+    So it is what an algorithm with the KL in the reward reports, whatever the loss's estimator and mask.
+
+    Args:
+        logprobs: (b, C) float32 of the policy being updated, which has sampled if there are no old_logprobs.
+        minibatch: b rows with ref_logprobs.
+
+    Returns:
+        (b, C) float32 without gradient, and the (b, C) bool mask of its mean.
+    """
+    sampled = logprobs.detach() if minibatch.old_logprobs is None else minibatch.old_logprobs
+    return kl_estimate(sampled, minibatch.ref_logprobs, "k1"), minibatch.completion_mask
 
 
 def token_weights(

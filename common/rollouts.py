@@ -47,6 +47,7 @@ class PromptBatch:
         prompts: their text, for rewards and tables.
         columns: the data set's other columns, one list each.
         raw_prompts: the prompts as the data set has them, text or chat messages; empty: as `prompts`.
+        refill: 0 for the step's own prompts; 1, 2, ... for additional ones.
     """
 
     step: int
@@ -55,6 +56,7 @@ class PromptBatch:
     prompts: list[str]
     columns: dict[str, list]
     raw_prompts: list[str | list[dict]] = field(default_factory=list)
+    refill: int = 0
 
     def __len__(self) -> int:
         """Number of prompts."""

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.advantages import per_token_rewards, whiten
+from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
@@ -28,21 +28,26 @@ from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
-from common.runs.measures import evaluation_means, judge, rollout_means, with_confidence_interval
+from common.runs.measures import (
+    evaluation_means,
+    judge,
+    judge_leniently,
+    rollout_means,
+    with_confidence_interval,
+)
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, run_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
-from common.tasks import Task, load_task, task_scorer
+from common.tasks import Task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
-from common.update.learner import Learner
+from common.update.learner import Learner, Metric
 from common.update.rows import keep_one_per_group
 
 logger = logging.getLogger("nanorlhf")
 
-# Loss of each completion token with its metrics; all (b, C).
-Metrics = dict[str, Tensor]
-LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, Metrics]]
+# Loss of each completion token, (b, C), and metrics by name.
+LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Metric]]]
 TokenFunction = Callable[[nn.Module, Rollouts], Tensor]
 SaveModel = Callable[[Path], None]
 
@@ -108,7 +113,7 @@ class OnPolicyTrainer(ABC):
     def train(self) -> dict[str, float]:
         """Run all remaining steps, and return the metrics of the last one."""
         metrics = {}
-        self.stopwatch.read_and_reset()  # loading does not belong to the first step
+        self.stopwatch.start_first_step()  # loading is no part of it
         with self.run as run:
             if self.current_step == 0 and self._evaluates_at(0):
                 self.evaluate()
@@ -146,6 +151,9 @@ class OnPolicyTrainer(ABC):
     ) -> Rollouts:
         """Complete each prompt with the current policy: B = len(prompts) x G rows, those of one prompt adjacent.
 
+        Completions of the step's own prompts count as `episodes`; all others under a name of their own:
+        greedy/completions, refill/completions or <purpose>/completions.
+
         Args:
             prompts: this process's prompts of the step.
             num_generations: completions per prompt, G; 1 if greedy.
@@ -157,7 +165,13 @@ class OnPolicyTrainer(ABC):
         if self.config.mask_truncated:
             rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]  # (B, C)
         self.batches.number(rollouts)
-        self.run.count_tokens(int(self.sum_over_processes(rollouts.lengths.sum())))
+        kind = "greedy" if greedy else "refill" if prompts.refill else purpose
+        counts = torch.stack([torch.tensor(len(rollouts)), rollouts.lengths.sum()])
+        if kind != "train":
+            self.metrics.add_sum(f"{kind}/completions", counts[0])
+            self.metrics.add_sum(f"{kind}/tokens", counts[1])
+        completions, tokens = self.sum_over_processes(counts).tolist()
+        self.run.count(episodes=completions if kind == "train" else 0, tokens=tokens)
         return rollouts
 
     @final
@@ -182,7 +196,7 @@ class OnPolicyTrainer(ABC):
         request = {"step": self.current_step, "num_generations": num_generations, "purpose": purpose}
         continuations = self.policy_sampler.continue_from(rollouts, rows, places, **request)
         num_tokens = continuations.lengths.sum() - num_generations * places.sum()
-        self.run.count_tokens(int(self.sum_over_processes(num_tokens)))
+        self.run.count(tokens=int(self.sum_over_processes(num_tokens)))
         return continuations
 
     @final
@@ -191,7 +205,9 @@ class OnPolicyTrainer(ABC):
         return self._rewards(rollouts) - self.config.missing_eos_penalty * rollouts.truncated
 
     @final
-    def token_rewards(self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False) -> Tensor:
+    def token_rewards(
+        self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False, with_kl: bool = True
+    ) -> Tensor:
         """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
         With kl_coef above 0, it sets rollouts.old_logprobs and ref_logprobs.
@@ -199,23 +215,30 @@ class OnPolicyTrainer(ABC):
         Args:
             rollouts: B rows.
             scores: (B,) float32.
-            whitened: scale the rewards of the step to variance 1 without changing their mean.
+            whitened: multiply by `reward_scale`.
+            with_kl: False leaves the KL out, for an algorithm that has it in the loss.
         """
         mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
-        if self.config.kl_coef:
-            kl = self._add_kl(rollouts, "kl")
+        if with_kl and self.config.kl_coef:
+            kl = self._kl(rollouts)
         rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
-        if whitened:
-            rewards = whiten(rewards, mask, sum_over_processes=self.sum_over_processes, shift_mean=False)
-        return rewards
+        return rewards * self.reward_scale(rewards, rollouts) if whitened else rewards
+
+    @final
+    def reward_scale(self, rewards: Tensor, rollouts: Rollouts) -> float:
+        """The factor that scales token rewards (B, C) to variance 1, over the tokens of all processes trained on."""
+        return inverse_deviation(rewards, rollouts.loss_mask, sum_over_processes=self.sum_over_processes)
 
     @final
     def maybe_whiten(self, advantages: Tensor, rollouts: Rollouts) -> Tensor:
-        """(B, C) float32: the advantages; with whiten_advantages, of mean 0 and variance 1 over all processes."""
+        """(B, C) float32: the advantages; with whiten_advantages, of mean 0 and variance 1.
+
+        Mean and variance are over the tokens of all processes that are trained on; others get 0.
+        """
         self._used_settings.add("whiten_advantages")
         if not self.config.whiten_advantages:
             return advantages
-        return whiten(advantages, rollouts.completion_mask, sum_over_processes=self.sum_over_processes)
+        return whiten(advantages, rollouts.loss_mask, sum_over_processes=self.sum_over_processes)
 
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
@@ -320,9 +343,10 @@ class OnPolicyTrainer(ABC):
         with self.stopwatch("eval"):
             rollouts = self.policy_sampler.sample_for_evaluation(prompts)
             rollouts.scores = self._rewards(rollouts)
-            evaluation_means(rollouts, **self.judged_by, num_samples=num_samples, metrics=self.metrics)
+            judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
+            evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
-                self._add_kl(rollouts, "eval/kl")
+                self.metrics.add("eval/kl", self._kl(rollouts).sum(), rollouts.lengths.sum())
         self.run.add_samples(self.current_step, "eval", rollouts, rollouts.parts)
 
     # ----------------------------------------------------------------------------------------------------- private
@@ -330,6 +354,7 @@ class OnPolicyTrainer(ABC):
     def _load_data(self, task: Task) -> None:
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
+        self.lenient_scorer = lenient_scorer(task, self.config)
         self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time)
         self.eval_prompts = None
         if task.eval:
@@ -389,13 +414,11 @@ class OnPolicyTrainer(ABC):
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores
 
-    def _add_kl(self, rollouts: Rollouts, metric: str) -> Tensor:
-        """(B, C) float32: k1 of the KL to the reference. Records it, and keeps both log-probs in the rollouts."""
+    def _kl(self, rollouts: Rollouts) -> Tensor:
+        """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts."""
         rollouts.old_logprobs = self.logprobs("policy", rollouts)
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
-        kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
-        self.metrics.add(metric, kl.sum(), rollouts.completion_mask.sum())
-        return kl
+        return kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
 
     def _evaluates_at(self, step: int) -> bool:
         return self._evaluates and (step % self.config.eval_every == 0 or step == self.config.num_steps)

@@ -1,6 +1,7 @@
 """Advantages: each completion against its own group, noise is no signal, statistics over real tokens everywhere."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from common.advantages import (
     generalized_advantages,
     group_relative,
+    inverse_deviation,
     leave_one_out,
     per_token_rewards,
     rewards_to_go,
@@ -27,8 +29,8 @@ def alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def on_processes(parts: list[tuple[torch.Tensor, torch.Tensor]], **options: bool) -> list[torch.Tensor]:
-    """whiten() in one thread per (values, mask), with a sum that really waits for all of them."""
+def on_processes(parts: list[tuple[torch.Tensor, torch.Tensor]], function: Callable) -> list:
+    """A function in one thread per (values, mask), with a sum that really waits for all of them."""
     barrier, shares, results = threading.Barrier(len(parts), timeout=10), {}, [None] * len(parts)
 
     def run(process: int) -> None:
@@ -39,7 +41,7 @@ def on_processes(parts: list[tuple[torch.Tensor, torch.Tensor]], **options: bool
             barrier.wait()
             return total
 
-        results[process] = whiten(*parts[process], sum_over_processes=sum_over_processes, **options)
+        results[process] = function(*parts[process], sum_over_processes=sum_over_processes)
 
     threads = [threading.Thread(target=run, args=(process,)) for process in range(len(parts))]
     for thread in threads:
@@ -336,22 +338,38 @@ def test_whitening_by_hand():
     torch.testing.assert_close(whiten(values, mask, sum_over_processes=alone), by_hand)
 
 
-def test_whitening_without_shifting_only_scales_around_the_mean():
+def test_the_factor_for_variance_one_by_hand():
+    """Real values 1, 3, 5, 7 have variance 5. Without a shift a reward of 0 stays 0."""
     values, mask = torch.tensor([[1.0, 3.0, 99.0], [5.0, 7.0, NAN]]), torch.tensor([[True, True, False]] * 2)
-    scaled = whiten(values, mask, sum_over_processes=alone, shift_mean=False)
-    assert scaled[mask].mean().item() == pytest.approx(4.0)
-    assert scaled[0, 0].item() == pytest.approx(4 - 1.3416408)
-    assert scaled[~mask].tolist() == [0.0, 0.0]
+    assert inverse_deviation(values, mask, sum_over_processes=alone) == pytest.approx(5**-0.5)
+
+
+@pytest.mark.parametrize("values", [[[3.3] * 4], [[0.0] * 4], [[0.3, 0.1 + 0.2, 0.3, 0.30000001]]], ids=str)
+def test_values_that_do_not_differ_are_not_scaled(values):
+    """A deviation of float noise would make the rewards a million times larger."""
+    for num_real in (0, 1, 4):
+        mask = torch.arange(4)[None, :] < num_real
+        assert inverse_deviation(torch.tensor(values), mask, sum_over_processes=alone) == 1.0
+
+
+@pytest.mark.parametrize("lengths", [(10, 100), (3, 3), (1, 50)])
+def test_scaled_rewards_of_completions_with_equal_scores_are_equal_whatever_their_lengths(lengths):
+    mask = mask_of(list(lengths), max(lengths))
+    rewards = per_token_rewards(torch.tensor([0.7, 0.7]), mask, torch.zeros(mask.shape), 0.0)
+    scaled = (rewards * inverse_deviation(rewards, mask, sum_over_processes=alone)).sum(1)
+    assert scaled[0] > 0.7 and leave_one_out(scaled, 2).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("garbage", [NAN, float("inf"), 1e9], ids=str)
-@pytest.mark.parametrize("shift_mean", [True, False])
-def test_whitening_leaves_garbage_in_padding_out_and_padding_at_zero(garbage, shift_mean):
+def test_whitening_leaves_garbage_in_padding_out_and_padding_at_zero(garbage):
     generator = torch.Generator().manual_seed(0)
     values, mask = torch.randn(4, 6, generator=generator), torch.rand(4, 6, generator=generator) < 0.6
-    options = {"sum_over_processes": alone, "shift_mean": shift_mean}
+    options = {"sum_over_processes": alone}
     clean = whiten(torch.where(mask, values, 0.0), mask, **options)
     dirty = whiten(torch.where(mask, values, garbage), mask, **options)
+    assert inverse_deviation(torch.where(mask, values, garbage), mask, **options) == inverse_deviation(
+        torch.where(mask, values, 0.0), mask, **options
+    )
     assert torch.equal(clean, dirty) and (dirty[~mask] == 0).all() and dirty[mask].abs().min() > 0
 
 
@@ -379,15 +397,18 @@ def test_whitening_values_that_do_not_differ_gives_zero(num_real):
     assert whiten(torch.full((1, 6), 3.3), mask, sum_over_processes=alone).tolist() == [[0.0] * 6]
 
 
-@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("function", [whiten, inverse_deviation])
 @pytest.mark.parametrize("borders", [[2], [1, 3], [0, 5]], ids=["two", "three", "one without rows"])
-def test_whitening_on_several_processes_equals_whitening_on_one(borders, shift_mean):
+def test_whitening_on_several_processes_equals_whitening_on_one(borders, function):
     generator = torch.Generator().manual_seed(1)
     values, mask = torch.randn(6, 5, generator=generator) + 2, torch.rand(6, 5, generator=generator) < 0.7
     mask[:2] = mask[:2] & (torch.arange(5) < 2)  # unequal counts of tokens
-    whole = whiten(values, mask, sum_over_processes=alone, shift_mean=shift_mean)
-    parts = zip(values.tensor_split(borders), mask.tensor_split(borders), strict=True)
-    torch.testing.assert_close(torch.cat(on_processes(list(parts), shift_mean=shift_mean)), whole)
+    whole = function(values, mask, sum_over_processes=alone)
+    parts = on_processes(list(zip(values.tensor_split(borders), mask.tensor_split(borders), strict=True)), function)
+    if function is whiten:
+        torch.testing.assert_close(torch.cat(parts), whole)
+    else:
+        assert parts == pytest.approx([whole] * len(parts), rel=1e-12)
 
 
 def test_whitening_is_exact_for_a_mean_far_from_zero():

@@ -1,6 +1,7 @@
 """What holds for every algorithm, found by the rule that makes a folder one: `Name/name_trainer.py`."""
 
 import ast
+import json
 import re
 import runpy
 import sys
@@ -19,6 +20,7 @@ from common.config import ClippedConfig, RLConfig, remarks
 from common.presets.preset import PRESETS, Preset
 from tests.toy import (
     LORA,
+    ROOT,
     Killed,
     algorithms,
     described_by,
@@ -51,9 +53,7 @@ def busy_run(toy_folder, tmp_path_factory):
             name, settings = VARIANTS[variant]
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                trainer = toy_trainer(
-                    toy_folder, root / variant, algorithm=name, **(BUSY | in_reward(name) | settings)
-                )
+                trainer = toy_trainer(toy_folder, root / variant, algorithm=name, **(BUSY | settings))
                 trainer.train()
             # Correct use warns of nothing; what libraries deprecate among themselves when they are imported is theirs.
             assert not [str(warning.message) for warning in said if warning.category is not DeprecationWarning]
@@ -61,11 +61,6 @@ def busy_run(toy_folder, tmp_path_factory):
         return runs[variant]
 
     return run
-
-
-def in_reward(name: str) -> dict:
-    """Have the KL of a step measured before its first update, also where the loss is another place for it."""
-    return {"kl_place": "reward"} if "kl_place" in algorithms()[name].config.__dataclass_fields__ else {}
 
 
 # The files
@@ -241,6 +236,20 @@ def test_every_algorithm_reports_the_same_names(busy_run, name):
     assert set(expected.split()) <= set(line)
 
 
+EXPLAINED = [
+    re.compile(re.sub(r"<\w+>", "[^/]+", name))
+    for cell in re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+    for name in re.findall(r"`([^`]+)`", cell)
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_metric_of_a_run_is_explained_in_the_documents(busy_run, variant):
+    folder, _ = busy_run(variant)
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        assert not [name for name in json.loads(line) if not any(known.fullmatch(name) for known in EXPLAINED)]
+
+
 def test_algorithms_of_one_seed_begin_with_the_same_completions(busy_run):
     first = {}
     for name in NAMES:
@@ -270,7 +279,7 @@ def test_a_run_that_was_cut_off_continues_as_if_nothing_had_happened(busy_run, t
     """
     whole, _ = busy_run(variant)
     name, settings = VARIANTS[variant]
-    settings = BUSY | in_reward(name) | settings
+    settings = BUSY | settings
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings)
     update = trainer.update
 
@@ -294,7 +303,7 @@ def test_a_run_that_was_cut_off_continues_as_if_nothing_had_happened(busy_run, t
 def test_offload_changes_not_a_bit(busy_run, toy_folder, tmp_path, variant):
     never, _ = busy_run(variant)
     name, settings = VARIANTS[variant]
-    settings = BUSY | in_reward(name) | settings | {"offload": "always", "save_every": 0, "num_steps": 2}
+    settings = BUSY | settings | {"offload": "always", "save_every": 0, "num_steps": 2}
     toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings).train()
     assert metrics_of(tmp_path / "run") == metrics_of(never)[:3]
 

@@ -74,6 +74,7 @@ def test_any_algorithm_trains_on_any_task(folder, tmp_path, name, task):
     assert parts == expected.get(task, parts) and parts
     assert "eval/score" in first and "eval/score" in last
     assert ("eval/accuracy" in last) == (task in ("countdown", "gsm8k", "math"))
+    assert ("eval/lenient_accuracy" in last) == (task in ("gsm8k", "math"))
 
 
 def test_a_reward_that_asks_for_a_column_the_data_lack_is_refused_by_name(folder, tmp_path):

@@ -9,6 +9,9 @@ import pytest
 from common.config import RLConfig, remarks
 from GRPO.grpo_trainer import GRPOConfig
 from PPO.ppo_trainer import PPOConfig
+from Reinforce.reinforce_trainer import ReinforceConfig
+from ReMax.remax_trainer import ReMaxConfig
+from RLOO.rloo_trainer import RLOOConfig
 from VinePPO.vineppo_trainer import VinePPOConfig
 
 NAN, INF = float("nan"), float("inf")
@@ -66,6 +69,10 @@ def test_a_setting_out_of_its_range_is_refused_and_the_message_says_what_to_pass
         ({"early_stopping_patience": 2, "eval_every": 0}, ["without evaluation", "--eval_every"]),
         ({"early_stopping_patience": 2, "num_eval_prompts": 0}, ["without evaluation", "--num_eval_prompts"]),
         ({"prompts_per_step": 3, "num_generations": 3, "num_minibatches": 2}, ["9 rows", "divisor"]),
+        ({"eval_kl": True, "eval_temperature": 0.0}, ["eval_temperature=0.0", "--eval_temperature 1.0"]),
+        ({"eval_kl": True, "eval_temperature": 0.6, "temperature": 0.7}, ["--eval_temperature 0.7"]),
+        ({"eval_kl": True, "eval_top_p": 0.9}, ["eval_top_p=0.9", "another distribution", "--eval_kl false"]),
+        ({"eval_kl": True, "eval_top_k": 5}, ["eval_top_k=5", "--eval_top_k 0"]),
     ],
     ids=str,
 )
@@ -88,8 +95,10 @@ def test_settings_that_do_not_go_together_are_refused(settings, fragments):
         ({"sparse": True, "whiten_advantages": True}, ["sparse with whiten_advantages", "--sparse false"]),
         (
             {"keep_per_group": True, "prompts_per_step": 6, "num_generations": 8, "num_minibatches": 4},
-            ["6 rows", "num_minibatches=4", "divisor"],
+            ["num_minibatches=4: keep_per_group", "prompts_per_step=6", "divisor"],
         ),
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, ["kl_estimator=k1 in the loss", "mean zero", "--kl_estimator k3"]),
+        ({"whiten_rewards": True}, ["whiten_rewards with scale_by_std", "cancels", "--scale_by_std false"]),
         ({"temperature": 0.0}, ["temperature=0.0", "--eval_temperature 0"]),
     ],
     ids=str,
@@ -97,6 +106,33 @@ def test_settings_that_do_not_go_together_are_refused(settings, fragments):
 def test_what_grpo_cannot_do_is_refused(settings, fragments):
     message = refused(GRPOConfig, **settings)
     assert all(fragment in message for fragment in fragments), message
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, RLOOConfig])
+def test_one_kept_completion_per_prompt_must_make_equal_mini_batches_in_every_algorithm(config):
+    settings = {"keep_per_group": True, "prompts_per_step": 4, "num_generations": 4}
+    assert "num_minibatches=8: keep_per_group" in refused(config, num_minibatches=8, **settings)
+    assert config(num_minibatches=2, **settings).keep_per_group
+
+
+@pytest.mark.parametrize("config", [GRPOConfig, ReinforceConfig, ReMaxConfig, RLOOConfig, VinePPOConfig])
+def test_rewards_cannot_be_scaled_where_whitening_would_take_the_scale_out_again(config):
+    without = {"scale_by_std": False} if config is GRPOConfig else {}
+    message = refused(config, whiten_rewards=True, whiten_advantages=True, **without)
+    assert "whiten_rewards with whiten_advantages" in message and "--whiten_advantages false" in message
+    assert config(whiten_rewards=True, whiten_advantages=False, **without).whiten_rewards
+
+
+def test_ppo_takes_both_since_its_values_keep_the_scale():
+    assert PPOConfig(whiten_rewards=True, whiten_advantages=True).whiten_rewards
+
+
+@pytest.mark.parametrize("name", ["value_learning_rate", "value_init_learning_rate", "value_loss_coef"])
+@pytest.mark.parametrize("value", [-1e-5, NAN, float("inf")])
+def test_rates_of_the_value_model_are_checked_under_their_own_names(name, value):
+    message = refused(PPOConfig, **{name: value})
+    assert message.startswith(f"{name}={value}: need a finite number, 0 or more") and f"Pass --{name}" in message
+    assert vars(PPOConfig(**{name: 0.0}))[name] == 0
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])

@@ -16,7 +16,7 @@ from common.config import RLConfig
 from common.data.rows import split_held_out
 from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
-from common.tasks._arithmetic import evaluate
+from common.tasks._arithmetic import evaluate, plain_expression
 from common.tasks.countdown import (
     compact_prompt,
     equation_reward,
@@ -54,6 +54,11 @@ def solves(answer, nums=(3, 5, 6), target=48):
         ("3--5", 8),
         ("2.5*4", 10),
         ("0.1+0.2", Fraction(3, 10)),
+        ("+3-+2", 1),
+        ("6(3+5)", 48),
+        ("(3+5)6", 48),
+        ("(1+2)(3)-1", 8),
+        ("2(3)/2", 3),
     ],
 )
 def test_expressions_have_their_exact_value(expression, value):
@@ -67,7 +72,7 @@ def test_numbers_are_listed_as_they_stand_in_the_expression():
 @pytest.mark.parametrize(
     "expression",
     [
-        *("", " ", "2*", "+3", "(1+2", "1+2)", "()", "2 3", "2(3)", "2**3", "1//2", "1/(3-3)"),
+        *("", " ", "2*", "+", "(1+2", "1+2)", "()", "2 3", "6/2(3)", "2**3", "1//2", "1/(3-3)"),
         *("1..2", ".5", "1.", "1,5", "1e3", "0x10", "1_0", "a", "__import__('os')", "3+\u0665", "\u00b2", "3\u2003+5"),
         *("1" * 16, "(" * 21 + "1" + ")" * 21, "1+" * 100 + "1"),
     ],
@@ -75,6 +80,48 @@ def test_numbers_are_listed_as_they_stand_in_the_expression():
 def test_what_is_no_bounded_expression_is_refused(expression):
     with pytest.raises(ValueError):
         evaluate(expression)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("(3+5)\N{MULTIPLICATION SIGN}6", "(3+5)\\times 6", "(3 + 5) \N{MIDDLE DOT} 6", "(3+5)\\cdot6", "(3+5) x 6"),
+        *(
+            "[3+5]*6",
+            "{3+5}*6",
+            "\\left(3+5\\right)*6",
+            "(3+5)*\u00a06",
+            "(3+5)*6\u200b",
+            "(3\u202f+ 5)*6",
+            "(+3+5)*6",
+        ),
+        *("`(3+5)*6`", "$(3+5)*6$", "$$(3+5)*6$$", "\\((3+5)*6\\)", "\\[ (3+5)*6 \\]", "**(3+5)*6**", "(3+5)*6."),
+        *("\n(3+5)*6\n", "(3+5)\r\n*6", "\t(3+5)*6 ", "6(5\N{MINUS SIGN}-3)", "\\frac{(3+5)*6}{1}"),
+    ],
+)
+def test_an_expression_counts_in_any_usual_writing(written):
+    assert evaluate(plain_expression(written)).value == 48
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("(3+5)*6 = 48", "x=(3+5)*6", "\\boxed{(3+5)*6}", "(3+5)*6, 48", "(3+5)*6;", "(3+5)*6 # done", "(3+5)*6!"),
+        *(
+            "(3+5)**6",
+            "(3+5)*6//1",
+            "(3+5)*6%49",
+            "(3+5)*6<b>",
+            "(\uff13+5)*6",
+            "int('48')",
+            "(3+5)^6",
+            "\\sqrt{9}*16",
+        ),
+    ],
+)
+def test_what_is_more_than_an_expression_is_none(written):
+    with pytest.raises(ValueError):
+        evaluate(plain_expression(written))
 
 
 expressions = st.recursive(
@@ -116,6 +163,7 @@ def test_any_text_gives_a_value_or_a_value_error(text):
     [
         ("<think>3+5=8\n8*6=48</think>\n<answer>(3+5)*6</answer>", 1.0),
         ("<think></think>\n<answer> 3.5 / 2\n</answer>", 1.0),
+        ("<think></think>\n<answer>\n[3\u00a0+ 5] \\times 6\n</answer>", 1.0),
         ("<think>a < b</think>\n<answer>(3+5)*6 = 48</answer>", 0.5),
         ("<think>a</think>\n<answer>forty-eight</answer>", 0.5),
         ("<think>a</think>\n<answer>\u0663</answer>", 0.5),
@@ -191,14 +239,40 @@ def test_digits_of_a_decimal_are_not_two_numbers():
     assert solves("2.5*4", nums=(2, 4, 5), target=10) == 0.0
 
 
-def test_equation_reward_reads_the_first_answer_on_one_line_whatever_the_format():
-    def judge(completion):
-        return equation_reward(["p"], [completion], nums=[[1, 2]], target=[3])
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("no tags at all <answer>1+2</answer> and more", 1.0),
+        ("<answer>2-1</answer><answer>1+2</answer>", 0.0),
+        ("<answer>1+2</answer><answer>1+2</answer>", 1.0),
+        ("1+2", 0.0),
+        ("<think>maybe <answer>1+2</answer></think>\n<answer>1</answer>", 0.0),
+        ("<think>maybe <answer>1</answer></think>\n<answer>1+2</answer>", 1.0),
+        ("<think>maybe <answer>1+2</answer>", 0.0),
+        ("<think>a</think>\n<answer>1</answer>\n<answer>1+2</answer>", 0.0),
+        ("<think>a</think>\n<answer>1</answer></think><answer>1+2</answer>", 0.0),
+        ("<think>I write <answer> tags</think>\n<answer>1+2</answer>", 1.0),
+        ("I write <answer> tags: <answer>1+2</answer>", 1.0),
+        ("<think>a</think> <answer>1+2</answer>", 1.0),
+        ("<think>a</think>\r\n\r\n<answer>\r\n1 +\n2\r\n</answer>", 1.0),
+        ("<think>\n\n</think>\n\n<think>a</think>\n<answer>1+2</answer>", 1.0),
+        ("<think>a</think>\n<answer>1+2", 0.0),
+        ("<answer>1+<think>a</think>2</answer>", 0.0),
+        ("a <answer>2-1</answer></think><answer>1+2</answer>", 1.0),
+        ("<ANSWER>1+2</ANSWER>", 0.0),
+    ],
+)
+def test_equation_reward_reads_the_first_answer_after_the_thoughts_whatever_the_format(completion, reward):
+    assert equation_reward(["p"], [completion], nums=[[1, 2]], target=[3]) == [reward]
 
-    assert judge("no tags at all <answer>1+2</answer> and more") == [1.0]
-    assert judge("<answer>1\n+2</answer> <answer>1+2</answer>") == [1.0]
-    assert judge("<answer>2-1</answer><answer>1+2</answer>") == [0.0]
-    assert judge("1+2") == [0.0]
+
+def test_thoughts_that_the_prompt_began_are_thoughts():
+    def judge(completion):
+        return equation_reward(["Let me see.\n<think>\n"], [completion], nums=[[1, 2]], target=[3])
+
+    assert judge("maybe <answer>1+2</answer></think><answer>1</answer>") == [0.0]
+    assert judge("maybe</think><answer>1+2</answer>") == [1.0]
+    assert judge("<answer>1+2</answer>") == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -344,6 +418,10 @@ def test_local_files_of_each_kind_give_the_same_task(tmp_path, suffix):
         ("a.jsonl", "[1, 2]", "row 1 holds a list"),
         ("a.jsonl", '{"nums": [1], "target": 1}\n{"nums": [1.5], "target": 1}', "row 2 has nums="),
         ("a.jsonl", '{"nums": [1], "target": true}', "row 1 has nums="),
+        ("a.jsonl", '{"nums": [-1], "target": 1}', "row 1 has nums="),
+        ("a.jsonl", '{"nums": ["1"], "target": 1}', "row 1 has nums="),
+        ("a.jsonl", '{"nums": [1], "target": NaN}', "row 1 has nums="),
+        ("a.jsonl", '{"nums": [1234567890123456], "target": 1}', "at most 15 digits"),
         ("a.jsonl", '{"nums": [1], "target": 1}', "none would be left"),
         ("a.json", '{"nums": [1], "target": 1}', "a list of rows is needed"),
         ("a.json", "[1,", "not JSON"),

@@ -22,6 +22,7 @@ from common.evaluation.results import table
 from common.evaluation.sets import NAMED_SETS, find_set, load_problems
 from common.evaluation.settings import EvaluationSettings
 from common.merge import MergeSettings, merge
+from common.tasks import math
 from common.tasks.countdown import problems
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
@@ -394,7 +395,27 @@ def test_what_is_left_out_is_counted_and_said(tiny_folder):
     (score,) = evaluate(settings(tiny_folder, task=path, num_problems=None, max_prompt_length=140))
     assert (score["num_problems"], score["num_left_out"], score["num_too_long"]) == (2, 4, 1)
     assert "without 1 rows whose prompt is longer" in table([score])
-    assert "without 4 rows whose answer is yes, no, true or false" in table([score])
+    assert "without 4 rows whose answer is yes, no, true or false, or nothing that could be matched" in table([score])
+
+
+def test_answers_that_nobody_can_match_are_left_out_too(tiny_folder):
+    rows = [{"problem": f"p{answer}", "answer": answer} for answer in ("1", "proof", "2")]
+    (score,) = evaluate(settings(tiny_folder, task=write(Path("mine.jsonl"), rows), num_problems=None))
+    assert (score["num_problems"], score["num_left_out"]) == (2, 1)
+
+
+def test_the_lenient_accuracy_stands_beside_the_strict_one_and_is_no_reward(tiny_folder, monkeypatch):
+    monkeypatch.setattr(math, "lenient_accuracy", lambda completions, answer, **_: [float(a == "1") for a in answer])
+    rows = [{"problem": f"p{answer}", "answer": answer} for answer in ("1", "2")]
+    (score,) = evaluate(settings(tiny_folder, task=write(Path("mine.jsonl"), rows), num_problems=None))
+    assert (score["lenient_accuracy"], score["accuracy"]) == (0.5, 0.0)
+    assert score["rewards"].keys() == {"correct", "boxed"}
+    (folder,) = Path("evaluations").iterdir()
+    lenient = [[c["lenient"] for c in row["completions"]] for row in result_of(folder)[1]]
+    assert all(lenient[0]) and not any(lenient[1])
+    heads, _, cells = (line.strip("| ").split("|") for line in table([score]).splitlines()[-3:])
+    named = dict(zip(map(str.strip, heads), map(str.strip, cells), strict=True))
+    assert (named["accuracy"], named["lenient accuracy"]) == ("0.000", "0.500")
 
 
 # Settings

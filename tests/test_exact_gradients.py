@@ -237,8 +237,10 @@ def test_raft_expects_the_gradient_of_the_loglikelihood_of_the_best_of_two(world
 def kl_gradient(folder, tmp_path, estimator):
     world = Enumeration(folder, max_length=3)
     world.scores = torch.zeros_like(world.scores)
-    settings = GROUP | TOKENS | {"kl_coef": KL_COEF, "kl_estimator": estimator}
-    return world, gradient_of_step(world, GRPOTrainer, tmp_path, **settings) / KL_COEF
+    trainer = world.trainer(GRPOTrainer, tmp_path, kl_coef=KL_COEF, **GROUP, **TOKENS)
+    trainer.config.kl_estimator = estimator  # GRPOConfig refuses k1
+    (gradient,) = world.step_gradients(trainer)
+    return world, gradient / KL_COEF
 
 
 def sum_over_states(world, kl_of_state):
@@ -252,7 +254,7 @@ def kl_between(logprobs, other):
     return (logprobs.exp() * (logprobs - other)).sum(-1)
 
 
-def test_k1_in_the_loss_has_no_gradient(folder, tmp_path):
+def test_k1_in_the_loss_has_no_gradient_which_is_why_it_is_refused(folder, tmp_path):
     world, gradient = kl_gradient(folder, tmp_path, "k1")
     assert gradient.norm() < 1e-5 * world.gradient(world.kl).norm()
 

@@ -15,7 +15,9 @@ from common.tasks import load_task
 from common.tasks.gsm8k import (
     SYSTEM_TEXT,
     correct_reward,
+    gold_number,
     length_reward,
+    lenient_accuracy,
     read_problems,
     soft_format_reward,
     strict_format_reward,
@@ -41,7 +43,7 @@ def correct(completion, gold):
     [
         *[(text, "42") for text in ("42", " 42 ", "42.", "42.0", "42.00", "042", "$42", "$42.00", "\\$42", "42$")],
         *[(text, "42") for text in ("42%", "42 apples", "It is 42", "= 42", "x = 42.", "\\boxed{42}", "**42**")],
-        *[(text, "42") for text in ("42\n", "\n\n42", "84/2", "\\frac{84}{2}", "42 or 43", "(42)", "42,", "US$42")],
+        *[(text, "42") for text in ("42\n", "\n\n42", "84/2", "\\frac{84}{2}", "6 * 7 = 42", "(42)", "42,", "US$42")],
         *[(text, "-5") for text in ("-5", "-$5", "$-5", "-5.0", "\N{MINUS SIGN}5", "-10/2", "-\\frac{10}{2}", "x=-5")],
         *[(text, "1234567") for text in ("1234567", "1,234,567", "$1,234,567.00", "1,234,567 dollars", "1234567.")],
         *[
@@ -61,7 +63,20 @@ def test_a_right_number_counts_in_any_spelling(answer, gold):
     [
         *[
             (text, "42")
-            for text in ("", "forty-two", "43", "4", "420", "-42", "4.2", "42.1", "41.99", "42/2", "42 1/2")
+            for text in (
+                "42 or 43",
+                "",
+                "forty-two",
+                "43",
+                "4",
+                "420",
+                "-42",
+                "4.2",
+                "42.1",
+                "41.99",
+                "42/2",
+                "42 1/2",
+            )
         ],
         *[(text, "42") for text in ("1/0", "0/0", "\\frac{42}{0}", "41 or 42", "42" * 300, "9" * 400)],
         *[(text, "42") for text in ("\u0664\u0662", "\uff14\uff12", "__import__('os')", "0x2a", "nan", "inf")],
@@ -85,6 +100,41 @@ def test_only_the_last_answer_tags_count_and_there_is_no_fall_back_to_the_text()
         layout("42") + "<answer>",
     ):
         assert correct(text, "42") == 0.0
+
+
+def test_an_answer_inside_the_thoughts_does_not_count():
+    inside = "<answer>\n42\n</answer>"
+    assert correct(layout("41", reasoning=inside), "42") == 0.0
+    assert correct(layout("42", reasoning="<answer>\n41\n</answer>"), "42") == 1.0
+    assert correct(f"<reasoning>\n{inside}", "42") == correct(f"<think>{inside}</think>", "42") == 0.0
+    assert correct(f"<think>a</think>{inside}", "42") == correct(inside, "42") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "lenient"),
+    [
+        (layout("42"), 1.0),
+        (layout("41") + " or 42", 0.0),
+        ("She sold 40 + 2 = 42 clips.", 1.0),
+        ("The answer is **$42.00**.", 1.0),
+        ("It is \\boxed{42}. That took 3 days.", 1.0),
+        ("It is \\boxed{41}, not 42", 0.0),
+        ("#### 42", 1.0),
+        ("<think>42</think> 41", 0.0),
+        ("42 of 43", 0.0),
+        ("-42", 0.0),
+        ("41-42", 1.0),
+        ("x42", 0.0),
+        ("no number", 0.0),
+    ],
+)
+def test_the_lenient_accuracy_takes_the_last_box_or_number(completion, lenient):
+    assert lenient_accuracy(["p"], [completion], answer=["42"]) == [lenient]
+
+
+def test_the_lenient_accuracy_is_no_reward(tmp_path):
+    task = load_task(config(dataset=write(tmp_path / "rows.jsonl", ROWS)), build_tokenizer())
+    assert task.lenient_accuracy is lenient_accuracy and lenient_accuracy not in task.rewards.values()
 
 
 # Shape and length
@@ -217,12 +267,26 @@ def test_prompts_ask_for_the_layout_that_scores(tmp_path):
         ({"question": "a", "answer": "#### x"}, "row 2 has"),
         ({"question": "a", "answer": "#### 1/2"}, "row 2 has"),
         ({"question": None, "answer": "#### 1"}, "row 2 has question=None"),
+        ({"question": " ", "answer": "#### 1"}, "row 2 has question=' '"),
+        *[({"question": "a", "answer": answer}, "row 2 has") for answer in (None, True, [1], {"value": 1}, "", "nan")],
+        *[({"question": "a", "answer": answer}, "row 2 has") for answer in (float("nan"), "#### ", "#### 5 or 6")],
     ],
 )
 def test_rows_that_cannot_be_used_are_refused_by_number(tmp_path, row, message):
     path = write(tmp_path / "rows.jsonl", [ROWS[0], row])
     with pytest.raises(ValueError, match=message):
         load_task(config(dataset=path), build_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        *(("a #### 1,234", "1234"), ("#### $5.50", "5.50"), ("#### - 5", "-5"), ("#### \N{MINUS SIGN}5", "-5")),
+        *((42, "42"), (42.0, "42"), (2.5, "2.5"), ("#### 9 500", "9500"), ("#### 18.", "18"), ("007", "7")),
+    ],
+)
+def test_the_gold_number_is_read_as_people_write_it(answer, number):
+    assert gold_number(answer) == number
 
 
 @pytest.mark.skipif(not RECORDS.is_file(), reason="the GSM8K records are not here")

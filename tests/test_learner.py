@@ -11,7 +11,7 @@ from torch import nn
 
 from common.config import RLConfig
 from common.update.batches import Batches
-from common.update.learner import Learner
+from common.update.learner import Learner, metric_part
 
 PEAK = 1e-3
 
@@ -110,6 +110,29 @@ def test_only_what_requires_a_gradient_is_trained(accelerator):
     set_gradient(weights, [1.0, 1.0])
     learner.optimizer_step(1, accelerator)
     assert weights.frozen.item() == 7.0
+
+
+# Metrics of a micro-batch
+
+
+MASK = torch.tensor([[True, False, False], [True, True, True], [False, False, False]])
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        (torch.tensor([[1.0, 7.0, 7.0], [2.0, 3.0, 4.0], [math.nan] * 3]), [10.0, 4.0]),  # over tokens
+        (torch.tensor([[2.0], [1.0], [math.inf]]), [3.0, 2.0]),  # over completions that are trained on
+        ((torch.tensor([[1.0, 7.0, 7.0]] * 3), torch.tensor([[False, True, False]] * 3)), [21.0, 3.0]),  # its own
+    ],
+    ids=["tokens", "completions", "own mask"],
+)
+def test_a_metric_is_a_mean_over_tokens_over_completions_or_over_what_it_says(values, part):
+    assert [number.item() for number in metric_part(values, MASK)] == part
+
+
+def test_a_completion_of_one_token_is_one_token():
+    assert [n.item() for n in metric_part(torch.tensor([[2.0], [4.0]]), torch.ones(2, 1, dtype=torch.bool))] == [6, 2]
 
 
 # Nothing to learn

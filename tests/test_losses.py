@@ -15,6 +15,7 @@ from common.losses import (
     importance_ratio,
     kl_estimate,
     policy_metrics,
+    sampling_kl,
     sequence_ratio,
     token_weights,
 )
@@ -65,13 +66,13 @@ def test_the_ratio_and_its_gradient_stay_finite_however_far_the_policy_has_moved
 
 
 def test_the_ratio_of_a_completion_is_the_product_of_those_of_its_real_tokens():
-    """2 x 0.5 x 3 = 3 and 0.25; every token of the row has it, and padding adds nothing to it."""
+    """2 x 0.5 x 3 = 3 and 0.25; padding adds nothing to it."""
     ratios = torch.tensor([[2.0, 0.5, 3.0], [0.25, 7.0, 7.0], [1.0, 1.0, 1.0]])
     mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
     old_logprobs = torch.full((3, 3), -1.5)
     logprobs = torch.where(mask, old_logprobs + ratios.log(), math.nan)
     ratio = sequence_ratio(logprobs, old_logprobs, mask)
-    torch.testing.assert_close(ratio, torch.tensor([[3.0] * 3, [0.25] * 3, [1.0] * 3]))
+    torch.testing.assert_close(ratio, torch.tensor([[3.0], [0.25], [1.0]]))
 
 
 def test_on_policy_the_ratio_of_a_completion_is_one_and_every_token_of_it_pulls_at_every_other():
@@ -79,7 +80,7 @@ def test_on_policy_the_ratio_of_a_completion_is_one_and_every_token_of_it_pulls_
     mask = torch.tensor([[True, True, False]])
     for old_logprobs in (None, logprobs.detach().clone()):
         ratio = sequence_ratio(logprobs, old_logprobs, mask)
-        assert ratio.tolist() == [[1.0, 1.0, 1.0]]
+        assert ratio.tolist() == [[1.0]]
         (gradient,) = torch.autograd.grad(ratio[0, 0], logprobs)
         assert gradient.tolist() == [[1.0, 1.0, 0.0]]
 
@@ -158,7 +159,7 @@ def test_several_steps_on_the_same_rollouts_end_at_the_clip():
     assert 1.2 < ratio[0] < 1.3 and 0.7 < ratio[1] < 0.8 and not gradient.any()
 
 
-@pytest.mark.parametrize(("level", "clipped"), [("token", [[1.0, 0.0, 0.0]]), ("sequence", [[0.0, 0.0, 0.0]])])
+@pytest.mark.parametrize(("level", "clipped"), [("token", [[1.0, 0.0, 0.0]]), ("sequence", [[0.0]])])
 def test_the_clip_sees_the_ratio_of_a_token_or_of_the_whole_completion(rollouts, level, clipped):
     """Ratios 2, 0.5 and 1 of tokens that were good: the first is clipped alone, the whole is 1 and is not."""
     minibatch = rollouts[torch.tensor([3])].trimmed()  # a row of three tokens
@@ -175,7 +176,40 @@ def test_the_clip_sees_the_ratio_of_a_token_or_of_the_whole_completion(rollouts,
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
+def test_the_ratio_and_the_clip_of_whole_completions_are_one_number_each(rollouts):
+    """Ratios 2 and 1 of completions of one token and of four, which were good: the first is clipped."""
+    minibatch = rollouts[torch.tensor([1, 0])].trimmed()
+    minibatch.advantages = minibatch.spread(torch.ones(2))
+    minibatch.old_logprobs = minibatch.sampling_logprobs
+    logprobs = minibatch.old_logprobs + torch.tensor([[2.0, 1.0, 1.0, 1.0], [1.0] * 4]).log()
+    ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)
+    loss, metrics = clipped_policy_loss(ratio, logprobs, torch.zeros(2, 4), minibatch, (0.2, 0.2))
+    assert loss.shape == (2, 4)
+    torch.testing.assert_close(metrics["policy/ratio"], torch.tensor([[2.0], [1.0]]))
+    assert metrics["policy/clip_fraction"].tolist() == [[1.0], [0.0]]
+    assert metrics["entropy"].shape == (2, 4)
+
+
+def test_the_kl_that_is_reported_is_that_of_the_policy_that_sampled_over_all_its_tokens(rollouts):
+    minibatch = rollouts[torch.tensor([1])].trimmed()  # a row of one token
+    minibatch.loss_mask = torch.zeros(1, 1, dtype=torch.bool)  # not trained on
+    minibatch.old_logprobs, minibatch.ref_logprobs = torch.tensor([[-1.0]]), torch.tensor([[-1.5]])
+    for old_logprobs, expected in ((torch.tensor([[-1.0]]), 0.5), (None, -0.5)):
+        minibatch.old_logprobs = old_logprobs
+        kl, mask = sampling_kl(torch.tensor([[-2.0]], requires_grad=True), minibatch)
+        assert kl.item() == expected and not kl.requires_grad and mask.item()
+
+
 # The values
+
+
+def test_the_clip_of_the_value_counts_no_rounding():
+    values, old_values, returns = torch.randn(3, 1, 10_000) * 0.3
+    error, _ = clipped_value_loss(values, old_values, returns, clip_range=None)
+    loss, clipped = clipped_value_loss(values, old_values, returns, clip_range=1e6)
+    assert not clipped.any() and torch.equal(loss, error)
+    _, clipped = clipped_value_loss(values, old_values, returns, clip_range=0.2)
+    assert (values - old_values).abs()[clipped.bool()].min() > 0.2
 
 
 @pytest.mark.parametrize(

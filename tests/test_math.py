@@ -14,7 +14,7 @@ import common.tasks.math
 from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
-from common.tasks.math import boxed_reward, correct_reward
+from common.tasks.math import boxed_reward, correct_reward, gold_answer, lenient_accuracy
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -80,6 +80,8 @@ def test_an_answer_counts_in_any_form_that_means_the_same(gold, answer):
         ("3", "\u0663 3"),
         ("1", "\\frac{0}{0}"),
         ("7", "7 \\neq 8"),
+        ("8", "7 = 8"),
+        ("2", "2x = 2"),
     ],
 )
 def test_another_meaning_scores_nothing(gold, answer):
@@ -96,6 +98,14 @@ def test_another_meaning_scores_nothing(gold, answer):
         ("\\boxed{\\frac{84}{\\sqrt{4}}}", 1.0),
         ("\\boxed{42", 0.0),
         ("\\boxed{42\\}", 0.0),
+        ("\\boxed {42}", 1.0),
+        ("\\boxed\n{ 42 }", 1.0),
+        ("\\boxed 42.", 1.0),
+        ("\\boxed{41} wait, \\boxed 42", 1.0),
+        ("<think>\\boxed{42}</think> So 41.", 0.0),
+        ("<think>\\boxed{41}</think> So \\boxed{42}.", 1.0),
+        ("<think>\\boxed{42}", 0.0),
+        ("\\boxed{41}</think> So \\boxed{42}.", 1.0),
         ("42", 0.0),
         ("$42$ The answer is: 42", 0.0),
         ("", 0.0),
@@ -108,6 +118,22 @@ def test_only_the_last_box_counts_and_it_has_to_be_closed(completion, reward):
 def test_braces_that_are_part_of_the_answer_do_not_close_the_box():
     assert correct("\\boxed{\\left\\{ 1, 2 \\right\\}}", "\\{1,2\\}") == 1.0
     assert correct("\\boxed{\\left\\{ 1, 2 \\right.} and }", "\\left\\{ 1, 2 \\right.") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "lenient"),
+    [
+        ("So \\boxed{42}, in 3 steps.", 1.0),
+        ("So \\boxed{41}, not 42", 0.0),
+        ("The answer is $42$.", 1.0),
+        ("First 42, then 43.", 0.0),
+        ("The answer is \\frac{84}{2}", 1.0),
+        ("<think>43</think> 42", 1.0),
+        ("No number", 0.0),
+    ],
+)
+def test_the_lenient_accuracy_takes_the_last_box_or_number_and_is_no_reward(completion, lenient):
+    assert lenient_accuracy(["p"], [completion], answer=["42"]) == [lenient]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +239,15 @@ def load(path, rows, **changes):
         {"query": "p", "response": "We find 42.\nThe answer is: 42", "type": "x"},
         {"question": "p", "final_answer": "42", "r1_solution_1": "\\boxed{1}"},
         {"question": "p", "answer": "\\boxed{42}"},
+        {"question": "p", "answer": "long text\n#### 42"},
+        {"question": "p", "solution": "long text\n#### 42"},
+        {"question": "p", "answer": "A whole solution, with \\boxed 42 at its end."},
+        {"question": "p", "final_answer": ["42"]},
+        {"question": "p", "answer": '["42"]'},
+        {"question": "p", "answer": {"ground_truth": "42", "style": "rule"}},
+        {"question": "p", "answer": 42.0},
+        {"question": "p", "answer": float("nan"), "solution": "\\boxed{42}"},
+        {"question": "p", "answer": "", "final_answer": None, "solution": "\\boxed{42}"},
     ],
 )
 def test_the_answer_travels_with_the_row_whatever_its_column_was_called(tmp_path, row):
@@ -225,6 +260,67 @@ def test_answers_that_can_be_guessed_are_removed(tmp_path):
     answers = ["Yes", "no", "\\text{True}", "false.", "$\\text{No}$", "\\text{Norway}", "0", "n"]
     task = load(tmp_path / "rows.jsonl", [{"problem": f"p{i}", "answer": a} for i, a in enumerate(answers)])
     assert sorted(row["answer"] for row in task.train + task.eval) == ["0", "\\text{Norway}", "n"]
+
+
+SOLUTION = "First we add the two numbers, and then we divide the sum by three to get the mean."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(
+            "proof",
+            "\\text{Proof}",
+            "notfound",
+            "not found",
+            "nan",
+            "None",
+            "N/A",
+            "",
+            "  ",
+            "-",
+            "\\boxed{}",
+            SOLUTION,
+        ),
+        *(None, float("nan"), float("inf"), [], ["2", "3"], {}, {"a": 1}, [["2", "3"]], "x" * 301, "The answer is:"),
+    ],
+)
+def test_an_answer_that_nobody_can_match_is_none(answer):
+    assert gold_answer({"problem": "p", "answer": answer}) is None
+
+
+def test_an_unusual_answer_that_can_be_matched_is_kept():
+    for answer in (
+        "\\text{None}",
+        "\\emptyset",
+        "\\{\\}",
+        "\\text{no real solution}",
+        "C",
+        "\\text{(C)}",
+        "n",
+        "-1",
+        "0",
+    ):
+        assert gold_answer({"answer": answer}) == answer
+    assert gold_answer({"answer": "#### Step 1\nWe add.\n\\boxed{4}"}) == "4"  # a heading of Markdown
+
+
+def test_rows_without_a_usable_answer_are_left_out_and_named(tmp_path, caplog):
+    answers = ["1", "proof", "3", "notfound", "5", "Yes"]
+    task = load(tmp_path / "a.jsonl", [{"problem": f"p{a}", "answer": a} for a in answers], num_eval_prompts=0)
+    assert [row["answer"] for row in task.train] == ["1", "3", "5"]
+    (record,) = caplog.records
+    assert "2 of 6 rows are left out" in record.getMessage()
+    assert "row 2: answer='proof'; row 4: answer='notfound'" in record.getMessage()
+
+
+@pytest.mark.parametrize("answer", ["proof", ["2", "3"], None, float("nan")])
+def test_a_file_whose_answers_are_mostly_unusable_is_refused(tmp_path, answer):
+    rows = [{"problem": "p", "answer": "1"}] + [{"problem": "p", "answer": answer}] * 2
+    with pytest.raises(
+        ValueError, match=r"row 2 has the columns problem, answer with answer=.*2 of 3 rows have no answer"
+    ):
+        load(tmp_path / "rows.jsonl", rows)
 
 
 def test_math_500_is_held_out_where_the_training_data_is_of_the_hub(monkeypatch):

@@ -13,6 +13,7 @@ from common.runs.measures import (
     evaluation_means,
     is_one,
     judge,
+    judge_leniently,
     pass_at_k,
     rollout_means,
     sizes_of_k,
@@ -70,6 +71,31 @@ def test_means_of_a_training_step_by_hand(accelerator):
     assert metrics.reduce(accelerator) == expected
 
 
+def test_the_means_of_a_training_step_by_hand(accelerator):
+    """Rows of 1, 5 and 2 tokens. The second is cut off and not trained on: only zero_advantage leaves it out."""
+    rollouts, metrics = held_out([1, 5, 2]), StepMetrics()
+    rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]
+    rollouts.scores = torch.tensor([1.0, 0.0, 0.5])
+    rollouts.parts = {"part": torch.tensor([2.0, float("nan"), 4.0]), "nowhere": torch.full((3,), float("nan"))}
+    rollouts.old_logprobs = torch.full((3, 5), -1.0)
+    rollouts.ref_logprobs = torch.tensor([[-3.0, 9, 9, 9, 9], [-1.0] * 5, [-1.0, -3.0, 9, 9, 9]])
+    rollout_means(rollouts, torch.tensor([0.0, 0.0, 1.0]), metrics=metrics)
+    assert metrics.reduce(accelerator) == {
+        "score": 0.5, "length": pytest.approx(8 / 3), "truncated": pytest.approx(1 / 3),
+        "reward/part": 3.0, "kl": 4 / 8, "zero_advantage": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_step_that_trains_on_nothing_has_no_share_without_advantage_and_no_kl_without_a_reference(
+    accelerator, per_token
+):
+    rollouts, metrics = held_out([1, 2]), StepMetrics()
+    rollouts.scores, rollouts.loss_mask = torch.zeros(2), torch.zeros(2, 2, dtype=torch.bool)
+    rollout_means(rollouts, torch.zeros(2, 2) if per_token else torch.zeros(2), metrics=metrics)
+    assert set(metrics.reduce(accelerator)) == {"score", "length", "truncated"}
+
+
 def test_padding_counts_for_nothing(accelerator):
     """The longest row decides how wide the batch is, and nothing else."""
     narrow = evaluated(accelerator, [([2, 2], [1.0, 0.0], None)])
@@ -102,6 +128,21 @@ def test_the_share_of_the_right_form_is_that_of_its_reward_being_one(accelerator
     rollouts.scores, rollouts.parts = torch.zeros(4), {"shape": torch.tensor([1.0, 0.5, 0.0, 1.0])}
     evaluation_means(rollouts, accuracy=None, format="shape", num_samples=1, metrics=metrics)
     assert metrics.reduce(accelerator)["eval/format"] == 0.5
+
+
+def test_the_lenient_accuracy_is_the_share_of_right_answers_in_any_form_and_changes_no_score(accelerator):
+    def lenient_rule(prompts, completions, word, **columns):
+        return [float(w in text) for w, text in zip(word, completions, strict=True)]
+
+    rollouts, metrics = held_out([1, 2, 3, 4]), StepMetrics()
+    rollouts.columns = {"word": ["t", "u", "t", "t"]}
+    rollouts.scores, rollouts.parts = torch.zeros(4), {"right": torch.tensor([1.0, 0.0, 0.0, 0.0])}
+    lenient = judge_leniently(rollouts, Scorer({"lenient_accuracy": lenient_rule}, {"lenient_accuracy": 1.0}))
+    assert lenient.tolist() == [True, False, True, True] and rollouts.parts.keys() == {"right"}
+    evaluation_means(rollouts, accuracy="right", format=None, num_samples=1, metrics=metrics, lenient=lenient)
+    reduced = metrics.reduce(accelerator)
+    assert (reduced["eval/lenient_accuracy"], reduced["eval/accuracy"], reduced["eval/score"]) == (0.75, 0.25, 0.0)
+    assert judge_leniently(rollouts, None) is None
 
 
 def test_judging_gives_the_weighted_sum_and_keeps_each_reward():

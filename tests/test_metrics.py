@@ -50,6 +50,13 @@ def test_a_mean_over_nothing_is_left_out(accelerator):
     assert shares.reduce(accelerator) == {"score": 0.5}
 
 
+def test_what_is_not_defined_is_left_out_like_a_mean_over_nothing(accelerator):
+    metrics = StepMetrics()
+    metrics.add_if_defined("value/explained_variance", None)
+    metrics.add_if_defined("value_init/explained_variance_after", 0.0)
+    assert metrics.reduce(accelerator) == {"value_init/explained_variance_after": 0.0}
+
+
 def test_every_step_starts_from_nothing(accelerator):
     shares = StepMetrics()
     shares.add("score", 6.0, 2)
@@ -175,6 +182,25 @@ def test_sampling_for_an_evaluation_is_no_sampling_for_training(passes):
     with watch("sample"):
         passes(4)
     assert times_of(watch) == {"time/eval": 3, "time/sample": 4, "time/step": 7}
+
+
+def test_of_what_came_before_the_first_step_only_its_preparation_counts_and_adds_up_with_the_rest(passes):
+    watch = Stopwatch()
+    with watch("offload"):
+        passes(1)  # loading
+    with watch("value_init"):
+        with watch("sample"):
+            passes(2)
+        passes(4)
+    passes(8)  # between making a trainer and training
+    watch.start_first_step()
+    with watch("sample"):
+        passes(16)
+    passes(32)
+    assert times_of(watch) == {"time/value_init": 6, "time/sample": 16, "time/step": 54}
+    with watch("sample"):
+        passes(64)
+    assert times_of(watch) == {"time/sample": 64, "time/step": 64}
 
 
 def test_the_stopwatch_starts_again_at_zero_and_survives_an_error_in_a_phase(passes):

@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from common.runs.plots import Curves, _panels, draw_curves, running_mean
+from common.runs.plots import Curves, _panels, _time_by_phase, draw_curves, running_mean
 
 
 def metrics_of(step, num_steps):
@@ -96,6 +97,16 @@ def test_what_cannot_be_drawn_is_a_warning_and_leaves_the_old_picture(tmp_path):
     with pytest.warns(UserWarning, match=r"could not be drawn \(ValueError.*The run goes on"):
         draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes() == before
+
+
+def test_a_fit_before_the_first_step_does_not_hide_the_time_of_the_steps(tmp_path):
+    rows = [metrics_of(step, 10) for step in range(1, 11)]
+    rows[0] |= {"time/value_init": 100.0, "time/step": 103.6}
+    write_metrics(tmp_path, rows)
+    axes = Figure().subplots()
+    _time_by_phase(axes, Curves(tmp_path / "metrics.jsonl"))
+    assert axes.get_ylim()[1] < 6
+    assert axes.get_legend_handles_labels()[1] == ["sample", "update", "push", "other"]
 
 
 def test_the_running_mean_keeps_a_constant_and_a_line_and_removes_noise():

@@ -19,8 +19,18 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
+from common.rollouts import Rollouts
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import metrics_of, shift_weights, toy_config, toy_task, toy_trainer, train_until, weights_of
+from tests.toy import (
+    described_by,
+    metrics_of,
+    shift_weights,
+    toy_config,
+    toy_task,
+    toy_trainer,
+    train_until,
+    weights_of,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -321,6 +331,96 @@ def test_tokens_outside_the_loss_mask_have_no_gradient_and_no_part_in_the_mean(t
         assert metrics["policy/tokens"] == rollouts.loss_mask.sum() == rollouts.step_lengths.sum()
         assert metrics["policy/loss"] == pytest.approx(-1.0, abs=1e-5)  # the mean over what counts
     assert torch.equal(*steps)
+
+
+def masked_step(folder, tmp_path, **settings):
+    """The rollouts of a step in which some completions are cut off and masked, and their advantages."""
+    settings = {"mask_truncated": True, "num_steps": 1, "max_completion_length": 5} | settings
+    trainer = toy_trainer(folder, tmp_path / "run", **settings)
+    seen = described_by(trainer)
+    line = trainer.train()
+    ((rollouts, advantages),) = seen
+    assert 0 < rollouts.truncated.sum() < len(rollouts)
+    return rollouts, advantages, line
+
+
+def test_whitening_is_over_the_tokens_that_are_trained_on(toy_folder, tmp_path):
+    settings = {"algorithm": "Reinforce", "missing_eos_penalty": 50.0}
+    rollouts, advantages, line = masked_step(toy_folder, tmp_path, **settings)
+    real = advantages[rollouts.loss_mask].double()
+    assert float(real.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(real.square().mean()) == pytest.approx(1, abs=1e-3)
+    assert line["truncated"] == pytest.approx(float(rollouts.truncated.float().mean()))  # over all of them
+    assert line["score"] < -5
+
+
+def test_rewards_are_scaled_by_those_that_are_trained_on_and_a_masked_completion_stays_in_the_baseline(
+    toy_folder, tmp_path
+):
+    rollouts, advantages, _ = masked_step(toy_folder, tmp_path, algorithm="RLOO", whiten_rewards=True)
+    rewards = torch.zeros(rollouts.completion_mask.shape, dtype=torch.float64)
+    rewards[torch.arange(16), rollouts.lengths - 1] = rollouts.scores.double()
+    factor = 1 / rewards[rollouts.loss_mask].std(correction=0)
+    assert abs(float(factor * rewards[rollouts.completion_mask].std(correction=0)) - 1) > 0.01  # it matters
+    groups = rollouts.scores.reshape(4, 4).double()
+    expected = factor * (groups - (groups.sum(1, keepdim=True) - groups) / 3)
+    torch.testing.assert_close(advantages[:, 0].double(), expected.reshape(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_every_epoch_and_every_step_has_other_mini_batches_of_the_same_rows(tiny_folder, tmp_path):
+    settings = {"num_minibatches": 4, "num_update_epochs": 3, "num_steps": 2}
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", **settings)
+    seen, loss = [], trainer.loss
+    trainer.loss = lambda policy, minibatch: seen.append(minibatch.rows.tolist()) or loss(policy, minibatch)
+    trainer.train()
+    assert len(seen) == 2 * 3 * 4
+    passes = [seen[first : first + 4] for first in range(0, 24, 4)]
+    assert all(sorted(row for rows in minibatches for row in rows) == list(range(16)) for minibatches in passes)
+    partitions = [frozenset(frozenset(minibatch) for minibatch in rows) for rows in passes]
+    assert len(set(partitions)) == 6
+
+
+class Refilling(GRPOTrainer):
+    """An algorithm that samples a second batch of prompts when groups teach nothing, and a batch for itself."""
+
+    def step(self, prompts):
+        parts = []
+        for refill in (0, 1):
+            part = self.sample(self.training_prompts(self.current_step, refill=refill), num_generations=4)
+            part.scores = self.score(part)
+            part.advantages = part.spread(part.scores)
+            parts.append(part)
+        rollouts = Rollouts.joined(parts)
+        self.sample(prompts, num_generations=2, purpose="look")
+        self.describe(rollouts, rollouts.advantages)
+        self.update(self.policy, rollouts, self.loss, average_over="tokens")
+
+
+def test_episodes_are_the_completions_of_the_steps_own_prompts_and_others_have_names_of_their_own(
+    tiny_folder, tmp_path
+):
+    folder = tmp_path / "run"
+    Refilling(toy_config(tiny_folder, folder, num_steps=3, save_every=2), task=toy_task()).train()
+    lines = metrics_of(folder)
+    assert [line["episodes"] for line in lines] == [16, 32, 48]
+    assert all(line["refill/completions"] == 16 and line["look/completions"] == 8 for line in lines)
+    of_steps = [32 * line["length"] + line["look/tokens"] for line in lines]
+    assert lines[-1]["tokens"] == pytest.approx(sum(of_steps))
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoint-3", ignore_errors=True)
+    Refilling(toy_config(tiny_folder, folder, num_steps=3, save_every=2), task=toy_task()).train()
+    assert metrics_of(folder) == lines
+
+
+def test_the_kl_of_an_evaluation_is_that_of_the_policy(tiny_folder, tmp_path):
+    settings = {"eval_kl": True, "eval_every": 1, "temperature": 0.7, "eval_temperature": 0.7, "num_steps": 2}
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", learning_rate=1e-2, **settings)
+    trainer.train()
+    first, *_, last = metrics_of(tmp_path / "run")
+    assert first["eval/kl"] == 0.0 != last["eval/kl"] and "kl" not in last
+    rollouts = trainer.policy_sampler.sample_for_evaluation(trainer.eval_prompts.share())
+    difference = trainer.logprobs("policy", rollouts) - trainer.logprobs("ref", rollouts)
+    assert last["eval/kl"] == pytest.approx(float(difference[rollouts.completion_mask].double().mean()), rel=1e-4)
 
 
 def test_a_finished_run_can_be_made_longer(tiny_folder, tmp_path):

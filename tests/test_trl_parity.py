@@ -166,7 +166,7 @@ def test_grpo_takes_the_steps_of_trl(tiny_folder, tmp_path, loss_type, average_o
         temperature=0.8,
         **CLIP,
     )
-    names = {"policy/clip_fraction": "clip_ratio/region_mean"} | ({"kl": "kl"} if beta else {})
+    names = {"policy/clip_fraction": "clip_ratio/region_mean"} | ({"policy/kl_loss": "kl"} if beta else {})
     assert_same(our_step(trainer), theirs, names)
 
 

@@ -39,7 +39,7 @@ def test_the_sampler_has_the_trained_weights_at_every_step(model, tmp_path, use_
     for line in lines[1:]:
         assert line["sampler/logprob_diff"] < 1e-4
         assert line["policy/first_ratio"] == 1.0
-    assert lines[-1]["kl"] > 1e-3  # the policy has moved, so old weights would have shown
+    assert lines[-1]["policy/kl_loss"] > 1e-3  # the policy has moved, so old weights would have shown
 
 
 @pytest.mark.slow

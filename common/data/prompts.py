@@ -203,25 +203,38 @@ class PromptSet:
         count = num_prompts // num_processes
         rows = list(range(process * count, (process + 1) * count))
         first = (step - 1) * num_prompts
-        name = f"prompts refill {refill}" if refill else "prompts"
         orders: dict[int, list[int]] = {}
         chosen = []
         for row in rows:
             epoch, position = divmod(first + row, len(self))
             if epoch not in orders:
-                orders[epoch] = seeded_permutation(len(self), self.seed, epoch, name).tolist()
+                orders[epoch] = self.order(epoch, refill=refill)
             chosen.append(orders[epoch][position])
-        return self._select(step, [refill * num_prompts + row for row in rows], chosen)
+        return self.select(step, [refill * num_prompts + row for row in rows], chosen, refill=refill)
+
+    def order(self, epoch: int, *, refill: int = 0) -> list[int]:
+        """The order in which an epoch, from 0, uses the prompts; arguments as in `batch`."""
+        name = f"prompts refill {refill}" if refill else "prompts"
+        return seeded_permutation(len(self), self.seed, epoch, name).tolist()
 
     def share(self, *, process: int = 0, num_processes: int = 1) -> PromptBatch:
         """This process's part of all prompts, unshuffled, for evaluation (step 0)."""
         chosen = list(range(process, len(self), num_processes))
-        return self._select(0, chosen, chosen)
+        return self.select(0, chosen, chosen)
 
-    def _select(self, step: int, rows: list[int], chosen: list[int]) -> PromptBatch:
+    def select(self, step: int, rows: list[int], chosen: list[int], *, refill: int = 0) -> PromptBatch:
+        """Chosen prompts as a batch.
+
+        Args:
+            step: decides the noise of their completions, with the rows.
+            rows: number of each prompt in the step; each at most once over all processes.
+            chosen: index of each prompt among all prompts.
+            refill: as in `batch`.
+        """
         return PromptBatch(
             step=step,
             rows=rows,
+            refill=refill,
             prompt_ids=[self.ids[i] for i in chosen],
             prompts=[self.texts[i] for i in chosen],
             columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},

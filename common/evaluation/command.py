@@ -32,11 +32,11 @@ from common.models.pool import ModelPool
 from common.models.weights import policy_weights
 from common.rollouts import Rollouts
 from common.runs.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
-from common.runs.measures import confidence_interval, evaluation_means, judge
+from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently
 from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.prompt_record import time_of_run
 from common.sampling.policy_sampler import PolicySampler, check_sampler
-from common.tasks import task_scorer
+from common.tasks import lenient_scorer, task_scorer
 
 logger = logging.getLogger("nanorlhf")
 
@@ -104,7 +104,8 @@ class Evaluation:
         """Sample, score, and write the folder."""
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         stopwatch = Stopwatch(accelerator.device)
-        scorer = task_scorer(self.task, self.config)  # first: it forks, which is cheap while no model is loaded
+        # First, because a scorer forks, which is cheap while no model is loaded.
+        scorer, leniently = task_scorer(self.task, self.config), lenient_scorer(self.task, self.config)
         with stopwatch("load"):
             generation = self._load(accelerator.device, stopwatch)
         num_samples = self.config.eval_num_samples
@@ -112,12 +113,14 @@ class Evaluation:
         rollouts = generation.sample_for_evaluation(self.prompts.share(), show_progress=sys.stderr.isatty())
         with stopwatch("score"):
             rollouts.scores = judge(rollouts, scorer)
-        judged_by, metrics = {"accuracy": self.task.accuracy, "format": self.task.format}, StepMetrics()
+            lenient = judge_leniently(rollouts, leniently)
+        metrics = StepMetrics()
+        judged_by = {"accuracy": self.task.accuracy, "format": self.task.format, "lenient": lenient}
         evaluation_means(rollouts, **judged_by, num_samples=num_samples, metrics=metrics)
         score = self._score(rollouts, metrics.reduce(accelerator), stopwatch.read_and_reset())
         score["over_limit"] = {name: int(rows.sum()) for name, rows in scorer.over_limit.items()}
         score["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        write_result(self.folder, score, rollouts, accuracy=self.task.accuracy)
+        write_result(self.folder, score, rollouts, accuracy=self.task.accuracy, lenient=lenient)
 
     def _name(self) -> str:
         names = filter(None, (self.model, self.settings["adapter"]))

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from common.rollouts import Rollouts
 from common.runs.log import json_line
 from common.runs.measures import is_one, sizes_of_k
@@ -53,7 +55,9 @@ def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
     return score
 
 
-def write_result(folder: Path, score: Score, rollouts: Rollouts, *, accuracy: str) -> None:
+def write_result(
+    folder: Path, score: Score, rollouts: Rollouts, *, accuracy: str, lenient: Tensor | None = None
+) -> None:
     """Write score.json, outputs.jsonl and table.md into a temporary folder, then rename it.
 
     Args:
@@ -61,13 +65,14 @@ def write_result(folder: Path, score: Score, rollouts: Rollouts, *, accuracy: st
         score: the content of score.json.
         rollouts: scored completions, score["num_samples"] adjacent rows per problem.
         accuracy: the reward that gives 1 for a right answer.
+        lenient: (B,) bool, the answer is right in any form; None if that was not judged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir()
     try:
         with open(temporary / OUTPUTS_FILE, "wb") as file:
-            file.writelines(map(json_line, _outputs(rollouts, score["num_samples"], accuracy)))
+            file.writelines(map(json_line, _outputs(rollouts, score["num_samples"], accuracy, lenient)))
         (temporary / TABLE_FILE).write_text(table([score]), encoding="utf-8")
         (temporary / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
         os.replace(temporary, folder)
@@ -76,7 +81,7 @@ def write_result(folder: Path, score: Score, rollouts: Rollouts, *, accuracy: st
         raise
 
 
-def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str) -> Iterator[dict[str, Any]]:
+def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str, lenient: Tensor | None) -> Iterator[dict[str, Any]]:
     """One row per problem."""
     correct = is_one(rollouts.parts, accuracy)
     for start in range(0, len(rollouts), num_samples):
@@ -86,6 +91,7 @@ def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str) -> Iterator[di
                 "score": float(rollouts.scores[row]),
                 "parts": {name: float(part[row]) for name, part in rollouts.parts.items()},
                 "correct": bool(correct[row]),
+                **({} if lenient is None else {"lenient": bool(lenient[row])}),
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
             }
@@ -104,19 +110,24 @@ def table(scores: list[Score]) -> str:
     """
     first, settings = scores[0], scores[0]["settings"]
     ks = [f"pass@{k}" for k in sizes_of_k(first["num_samples"])[1:]]
-    heads = ["model", "accuracy", "95 % interval", *ks, "format", "length", "truncated", "limit", "tokens/s"]
+    measured = ks + ["lenient accuracy"] * ("lenient_accuracy" in first)
+    heads = ["model", "accuracy", "95 % interval", *measured, "format", "length", "truncated", "limit", "tokens/s"]
     rows = [heads, ["---"] * len(heads)]
     for score in scores:
         low, high = score["accuracy_ci95"]
         row = [" + ".join(filter(None, (score["model"], score["adapter"])))]
-        row += [f"{score['accuracy']:.3f}", f"{low:.3f} to {high:.3f}", *(f"{score[k]:.3f}" for k in ks)]
+        row += [f"{score['accuracy']:.3f}", f"{low:.3f} to {high:.3f}"]
+        row += [f"{score[name.replace(' ', '_')]:.3f}" for name in measured]
         row += [f"{score['format']:.3f}", f"{score['length']:.1f}", f"{score['truncated']:.3f}"]
         rows.append([*row, str(score["settings"]["max_completion_length"]), f"{score['tokens_per_second']:.0f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     chosen = ", ".join(f"{name} {settings[name]}" for name in ("temperature", "top_p", "top_k", "seed"))
     title = f"{first['task']}: {first['num_problems']} problems x {first['num_samples']} completions, {chosen}"
-    reasons = {"num_too_long": "whose prompt is longer", "num_left_out": "whose answer is yes, no, true or false"}
+    reasons = {
+        "num_too_long": "whose prompt is longer",
+        "num_left_out": "whose answer is yes, no, true or false, or nothing that could be matched",
+    }
     notes = []
     for score in scores:
         missing = {reason: score[name] for name, reason in reasons.items() if score[name]}

@@ -89,7 +89,7 @@ def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformer
 
 
 def num_left_out(found: EvaluationSet, task: Task) -> int:
-    """How many rows of a set the task leaves out: math leaves out answers that are yes, no, true or false."""
+    """How many rows of a set the task leaves out: math does with answers to guess, and with those nobody can match."""
     return 0 if found.task != "math" else len(read_rows(found.dataset, found.split, None)) - len(task.eval)
 
 

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from common.losses import kl_estimate
 from common.rewards.scorer import Scorer
 from common.rollouts import Rollouts
 from common.runs.metrics import StepMetrics
@@ -19,14 +20,19 @@ def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetric
     Args:
         rollouts: B rows, scored.
         advantages: (B,) or (B, C) float.
-        metrics: gets score, length, truncated, zero_advantage (share of rows with advantage 0 everywhere), and
-            reward/<name> (unweighted, over the rows to which that reward applies).
+        metrics: gets score, length, truncated; reward/<name> (unweighted, over the rows to which that reward applies);
+            kl (k1, over all tokens) if both log-probs are known; and zero_advantage (share of the rows trained on
+            whose advantage is 0 everywhere). Only the last one leaves out rows that the loss mask leaves out.
     """
     rows = len(rollouts)
     metrics.add("score", rollouts.scores.sum(), rows)
     metrics.add("length", rollouts.lengths.sum(), rows)
     metrics.add("truncated", rollouts.truncated.sum(), rows)
-    metrics.add("zero_advantage", (advantages.reshape(rows, -1) == 0).all(1).sum(), rows)
+    trained = rollouts.loss_mask.any(1)  # (B,)
+    metrics.add("zero_advantage", (trained & (advantages[..., None] == 0).flatten(1).all(1)).sum(), trained.sum())
+    if rollouts.old_logprobs is not None and rollouts.ref_logprobs is not None:
+        kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # (B, C)
+        metrics.add("kl", torch.where(rollouts.completion_mask, kl, 0.0).sum(), rollouts.lengths.sum())
     for name, part in rollouts.parts.items():
         metrics.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
 
@@ -39,8 +45,29 @@ def judge(rollouts: Rollouts, scorer: Scorer) -> Tensor:
     return scores
 
 
+def judge_leniently(rollouts: Rollouts, scorer: Scorer | None) -> Tensor | None:
+    """(B,) bool: the answer is right, in the requested form or not; None if the task has no such rule.
+
+    It is no reward: neither the scores nor rollouts.parts change.
+
+    Args:
+        rollouts: B completions.
+        scorer: of one rule, from `lenient_scorer`.
+    """
+    if scorer is None:
+        return None
+    right, _ = scorer(rollouts.prompts, rollouts.completions, rollouts.columns, raw_prompts=rollouts.raw_prompts)
+    return torch.isclose(right, torch.tensor(1.0))
+
+
 def evaluation_means(
-    rollouts: Rollouts, *, accuracy: str | None, format: str | None, num_samples: int, metrics: StepMetrics
+    rollouts: Rollouts,
+    *,
+    accuracy: str | None,
+    format: str | None,
+    num_samples: int,
+    metrics: StepMetrics,
+    lenient: Tensor | None = None,
 ) -> None:
     """Add this process's part of the evaluation's means.
 
@@ -50,8 +77,9 @@ def evaluation_means(
         format: the reward that gives 1 for the requested format; None if the task has none.
         num_samples: completions per prompt, at least 1.
         metrics: gets eval/score, eval/length, eval/truncated, eval/format (share of completions in the requested
-            format), eval/accuracy (share of correct ones) with its square for the confidence interval, and
-            eval/pass@k for k = 2, 4, ... up to num_samples.
+            format), eval/lenient_accuracy (share whose answer is right in any form), eval/accuracy (share of correct
+            ones) with its square for the confidence interval, and eval/pass@k for k = 2, 4, ... up to num_samples.
+        lenient: (B,) bool, from `judge_leniently`; None if the task has no such rule.
     """
     rows = len(rollouts)
     metrics.add("eval/score", rollouts.scores.sum(), rows)
@@ -60,6 +88,8 @@ def evaluation_means(
     formed = is_one(rollouts.parts, format)
     if formed is not None:
         metrics.add("eval/format", formed.sum(), rows)
+    if lenient is not None:
+        metrics.add("eval/lenient_accuracy", lenient.sum(), rows)
     correct = is_one(rollouts.parts, accuracy)
     if correct is None:
         return

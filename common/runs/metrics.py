@@ -45,6 +45,11 @@ class StepMetrics:
         self._totals[name] = self._totals.get(name, 0) + _as_scalar(total)
         self._counts[name] = self._counts.get(name, 0) + _as_scalar(count)
 
+    def add_if_defined(self, name: str, value: float | None) -> None:
+        """Adds a quantity that every process knows; None if it is not defined, which leaves it out of this step."""
+        if value is not None:
+            self.add(name, value, 1)
+
     def add_sum(self, name: str, total: Number) -> None:
         """Adds to a quantity whose global value is a sum, such as the number of tokens."""
         self._sums[name] = self._sums.get(name, 0) + _as_scalar(total)
@@ -95,9 +100,11 @@ class Stopwatch:
     """Seconds, and on a GPU peak memory, by phase: `with stopwatch("sample"): ...`.
 
     The time of an inner phase does not count in the outer one, so the phases add up to the step, except for what runs
-    in none of them. Only "eval" includes its inner phases: its sampling is not part of training. A GPU is synchronised
-    when a phase starts or ends.
+    in none of them. Only the phases of WHOLE include their inner phases: their sampling is no part of a step's own. A
+    GPU is synchronised when a phase starts or ends.
     """
+
+    WHOLE = frozenset({"eval", "value_init"})
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._device = torch.device(device)
@@ -108,14 +115,23 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        """Counts the block as `phase`: sample, score, logprobs, values, update, push, offload, eval or save."""
+        """Counts the block as `phase`: sample, score, logprobs, values, update, push, offload, save, one of WHOLE."""
         self._record()
-        self._running.append("eval" if "eval" in self._running else phase)
+        outer = self._running[-1] if self._running else None
+        self._running.append(outer if outer in self.WHOLE else phase)
         try:
             yield
         finally:
             self._record()
             self._running.pop()
+
+    def start_first_step(self) -> None:
+        """Starts the first step. Loading is no part of it, but what prepared it is: the phases of WHOLE."""
+        self._record()
+        for kept in (self._seconds, self._peaks):
+            for phase in kept.keys() - self.WHOLE:
+                del kept[phase]
+        self._step_start = self._last_record - sum(self._seconds.values())
 
     def read_and_reset(self) -> dict[str, float]:
         """time/<phase> of the step that ends now, time/step, and its memory as in `memory_report`.

@@ -161,14 +161,15 @@ def _reward_parts(axes: "Axes", curves: Curves) -> None:
 
 
 def _time_by_phase(axes: "Axes", curves: Curves) -> None:
-    """The phases stacked; time outside of all phases is on top."""
+    """The phases stacked; time outside of all phases is on top. A fit before the first step would hide the steps."""
     import numpy as np
 
     steps, totals = curves.series("time/step")
     stacked = {}
-    for phase in PHASE_COLORS:
+    for phase in ("value_init", *PHASE_COLORS):
         seconds = dict(zip(*curves.series(f"time/{phase}"), strict=True))
         stacked[phase] = np.array([seconds.get(step, 0.0) for step in steps])
+    totals = totals - stacked.pop("value_init")
     stacked["other"] = np.maximum(totals - sum(stacked.values()), 0)
     shown = {phase: seconds for phase, seconds in stacked.items() if seconds.sum() > 0.005 * totals.sum()}
     smooth = [running_mean(seconds) for seconds in shown.values()]

@@ -66,7 +66,7 @@ class Run:
         self.first_step = state["step"] + 1
         self.best: dict | None = state.get("best")
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
-        self._num_tokens: int = state.get("tokens", 0)
+        self._counts: dict[str, int] = {name: state.get(name, 0) for name in ("episodes", "tokens")}
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
@@ -128,9 +128,15 @@ class Run:
             _, unknown = module.load_state_dict(weights, strict=False)  # frozen weights are not in the file
             assert not unknown and len(weights) == len(learner.parameters)
 
-    def count_tokens(self, tokens: int) -> None:
-        """Add completion tokens that were sampled for training, over all processes."""
-        self._num_tokens += tokens
+    def count(self, *, episodes: int = 0, tokens: int) -> None:
+        """Add what was sampled for training, over all processes.
+
+        Args:
+            episodes: completions of a step's own prompts.
+            tokens: completion tokens, of any other completions too.
+        """
+        self._counts["episodes"] += episodes
+        self._counts["tokens"] += tokens
 
     def add_samples(self, step: int, split: str, rollouts: Rollouts, parts: dict[str, Tensor]) -> None:
         """Write the first few rows of a batch to samples.jsonl; outside `with run:` nothing is written.
@@ -169,8 +175,7 @@ class Run:
             metrics: global values.
             timings: time and memory of this process.
         """
-        counts = {"episodes": step * self.config.completions_per_step, "tokens": self._num_tokens}
-        self._log.log(step, counts | metrics | timings)
+        self._log.log(step, self._counts | metrics | timings)
         self._progress.update(step, metrics)
         metric = "eval/accuracy" if "eval/accuracy" in metrics else "eval/score"
         if metric in metrics:
@@ -190,7 +195,7 @@ class Run:
             state = {
                 "best": self.best,
                 "evaluations_since_best": self._evaluations_since_best,
-                "tokens": self._num_tokens,
+                **self._counts,
             }
             checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
             checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))

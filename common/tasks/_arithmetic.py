@@ -1,4 +1,4 @@
-"""Exact value of an arithmetic expression that a model wrote: ``+ - * /``, unary minus, parentheses, decimal numbers.
+"""Exact value of an arithmetic expression that a model wrote: ``+ - * /``, signs, parentheses, decimal numbers.
 
 The text is untrusted. It never reaches Python's `eval`; there is no power operator, and length, nesting and size of
 numbers are bounded. So every input gives a value or a ValueError within a millisecond.
@@ -12,7 +12,29 @@ from typing import NamedTuple
 MAX_CHARACTERS = 200
 MAX_DIGITS = 15
 MAX_DEPTH = 20
+MAX_WRITTEN = 500  # characters of an expression with LaTeX in it
 
+# Characters and commands that stand for an operator or a parenthesis, or for nothing at all.
+_MEANINGS = str.maketrans(
+    {
+        **dict.fromkeys(
+            "\N{MULTIPLICATION SIGN}\N{MIDDLE DOT}\N{DOT OPERATOR}\N{BULLET OPERATOR}\N{ASTERISK OPERATOR}", "*"
+        ),
+        **dict.fromkeys("\N{DIVISION SIGN}\N{DIVISION SLASH}\N{FRACTION SLASH}", "/"),
+        **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}", "-"),
+        **dict.fromkeys("[{", "(") | dict.fromkeys("]}", ")"),
+        **dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u200a\u202f", " "),
+        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff"),
+    }
+)
+_WRAPPERS = (("**", "**"), ("\\(", "\\)"), ("\\[", "\\]"))
+_LATEX = [
+    (re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])"), "*"),
+    (re.compile(r"\\div(?![A-Za-z])"), "/"),
+    (re.compile(r"\\(?:left|right|[,;:! ])"), " "),
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"((\1)/(\2))"),
+    (re.compile(r"(?<=[\d)\]}])\s*[xX]\s*(?=[\d(\[{])"), "*"),
+]
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)?|[-+*/()]")
 _SPACE = " \t\r\n"
 
@@ -29,14 +51,40 @@ class Arithmetic(NamedTuple):
     numbers: list[Fraction]
 
 
+def plain_expression(text: str) -> str:
+    r"""An expression in the characters that `evaluate` knows, from one as people write it.
+
+    Signs such as ``\times`` and ``\div``, fractions in LaTeX, square brackets, braces, all kinds of spaces, and what
+    is put around an expression: quotes of code, dollars, bold, a full stop. Whatever else it holds stays, and is
+    refused.
+
+    Args:
+        text: any text.
+    """
+    text = text.strip()
+    if len(text) > MAX_WRITTEN:
+        return text
+    for _ in range(3):  # one around another
+        text = text.strip("`$ \t\r\n").removesuffix(".")
+        for opening, closing in _WRAPPERS:
+            if text.startswith(opening) and text.endswith(closing) and len(text) > 4:
+                text = text[2:-2]
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    return text.translate(_MEANINGS)
+
+
 def evaluate(expression: str) -> Arithmetic:
     """Evaluate an expression by recursive descent, with exact fractions.
 
     ::
 
         sum     := product (("+" | "-") product)*
-        product := factor (("*" | "/") factor)*
-        factor  := "-"* (number | "(" sum ")")
+        product := factor (("*" | "/") factor | factor)*
+        factor  := ("+" | "-")* (number | "(" sum ")")
+
+    Two factors without an operator between them are multiplied if a parenthesis divides them: ``6(3+5)``. After a
+    division this is refused, because ``6/2(1+2)`` means 9 to some and 1 to others.
 
     Args:
         expression: any text; ASCII digits only, white space is allowed between tokens.
@@ -89,6 +137,13 @@ class _Parser:
         """Whether the next token is one of these."""
         return self.position < len(self.tokens) and self.tokens[self.position] in tokens
 
+    def next_is_side_by_side(self) -> bool:
+        """Whether a factor follows directly, on the other side of a parenthesis."""
+        if not 0 < self.position < len(self.tokens):
+            return False
+        before, after = self.tokens[self.position - 1], self.tokens[self.position]
+        return after == "(" or (before == ")" and after[0].isdigit())
+
     def take(self) -> str:
         """Consume the next token."""
         if self.position == len(self.tokens):
@@ -107,10 +162,18 @@ class _Parser:
         return value
 
     def product(self) -> Fraction:
-        """Factors joined by times and divided by."""
-        value = self.factor()
-        while self.next_is("*", "/"):
-            if self.take() == "*":
+        """Factors joined by times and divided by, or side by side."""
+        value, divided = self.factor(), False
+        while self.next_is("*", "/") or self.next_is_side_by_side():
+            if not self.next_is("*", "/"):
+                if divided:
+                    raise ValueError(
+                        "A product without a sign follows a division: what is divided by what is unclear."
+                    )
+                value *= self.factor()
+                continue
+            divided = self.take() == "/"
+            if not divided:
                 value *= self.factor()
                 continue
             divisor = self.factor()
@@ -120,11 +183,10 @@ class _Parser:
         return value
 
     def factor(self) -> Fraction:
-        """A number or a sum in parentheses, with any number of minus signs in front."""
+        """A number or a sum in parentheses, with any number of signs in front."""
         sign = 1
-        while self.next_is("-"):
-            self.take()
-            sign = -sign
+        while self.next_is("+", "-"):
+            sign = -sign if self.take() == "-" else sign
         token = self.take()
         if token[0].isdigit():
             self.numbers.append(Fraction(token))

@@ -24,6 +24,8 @@ class Task:
         reward_weights: weight of each in the score.
         accuracy: the reward whose value 1 means a right answer; None if there is none.
         format: the reward whose value 1 means an answer in the requested form; None if there is none.
+        lenient_accuracy: a rule whose value 1 means that the answer is right, in the requested form or not; it is
+            measured in evaluations and never a reward; None if there is none.
         default_rewards: used if the setting `rewards` is not given; may name reward models; None: all of `rewards`.
     """
 
@@ -33,6 +35,7 @@ class Task:
     reward_weights: dict[str, float]
     accuracy: str | None
     format: str | None = None
+    lenient_accuracy: RewardFunction | None = None
     default_rewards: list[str] | None = None
 
 
@@ -59,9 +62,6 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
     Raises:
         ValueError: for an unknown reward.
     """
-    limits = None
-    if config.reward_time_limit:
-        limits = Limits(seconds=config.reward_time_limit, gigabytes=config.reward_memory_limit)
     return make_scorer(
         task.rewards,
         task.reward_weights,
@@ -70,9 +70,23 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
         settings=ScoringSettings(
             conversational=config.reward_format == "conversational",
             max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-            limits=limits,
+            limits=_limits(config),
         ),
     )
+
+
+def lenient_scorer(task: Task, config: RLConfig) -> Scorer | None:
+    """The scorer of `task.lenient_accuracy`, which evaluations use beside that of the rewards; None without one."""
+    if task.lenient_accuracy is None:
+        return None
+    name = "lenient_accuracy"
+    return Scorer({name: task.lenient_accuracy}, {name: 1.0}, limits=_limits(config))
+
+
+def _limits(config: RLConfig) -> Limits | None:
+    if not config.reward_time_limit:
+        return None
+    return Limits(seconds=config.reward_time_limit, gigabytes=config.reward_memory_limit)
 
 
 def check_task(name: str) -> None:

@@ -16,10 +16,12 @@ from common.config import RLConfig
 from common.data.rows import read_rows, split_held_out
 from common.rewards.rules import rule
 from common.tasks import Task
-from common.tasks._arithmetic import evaluate
+from common.tasks._arithmetic import MAX_DIGITS, evaluate, plain_expression
+from common.tasks._places import first_block, outside_thoughts
 
 NUM_HELD_OUT = 256  # generated problems of each size; the tiny policies' warm start and RL never see them
 TOLERANCE = 1e-5
+MAX_NUMBERS = 20  # of a problem
 
 OPERATORS = "+-*"
 NUMBERS = range(1, 10)
@@ -125,17 +127,20 @@ def _format_score(prompt: str, completion: str, eos_token: str | None) -> float:
     nested = "<think>" in thought or "</think>" in thought or any(tag in answer for tag in _TAGS)
     if not boundary or nested:
         return 0.0
-    return 1.0 if _ARITHMETIC.fullmatch(answer) else 0.5
+    return 1.0 if _ARITHMETIC.fullmatch(plain_expression(answer)) else 0.5
 
 
 @rule
 def equation_reward(
     prompts: list[str], completions: list[str], *, nums: list[list[int]], target: list[int], **columns: list
 ) -> list[float]:
-    """1.0 if the first answer on one line uses exactly the given numbers, each once, and reaches the target; else 0.
+    """1.0 if the first answer uses exactly the given numbers, each once, and reaches the target; else 0.
+
+    An answer inside the thoughts does not count, nor a second one. White space, line breaks and the usual ways to
+    write an operator are no fault: see `plain_expression`.
 
     Args:
-        prompts: not used.
+        prompts: B prompts; one that ends with an open think tag begins the thoughts.
         completions: B completions.
         nums: B lists of the numbers to use.
         target: B values to reach, within 1e-5.
@@ -144,29 +149,19 @@ def equation_reward(
     Returns:
         B rewards.
     """
-    rows = zip(completions, nums, target, strict=True)
-    return [_equation_score(completion, numbers, goal) for completion, numbers, goal in rows]
+    rows = zip(prompts, completions, nums, target, strict=True)
+    return [_equation_score(outside_thoughts(text, prompt), *problem) for prompt, text, *problem in rows]
 
 
-def _equation_score(completion: str, nums: list[int], target: int) -> float:
-    answer = _first_answer(completion)
+def _equation_score(said: str, nums: list[int], target: int) -> float:
+    answer = first_block(said, "answer")
     if answer is None:
         return 0.0
     try:
-        value, used = evaluate(answer)
+        value, used = evaluate(plain_expression(answer))
     except ValueError:
         return 0.0
     return float(sorted(used) == sorted(nums) and abs(value - target) < TOLERANCE)
-
-
-def _first_answer(completion: str) -> str | None:
-    """Text of the first answer block that begins and ends on one line; one pass, however many tags there are."""
-    for line in completion.split("\n"):
-        _, opening, rest = line.partition("<answer>")
-        answer, closing, _ = rest.partition("</answer>")
-        if opening and closing:
-            return answer
-    return None
 
 
 # Problems
@@ -250,9 +245,10 @@ def read_problems(source: str, split: str) -> list[dict]:
     for number, row in enumerate(rows, start=1):
         nums, target = row["nums"], row["target"]
         integers = isinstance(nums, list) and nums and all(type(value) is int for value in [target, *nums])
-        if not integers:
+        if not (integers and len(nums) <= MAX_NUMBERS and all(0 <= value < 10**MAX_DIGITS for value in nums)):
             raise ValueError(
                 f"dataset={source}: row {number} has nums={nums!r:.80} and target={target!r:.80}; Countdown needs a "
-                f"list of integers and an integer. Correct or remove the row."
+                f"list of up to {MAX_NUMBERS} integers from 0 on with at most {MAX_DIGITS} digits, and an integer, or "
+                "no expression can be right. Correct or remove the row."
             )
     return rows

@@ -2,12 +2,12 @@
 
 The data set (huggingface.co/papers/2110.14168) comes from the hub or from a local file with its columns `question` and
 `answer`, which ends in ``#### 42``. Five rules score a completion: the number, two formats, the tags, and the length
-of the reasoning. All of them read the tags: text outside the tags earns nothing.
+of the reasoning. All of them read the tags: text outside the tags earns nothing. An evaluation also counts right
+numbers outside the tags, as `lenient_accuracy`.
 """
 
-import math
-import re
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,11 @@ from common.config import RLConfig
 from common.data.rows import read_rows, split_held_out, take_held_out
 from common.rewards.rules import rule
 from common.tasks import Task
+from common.tasks._numbers import exact_number, last_number, read_number
+from common.tasks._places import THOUGHT_TAGS, last_block, last_box, outside_thoughts
 
 HUB_DATASET = "openai/gsm8k:main"
-TOLERANCE = 1e-6
+TOLERANCE = Fraction(1, 10**6)
 PENALTY_PER_CHARACTER = 0.002  # of text after the answer, in units of all four tags
 
 SYSTEM_TEXT = """\
@@ -34,13 +36,7 @@ check every step again. Between answer tags give the final answer, one number, a
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 _TAG_LINES = ("<reasoning>\n", "\n</reasoning>\n", "\n<answer>\n", "\n</answer>")
-# A fraction, a mixed number or a decimal number.
-_NUMBER = re.compile(
-    r"(?P<sign>-?)(?:(?P<whole>\d+) )?(?:\\[dt]?frac\{(?P<top>\d+)\}\{(?P<bottom>\d+)\}|(?P<over>\d+)/(?P<under>\d+))"
-    r"|(?P<decimal>-?(?:\d+(?:\.\d+)?|\.\d+))",
-    re.ASCII,
-)
-_GOLD = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
+_THOUGHTS = (*THOUGHT_TAGS, "reasoning")
 
 
 def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
@@ -75,6 +71,7 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
         reward_weights={"correct": 2.0, "strict_format": 0.5, "soft_format": 0.5, "tags": 0.5, "length": 2.0},
         accuracy="correct",
         format="strict_format",
+        lenient_accuracy=lenient_accuracy,
     )
 
 
@@ -96,8 +93,8 @@ def read_problems(source: str, split: str, write_prompt: Callable[[str], str | l
     """
     problems = []
     for number, row in enumerate(read_rows(source, split, ["question", "answer"]), start=1):
-        answer = str(row["answer"]).rpartition("####")[2].strip().replace(",", "")
-        if not (isinstance(row["question"], str) and _GOLD.fullmatch(answer)):
+        answer = gold_number(row["answer"])
+        if answer is None or not (isinstance(row["question"], str) and row["question"].strip()):
             raise ValueError(
                 f"dataset={source}: row {number} has question={row['question']!r:.80} and answer="
                 f"{row['answer']!r:.80}; GSM8K needs text, and an answer that ends in #### and a number. Correct or "
@@ -107,15 +104,35 @@ def read_problems(source: str, split: str, write_prompt: Callable[[str], str | l
     return problems
 
 
+def gold_number(answer: object) -> str | None:
+    """The number of an answer column, which is all of it or follows ####; None if there is no decimal number.
+
+    Args:
+        answer: text, or a number.
+
+    Returns:
+        The number as text, in digits, with a point and a sign where it has them.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return None
+    number = exact_number(str(answer).rpartition("####")[2].strip().removesuffix("."))
+    if number is None or (number.value.denominator > 1 and not number.decimals):  # 1/2 is no answer of GSM8K
+        return None
+    whole = number.value.denominator == 1
+    return str(number.value.numerator) if whole else f"{float(number.value):.{number.decimals}f}"
+
+
 # Rewards
 
 
 @rule
 def correct_reward(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
-    """1.0 if the first number between the last answer tags is the answer, within 1e-6; else 0.
+    """1.0 if the text between the last answer tags gives the answer as its number, within 1e-6; else 0.
+
+    Tags inside the thoughts do not count. Which writings of a number are read: `read_number`.
 
     Args:
-        prompts: not used.
+        prompts: B prompts.
         completions: B completions.
         answer: B numbers as text.
         columns: not used.
@@ -123,8 +140,19 @@ def correct_reward(prompts: list[str], completions: list[str], *, answer: list[s
     Returns:
         B rewards.
     """
-    rows = zip(completions, answer, strict=True)
-    return [float(abs(_first_number(_block(text, "answer")) - float(gold)) < TOLERANCE) for text, gold in rows]
+    rows = zip(prompts, completions, answer, strict=True)
+    return [float(_is_correct(prompt, text, gold)) for prompt, text, gold in rows]
+
+
+@rule
+def lenient_accuracy(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
+    r"""1.0 if the answer is right wherever the completion says it: for evaluation alone, it is no reward.
+
+    Read are the answer tags, else the last ``\boxed{}``, else the last number of the text, outside the thoughts if
+    the thoughts end. The arguments are those of `correct_reward`.
+    """
+    rows = zip(prompts, completions, answer, strict=True)
+    return [float(_is_correct(prompt, text, gold) or _is_said(prompt, text, gold)) for prompt, text, gold in rows]
 
 
 @rule
@@ -163,27 +191,27 @@ def length_reward(
     **columns: list,
 ) -> list[float]:
     """Tokens between the last reasoning tags / full_length, at most 1.0; 0 without the tags."""
-    encoded = tokenizer([_block(text, "reasoning") for text in completions], add_special_tokens=False)["input_ids"]
+    thoughts = [last_block(text, "reasoning") or "" for text in completions]
+    encoded = tokenizer(thoughts, add_special_tokens=False)["input_ids"]
     return [min(1.0, len(ids) / full_length) for ids in encoded]
 
 
-def _block(text: str, tag: str) -> str:
-    """Text from the last opening tag to the next closing one; empty if either is missing."""
-    _, opening, rest = text.rpartition(f"<{tag}>")
-    block, closing, _ = rest.partition(f"</{tag}>")
-    return block if opening and closing else ""
+def _is_correct(prompt: str, completion: str, gold: str) -> bool:
+    block = last_block(outside_thoughts(completion, prompt, _THOUGHTS), "answer")
+    return block is not None and _is_near(read_number(block), gold)
 
 
-def _first_number(text: str) -> float:
-    """Value of the first number, ignoring commas and dollar signs; NaN without one."""
-    match = _NUMBER.search(text.replace(",", "").replace("$", "").replace("\N{MINUS SIGN}", "-"))
-    if match is None:
-        return math.nan
-    if match["decimal"]:
-        return float(match["decimal"])
-    top, bottom = float(match["top"] or match["over"]), float(match["bottom"] or match["under"])
-    value = float(match["whole"] or 0) + (top / bottom if bottom else math.nan)
-    return -value if match["sign"] else value
+def _is_said(prompt: str, completion: str, gold: str) -> bool:
+    text = outside_thoughts(completion, prompt, _THOUGHTS) or completion
+    if last_block(text, "answer") is not None:
+        return False
+    box = last_box(text)
+    return _is_near(last_number(text) if box is None else read_number(box.content), gold)
+
+
+def _is_near(number: Fraction | None, gold: str) -> bool:
+    right = read_number(gold)
+    return number is not None and right is not None and abs(number - right) < TOLERANCE
 
 
 def _is_strict(text: str) -> bool:

@@ -1,28 +1,27 @@
 r"""Mathematics: reason step by step and put the answer in ``\boxed{}``; any equivalent form is right.
 
-Math-Verify parses and compares answers. Only its LaTeX parser is used, which passes only digits of numbers to sympy's
-evaluator. Answers that could take forever to evaluate, such as 9^(9^9), are compared as text only. There is no time
-limit here, so scores are the same on every machine, unless scoring exceeds the worker's limit.
+The last box outside the thoughts counts. `_meaning.py` says when two answers mean the same. Rows whose answer nobody
+could match, such as a proof, are left out and counted.
 """
 
+import json
 import logging
 import math
 import re
-from functools import lru_cache
+from decimal import Decimal
 from pathlib import Path
 
-import sympy
 import transformers
-from math_verify import LatexExtractionConfig, parse, verify
-from sympy.functions.combinatorial.factorials import CombinatorialFunction
 
 from common.config import RLConfig
 from common.data.rows import read_rows, split_held_out, take_held_out
 from common.rewards.rules import rule
 from common.tasks import Task
+from common.tasks._meaning import MAX_ANSWER_LENGTH, means_the_same
+from common.tasks._numbers import last_number
+from common.tasks._places import Box, last_box, outside_thoughts
 
-# Math-Verify warns that its time limits are off. They use signals, which work only in the main thread.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
+logger = logging.getLogger("nanorlhf")
 
 HUB_DATASET = "meta-math/MetaMathQA"
 HUB_EVALUATION = "HuggingFaceH4/MATH-500"
@@ -31,41 +30,15 @@ QUESTION_COLUMNS = ("problem", "question", "query")
 ANSWER_COLUMNS = ("answer", "final_answer", "solution", "response")
 # Half of the guesses are right: such problems teach guessing.
 GUESSABLE = frozenset({"yes", "no", "true", "false"})
+# What data sets write where they have no answer; as words, and as they stand.
+PLACEHOLDERS = frozenset(("proof", "notfound", "answernotfound", "noanswer", "seesolution", "seeabove", "seebelow"))
+EMPTY_VALUES = frozenset(("", "nan", "none", "null", "n/a", "-", "--", "?", "...", "[]", "{}"))
+MAX_WORDS = 8  # of an answer; more is a solution, which no model writes in the same words
+SHOWN_ROWS = 3  # of those that are left out
 
 INSTRUCTION = "Reason step by step. Put the final answer, and only that, in \\boxed{}."
 
 MAX_TEXT_AFTER_BOX = 100  # characters: room to end the sentence, not to continue
-MAX_ANSWER_LENGTH = 300  # characters; the longest answer of MATH-500 has 53
-MAX_NESTING = 10  # levels of brackets; parsing takes seconds from 40 on
-MAX_SIZE = 10_000  # limit of `_size`; comparisons below it take milliseconds, at worst seconds
-SYMBOL_SIZE = 30  # a symbolic expression takes far longer to compare than a number with as many parts
-
-# Commands allowed in a finished answer. Others, such as sums, integrals, binomials and the gamma function, leave
-# something to compute, and Math-Verify would compute it, however long it takes.
-_FINISHED = """
-frac dfrac tfrac cfrac sqrt cdot times div pm mp left right text textbf mbox mathrm mathbf mathbb begin end circ
-infty degree angle overline bar hat vec prime in notin cup cap setminus emptyset varnothing subset subseteq le
-leq ge geq lt gt ne neq approx equiv mod pmod land lor ldots dots cdots quad qquad displaystyle big Big bigl
-bigr lfloor rfloor lceil rceil lvert rvert vert mid langle rangle to sin cos tan sec csc cot arcsin arccos
-arctan sinh cosh tanh log ln exp pi alpha beta delta epsilon varepsilon zeta eta theta kappa lambda mu nu
-xi rho sigma tau phi varphi chi psi omega Delta Theta Lambda Sigma Phi Psi Omega
-"""
-_COMMANDS = frozenset(_FINISHED.split())
-_COMMAND = re.compile(r"\\([A-Za-z]+)")
-# What Math-Verify would evaluate while parsing, or parse in exponential time.
-_UNFINISHED = re.compile(
-    r"""
-    \|\s*[_^]                              # a value put in
-    | \{[vV]matrix                         # a determinant
-    | \d\s*[eE]\s*[+-]?\s*\d{3}            # a number of that many digits
-    | ^(?=.*\\begin).*(?:[eE]\W*\^|exp)    # the exponential of a matrix
-    | (?:\^\s*(?:\\[A-Za-z]+|\w)\s*){4}   # powers of powers without braces
-    | (?:(?:\||vert\b)(?:(?!\||vert\b).)*){9}   # many bars, each of which may open or close
-    """,
-    re.VERBOSE | re.DOTALL,
-)
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_EXTRACTION = [LatexExtractionConfig(boxed_match_priority=0)]
 
 
 def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
@@ -95,50 +68,120 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
         reward_weights={"correct": 1.0, "boxed": 0.1},
         accuracy="correct",
         format="boxed",
+        lenient_accuracy=lenient_accuracy,
     )
 
 
 def read_problems(source: str, split: str, *, is_chat: bool) -> list[dict]:
-    """Read every row as `prompt` and `answer`; skip those whose answer is yes, no, true or false.
+    """Read every row as `prompt` and `answer`; leave out those whose answer can be guessed, or matched by nobody.
 
-    Columns are those of MATH, MetaMathQA or DeepMath-103K. An answer inside a solution is its last box, or what
-    follows "The answer is:".
+    Columns are those of MATH, MetaMathQA or DeepMath-103K. Which answers are used: `gold_answer`. Rows without a
+    usable one are counted in a warning. Yes, no, true and false are left out without a word.
 
     Raises:
-        ValueError: the source cannot be read, or a row has no problem or no answer.
+        ValueError: the source cannot be read, a row has no problem, or half of the rows have no usable answer.
     """
-    problems = []
-    for number, row in enumerate(read_rows(source, split, None), start=1):
+    problems, unusable = [], []
+    rows = read_rows(source, split, None)
+    for number, row in enumerate(rows, start=1):
         question = next((row[name] for name in QUESTION_COLUMNS if row.get(name) is not None), None)
-        answer = _gold_answer(row)
-        if not question or not answer:
-            raise ValueError(
-                f"dataset={source}: row {number} has the columns {', '.join(row)}; needed are a problem "
-                f"({', '.join(QUESTION_COLUMNS)}) and its answer ({', '.join(ANSWER_COLUMNS)}), in the last two with "
-                f'\\boxed{{}} or "The answer is:". Rename the columns, or correct or remove the row.'
-            )
-        if re.sub(r"\\text|\W", "", answer).lower() in GUESSABLE:
-            continue
-        problems.append({"prompt": write_prompt(question, is_chat=is_chat), "answer": answer})
+        answer = gold_answer(row)
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(_refusal(source, number, row))
+        if answer is None:
+            unusable.append((number, row))
+        elif re.sub(r"\\text|\W", "", answer).lower() not in GUESSABLE:
+            problems.append({"prompt": write_prompt(question, is_chat=is_chat), "answer": answer})
+    if 2 * len(unusable) >= len(rows):
+        count = f"{len(unusable)} of {len(rows)} rows have no answer that a model could match. "
+        raise ValueError(_refusal(source, *unusable[0], count=count))
+    if unusable:
+        shown = "; ".join(f"row {number}: {_shown_answer(row)}" for number, row in unusable[:SHOWN_ROWS])
+        logger.warning(
+            "dataset=%s: %d of %d rows are left out, because no model could match their answer: %s%s",
+            *(source, len(unusable), len(rows), shown, "; ..." if len(unusable) > SHOWN_ROWS else ""),
+        )
     return problems
+
+
+def gold_answer(row: dict) -> str | None:
+    r"""The answer of a row in LaTeX, without a box; None if it has none that a model could match.
+
+    The first answer column that is not empty decides. A list or dict of one answer is that answer. In a solution the
+    answer is what follows "The answer is:" or, at its end, ####; else it is the last box. Not used are placeholders
+    such as "proof", nan, several answers in a list, and texts of more than 8 words or 300 characters.
+    """
+    name = next((name for name in ANSWER_COLUMNS if not _is_empty(row.get(name))), None)
+    text = _as_text(row.get(name))
+    answer = text and _final_part(text, is_solution=name in ("solution", "response"))
+    return answer if answer and _can_be_matched(answer) else None
+
+
+def _is_empty(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or str(value).strip().lower() in EMPTY_VALUES
+
+
+def _as_text(value: object) -> str | None:
+    """An answer column as text; None for what is no single answer."""
+    if isinstance(value, str):
+        if not value.lstrip().startswith('["'):
+            return value
+        try:
+            return _as_text(json.loads(value))
+        except json.JSONDecodeError:
+            return value
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return _as_text(value[0])
+    if isinstance(value, dict):
+        named = [value[name] for name in (*ANSWER_COLUMNS[:2], "ground_truth", "value") if value.get(name) is not None]
+        return _as_text(named[0]) if len(named) == 1 else None
+    if isinstance(value, float | Decimal):
+        if not math.isfinite(value):
+            return None
+        return str(int(value)) if value == int(value) and abs(value) < 10**15 else str(value)
+    return str(value) if isinstance(value, int) else None
+
+
+def _final_part(text: str, *, is_solution: bool) -> str | None:
+    _, marker, answer = text.rpartition("The answer is:")
+    if marker:
+        return answer.strip()
+    _, marker, answer = text.rpartition("####")
+    if marker and "\n" not in answer.strip():  # not a heading
+        return answer.strip()
+    box = last_box(text)
+    if box is not None:
+        return box.content.strip()
+    return None if is_solution else text.strip()
+
+
+def _can_be_matched(answer: str) -> bool:
+    """Whether an answer is short, and no placeholder."""
+    if answer.lower() in EMPTY_VALUES or re.sub(r"\\text|[\W_]", "", answer).lower() in PLACEHOLDERS:
+        return False
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\(?:begin|end)\{\w+\}", "", answer))
+    return len(words) <= MAX_WORDS and len(answer) <= MAX_ANSWER_LENGTH
+
+
+def _shown_answer(row: dict) -> str:
+    columns = [name for name in ANSWER_COLUMNS if name in row]
+    return ", ".join(f"{name}={row[name]!r:.80}" for name in columns) or "no answer"
+
+
+def _refusal(source: str, number: int, row: dict, count: str = "") -> str:
+    return (
+        f"dataset={source}: row {number} has the columns {', '.join(row)} with {_shown_answer(row)}. {count}Needed "
+        f"are a problem ({', '.join(QUESTION_COLUMNS)}) and its answer ({', '.join(ANSWER_COLUMNS)}), in the last two "
+        f'with \\boxed{{}}, #### or "The answer is:". Rename the columns, or correct or remove the rows.'
+    )
 
 
 def write_prompt(question: str, *, is_chat: bool) -> str | list[dict[str, str]]:
     """A user message, or the same as plain text for a policy without a chat template."""
     text = f"{question}\n\n{INSTRUCTION}"
     return [{"role": "user", "content": text}] if is_chat else f"{text}\n"
-
-
-def _gold_answer(row: dict) -> str | None:
-    name = next((name for name in ANSWER_COLUMNS if row.get(name) is not None), None)
-    text = str(row[name]) if name else ""
-    _, marker, answer = text.rpartition("The answer is:")
-    if marker:
-        return answer.strip()
-    box = _last_box(text)
-    if box is not None:
-        return box[0].strip()
-    return text.strip() if name in ("answer", "final_answer") else None
 
 
 # Rewards
@@ -148,8 +191,10 @@ def _gold_answer(row: dict) -> str | None:
 def correct_reward(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
     """1.0 if the content of the last box means the same as the answer; else 0.
 
+    A box inside the thoughts does not count.
+
     Args:
-        prompts: not used.
+        prompts: B prompts.
         completions: B completions.
         answer: B answers in LaTeX, without a box.
         columns: not used.
@@ -157,79 +202,42 @@ def correct_reward(prompts: list[str], completions: list[str], *, answer: list[s
     Returns:
         B rewards.
     """
-    boxes = map(_last_box, completions)
-    return [float(box is not None and _is_same(gold, box[0])) for box, gold in zip(boxes, answer, strict=True)]
+    rows = zip(prompts, completions, answer, strict=True)
+    return [float(_is_correct(_box(prompt, text), gold)) for prompt, text, gold in rows]
 
 
 @rule
 def boxed_reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
     """1.0 if the last box is closed, not empty and followed by at most 100 characters; else 0."""
-    boxes = map(_last_box, completions)
-    return [float(box is not None and box[0].strip() != "" and len(box[1]) <= MAX_TEXT_AFTER_BOX) for box in boxes]
+    boxes = map(_box, prompts, completions)
+    return [
+        float(box is not None and box.content.strip() != "" and len(box.rest) <= MAX_TEXT_AFTER_BOX) for box in boxes
+    ]
 
 
-def _last_box(text: str) -> tuple[str, str] | None:
-    """The content of the last box and the text after it; None if there is no box or the last one is not closed."""
-    start = text.rfind("\\boxed{") + len("\\boxed{")
-    if start < len("\\boxed{"):
-        return None
-    depth = 1
-    for brace in _BRACE.finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return text[start : brace.start()], text[brace.end() :]
-    return None
+@rule
+def lenient_accuracy(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
+    """1.0 if the last box or, without one, the last number of the text is the answer; for evaluation, no reward.
+
+    The arguments are those of `correct_reward`.
+    """
+    rows = zip(prompts, completions, answer, strict=True)
+    return [float(_is_said(prompt, text, gold)) for prompt, text, gold in rows]
 
 
-def _is_same(gold: str, answer: str) -> bool:
-    gold, answer = (text.strip().removesuffix(".") for text in (gold, answer))
-    if gold == answer:
-        return answer != ""
-    return max(len(gold), len(answer)) <= MAX_ANSWER_LENGTH and _means_the_same(gold, answer)
+def _box(prompt: str, completion: str) -> Box | None:
+    return last_box(outside_thoughts(completion, prompt))
 
 
-# A step compares many completions with one answer, and many of them agree.
-@lru_cache(maxsize=4096)
-def _means_the_same(gold: str, answer: str) -> bool:
-    return verify(_expressions(gold), _expressions(answer), timeout_seconds=None)
+def _ends_soon(box: Box) -> bool:
+    return len(box.rest) <= MAX_TEXT_AFTER_BOX
 
 
-@lru_cache(maxsize=4096)
-def _expressions(latex: str) -> list:
-    """What Math-Verify parses from an answer; empty if it is not a finished answer of reasonable size."""
-    latex = latex.replace("\\\\", "\\\\ ")  # else Math-Verify takes the line break before a letter for a command
-    if _nesting(latex) > MAX_NESTING:
-        return []
-    if _UNFINISHED.search(latex) or not _COMMANDS.issuperset(_COMMAND.findall(latex)):
-        return []
-    found = parse(f"\\boxed{{{latex}}}", _EXTRACTION, extraction_mode="first_match", parsing_timeout=None)
-    return found if all(isinstance(part, str) or _size(part) <= MAX_SIZE for part in found) else []
+def _is_correct(box: Box | None, gold: str) -> bool:
+    return box is not None and means_the_same(gold, box.content)
 
 
-def _nesting(text: str) -> int:
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _size(expression: sympy.Basic | sympy.MatrixBase) -> float:
-    """Roughly the bits of an expression once it is evaluated; for 9^(9^9) more than fits in memory."""
-    if isinstance(expression, sympy.MatrixBase):
-        return sum(map(_size, expression))
-    if isinstance(expression, sympy.Rational | sympy.Float):
-        return 1 + abs(math.log2(abs(float(expression)) or 1))
-    if not expression.args:
-        return SYMBOL_SIZE
-    if isinstance(expression, sympy.Pow) and not expression.exp.free_symbols:
-        base, exponent = expression.args
-        if not isinstance(exponent, sympy.Rational):
-            return _size(base) * 2.0 ** min(_size(exponent), 100)
-        num_terms = max(1, len(base.args))  # (x + y)^n expands to many more
-        return _size(base) * max(1.0, abs(float(exponent)) * num_terms**2)
-    total = sum(map(_size, expression.args))
-    if isinstance(expression, sympy.exp | CombinatorialFunction) and not expression.free_symbols:
-        return 2.0 ** min(total, 100)
-    is_sum = isinstance(expression, sympy.Add | sympy.Mul | sympy.Set | sympy.Tuple | sympy.core.relational.Relational)
-    return total if is_sum else 2 * total
+def _is_said(prompt: str, completion: str, gold: str) -> bool:
+    text = outside_thoughts(completion, prompt) or completion
+    box, number = last_box(text), last_number(text)
+    return _is_correct(box, gold) if box or number is None else means_the_same(gold, str(number))

@@ -14,6 +14,8 @@ from common.update.batches import Batches
 
 # A process's part of a global mean: the metric's name, the sum, and what to divide by.
 MetricPart = tuple[str, Tensor | float, Tensor | float]
+# What a loss reports about a micro-batch; see `metric_part`.
+Metric = Tensor | tuple[Tensor, Tensor]
 
 
 class Learner:
@@ -42,7 +44,7 @@ class Learner:
     def update(
         self,
         rollouts: Rollouts,
-        loss: Callable[[Rollouts], tuple[Tensor, dict[str, Tensor]]],
+        loss: Callable[[Rollouts], tuple[Tensor, dict[str, Metric]]],
         *,
         batches: Batches,
         step: int,
@@ -57,7 +59,8 @@ class Learner:
 
         Args:
             rollouts: B rows; dropped rows of the step still count in the means.
-            loss: (b, C) loss of each token of a micro-batch, and (b, C) metrics; token weights make it a mean.
+            loss: (b, C) loss of each token of a micro-batch, of which token weights make a mean, and metrics by name,
+                as in `metric_part`.
             batches: makes mini-batches and micro-batches.
             step: decides the learning rate and, with `epoch`, which rows are in which mini-batch.
             epoch: which pass over the rollouts, from 0.
@@ -88,8 +91,7 @@ class Learner:
                 parts.append((f"{self.name}/loss", total, 0))
                 for name, values in metrics.items():
                     if is_first or not name.startswith("first/"):
-                        value = torch.where(mask, values, 0.0).sum()
-                        parts.append((name.removeprefix("first/"), value, mask.sum()))
+                        parts.append((name.removeprefix("first/"), *metric_part(values, mask)))
             parts.append((f"{self.name}/grad_norm", self.optimizer_step(step, batches.accelerator, rate=rate), 1))
             is_first = False
         return parts
@@ -129,6 +131,20 @@ class Learner:
     def rate(self, step: int) -> float:
         """Learning rate of a step, from 1."""
         return self.config.scheduled_rate(step)
+
+
+def metric_part(values: Metric, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A micro-batch's part of the mean of a metric: the sum, and what to divide by.
+
+    Args:
+        values: (b, C) float, whose mean is over the tokens of the loss mask; (b, 1) float, whose mean is over the
+            completions with such tokens; or (b, C) with the (b, C) bool mask of its own mean.
+        loss_mask: (b, C) bool.
+    """
+    values, mask = values if isinstance(values, tuple) else (values, loss_mask)
+    if values.shape[1] == 1:
+        mask = mask.any(1, keepdim=True)
+    return torch.where(mask, values, 0.0).sum(), mask.sum()
 
 
 def _sum_over_processes(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

@@ -13,7 +13,7 @@ from common.runs.plots import FAINT, INK, PALETTE
 from examples.compare_algorithms.runs import FinishedRun
 
 PANELS = {
-    "episodes": "completions sampled",
+    "episodes": "episodes (completions trained from)",
     "eval/kl": "KL to the untrained policy (nats per token)",
     "seconds": "seconds of training",
 }

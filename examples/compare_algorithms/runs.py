@@ -42,15 +42,12 @@ class FinishedRun:
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines with a held-out evaluation, each with `seconds`: time of training until then.
 
-        It includes fitting a value model before the first step, but not evaluation and writing checkpoints.
+        It includes what an algorithm prepares before its first step, but not evaluation and writing checkpoints.
 
         Raises:
             ValueError: if there are fewer than two.
         """
-        spent = [
-            row["time/step"] + row.get("time/value_init", 0.0) - row.get("time/eval", 0.0) - row.get("time/save", 0.0)
-            for row in self.rows
-        ]
+        spent = [row["time/step"] - row.get("time/eval", 0.0) - row.get("time/save", 0.0) for row in self.rows]
         rows = [row | {"seconds": until} for row, until in zip(self.rows, accumulate(spent), strict=True)]
         evaluations = [row for row in rows if row.get("eval/score") is not None]
         if len(evaluations) < 2:

@@ -38,6 +38,7 @@ SETTINGS = GRPOConfig(
     max_completion_length=1024,  # cpu: 240
     # GRPO
     scale_by_std=True,  # False: Dr. GRPO
+    whiten_rewards=False,
     average_over="rows",  # cpu: "tokens"; which is DAPO; "constant": Dr. GRPO
     clip_range=0.2,
     clip_range_high=None,  # as clip_range; 0.28: DAPO

@@ -42,6 +42,7 @@ SETTINGS = GRPOConfig(
     max_completion_length=1024,  # cpu: 360
     # GRPO
     scale_by_std=True,
+    whiten_rewards=False,
     average_over="tokens",  # the mean over rows would favour short right answers and long wrong ones
     clip_range=0.2,
     clip_range_high=None,

@@ -64,7 +64,7 @@ def read_examples(source: str, split: str, *, form: str, tokenizer: PreTrainedTo
         problems = gsm8k.read_problems(source, split, write_prompt)
         return [_gsm8k_example(row, problem) for row, problem in zip(rows, problems, strict=True)], 0
     if form == "math":
-        boxed = math.boxed_reward([], [row["solution"] for row in rows])
+        boxed = math.boxed_reward([""] * len(rows), [row["solution"] for row in rows])
         kept = [row for row, is_boxed in zip(rows, boxed, strict=True) if is_boxed == 1.0]
         examples = [
             {"prompt": math.write_prompt(row["problem"], is_chat=is_chat), "completion": row["solution"].strip()}

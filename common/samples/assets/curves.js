@@ -49,11 +49,13 @@ function rewardPanels() {
 // Seconds of a step: the phases of one run stacked, or the whole step of several runs.
 function timePanel() {
   if (data.runs.length > 1) return metricPanel("time/step", "Seconds per step");
-  const [run] = data.runs, total = seriesOf(run, "time/step");
+  const [run] = data.runs, total = { ...seriesOf(run, "time/step") };
   const at = (name) => {
     const line = seriesOf(run, name), found = new Map(line.steps.map((step, index) => [step, line.values[index]]));
     return total.steps.map((step) => found.get(step) ?? 0);
   };
+  const before = at("time/value_init");  // a fit before the first step would hide the steps
+  total.values = total.values.map((value, index) => value - before[index]);
   const sum = (values) => values.reduce((one, other) => one + other, 0);
   const phases = Object.entries(data.phases).map(([name, color]) => ({ label: name, color, values: at(`time/${name}`) }));
   const other = phases.find((phase) => phase.label === "other");
