@@ -1,6 +1,7 @@
 """RLOO alone: that its settings act, and by hand what it makes of a step."""
 
 import pytest
+import torch
 
 from RLOO.rloo_trainer import RLOOConfig
 from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_on

@@ -228,6 +228,9 @@ def test_what_ends_midway_leaves_nothing_behind(tiny_folder, monkeypatch):
 def test_two_models_are_one_table(tiny_folder, model, loads):
     evaluate(settings(model, output_dir=None))
     scores = evaluate(settings(model, tiny_folder))
+    for score in scores:  # the second model solves nothing
+        low, high = score["accuracy_ci95"]
+        assert 0 <= low <= score["accuracy"] <= high <= 1
     assert loads == [str(model), str(tiny_folder)]  # the first one's result was there
     assert [score["model"] for score in scores] == [str(model), str(tiny_folder)]
     (file,) = Path("evaluations").glob("table-countdown-*.md")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from common.runs.plots import Curves, _panels, _time_by_phase, draw_curves, running_mean
+from common.runs.plots import Curves, _evaluation, _panels, _time_by_phase, draw_curves, running_mean
 
 
 def metrics_of(step, num_steps):
@@ -97,6 +97,15 @@ def test_what_cannot_be_drawn_is_a_warning_and_leaves_the_old_picture(tmp_path):
     with pytest.warns(UserWarning, match=r"could not be drawn \(ValueError.*The run goes on"):
         draw_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes() == before
+
+
+def test_the_band_of_an_evaluation_reaches_as_far_below_as_above(tmp_path):
+    write_metrics(tmp_path, [{"step": step, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.2} for step in (0, 10)])
+    axes = Figure().subplots()
+    _evaluation(axes, Curves(tmp_path / "metrics.jsonl"), "eval/accuracy")
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(0.3) and heights.max() == pytest.approx(0.7)
 
 
 def test_a_fit_before_the_first_step_does_not_hide_the_time_of_the_steps(tmp_path):

@@ -176,6 +176,13 @@ def test_several_runs_share_a_page_and_their_prompts(finished, tmp_path):
     assert data["runs"][0]["samples"][0]["prompt"] == data["runs"][1]["samples"][0]["prompt"]
 
 
+def test_several_runs_share_the_room_of_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.samples.page.MAX_ROWS", 100)
+    runs = [write_run(tmp_path / name, [row(step=step) for step in range(100)]) for name in ("a", "b")]
+    shown = [run["samples"] for run in data_of(write_page(runs, tmp_path / "both.html"))["runs"]]
+    assert [len(samples) for samples in shown] == [50, 50]
+
+
 def test_a_running_runs_unfinished_last_lines_are_left_out(tmp_path):
     folder = write_run(tmp_path, [row(), row(2)])
     for name in ("samples.jsonl", "metrics.jsonl"):

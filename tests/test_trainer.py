@@ -97,17 +97,6 @@ def test_a_token_counts_as_often_as_it_was_trained_on(toy_folder, tmp_path):
     assert line["policy/tokens"] == 3 * line["tokens"] == pytest.approx(3 * 16 * line["length"])
 
 
-def test_the_kl_that_is_reported_is_that_of_the_reward_as_a_mean_over_tokens(toy_folder, tmp_path):
-    trainer = toy_trainer(toy_folder, tmp_path / "run", kl_coef=0.1, kl_place="reward")
-    rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
-    with torch.no_grad():
-        for weight in trainer.policy.parameters:
-            weight.mul_(1.1)  # away from the reference
-    rewards = trainer.token_rewards(rollouts, torch.zeros(len(rollouts)))
-    kl = -rewards[rollouts.completion_mask].mean() / 0.1
-    assert abs(kl) > 1e-3 and trainer.metrics.reduce(trainer.accelerator)["kl"] == pytest.approx(float(kl), rel=1e-4)
-
-
 def test_samples_show_prompt_completion_score_and_parts(finished):
     rows = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
     assert {row["split"] for row in rows} == {"train", "eval"}
@@ -428,6 +417,13 @@ def test_a_finished_run_can_be_made_longer(tiny_folder, tmp_path):
     toy_trainer(tiny_folder, tmp_path / "short", num_steps=4, save_every=1).train()
     toy_trainer(tiny_folder, tmp_path / "long", num_steps=4, save_every=1).train()
     assert metrics_of(tmp_path / "short") == metrics_of(tmp_path / "long")
+
+
+def test_a_run_whose_rate_falls_until_its_last_step_cannot_be_made_longer(tiny_folder, tmp_path):
+    falling = {"lr_scheduler": "linear", "save_every": 1}
+    toy_trainer(tiny_folder, tmp_path / "run", num_steps=1, **falling).train()
+    with pytest.raises(ValueError, match=r"num_steps \(stored 1, now 2\)"):
+        toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, **falling)
 
 
 def test_other_settings_in_the_same_folder_are_refused_before_a_model_is_loaded(tiny_folder, tmp_path):
