@@ -341,7 +341,7 @@ def test_mini_batches_of_a_pass_are_as_many_as_asked_or_as_there_are_rows_to_fit
 
 def test_completions_that_are_masked_have_no_part_in_the_fit_nor_in_its_error(toy_folder, tmp_path, monkeypatch):
     """What they returned may be anything."""
-    values, lines, returns = [], [], value_initializer._returns
+    values, errors, lines, returns = [], [], [], value_initializer._returns
     for poison in (0.0, 1e3):
 
         def poisoned(trainer, part, poison=poison):
@@ -354,8 +354,10 @@ def test_completions_that_are_masked_have_no_part_in_the_fit_nor_in_its_error(to
         settings = FITTED_STEP | {"mask_truncated": True, "max_completion_length": 5}
         trainer = ppo(toy_folder, tmp_path / str(poison), **settings)
         values.append(values_of(trainer, trainer.sample(trainer.training_prompts(1), num_generations=4)))
+        errors.append(value_initializer._error(trainer, poisoned(trainer, 1)))
         trainer.train()
         lines += metrics_of(tmp_path / str(poison))
+    assert errors[0] == errors[1] > 0
     assert torch.equal(*values) and values[0].any() and lines[0] == lines[1]
 
 

@@ -71,6 +71,9 @@ def test_the_limit_is_of_wall_clock_time_for_each_row():
     begun = time.perf_counter()
     score(["hang", "a", "hang", "hang"])
     assert 0.9 <= time.perf_counter() - begun < 10  # seconds; three rows of 0.3
+    begun = time.perf_counter()
+    score(["hang", *["a"] * 99])
+    assert time.perf_counter() - begun < 10  # a hundred rows of 0.3 would be 30
     nap = rule(lambda prompts, completions, **columns: [time.sleep(0.2) or 1.0 for _ in completions])
     scorer = Scorer({"nap": nap}, {"nap": 1.0}, limits=Limits(seconds=1.5))
     assert scorer(["p"] * 10, ["a"] * 10, {})[0].tolist() == [1.0] * 10  # together longer than the limit
