@@ -179,7 +179,7 @@ def test_no_six_lines_are_the_same_in_two_algorithms():
 def test_it_learns_to_write_digits(toy_folder, tmp_path, name, use_lora, seed):
     # With LoRA the head is frozen: initial weights of the usual size would leave it near the uniform distribution.
     model = save_toy_policy(tmp_path / "model", initializer_range=0.3) if use_lora else toy_folder
-    settings = {"lora_r": 8, "lora_alpha": 16, "num_steps": 40, "learning_rate": 3e-2}
+    settings = {"lora_r": 8, "lora_alpha": 16, "num_steps": 60, "learning_rate": 3e-2}
     trainer = toy_trainer(
         model,
         tmp_path / "run",
