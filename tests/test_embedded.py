@@ -4,9 +4,12 @@ import hashlib
 import multiprocessing
 import random
 import re
+import time
 import unicodedata
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.embedded.cache import cached_folder
 from common.embedded.policy import (
     TINY_POLICIES,
     TinySettings,
@@ -305,3 +309,16 @@ def test_two_processes_at_once_get_the_same_whole_folder(tmp_path):
         first, second = pool.starmap(tiny_policy, [(SMALL, tmp_path)] * 2)
     assert first == second == tiny_policy(SMALL, tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [first]
+
+
+def test_a_folder_is_made_once_if_two_ask_for_it_at_the_same_time(tmp_path):
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        time.sleep(0.3)  # time for the other one to begin too
+        (folder / "content").write_text("whole")
+
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: cached_folder("name", make, tmp_path), range(2)))
+    assert len(made) == 1 and folders[0] == folders[1] == tmp_path / "name"

@@ -130,7 +130,7 @@ def seen_by(breakage: Breakage, copy: Path, *, own: bool) -> str:
     path.write_text(breakage.broken(whole))
     try:
         found = failing(copy, breakage.test, seconds=SECONDS_OF_ONE)
-        return found or (own and "") or failing(copy, "--deselect", CHECK_OF_THE_LIST, seconds=SECONDS_OF_ALL)
+        return found if found or own else failing(copy, "--deselect", CHECK_OF_THE_LIST, seconds=SECONDS_OF_ALL)
     finally:
         path.write_text(whole)
 
