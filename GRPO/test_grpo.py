@@ -38,6 +38,7 @@ def test_no_reference_is_loaded_when_no_kl_is_wanted(tiny_folder, tmp_path):
     assert "kl" not in metrics_of(tmp_path / "run")[0]
 
 
+@pytest.mark.slow
 def test_with_lora_the_reference_stays_the_base_model(tiny_folder, tmp_path, rollouts):
     trainer = toy_trainer(tiny_folder, tmp_path / "run", kl_coef=0.1, use_lora=True, lora_r=4, num_steps=10)
     before = trainer.logprobs("ref", rollouts)
@@ -126,6 +127,7 @@ def test_kl_in_the_reward_is_taken_from_the_score_before_groups_are_compared(tin
     assert not torch.allclose(expected, rollouts.spread(group_relative(rollouts.scores, 4)), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_estimator_left_to_the_place_is_k3_in_the_loss_and_k1_in_the_reward(tiny_folder, tmp_path):
     settings = {"kl_coef": 1.0, "learning_rate": 1e-2, "num_steps": 3}
     for place, estimator in (("loss", "k3"), ("reward", "k1")):

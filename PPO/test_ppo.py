@@ -267,6 +267,7 @@ def task_of(prompts: list[str], bonus: list[float]) -> Task:
     )
 
 
+@pytest.mark.slow
 def test_the_fit_explains_variance_of_returns_of_prompts_that_it_has_not_seen(tmp_path, backbone):
     # The prompt tells: its last token is one of two.
     task = task_of([f"{i} {word}\n" for i in range(30) for word in ("low", "high")], [0.0, 1.0] * 30)
@@ -339,6 +340,7 @@ def test_mini_batches_of_a_pass_are_as_many_as_asked_or_as_there_are_rows_to_fit
     assert f"value_init_minibatches=40: there are {num_rows} completions to fit" in caplog.text
 
 
+@pytest.mark.slow
 def test_completions_that_are_masked_have_no_part_in_the_fit_nor_in_its_error(toy_folder, tmp_path, monkeypatch):
     """What they returned may be anything."""
     values, errors, lines, returns = [], [], [], value_initializer._returns
@@ -521,6 +523,7 @@ def test_the_rate_of_the_fit_falls_to_zero_and_each_pass_has_mini_batches_of_its
     assert all(first != second for first, second in zip(dealt[:4], dealt[4:], strict=True))
 
 
+@pytest.mark.slow
 def test_a_fit_that_only_makes_it_worse_leaves_the_values_at_zero(toy_folder, tmp_path):
     trainer = ppo(toy_folder, tmp_path / "run", num_steps=1, **(FIT | {"value_init_learning_rate": 3.0}))
     values = values_of(trainer, trainer.sample(trainer.training_prompts(1), num_generations=2))
@@ -529,6 +532,7 @@ def test_a_fit_that_only_makes_it_worse_leaves_the_values_at_zero(toy_folder, tm
     assert not values.any() and line["value_init/explained_variance_after"] == pytest.approx(0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["reward model", "value model", "value model lora"])
 def test_a_model_with_a_score_is_scaled_and_shifted_to_the_returns(toy_folder, tmp_path, source):
     lora = {"use_lora": True, "lora_r": 4} if source.endswith("lora") else {}

@@ -308,6 +308,7 @@ def test_offload_changes_not_a_bit(busy_run, toy_folder, tmp_path, variant):
     assert metrics_of(tmp_path / "run") == metrics_of(never)[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_token_budget_changes_no_weight(toy_folder, tmp_path, name):
     """With plain gradient descent, for which a rounding error stays as small as it is."""

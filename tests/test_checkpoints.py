@@ -257,6 +257,7 @@ def prepare_blocked(folder, point):
     prepare_run_folder(folder, SETTINGS)
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_settings_are_written_leaves_a_folder_that_can_be_used(tmp_path):
     kill_at(tmp_path / "point", prepare_blocked, tmp_path / "run")
     assert names(tmp_path / "run") != []

@@ -92,6 +92,7 @@ def test_an_algorithm_is_a_folder_with_its_script_and_its_trainer(root):
     assert find_algorithms(ROOT)["GRPO"] == ROOT / "GRPO" / "grpo.py"
 
 
+@pytest.mark.slow
 def test_every_algorithm_runs_before_the_next_seed_and_is_given_what_follows_the_dashes(root, tmp_path, capfd):
     out = tmp_path / "out"
     assert compare(["--seeds", "0", "3", "--output_dir", str(out), "--", "--task", "math"], root) == 0
@@ -124,6 +125,7 @@ def test_an_interrupted_run_is_started_again_to_continue_and_its_log_goes_on(roo
     assert before == "step 1" and "--resume auto" in after
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named_with_its_log_and_the_others_go_on(root, tmp_path, capfd):
     assert compare(["--seeds", "0", "1", "--output_dir", str(tmp_path), "--", "--fail", "1"], root) == 1
     printed = capfd.readouterr().out
@@ -188,6 +190,7 @@ def test_what_each_run_is_given_by_the_comparison_cannot_be_passed_on(root, tmp_
     refused(lambda: compare(["--output_dir", str(tmp_path / "out"), "--", word, "5"], root), word, "before the --")
 
 
+@pytest.mark.slow
 def test_runs_with_other_settings_do_not_mix_in_one_folder(root, tmp_path):
     arguments = ["--seeds", "0", "--output_dir", str(tmp_path)]
     compare(arguments, root)

@@ -313,6 +313,7 @@ def test_the_generated_problems_are_1020_and_all_can_be_solved():
             assert solves(attempt.expression, **problem) == 1.0
 
 
+@pytest.mark.slow
 def test_problems_of_three_and_four_numbers_can_be_solved_and_keep_those_of_three_held_out():
     train, held_out = problems(4)
     assert Counter(len(problem["nums"]) for problem in train) == {3: 764, 4: 9866}

@@ -140,6 +140,7 @@ def test_no_lesson_uses_a_held_out_problem():
         assert problem_key(list(nums), target) not in held_out
 
 
+@pytest.mark.slow
 def test_lessons_of_up_to_four_numbers_are_true_and_use_each_number_once():
     sizes = Counter()
     for prompt, response in lessons(400, max_numbers=4, share_careless=0.0, share_broken=0.0):

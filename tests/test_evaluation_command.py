@@ -225,6 +225,7 @@ def test_what_ends_midway_leaves_nothing_behind(tiny_folder, monkeypatch):
 # The table
 
 
+@pytest.mark.slow
 def test_two_models_are_one_table(tiny_folder, model, loads):
     evaluate(settings(model, output_dir=None))
     scores = evaluate(settings(model, tiny_folder))
@@ -291,6 +292,7 @@ def save_adapter(base: Path, folder: Path, **changes: object) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_adapter_is_evaluated_as_the_folder_that_it_is_merged_into(model, tmp_path):
     adapter = save_adapter(model, tmp_path / "adapter")
     merge(MergeSettings(model=str(model), adapter=str(adapter), output="merged"))
@@ -376,6 +378,7 @@ def test_countdown_of_a_chat_model_is_the_five_hundred_held_out_rows(tiny_folder
     assert len(plain.prompts) == 256 and plain.prompts.columns["nums"] == [row["nums"] for row in problems()[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("math500", 500), ("aime24", 30), ("gsm8k", 1319)])
 def test_real_records_are_read_whole_and_as_in_training(tmp_path, name, count):
     path = RECORDS / name / "test.jsonl"

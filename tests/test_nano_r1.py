@@ -42,6 +42,7 @@ def test_without_a_gpu_it_is_the_embedded_task_in_4_bits_too(script):
     assert config.rewards == ["format", "equation"]
 
 
+@pytest.mark.slow
 def test_a_step_of_the_recipe_runs_on_problems_of_the_form_of_gsm8k(script, tmp_path):
     rows = [{"question": f"What is {a} + 1?", "answer": f"It is {a + 1}. #### {a + 1}"} for a in range(8)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -39,6 +39,7 @@ def test_curves_are_drawn_complete_with_nothing_left_beside_them(tmp_path, recwa
     assert not recwarn.list
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_do_not_hold_a_run_up(tmp_path):
     write_metrics(tmp_path, [metrics_of(step, 1000) for step in range(1001)])
     draw_curves(tmp_path)  # imports matplotlib

@@ -99,6 +99,7 @@ def test_the_larger_policy_is_known_by_its_name_and_built_from_its_own_settings(
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_both_curves_in_its_folder(tiny_folder, tmp_path, monkeypatch, capsys):
     rows = train(monkeypatch, tiny_folder, tmp_path / "run", "--dataset", "generated-3to4")
     assert [row["step"] for row in rows] == [0, 1, 2]
@@ -112,6 +113,7 @@ def test_a_run_ends_with_both_curves_in_its_folder(tiny_folder, tmp_path, monkey
     assert sizes <= {3, 4} and 4 in sizes
 
 
+@pytest.mark.slow
 def test_mathematics_runs_from_a_local_file(tiny_folder, tmp_path, monkeypatch):
     rows = train(monkeypatch, tiny_folder, tmp_path / "run", "--task", "math", "--dataset", str(math_rows(tmp_path)))
     assert {"reward/correct", "reward/boxed", "eval/accuracy"} <= rows[-1].keys()

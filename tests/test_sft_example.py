@@ -285,6 +285,7 @@ def test_metrics_begin_with_the_untrained_model(trained):
     assert [line["eval_loss"] for line in lines if "eval_loss" in line][-1] == result["loss_after"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_saved_with_its_base_and_its_end_tokens(sums, tmp_path):
     settings = tiny_settings(sums, tmp_path / "run", *QUICK, "--num_steps", "2", "--use_lora", "true", "--lora_r", "4")
     train_sft(settings)
@@ -296,6 +297,7 @@ def test_an_adapter_is_saved_with_its_base_and_its_end_tokens(sums, tmp_path):
     assert GenerationConfig.from_pretrained(final).eos_token_id == [tokenizer.eos_token_id]
 
 
+@pytest.mark.slow
 def test_a_model_from_a_folder_without_a_chat_template_is_trained_on_plain_prompts(tiny_folder, sums, tmp_path):
     arguments = ["--model", str(tiny_folder), "--dataset", sums, "--output_dir", str(tmp_path / "run"), *QUICK]
     settings = read_settings([*arguments, "--max_length", "700", "--num_steps", "2", "--learning_rate", "0.01"])

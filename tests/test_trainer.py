@@ -440,6 +440,7 @@ def test_a_start_that_failed_leaves_no_folder_in_the_way(tiny_folder, tmp_path):
     toy_trainer(tiny_folder, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_twenty_steps_leak_no_memory(tiny_folder, tmp_path):
     trainer = toy_trainer(tiny_folder, tmp_path / "run", num_steps=30, samples_every=0)
     trainer.train()
