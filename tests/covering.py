@@ -251,7 +251,7 @@ def _wrong_in_lines(config: RLConfig, lines: list[dict]) -> list[str]:
         found += [f"{where}{metric} {line[metric]}" for metric in shares if not 0 <= line[metric] <= 1]
         if not math.isclose(line["score"], _score_of(config, line), abs_tol=1e-5):
             found.append(f"{where}score {line['score']}, its parts make {_score_of(config, line)}")
-        all_dropped = vars(config).get("sparse") and line["zero_advantage"] == 1
+        all_dropped = vars(config).get("sparse") and line.get("zero_advantage", 1) == 1  # absent: all masked
         if bool(config.kl_coef) is not ("kl" in line) and not all_dropped:
             found.append(f"{where}kl_coef {config.kl_coef}, kl {line.get('kl')}")
     if steps[0].get("kl", 0) != 0:

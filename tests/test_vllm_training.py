@@ -82,7 +82,7 @@ def test_the_final_model_loads_in_plain_vllm(model, tmp_path):
 def test_a_script_ends_without_a_word_of_complaint(model, tmp_path):
     settings = {"model": model, "output_dir": tmp_path / "run", "num_steps": 1, "prompts_per_step": 2}
     settings |= {"num_generations": 2, "max_completion_length": 8, "num_eval_prompts": 2, "task": "countdown"}
-    settings |= {"max_prompt_length": 64}
+    settings |= {"max_prompt_length": 64, "warmup_steps": 0, "lr_scheduler": "constant"}
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     words += ["--preset", "none", "--use_lora", "false", "--save_every", "0", "--progress", "false"]
     done = subprocess.run(
