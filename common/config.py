@@ -245,13 +245,15 @@ class RLConfig:
             idle |= dict.fromkeys(names, f"sampler is {self.sampler}")
         if self.lr_scheduler == "constant":
             idle["min_lr_ratio"] = "lr_scheduler is constant"
+        if not any(".py:" in name for name in self.rewards or ()):
+            idle["reward_format"] = "no reward is a function from a file"
         if not self.reward_time_limit:
             idle["reward_memory_limit"] = "reward_time_limit is 0, which switches both limits off"
         if not self.save_every:
             idle["save_total_limit"] = "save_every is 0"
         if self.eval_temperature == 0:
             idle |= dict.fromkeys(("eval_top_p", "eval_top_k"), "eval_temperature is 0: the likeliest token is taken")
-        if not self.eval_every:
+        if not (self.eval_every and self.num_eval_prompts):
             names = ("eval_temperature", "eval_top_p", "eval_top_k", "eval_num_samples", "eval_kl")
             idle |= dict.fromkeys(names, "nothing is evaluated")
         return idle
@@ -460,6 +462,8 @@ def _remarks_on_rate(config: RLConfig) -> list[str]:
             f"the learning rate is {highest:.3g} at most, not learning_rate={config.learning_rate:.3g}: with {steps}, "
             f"warmup_steps={config.warmup_steps} and lr_scheduler={config.lr_scheduler} no step is at its peak"
         )
+    if config.lr_scheduler != "constant" and config.min_lr_ratio == 1:
+        lines.append("the learning rate does not fall, since min_lr_ratio=1: as with lr_scheduler=constant")
     if config.learning_rate and last == 0:
         lines.append(
             f"the last step has a learning rate of 0 and changes nothing, since min_lr_ratio={config.min_lr_ratio}"

@@ -178,33 +178,31 @@ def broken(name: str, settings: Settings, model: Path, folder: Path, draw: rando
     whole = _trained(name, settings, model, folder / "whole")
     lines = metrics_of(folder / "whole")
     found = [*_wrong_in_lines(whole.config, lines), *_wrong_in_files(whole, folder / "whole")]
-    idle = whole.config.idle_settings().keys() & settings.keys()
-    others = {
-        setting: draw.choice([*_others(setting, settings, whole), settings[setting]]) for setting in sorted(idle)
-    }
-    again = settings | others | {"offload": draw.choice(SHARED["offload"])}
+    again = _with_other_idle(name, settings, draw) | {"offload": draw.choice(SHARED["offload"])}
     second = _trained(name, again, model, folder / "again", until=1 if settings["save_every"] == 1 else None)
     found += _differences("idle settings, offload or a resumed run", whole, second)
     if settings["dtype"] == "auto":
         memory = {"max_tokens_per_microbatch": 40 if settings["max_tokens_per_microbatch"] == 1 else 1}
         memory["gradient_checkpointing"] = not settings["gradient_checkpointing"]
-        other = _trained(name, settings | memory | {"num_steps": 1}, model, folder / "memory")
+        if settings["lr_scheduler"] == "constant":
+            memory["num_steps"] = 1  # one step is enough, where its rate does not depend on how many there are
+        other = _trained(name, settings | memory, model, folder / "memory")
         found += _far_apart(lines, metrics_of(other.run.folder))
     return found
 
 
-def _others(setting: str, settings: Settings, trainer: OnPolicyTrainer) -> list:
-    """Other values of an idle setting that the configuration takes too."""
-    name = type(trainer).__name__.removesuffix("Trainer")
-    taken = []
-    for value in values_of(name)[setting]:
+def _with_other_idle(name: str, settings: Settings, draw: random.Random) -> Settings:
+    """The settings with other values of those that do nothing, as far as the configuration takes them together."""
+    again, values = dict(settings), values_of(name)
+    for setting in values:
+        changed = again | {setting: draw.choice(values[setting])}
         try:
-            config = toy_config(Path("model"), Path("run"), algorithm=name, **(settings | {setting: value}))
+            configs = [toy_config(Path("model"), Path("run"), algorithm=name, **s) for s in (again, changed)]
         except ValueError:
             continue
-        if setting in config.idle_settings():
-            taken.append(value)
-    return taken
+        if all(setting in config.idle_settings() for config in configs):
+            again = changed
+    return again
 
 
 def _trained(name: str, settings: Settings, model: Path, folder: Path, *, until: int | None = None) -> OnPolicyTrainer:
@@ -305,7 +303,7 @@ def _far_apart(lines: list[dict], others: list[dict]) -> list[str]:
     by_step = {line["step"]: line for line in lines}
     found = []
     for other in others:
-        if other["step"] > 0:  # after the step, rounding may have grown in what is evaluated
+        if other["step"] == 1:  # after the step, rounding may have grown in what is evaluated
             line = by_step[other["step"]]
             names = [n for n in other if not n.startswith("eval/") and n != "lr"]
             found += [

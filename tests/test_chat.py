@@ -204,6 +204,14 @@ def test_a_template_that_trims_or_escapes_is_none_that_leaves_out(name, messages
     assert len(PromptSet([{"prompt": messages}], with_template(KEPT[name]), max_prompt_length=9999, seed=0)) == 1
 
 
+@pytest.mark.parametrize("kept", ["[:500]", "[-500:]", ".replace('1', '')"])
+def test_a_template_that_cuts_a_question_is_refused_before_a_begun_answer_too(kept, with_template):
+    """There the probe of the answer is cut as well, so that nothing could continue it."""
+    cut = with_template(CHATML.replace("m['content']", f"m['content']{kept}"))
+    with pytest.raises(ValueError, match="leaves out the text of system and user messages"):
+        PromptSet([{"prompt": chat_prompt([3, 5], 8)}], cut, max_prompt_length=9999, seed=0)
+
+
 def test_every_sequence_of_roles_is_checked(with_template):
     """The first row has no system message; the third has."""
     chat = with_template(LEFT_OUT["no system"][0])

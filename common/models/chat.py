@@ -65,11 +65,7 @@ def check_keeps(render: Callable[[list[dict]], str], messages: list[dict]) -> No
         ValueError: names the roles that are left out.
     """
     probes = [" ".join(f"m{number}w{word}" for word in range(_PROBE_WORDS)) for number in range(len(messages))]
-    try:
-        text = render([_with_text(*pair) for pair in zip(messages, probes, strict=True)]).lower()
-    except ValueError:  # it takes these messages, but not a probe in their place: a tool's answer may have to be JSON
-        return
-    lost = [m["role"] for m, probe in zip(messages, probes, strict=True) if _texts(m) and probe not in text]
+    lost = _lost_probes(render, messages, probes)
     if not lost:
         text = render(messages).lower()
         said = [re.findall(r"[a-z0-9]+", " ".join(_texts(m)).lower()) for m in messages if m["role"] == "user"]
@@ -83,6 +79,18 @@ def check_keeps(render: Callable[[list[dict]], str], messages: list[dict]) -> No
         f"{_shown(messages)}: the model would never read it. Use a model whose template writes every message, "
         "correct the template (chat_template.jinja or tokenizer_config.json), or use prompts without such messages."
     )
+
+
+def _lost_probes(render: Callable[[list[dict]], str], messages: list[dict], probes: list[str]) -> list[str]:
+    """The roles whose probe is not in the text; a begun answer stays as it is if its probe cannot be continued."""
+    for last in (len(messages), len(messages) - 1):
+        pairs = list(zip(messages, probes, strict=True))[:last]
+        try:
+            text = render([*(_with_text(*pair) for pair in pairs), *messages[last:]]).lower()
+        except ValueError:  # it takes these messages, but not a probe in their place: a tool's answer may be JSON only
+            continue
+        return [message["role"] for message, probe in pairs if _texts(message) and probe not in text]
+    return []
 
 
 def turn_end_token(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
