@@ -327,7 +327,7 @@ def test_an_adapter_that_does_not_belong_is_refused_before_anything_is_loaded(mo
 
 def test_a_file_is_of_the_task_whose_columns_it_has(tiny_folder):
     rows = {
-        "countdown": [{"nums": [1, 2, 3], "target": 10, "id": 7}],
+        "countdown": [{"nums": [1, 2, 3], "target": 9, "id": 7}],
         "gsm8k": [{"question": "1 + 1?", "answer": "Two.\n#### 2"}],
         "math": [{"question": "1 + 1?", "answer": "2"}],
     }
@@ -489,7 +489,7 @@ def test_a_bar_is_drawn_only_where_somebody_looks(tiny_folder, capsys, monkeypat
 
 # What a user can get wrong
 
-GOOD = {"nums": [1, 2, 3], "target": 10}
+GOOD = {"nums": [1, 2, 3], "target": 9}
 
 
 @pytest.mark.parametrize(
