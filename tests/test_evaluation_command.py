@@ -365,7 +365,7 @@ def test_a_named_set_is_every_row_of_its_split_in_its_order(tiny_folder, monkeyp
 
 
 def test_countdown_of_a_chat_model_is_the_five_hundred_held_out_rows(tiny_folder, monkeypatch):
-    rows = [{"nums": [a, b, 9], "target": a * 30 + b} for a in range(30) for b in range(30)]
+    rows = [{"nums": [a, b + 30, 9], "target": a + b + 39} for a in range(30) for b in range(30)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: datasets.Dataset.from_list(rows))
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
