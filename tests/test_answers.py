@@ -65,8 +65,47 @@ WRITINGS = {
 }  # fmt: skip
 IN_WORDS = {
     "9500": ["$9,500", "\\$9,500", "\N{EURO SIGN}9,500", "9500 dollars", "**9500**", "9500<br>", "US$9500", "Rs.9500"],
-    "5": ["x = 5", "x_1=5", "Answer: 5", "#### 5", "(5)", "5%", "5 \\%", "5 apples", "5 apples for 3 kids", "5 cm^2"],
-    "-5": ["x=-5", "a loss of -5", "\\textbf{- 5}", "= -5", "-5 degrees", "-5\N{DEGREE SIGN}"],
+    "9": ["16 - 3 - 4 = <<16-3-4=9>>9", "<<16-3-4=9>>9", "3**2", "3^2"],
+    "1200": ["1.2 x 10^3", "1.2 * 10**3", "1,200,"],
+    "5": [
+        "x = 5",
+        "x_1=5",
+        "Answer: 5",
+        "#### 5",
+        "(5)",
+        "5%",
+        "5 \\%",
+        "5 apples",
+        "5 apples for 3 kids",
+        "5 cm^2",
+        "5 m^2",
+        "5 m\u00b2",
+        "5m\u00b2",
+        "5m",
+        "5L",
+        "5g",
+        "5GB",
+        "5kWh",
+        "5-hour",
+        "5 p.m.",
+        "5yrs",
+        "5 apples!",
+        "*5*",
+        "***5***",
+        "_5_",
+        "'5'",
+        "It is *5*.",
+        "=> 5",
+        "\u21d2 5",
+        "\\sqrt{25}",
+        "\u221a25",
+        "5 apples (2 red and 3 green)",
+        "5 apples left from 12",
+        "5 of the 12 apples",
+        "5 students did not pass",
+        "No, it is 5",
+    ],
+    "-5": ["x=-5", "a loss of -5", "\\textbf{- 5}", "= -5", "-5 degrees", "-5\N{DEGREE SIGN}", "-(5)"],
     "42": ["6 * 7 = 42", "42 = 6*7", "$50 - $8 = $42", "It is 42.", "42 - because", "42 (apples)", "the 42nd"],
 }
 NO_NUMBER = [
@@ -74,6 +113,12 @@ NO_NUMBER = [
     *("5 or 6", "5 and 6", "5, 6", "12, 5", "12,5", "1,23", "1.234.567", "1000,000", "20-30", "20\N{EN DASH}30"),
     *("5:30", "3 hours 30 minutes", "3-5", "3+5", "5^x", "x - 5", "more than 5", "at least 5", "\\pm 5"),
     *("5/0", "1/2/3", "3 7/2", "1e400", "10^{1000}", "9^9", "9**9", "0x10", "5 = 6", "6*7 = 43", "4$50", "1 2 3"),
+    *("5\u03c0", "5 pi", "5 bn", "$5 mn", "5 mil", "5 grand", "5 lakh", "5 crore", "5 tn", "$5m", "5M", "5 tens"),
+    *("5 tenths", "5 hundredths", "5 thousandths", "5 quarters", "5 doz.", "5 gross", "cannot be 5", "can't be 5"),
+    *("can\u2019t be 5", "wasn't 5", "is not equal to 5", "5 is wrong", "5 is not right", "5 isn't right", "5 !"),
+    *("5 below zero", "5=", "5 =", "5..", "5 ...", "5 apples per 2 days", "5 apples per day for 2 days"),
+    *("3 boxes with 4 apples each", "5 at most", "5 apples (or 6)", "5 apples (2 red and 4 green)", "5 of 12"),
+    *("5-x", "2**3**2", "1,234,5", "-(5) 3", "5 times as many for 2"),
     *("\\sqrt{5}", "x > 5", "9" * 501, "1/" * 200, "5 mod 7", "5 n"),
 ]
 
@@ -96,8 +141,32 @@ def test_what_may_mean_another_number_is_not_read():
     assert {text: read_number(text) for text in NO_NUMBER} == dict.fromkeys(NO_NUMBER)
 
 
+def test_a_factorial_is_not_the_last_number_of_a_text():
+    assert last_number("So x = 5!") is last_number("3 and 5!") is None
+    assert last_number("4 != 5") == last_number("5!, so 5") == 5
+
+
 def test_long_and_hostile_texts_are_read_at_once():
-    for piece in ("1", "1,", "1 ", "1/", "-", "10^", "\\frac{1", "{", "\\text{", "**", "<", "1e9 ", " ", "= "):
+    for piece in (
+        "1",
+        "1,",
+        "1 ",
+        "1/",
+        "-",
+        "10^",
+        "\\frac{1",
+        "{",
+        "\\text{",
+        "**",
+        "<",
+        "1e9 ",
+        " ",
+        "= ",
+        "no ",
+        "1 a ",
+        "*1",
+        "<<",
+    ):
         text = piece * (100_000 // len(piece))
         read_number(text), exact_number(text), last_number(text), read_number(text[:500]), exact_number(text[:500])
 

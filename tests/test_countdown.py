@@ -21,8 +21,10 @@ from common.tasks.countdown import (
     compact_prompt,
     equation_reward,
     format_reward,
+    may_be_reached,
     problem_key,
     problems,
+    read_problems,
     tries,
 )
 
@@ -106,6 +108,8 @@ def test_an_expression_counts_in_any_usual_writing(written):
 @pytest.mark.parametrize(
     "written",
     [
+        *("(3+5]*6", "[3+5)*6", "{3+5]*6", "\\left[3+5\\right)*6", "4\\frac{8}{2}", "4 \\frac82", "3..*6"),
+        *("\\frac{4\\frac{8}{2}}{1}", "\\frac823", "3. 5"),
         *("(3+5)*6 = 48", "x=(3+5)*6", "\\boxed{(3+5)*6}", "(3+5)*6, 48", "(3+5)*6;", "(3+5)*6 # done", "(3+5)*6!"),
         *(
             "(3+5)**6",
@@ -163,6 +167,9 @@ def test_any_text_gives_a_value_or_a_value_error(text):
     [
         ("<think>3+5=8\n8*6=48</think>\n<answer>(3+5)*6</answer>", 1.0),
         ("<think></think>\n<answer> 3.5 / 2\n</answer>", 1.0),
+        ("<think></think>\n<answer>(3.+5)*6</answer>", 1.0),
+        ("<think></think>\n<answer>(3+5]*6</answer>", 0.5),
+        ("<think></think>\n<answer>1..2</answer>", 0.5),
         ("<think></think>\n<answer>\n[3\u00a0+ 5] \\times 6\n</answer>", 1.0),
         ("<think>a < b</think>\n<answer>(3+5)*6 = 48</answer>", 0.5),
         ("<think>a</think>\n<answer>forty-eight</answer>", 0.5),
@@ -196,6 +203,16 @@ def test_a_think_tag_opened_by_the_prompt_counts_as_part_of_the_completion():
     assert formats("<think>" + completion, prompt="Let me see.\n<think>") == 0.0
 
 
+def test_after_an_empty_think_block_of_the_prompt_the_answer_block_is_enough():
+    prompt = "Go.\n<think>\n\n</think>\n\n"
+    assert formats("<answer>1</answer>", prompt=prompt) == 1.0
+    assert formats("<answer>one</answer>", prompt=prompt) == 0.5
+    assert formats("<think>a</think>\n<answer>1</answer>", prompt=prompt) == 1.0
+    for completion in ("a <answer>1</answer>", "<answer>1</answer><answer>2</answer>", "<answer>1</answer> so"):
+        assert formats(completion, prompt=prompt) == 0.0
+    assert formats("<answer>1</answer>", prompt="<think>a</think>") == 0.0
+
+
 def test_an_end_token_at_the_end_changes_no_format_reward():
     completion = "<think>a</think>\n<answer>1</answer>"
     assert formats(completion + "<eos>", eos_token="<eos>") == 1.0
@@ -221,6 +238,17 @@ def test_an_end_token_at_the_end_changes_no_format_reward():
 )
 def test_equation_reward_wants_each_number_once_and_the_target(answer, reward):
     assert solves(answer) == reward
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("(3.+5)*6", "[3+5]*6", "6\u2022(3+5)", "(3+5)\u27156", "(3+5)\u2a2f6", "\\cfrac{3+5}{1/6}"),
+        *("\\frac{3+5}{\\frac{1}{6}}", "\\frac{3+5}{\\frac16}", "(3+5)\\frac{6}{1}"),
+    ],
+)
+def test_equation_reward_reads_what_is_written_in_other_signs(answer):
+    assert solves(answer, nums=(3, 5, 6) if "1" not in answer else (1, 3, 5, 6)) == 1.0
 
 
 def test_a_number_given_twice_must_be_used_twice():
@@ -407,6 +435,37 @@ def test_local_files_of_each_kind_give_the_same_task(tmp_path, suffix):
     assert (len(task.train), len(task.eval)) == (7, 2)
     assert sorted(row["target"] for row in task.train + task.eval) == list(range(3, 12))
     assert task.train[0].keys() == {"prompt", "nums", "target"}
+
+
+@pytest.mark.parametrize(
+    ("nums", "target", "is_reached"),
+    [
+        *(([1], 1, True), ([1], -1, True), ([1], 2, False), ([1, 2], 100, False), ([1, 2], 10**30, False)),
+        *(([3, 5, 6], 48, True), ([3, 5, 6], -48, True), ([1, 2, 3], 9, True), ([1, 2, 3], 10, False)),
+        *(([8, 1, 3], 12, True), ([0, 0, 7], 7, True), ([0, 0], 1, False), ([1, 100_001], 0, True)),
+        *(([3, 3, 8, 8], 24, True), ([9, 9, 9, 9], 6561, True), ([9, 9, 9, 9], 10**30, False), ([1] * 9, 600, False)),
+        *(([10**15 - 1] * 14, 1, False), ([10**15 - 1] * 12, 1, True)),
+    ],
+)
+def test_a_row_is_refused_only_if_no_expression_reaches_its_target(tmp_path, nums, target, is_reached):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"nums": nums, "target": target}))
+    if is_reached:
+        assert read_problems(str(path), "train") == [{"nums": nums, "target": target}]
+    else:
+        with pytest.raises(ValueError, match=r"row 1 has .* no expression of up to 200 characters"):
+            read_problems(str(path), "train")
+
+
+@given(expressions)
+@settings(max_examples=200)
+def test_what_an_expression_reaches_may_be_reached(expression):
+    try:
+        value, used = evaluate(expression)
+    except ValueError:
+        return
+    if value.denominator == 1:
+        assert may_be_reached([int(number) for number in used], int(value))
 
 
 @pytest.mark.parametrize(

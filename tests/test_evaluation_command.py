@@ -327,7 +327,7 @@ def test_an_adapter_that_does_not_belong_is_refused_before_anything_is_loaded(mo
 
 def test_a_file_is_of_the_task_whose_columns_it_has(tiny_folder):
     rows = {
-        "countdown": [{"nums": [1, 2, 3], "target": 10, "id": 7}],
+        "countdown": [{"nums": [1, 2, 3], "target": 9, "id": 7}],
         "gsm8k": [{"question": "1 + 1?", "answer": "Two.\n#### 2"}],
         "math": [{"question": "1 + 1?", "answer": "2"}],
     }
@@ -365,7 +365,7 @@ def test_a_named_set_is_every_row_of_its_split_in_its_order(tiny_folder, monkeyp
 
 
 def test_countdown_of_a_chat_model_is_the_five_hundred_held_out_rows(tiny_folder, monkeypatch):
-    rows = [{"nums": [a, b, 9], "target": a * 30 + b} for a in range(30) for b in range(30)]
+    rows = [{"nums": [a, b + 30, 9], "target": a + b + 39} for a in range(30) for b in range(30)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: datasets.Dataset.from_list(rows))
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -489,7 +489,7 @@ def test_a_bar_is_drawn_only_where_somebody_looks(tiny_folder, capsys, monkeypat
 
 # What a user can get wrong
 
-GOOD = {"nums": [1, 2, 3], "target": 10}
+GOOD = {"nums": [1, 2, 3], "target": 9}
 
 
 @pytest.mark.parametrize(

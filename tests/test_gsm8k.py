@@ -88,6 +88,26 @@ def test_a_wrong_number_and_what_is_none_score_nothing(answer, gold):
     assert correct(layout(answer), gold) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        *[(text, 1.0) for text in ("<<16-7-4=5>>5", "'5'", "*5*", "5m\u00b2", "=> 5", "\\sqrt{25}", "5 p.m.")],
+        *[(text, 0.0) for text in ("5\u03c0", "$5 bn", "5 tenths", "5 is wrong", "can't be 5", "5 per 2 days", "5=")],
+    ],
+)
+def test_what_stands_around_a_number_may_change_it(answer, right):
+    assert correct(layout(answer), "5") == lenient_accuracy(["p"], [layout(answer)], answer=["5"])[0] == right
+
+
+def test_an_answer_is_compared_with_a_fraction():
+    assert [correct(layout(text), gold_number("#### 1/3")) for text in ("1/3", "2/6", "0.3333333", "0.33")] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
 def test_only_the_last_answer_tags_count_and_there_is_no_fall_back_to_the_text():
     assert correct(layout("41") + "Wait, " + layout("42"), "42") == 1.0
     assert correct(layout("42") + "Wait, " + layout("41"), "42") == 0.0
@@ -126,6 +146,7 @@ def test_an_answer_inside_the_thoughts_does_not_count():
         ("41-42", 1.0),
         ("x42", 0.0),
         ("no number", 0.0),
+        ("So it is = 42!", 0.0),
     ],
 )
 def test_the_lenient_accuracy_takes_the_last_box_or_number(completion, lenient):
@@ -265,7 +286,7 @@ def test_prompts_ask_for_the_layout_that_scores(tmp_path):
         ({"question": "a"}, "row 2 holds question; the task needs the columns question, answer"),
         ({"question": "a", "answer": "no number"}, "row 2 has question='a' and answer='no number'"),
         ({"question": "a", "answer": "#### x"}, "row 2 has"),
-        ({"question": "a", "answer": "#### 1/2"}, "row 2 has"),
+        ({"question": "a", "answer": "#### 5 million"}, "row 2 has"),
         ({"question": None, "answer": "#### 1"}, "row 2 has question=None"),
         ({"question": " ", "answer": "#### 1"}, "row 2 has question=' '"),
         *[({"question": "a", "answer": answer}, "row 2 has") for answer in (None, True, [1], {"value": 1}, "", "nan")],
@@ -283,6 +304,7 @@ def test_rows_that_cannot_be_used_are_refused_by_number(tmp_path, row, message):
     [
         *(("a #### 1,234", "1234"), ("#### $5.50", "5.50"), ("#### - 5", "-5"), ("#### \N{MINUS SIGN}5", "-5")),
         *((42, "42"), (42.0, "42"), (2.5, "2.5"), ("#### 9 500", "9500"), ("#### 18.", "18"), ("007", "7")),
+        *(("#### 50%", "50"), ("#### 5 apples", "5"), ("#### 1/2", "1/2"), ("#### 2 1/2", "5/2"), (0.1, "0.1")),
     ],
 )
 def test_the_gold_number_is_read_as_people_write_it(answer, number):

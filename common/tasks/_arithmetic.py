@@ -18,23 +18,27 @@ MAX_WRITTEN = 500  # characters of an expression with LaTeX in it
 _MEANINGS = str.maketrans(
     {
         **dict.fromkeys(
-            "\N{MULTIPLICATION SIGN}\N{MIDDLE DOT}\N{DOT OPERATOR}\N{BULLET OPERATOR}\N{ASTERISK OPERATOR}", "*"
+            "\N{MULTIPLICATION SIGN}\N{MIDDLE DOT}\N{DOT OPERATOR}\N{BULLET OPERATOR}\N{ASTERISK OPERATOR}\N{BULLET}"
+            "\N{MULTIPLICATION X}\N{HEAVY MULTIPLICATION X}\N{VECTOR OR CROSS PRODUCT}",
+            "*",
         ),
         **dict.fromkeys("\N{DIVISION SIGN}\N{DIVISION SLASH}\N{FRACTION SLASH}", "/"),
         **dict.fromkeys("\N{MINUS SIGN}\N{EN DASH}\N{HYPHEN}\N{NON-BREAKING HYPHEN}", "-"),
-        **dict.fromkeys("[{", "(") | dict.fromkeys("]}", ")"),
         **dict.fromkeys("\u00a0\u2002\u2003\u2007\u2009\u200a\u202f", " "),
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff"),
     }
 )
+_BRACKETS = str.maketrans("[{]}", "(())")
+_PAIRS = {")": "(", "]": "[", "}": "{"}
 _WRAPPERS = (("**", "**"), ("\\(", "\\)"), ("\\[", "\\]"))
 _LATEX = [
     (re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])"), "*"),
     (re.compile(r"\\div(?![A-Za-z])"), "/"),
     (re.compile(r"\\(?:left|right|[,;:! ])"), " "),
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"((\1)/(\2))"),
     (re.compile(r"(?<=[\d)\]}])\s*[xX]\s*(?=[\d(\[{])"), "*"),
 ]
+# A fraction without fractions inside. After a number it may mean a mixed number or a product, and stays.
+_FRACTION = re.compile(r"(?<![\d\s])(\s*)\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d)(?!\d))")
 _TOKEN = re.compile(r"[0-9]+(?:\.[0-9]+)?|[-+*/()]")
 _SPACE = " \t\r\n"
 
@@ -54,9 +58,9 @@ class Arithmetic(NamedTuple):
 def plain_expression(text: str) -> str:
     r"""An expression in the characters that `evaluate` knows, from one as people write it.
 
-    Signs such as ``\times`` and ``\div``, fractions in LaTeX, square brackets, braces, all kinds of spaces, and what
-    is put around an expression: quotes of code, dollars, bold, a full stop. Whatever else it holds stays, and is
-    refused.
+    Signs such as ``\times`` and ``\div``, fractions in LaTeX, square brackets and braces that match, all kinds of
+    spaces, a point after a whole number, and what is put around an expression: quotes of code, dollars, bold, a full
+    stop. Whatever else it holds stays, and is refused.
 
     Args:
         text: any text.
@@ -71,7 +75,23 @@ def plain_expression(text: str) -> str:
                 text = text[2:-2]
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    return text.translate(_MEANINGS)
+    for _ in range(MAX_DEPTH):  # fractions in fractions
+        text, count = _FRACTION.subn(r"\1((\2\3)/(\4\5))", text)
+        if not count:
+            break
+    text = re.sub(r"(?<![\d.])(\d+)\.(?![\d.])", r"\1", text.translate(_MEANINGS))
+    return text.translate(_BRACKETS) if _brackets_match(text) else text
+
+
+def _brackets_match(text: str) -> bool:
+    """Whether no bracket is closed by one of another kind."""
+    opened = []
+    for character in text:
+        if character in "([{":
+            opened.append(character)
+        elif character in _PAIRS and opened and opened.pop() != _PAIRS[character]:
+            return False
+    return True
 
 
 def evaluate(expression: str) -> Arithmetic:

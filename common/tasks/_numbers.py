@@ -4,6 +4,7 @@ Reading is careful: what could also mean another number is not read. The text is
 but one fraction or power; length and exponents are bounded, so every text takes microseconds.
 """
 
+import math
 import re
 import unicodedata
 from fractions import Fraction
@@ -78,6 +79,15 @@ _LOOKS = [
     (re.compile(r"\\div(?![a-z])"), "/"),
     (re.compile(r"\\approx(?![a-z])"), "="),
     (re.compile(r"(?<![\w)*])\*\*(?=\S)([^*\n]+)\*\*(?![\w(*])|(?<!\w)__(?=\S)([^_\n]+)__(?!\w)"), r" \1\2 "),
+    (
+        re.compile(r"(?:^|(?<=[A-Za-z:=]\s))([*_]{1,3})(?=[^\s*_])([^*_\n]+)(?<=\S)\1(?=[\s.,]|$)", re.MULTILINE),
+        r" \2 ",
+    ),  # *5*
+    (re.compile(r"(?<=\d)\*\*(?=[-+]?\d)"), "^"),
+    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), "*"),
+    (re.compile(r"(?<!\w)'([-+]?\d[\d.,]*)'(?!\w)"), r" \1 "),
+    (re.compile(r"(?<=\d)\s*([ap])\.\s?m\b\.?"), r" \1m "),
+    (re.compile(rf"([{CURRENCIES}]\s*\d[\d.,]*)\s*m(?![A-Za-z])"), r"\1 million "),  # $5m are no meters
     (re.compile(r"</?[A-Za-z][^<>\n]*>"), "\n"),
     (re.compile(r"`|\\[()\[\]]"), " "),
     (re.compile(rf"(?<=\d)\s*[{CURRENCIES}](?=\d)"), " | "),  # 4$50 is not 450
@@ -89,7 +99,7 @@ _LOOKS = [
     (re.compile(r"\b(?:negative|minus)\s+(?=[\d.])", re.IGNORECASE), "-"),
 ]
 
-_GROUPS = r"[1-9]\d{0,2}(?:(?:,\d{3})+|(?:[ ]\d{3})+|(?:_\d{3})+|(?:'\d{3})+)(?![\d,])"
+_GROUPS = r"[1-9]\d{0,2}(?:(?:,\d{3})+|(?:[ ]\d{3})+|(?:_\d{3})+|(?:'\d{3})+)(?!,?\d)"
 _WHOLE = rf"(?:{_GROUPS}|\d+)"
 _DECIMAL = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
@@ -106,30 +116,51 @@ _SIGNED = re.compile(rf"(?P<sign>(?:[-+]\s*)?)(?P<number>{_NUMBER.pattern})", re
 
 # Words before a number that take it back, and words after it that change it.
 _HEDGE = re.compile(
-    r"\b(?:not|isn't|no|never|than|least|most|under|over|below|above|between|nearly|almost|up to)\s+[-+]?\s*$",
+    r"\b(?:isn't|than|least|most|under|over|below|above|between|nearly|almost|up to|except|instead of)\s+[-+]?\s*$"
+    r"|\b(?:not|no|never|neither|nor|without|cannot|[a-z]+n't)(?:\s+[a-z]+){0,3}\s+[-+]?\s*$",
     re.IGNORECASE,
 )
 _CHANGED = re.compile(
-    r"\b(?:hundreds?|thousands?|millions?|billions?|trillions?|dozens?|half|halves|thirds?|fifths?|squared|cubed"
-    r"|factorial|mod|modulo|or|and a quarter)\b",
+    r"\b(?:tens|hundreds?|thousands?|millions?|billions?|trillions?|dozens?|gross|mil|mill|mn|mln|bn|bln|tn|grand"
+    r"|lakhs?|lacs?|crores?|doz|half|halves|thirds?|quarters?|fourths?|fifths?|sixths?|sevenths?|eighths?|ninths?"
+    r"|tenths?|twelfths?|hundredths?|thousandths?|millionths?|squared|cubed|factorial|mod|modulo|or|and a quarter"
+    r"|pi|below|at (?:most|least|best|worst)"
+    r"|wrong|incorrect|false|impossible|cannot|can't|(?:is|are|was|were)(?:\s+(?:not|never)|n't))\b"
+    r"|^\W*(?:not|never|minus|plus)\b|\b(?:not|n't|never)\s+(?:[a-z]+\s+)?(?:right|correct|true|it|possible)\b",
     re.IGNORECASE,
 )
 _BULLET = re.compile(r"^\s*[*\N{BULLET}]\s+")
-_UNIT_POWER = re.compile(r"(?<=[A-Za-z]{2})\s?\^\s?\{?\d\}?")  # cm^2
+_UNIT_POWER = re.compile(r"(?:(?<=[A-Za-z]{2})|(?<=\d m)|(?<=\dm))\s?\^\s?\{?\d\}?")  # cm^2
 # A command that is left, a relation or a root: no plain number.
 _EXPRESSION = re.compile(r"\\[A-Za-z]|[<>\u2260\u2264\u2265\u00b1\u221a\u221b]")
 # What follows a number that is part of a larger expression: an operator, a parenthesis without words, a variable.
 _OPERATION = re.compile(
-    r"[\s)\]]*(?:[+*/^<>|~\\_{\[]|-(?!\s+[A-Za-z]{2})|\((?!\s*[A-Za-z]{2})|(?![aghlmsL])[A-Za-z](?![A-Za-z]))"
+    r"[\s)\]]*(?:[+*/^<>|~\\_{\[!\u0370-\u03ff]|-(?!\s+[A-Za-z]{2})|\((?!\s*[A-Za-z]{2})"
+    r"|(?![aghlmsL])[A-Za-z](?![A-Za-z])|\.\.)|\."
 )
 # The only letters that may touch a number: 5cm and 5th, but neither 5x nor 5k.
 _TOUCHING_WORDS = """
-mm cm dm km kg mg lb lbs oz ft in yd mi ml cl mph kph kmh hr hrs h min mins sec secs am pm st nd rd th
-degrees percent
+mm cm dm m km g kg mg lb lbs oz ft in yd yds mi ml mL cl l L mph kph kmh hr hrs h min mins sec secs am pm yr yrs
+wk wks KB MB GB TB Wh kWh kW st nd rd th degrees percent
 """
 _TOUCHING = frozenset(_TOUCHING_WORDS.split())
+_COMPOUND = re.compile(  # 5-hour
+    r"-(?:second|minute|hour|day|week|month|year|inch|foot|mile|meter|kilometer|acre|ounce|pound|gallon|liter|dollar"
+    r"|cent|page|piece|point|person)\b"
+)
 # 5 apples for 3 kids: the second number belongs to a phrase that follows a noun.
-_PHRASE = re.compile(r"\s+(?:[A-Za-z]{2,}\s+){1,3}?(?:for|per|in|every|each|after|during|with)\s+(?:the\s+)?$")
+_PHRASE = re.compile(
+    r"\s+(?:(?!(?:per|every|each|with|an?|times)\s)[A-Za-z]{2,}\s+){1,3}?(?:for|in|after|during)\s+(?:the\s+)?"
+    r"|\s+of\s+the\s+|\s+(?:[A-Za-z]{2,}\s+)?(?:left|remaining)\s+(?:from|of|out of)\s+(?:the\s+)?"
+)
+_ANNOTATION = re.compile(r"<<[^<>]*>>")  # 16 - 7 = <<16-7=9>>9 in the solutions of GSM8K
+_ARROW = re.compile(r"^\s*(?:=+>|-+>|[\u2192\u21d2]|\\(?:implies|[Rr]ightarrow)(?![A-Za-z]))")
+_NEGATED = re.compile(r"-\s*\(\s*(\d[\d.,]*)\s*\)")
+_ROOT = re.compile(r"(-?)\s*(?:\\sqrt\s*(?:\{\s*(\d{1,12})\s*\}|(\d))|\u221a\s*(\d{1,12}))\.?")
+_PARTS = re.compile(r"(?P<before>.*\d\s+[A-Za-z].*\S)\s*\((?P<parts>[^()]*)\)\.?", re.DOTALL)
+_PART_LIST = re.compile(
+    r"\s*\d{1,9}(?:\s+[A-Za-z]+){1,3}(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+|\s*\+\s*)\d{1,9}(?:\s+[A-Za-z]+){1,3})+\s*"
+)
 
 
 def plain_text(text: str) -> str:
@@ -162,7 +193,8 @@ def read_number(text: str) -> Fraction | None:
 
     Units, currencies, emphasis and a few words around it are no fault: ``It is **$9,500**.`` An equation gives its
     right side, ``x = 5`` and ``6 * 7 = 42``, unless its sides differ. Text that goes on after the number is not read
-    as a second one in ``5 apples for 3 kids``; but ``5 or 6``, ``3 hours 30 minutes`` and ``5 million`` are no number.
+    as a second one in ``5 apples for 3 kids`` or ``5 apples (2 red and 3 green)``; but ``5 or 6``, ``5 apples per 2
+    days``, ``5 is wrong`` and ``5 million`` are no number.
 
     Args:
         text: what stands between the tags; longer than 500 characters is not read.
@@ -170,7 +202,10 @@ def read_number(text: str) -> Fraction | None:
     text = text.strip().removeprefix("####")
     if len(text) > MAX_CHARACTERS:
         return None
+    text = _ARROW.sub("", _ANNOTATION.sub("", text).translate(_SIGNS))
     sides = [side.strip() for side in re.split(r"(?<![<>!])=", plain_text(text))]
+    if not all(sides[1:]):  # 5 =
+        return None
     numbers = [number for number in map(_number_in_words, sides) if number is not None]
     values = numbers + [value for value in map(_sum, sides) if value is not None]
     if not numbers or any(value != values[0] for value in values):
@@ -187,7 +222,9 @@ def last_number(text: str) -> Fraction | None:
         if before[-1:].isalpha() or before[-1:] == "_":  # x5, H2O
             continue
         number = _value(found)
-        if number is not None:
+        if re.match(r"!(?!=)", text[found.end() : found.end() + 2]):  # a factorial
+            last = None
+        elif number is not None:
             is_negative = before.endswith("-") and not (before[-2:-1].isalnum() or before[-2:-1] == ")")
             last = -number.value if is_negative else number.value
     return last
@@ -203,6 +240,16 @@ def _slashed(found: re.Match) -> str:
 
 def _number_in_words(text: str) -> Fraction | None:
     """The number that words around it do not change; None if there is none, or more than one may be meant."""
+    text = _NEGATED.sub(r"-\1", text) if _NEGATED.fullmatch(text) else text
+    root = _ROOT.fullmatch(text)
+    if root:
+        square = int(root[2] or root[3] or root[4])
+        size = math.isqrt(square)
+        return Fraction(-size if root[1] else size) if size * size == square else None
+    parts = _PARTS.fullmatch(text)
+    if parts and _PART_LIST.fullmatch(parts["parts"]):  # 5 apples (2 red and 3 green)
+        total = _number_in_words(parts["before"])
+        return total if total == sum(map(int, re.findall(r"\d+", parts["parts"]))) else None
     text = _UNIT_POWER.sub("", _BULLET.sub("", text))
     if _EXPRESSION.search(text):
         return None
@@ -234,6 +281,7 @@ def _may_follow(after: str) -> bool:
     touching = re.match(r"[A-Za-z]+", after)
     if (touching and touching[0] not in _TOUCHING) or after.startswith(("!", "'", "{", "_")):
         return False
+    after = _COMPOUND.sub(" ", after, count=1) if _COMPOUND.match(after) else after
     return not _OPERATION.match(after) and not _CHANGED.search(after)
 
 

@@ -8,6 +8,7 @@ equation. common/embedded/policy.py builds the lessons of the tiny policies from
 import re
 from functools import cache, partial
 from itertools import chain, combinations_with_replacement, permutations, product
+from math import prod
 from typing import NamedTuple
 
 import transformers
@@ -16,12 +17,13 @@ from common.config import RLConfig
 from common.data.rows import read_rows, split_held_out
 from common.rewards.rules import rule
 from common.tasks import Task
-from common.tasks._arithmetic import MAX_DIGITS, evaluate, plain_expression
+from common.tasks._arithmetic import MAX_CHARACTERS, MAX_DIGITS, evaluate, plain_expression
 from common.tasks._places import first_block, outside_thoughts
 
 NUM_HELD_OUT = 256  # generated problems of each size; the tiny policies' warm start and RL never see them
 TOLERANCE = 1e-5
 MAX_NUMBERS = 20  # of a problem
+MAX_EXACT = 3  # of a problem whose expressions are all tried when it is read, in 0.06 to 0.2 ms; four take far longer
 
 OPERATORS = "+-*"
 NUMBERS = range(1, 10)
@@ -38,7 +40,8 @@ USER_TEXT = (
 )
 ASSISTANT_START = "Let me solve this step by step.\n<think>"
 
-_ARITHMETIC = re.compile(r"[0-9+\-*/().\s]+", re.ASCII)
+_ARITHMETIC = re.compile(r"(?:[0-9+\-*/()\s]|(?<=[0-9])\.(?=[0-9]))+", re.ASCII)
+_NO_THOUGHTS = re.compile(r"<think>\s*</think>\s*")
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
@@ -101,7 +104,8 @@ def format_reward(
     """1.0 for one think block, a line break and one answer block of arithmetic only; 0.5 if the answer holds more.
 
     Anything before, between, inside (nested tags) or after the blocks gives 0. A think tag that the prompt already
-    opened counts as part of the completion. Whether the answer is right does not matter.
+    opened counts as part of the completion, and so does an empty think block at its end: the answer block is then
+    enough. Whether the answer is right does not matter.
 
     Args:
         prompts: B prompts.
@@ -120,6 +124,8 @@ def _format_score(prompt: str, completion: str, eos_token: str | None) -> float:
     text = completion.removesuffix(eos_token) if eos_token else completion
     if prompt.rstrip().endswith("<think>"):
         text = "<think>" + text
+    elif text.startswith("<answer>") and _NO_THOUGHTS.fullmatch(prompt, max(0, prompt.rfind("<think>"))):
+        text = "<think></think>\n" + text
     if not (text.startswith("<think>") and text.endswith("</answer>")):
         return 0.0
     blocks = text.removeprefix("<think>").removesuffix("</answer>")
@@ -239,7 +245,8 @@ def read_problems(source: str, split: str) -> list[dict]:
     """Read `nums` and `target` of every row of a local file or of a hub data set.
 
     Raises:
-        ValueError: the source cannot be read or lacks a column (see `read_rows`), or a value has another type.
+        ValueError: the source cannot be read or lacks a column (see `read_rows`), a value has another type, or
+            `may_be_reached` finds that no expression can be right.
     """
     rows = read_rows(source, split, ["nums", "target"])
     for number, row in enumerate(rows, start=1):
@@ -251,4 +258,41 @@ def read_problems(source: str, split: str) -> list[dict]:
                 f"list of up to {MAX_NUMBERS} integers from 0 on with at most {MAX_DIGITS} digits, and an integer, or "
                 "no expression can be right. Correct or remove the row."
             )
+        if not may_be_reached(nums, target):
+            raise ValueError(
+                f"dataset={source}: row {number} has nums={nums!r:.80} and target={target!r:.80}; no expression of up "
+                f"to {MAX_CHARACTERS} characters that uses each number once reaches it. Correct or remove the row."
+            )
     return rows
+
+
+def may_be_reached(nums: list[int], target: int) -> bool:
+    """Whether an expression may be right: exact up to three numbers, a bound on size and length above that.
+
+    The bound: every value is p/q with |p| + |q| at most the product of all (number + 1). It holds for one number, and
+    each operator keeps it, since (|p| + |q|) (|r| + |s|) is at least the new numerator plus the new denominator.
+
+    Args:
+        nums: at least one integer from 0 on.
+        target: any integer.
+    """
+    if sum(len(str(number)) for number in nums) + len(nums) - 1 > MAX_CHARACTERS:
+        return False
+    if len(nums) > MAX_EXACT:
+        return abs(target) < prod(number + 1 for number in nums)
+    return _is_reached([(number, 1) for number in nums], abs(target))
+
+
+def _is_reached(values: list[tuple[int, int]], target: int) -> bool:
+    """Whether fractions (top, bottom) reach a target or its negative; signs are free, so all are sizes from 0 on."""
+    if len(values) == 1:
+        ((top, bottom),) = values
+        return abs(top - target * bottom) < TOLERANCE * bottom
+    for first, (a, b) in enumerate(values):
+        for second, (c, d) in enumerate(values[:first]):
+            rest = values[:second] + values[second + 1 : first] + values[first + 1 :]
+            ad, cb, bd = a * d, c * b, b * d
+            for top, bottom in ((ad + cb, bd), (abs(ad - cb), bd), (a * c, bd), (ad, cb), (cb, ad)):
+                if bottom and _is_reached([*rest, (top, bottom)], target):
+                    return True
+    return False

@@ -105,21 +105,22 @@ def read_problems(source: str, split: str, write_prompt: Callable[[str], str | l
 
 
 def gold_number(answer: object) -> str | None:
-    """The number of an answer column, which is all of it or follows ####; None if there is no decimal number.
+    """The number of an answer column, which is all of it or follows ####; None if `read_number` finds none.
 
     Args:
         answer: text, or a number.
 
     Returns:
-        The number as text, in digits, with a point and a sign where it has them.
+        The number as text, in digits, with a point and a sign where it has them; 1/2 and 50 stand for ½ and 50%.
     """
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return None
-    number = exact_number(str(answer).rpartition("####")[2].strip().removesuffix("."))
-    if number is None or (number.value.denominator > 1 and not number.decimals):  # 1/2 is no answer of GSM8K
-        return None
-    whole = number.value.denominator == 1
-    return str(number.value.numerator) if whole else f"{float(number.value):.{number.decimals}f}"
+    text = str(answer).rpartition("####")[2].strip()
+    number = exact_number(text.removesuffix("."))
+    if number is None or not number.decimals or number.value.denominator == 1:
+        value = read_number(text) if number is None else number.value
+        return None if value is None else str(value)
+    return f"{float(number.value):.{number.decimals}f}"
 
 
 # Rewards
