@@ -447,14 +447,22 @@ def test_local_files_of_each_kind_give_the_same_task(tmp_path, suffix):
         *(([10**15 - 1] * 14, 1, False), ([10**15 - 1] * 12, 1, True)),
     ],
 )
-def test_a_row_is_refused_only_if_no_expression_reaches_its_target(tmp_path, nums, target, is_reached):
+def test_a_file_is_refused_if_no_expression_reaches_its_only_target(tmp_path, nums, target, is_reached):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"nums": nums, "target": target}))
     if is_reached:
         assert read_problems(str(path), "train") == [{"nums": nums, "target": target}]
     else:
-        with pytest.raises(ValueError, match=r"row 1 has .* no expression of up to 200 characters"):
+        with pytest.raises(ValueError, match="in 1 of 1 rows no expression of up to 200 characters .* such as row 1"):
             read_problems(str(path), "train")
+
+
+def test_a_few_rows_whose_target_no_expression_reaches_are_left_out_and_said(tmp_path, caplog):
+    rows = [{"nums": [3, 5, 6], "target": target} for target in (48, 1000, 14)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_problems(str(path), "train") == [rows[0], rows[2]]
+    assert "in 1 of 3 rows" in caplog.text and "row 2 with nums=[3, 5, 6]" in caplog.text
 
 
 @given(expressions)

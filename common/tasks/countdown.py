@@ -5,6 +5,7 @@ schema of Jiayi-Pan/Countdown-Tasks-3to4. The rewards are two rules: one for the
 equation. common/embedded/policy.py builds the lessons of the tiny policies from `problems` and `tries`.
 """
 
+import logging
 import re
 from functools import cache, partial
 from itertools import chain, combinations_with_replacement, permutations, product
@@ -19,6 +20,8 @@ from common.rewards.rules import rule
 from common.tasks import Task
 from common.tasks._arithmetic import MAX_CHARACTERS, MAX_DIGITS, evaluate, plain_expression
 from common.tasks._places import first_block, outside_thoughts
+
+logger = logging.getLogger("nanorlhf")
 
 NUM_HELD_OUT = 256  # generated problems of each size; the tiny policies' warm start and RL never see them
 TOLERANCE = 1e-5
@@ -245,10 +248,11 @@ def read_problems(source: str, split: str) -> list[dict]:
     """Read `nums` and `target` of every row of a local file or of a hub data set.
 
     Raises:
-        ValueError: the source cannot be read or lacks a column (see `read_rows`), a value has another type, or
-            `may_be_reached` finds that no expression can be right.
+        ValueError: the source cannot be read or lacks a column (see `read_rows`), a value has another type, or no
+            expression can be right in half of the rows or more. Fewer such rows are left out and counted in a warning.
     """
     rows = read_rows(source, split, ["nums", "target"])
+    out_of_reach = []
     for number, row in enumerate(rows, start=1):
         nums, target = row["nums"], row["target"]
         integers = isinstance(nums, list) and nums and all(type(value) is int for value in [target, *nums])
@@ -259,10 +263,19 @@ def read_problems(source: str, split: str) -> list[dict]:
                 "no expression can be right. Correct or remove the row."
             )
         if not may_be_reached(nums, target):
-            raise ValueError(
-                f"dataset={source}: row {number} has nums={nums!r:.80} and target={target!r:.80}; no expression of up "
-                f"to {MAX_CHARACTERS} characters that uses each number once reaches it. Correct or remove the row."
-            )
+            out_of_reach.append(number)
+    if out_of_reach:
+        first = rows[out_of_reach[0] - 1]
+        found = (
+            f"dataset={source}: in {len(out_of_reach)} of {len(rows)} rows no expression of up to {MAX_CHARACTERS} "
+            f"characters that uses each number once reaches the target, such as row {out_of_reach[0]} with nums="
+            f"{first['nums']!r:.80} and target={first['target']!r:.80}"
+        )
+        if 2 * len(out_of_reach) >= len(rows):
+            raise ValueError(f"{found}. Correct or remove these rows.")
+        logger.warning("%s; they are left out", found)
+        skipped = set(out_of_reach)
+        rows = [row for number, row in enumerate(rows, start=1) if number not in skipped]
     return rows
 
 
