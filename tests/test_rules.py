@@ -17,8 +17,10 @@ import pytest
 import torch
 
 from benchmarks.hostile import hostile_completions, task_rules
-from common.rewards.rules import Limits, RuleWorker, is_rule, rule
+from common.rewards.rules import Limits, RuleWorker, is_rule, rule, warmed_up_by
 from common.rewards.scorer import Scorer
+from common.tasks import _meaning
+from common.tasks.math import WARM_UP_ANSWERS, correct_reward
 from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task
 
 SHORT = Limits(seconds=0.3, gigabytes=0.5)
@@ -67,16 +69,50 @@ def test_a_row_over_the_limit_has_a_reward_of_zero_and_not_none():
 
 
 @pytest.mark.slow
-def test_the_limit_is_of_wall_clock_time_for_each_row():
+def test_the_limit_is_of_processor_time_for_each_row():
     begun = time.perf_counter()
     score(["hang", "a", "hang", "hang"])
     assert 0.9 <= time.perf_counter() - begun < 10  # seconds; three rows of 0.3
     begun = time.perf_counter()
     score(["hang", *["a"] * 99])
     assert time.perf_counter() - begun < 10  # a hundred rows of 0.3 would be 30
-    nap = rule(lambda prompts, completions, **columns: [time.sleep(0.2) or 1.0 for _ in completions])
-    scorer = Scorer({"nap": nap}, {"nap": 1.0}, limits=Limits(seconds=1.5))
-    assert scorer(["p"] * 10, ["a"] * 10, {})[0].tolist() == [1.0] * 10  # together longer than the limit
+
+
+def test_a_rule_that_waits_has_ten_times_the_limit_on_the_clock():
+    """What a busy machine does to a rule looks the same: no processor time."""
+    nap = rule(lambda prompts, completions, **columns: [time.sleep(float(text)) or 1.0 for text in completions])
+    scorer = Scorer({"nap": nap}, {"nap": 1.0}, limits=Limits(seconds=0.2))
+    begun = time.perf_counter()
+    assert scorer(["p"] * 4, ["0.6", "60", "0.6", "0.6"], {})[0].tolist() == [1, 0, 1, 1]
+    assert 2 <= time.perf_counter() - begun < 30
+
+
+def test_what_a_rule_loads_is_loaded_before_the_first_worker_and_for_every_later_one():
+    loaded = []
+
+    def load():
+        loaded.append(os.getpid())
+        raise OSError("is ignored")
+
+    @warmed_up_by(load)
+    @rule
+    def warm(prompts, completions, **columns):
+        return [float(len(loaded) == 1 and loaded[0] == os.getppid()) + _obey(text) for text in completions]
+
+    functions = {"warm": warm, "again": partial(warm)}
+    scorer = Scorer(functions, dict.fromkeys(functions, 1.0), limits=SHORT)
+    _, parts = scorer(["p"] * 3, ["a", "crash", "bb"], {})
+    assert parts["warm"].tolist() == parts["again"].tolist() == [2, 0, 3] and loaded == []
+
+
+def test_the_first_answers_of_the_math_task_are_compared_in_the_keeper():
+    """A cold worker takes half a second for the first pair."""
+    seen = rule(lambda **given: [float(_meaning._compared.cache_info().currsize) for _ in given["answer"]])
+    functions = {"seen": seen, "correct": correct_reward}
+    _meaning._compared.cache_clear()
+    scorer = Scorer(functions, dict.fromkeys(functions, 1.0), limits=Limits(seconds=5.0))
+    _, parts = scorer(["p"], [r"\boxed{(3,\pi/2)}"], {"answer": [r"\left(3,\frac{\pi}{2}\right)"]})
+    assert parts["seen"].item() == len(WARM_UP_ANSWERS) and parts["correct"].item() == 1
 
 
 def test_a_worker_lives_on_until_a_row_ends_it_and_is_never_the_training_process():

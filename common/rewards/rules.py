@@ -1,11 +1,12 @@
 """Rules run in another process, with a hard limit on time and memory per row, whatever text a model wrote.
 
-A keeper process is forked during set-up, before models are loaded. It forks the worker, reads its answers row by row,
-and replaces it when a row takes too long or kills it. So a hanging regular expression, an endless comparison or a
-crash in a C library costs one row its score, but does not end the run. This guards against accidents, not against
-attackers: no rule may pass a model's text to an interpreter.
+A keeper process is forked during set-up, before models are loaded. It warms the rules up, forks the worker, reads its
+answers row by row, and replaces it when a row takes too long or kills it. So a hanging regular expression, an endless
+comparison or a crash in a C library costs one row its score, but does not end the run. This guards against accidents,
+not against attackers: no rule may pass a model's text to an interpreter.
 """
 
+import contextlib
 import ctypes
 import inspect
 import math
@@ -15,6 +16,7 @@ import pickle
 import reprlib
 import resource
 import signal
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,6 +36,10 @@ _FORK = multiprocessing.get_context("fork")  # functions need not be picklable, 
 
 # The attribute that marks a rule. Unlike a list of rules it needs no hash, and pickles and copies keep it.
 _MARK = "_scores_each_row_by_itself"
+_WARM_UP = "_is_warmed_up_by"
+
+# A row may take so many times its limit on the clock: room for a busy machine, an end for a rule that sleeps.
+_CLOCK_PER_LIMIT = 10
 
 
 def rule(function: Function) -> Function:
@@ -68,6 +74,23 @@ def rule(function: Function) -> Function:
             "limits. Put @rule on its class, or on a function that calls it."
         ) from error
     return function
+
+
+def warmed_up_by(warm_up: Callable[[], object]) -> Callable[[Function], Function]:
+    """Have a function called once in the keeper, so that no row pays for what a rule's first call loads and caches.
+
+    Args:
+        warm_up: called without limits, only in runs that use the rule; what it raises is ignored.
+
+    Returns:
+        A decorator of a rule.
+    """
+
+    def decorate(function: Function) -> Function:
+        setattr(function, _WARM_UP, warm_up)
+        return function
+
+    return decorate
 
 
 def is_rule(function: Callable) -> bool:
@@ -109,7 +132,8 @@ class Limits:
     """What a rule may use for one row.
 
     Attributes:
-        seconds: wall-clock time.
+        seconds: processor time, so that a busy machine costs no row its score. On the clock, a row may take ten times
+            as long: that ends one that sleeps or waits. Never less on the clock, however many threads it has.
         gigabytes: memory beyond what the process uses when the first row begins.
     """
 
@@ -207,6 +231,7 @@ def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C and ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked tokenizer has no threads and would warn about it
+    _warm_up(functions)
     worker = _Worker(functions, limits)
     while True:
         try:
@@ -222,6 +247,15 @@ def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits
         _send(connection, answers)
 
 
+def _warm_up(functions: dict[str, Callable]) -> None:
+    """Call what warms the rules up, once each; every worker is forked with what it leaves."""
+    parts = [part for function in functions.values() for part in _parts(function, [])]
+    calls = [inspect.getattr_static(part, _WARM_UP, None) for part in parts]
+    for warm_up in {id(call): call for call in calls if call is not None}.values():
+        with contextlib.suppress(Exception):  # a row that needs the same shows the error
+            warm_up()
+
+
 class _Worker:
     """The process that calls the functions. It is reused until a row kills it, so that caches stay warm."""
 
@@ -234,14 +268,14 @@ class _Worker:
             self._connection.close()
             _work(child_end, functions, limits)
         child_end.close()
+        self._clock = _processor_clock(self._pid)
 
     def answers(self, name: str, arguments: Arguments, rows: range) -> Iterator[RowAnswer]:
         """Score rows until one raises or kills the worker."""
         _send(self._connection, (name, arguments, rows))
         for _ in rows:
             try:
-                in_time = self._connection.poll(self._limits.seconds)
-                answer = _receive(self._connection) if in_time else RowAnswer(over_limit=True)
+                answer = _receive(self._connection) if self._in_time() else RowAnswer(over_limit=True)
             except (EOFError, ConnectionError):  # out of memory, or crashed
                 answer = RowAnswer(over_limit=True)
             yield answer
@@ -250,11 +284,32 @@ class _Worker:
             if answer.over_limit or answer.error:
                 return
 
+    def _in_time(self) -> bool:
+        """Wait for the next answer; whether it comes within the limit."""
+        limit = self._limits.seconds
+        begun, last = time.clock_gettime(self._clock), time.monotonic() + _CLOCK_PER_LIMIT * limit
+        left = limit
+        while left > 0:
+            # A share of the limit at least, or the last microseconds on a busy machine would be waited for one by one.
+            if self._connection.poll(max(left, limit / 20)):
+                return True
+            left = min(limit - (time.clock_gettime(self._clock) - begun), last - time.monotonic())
+        return False
+
     def _end(self) -> None:
         self.alive = False
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         self._connection.close()
+
+
+def _processor_clock(pid: int) -> int:
+    """The clock of the processor time that a process and its threads have used."""
+    clock = ctypes.c_int()
+    error = ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock))
+    if error:
+        raise OSError(error, os.strerror(error))
+    return clock.value
 
 
 # In the worker
