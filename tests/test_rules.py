@@ -1,5 +1,6 @@
 """Rules in their worker: what hangs, swallows memory or crashes costs one row its score, and never the run."""
 
+import asyncio
 import copy
 import ctypes
 import functools
@@ -174,6 +175,36 @@ def test_a_rule_that_returns_no_number_for_its_row_is_refused():
         Scorer({"wrong": wrong}, {"wrong": 1.0})(["p"], ["a"], {})
 
 
+class Silent(Exception):
+    def __str__(self):
+        raise KeyError("no text")
+
+
+class Shy:
+    def __repr__(self):
+        raise Silent
+
+
+def raises(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda: raises(SystemExit(3)), r"raised SystemExit: 3; row 0"),
+        (lambda: sys.exit(), r"raised SystemExit: ; row 0"),
+        (lambda: raises(Silent()), r"raised Silent, whose text cannot be shown because of another KeyError; row 0"),
+        (lambda: Shy(), r"raised TypeError: returned <Shy instance at .* for 1 completion"),
+        (lambda: [Shy()], r"raised TypeError: returned <Shy instance at .* for 1 completion"),
+    ],
+)
+def test_whatever_a_rule_raises_or_returns_is_an_error_and_no_row_over_the_limit(returned, message):
+    odd = rule(lambda prompts, completions, **columns: returned())
+    with pytest.raises(ValueError, match=message):
+        Scorer({"odd": odd}, {"odd": 1.0})(["p"], ["a"], {})
+
+
 def test_values_of_torch_come_back_as_they_were():
     tensors = rule(lambda prompts, completions, **columns: [torch.tensor(0.25)])
     assert Scorer({"tensors": tensors}, {"tensors": 1.0})(["p"], ["a"], {})[0].tolist() == [0.25]
@@ -238,6 +269,13 @@ class Judge:
 
     bound_later = functools.partialmethod(method)
 
+    def filled_in(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    marked_later = rule(functools.partialmethod(filled_in, more=2))
+    marked_object_later = rule(functools.partialmethod(partial(lambda self, **given: which_process(**given)), more=2))
+    unmarked_later = functools.partialmethod(filled_in, more=3)
+
 
 class MarkedCall:
     @rule
@@ -247,6 +285,22 @@ class MarkedCall:
 
 class Heir(MarkedCall):
     pass
+
+
+class Extends(MarkedCall):
+    def __call__(self, prompts, completions, **columns):
+        return super().__call__(prompts, completions, **columns)
+
+
+class Module(torch.nn.Module):
+    @rule
+    def forward(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+
+class ExtendsModule(Module):
+    def forward(self, prompts, completions, **columns):
+        return super().forward(prompts, completions, **columns)
 
 
 @rule
@@ -289,6 +343,9 @@ def rules() -> dict:
         "marked method": Judge().method,
         "partial of a marked method": partial(Judge().method),
         "partial method": Judge().bound_later,
+        "marked partial method": Judge().marked_later,
+        "partial of a marked partial method": partial(Judge().marked_later, even_more=3),
+        "marked partial method of an object": Judge().marked_object_later,
         "class method": Judge.of_class,
         "class method, marked inside": Judge().of_class_inside,
         "static method": Judge.static,
@@ -296,8 +353,11 @@ def rules() -> dict:
         "rule of a method": rule(Judge().plain),
         "object with a marked call": MarkedCall(),
         "object of a heir": Heir(),
+        "object that extends a marked call": Extends(),
         "object of a marked class": MarkedClass(),
         "object of a marked class with slots": Slotted(),
+        "module with a marked forward": Module(),
+        "module that extends a marked forward": ExtendsModule(),
         "rule of an object": rule(MarkedCall()),
         "rule of a dataclass": rule(Scaled()),
         "rule of a frozen dataclass": rule(Frozen()),
@@ -335,7 +395,9 @@ def test_the_mark_of_one_object_is_not_that_of_its_equal():
     assert marked == other and is_rule(marked) and not is_rule(other)
     assert is_rule(rule(partial(which_process))) and not is_rule(partial(which_process)) and not is_rule(which_process)
     assert not is_rule(Scaled()) and not is_rule(max) and not is_rule(partial(max)) and not is_rule(Judge)
-    assert not is_rule(Mock())
+    assert not is_rule(Mock()) and not is_rule(torch.nn.Linear(1, 1))
+    assert not is_rule(Judge().unmarked_later) and not is_rule(partial(Judge().filled_in, more=2))
+    assert is_rule(Judge().marked_later) and not is_rule(Judge().filled_in)
 
 
 def test_pickles_and_copies_of_a_rule_are_rules():
@@ -381,6 +443,19 @@ def test_every_kind_of_asynchronous_rule_is_refused():
         async def method(self, **given):
             return [1.0]
 
+    class WaitsStatically:
+        __call__ = staticmethod(judge)
+
+    class WaitsLater:
+        __call__ = functools.partialmethod(judge)
+
+    class WaitingModule(torch.nn.Module):
+        async def forward(self, **given):
+            return [1.0]
+
+    async def one_by_one(**given):
+        yield 1.0
+
     for function, name in [
         (judge, "judge"),
         (partial(judge, []), "judge"),
@@ -388,6 +463,12 @@ def test_every_kind_of_asynchronous_rule_is_refused():
         (Waits, "Waits"),
         (Waits().method, "method"),
         (staticmethod(judge), "judge"),
+        (WaitsStatically(), "WaitsStatically"),
+        (WaitsStatically, "WaitsStatically"),
+        (WaitsLater(), "WaitsLater"),
+        (WaitingModule(), "WaitingModule"),
+        (one_by_one, "one_by_one"),
+        (partial(one_by_one), "one_by_one"),
         (passes_on(judge), None),  # it returns what has to be awaited, which Python cannot tell before
     ]:
         if name is None:
@@ -396,6 +477,31 @@ def test_every_kind_of_asynchronous_rule_is_refused():
         else:
             with pytest.raises(ValueError, match=rf"asynchronous {name}: "):
                 rule(function)
+
+
+def test_an_asynchronous_function_around_a_rule_is_refused_when_the_run_starts():
+    @functools.wraps(obedient)
+    async def waits(**given):
+        return obedient(**given)
+
+    class Waits(MarkedCall):
+        async def __call__(self, **given):
+            return [1.0]
+
+    for function, name in [(waits, "obedient"), (partial(waits), "obedient"), (Waits(), "Waits")]:
+        with pytest.raises(ValueError, match=rf"inside, the asynchronous {name}: "):
+            Scorer({"late": function}, {"late": 1.0})
+    scores, _ = Scorer({"late": waits}, {"late": 1.0}, limits=None)(["p"], ["abc"], {})
+    assert scores.tolist() == [3.0]  # no worker, and so no limit on what a function may be
+
+
+def test_a_rule_may_wait_for_the_asynchronous_function_it_wraps():
+    async def judge(prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    at_once = rule(functools.wraps(judge)(lambda **given: asyncio.run(judge(**given))))
+    scores, _ = Scorer({"at_once": at_once}, {"at_once": 1.0})(["p"], ["a"], {})
+    assert scores.item() != os.getpid()
 
 
 @pytest.mark.slow
