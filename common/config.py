@@ -67,7 +67,8 @@ class RLConfig:
     reward_format: str = "text"
     """What reward functions from files get: "text", or "conversational" (chat messages, with trl's signature)."""
     reward_time_limit: float = 1.0
-    """Seconds a rule may take for one completion before it scores 0; 0: no worker process and no limits."""
+    """Seconds of processor time a rule may take for one completion before it scores 0; ten times that on the clock.
+    0: no worker process and no limits."""
     reward_memory_limit: float = 2.0
     """Gigabytes a rule may use."""
     prompt_file: str | None = None

@@ -206,3 +206,19 @@ def test_what_a_rule_does_to_a_row_stays_in_that_row_within_a_request_and_betwee
     for _ in range(2):
         assert [answer.reward for answer in worker("popped", arguments)] == [2.0, 2.0, 2.0]
     assert shared == [1, 2]
+
+
+class Unreadable:
+    """Can be pickled, but not be read again."""
+
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), lambda: 0, Unreadable()], ids=["lock", "function", "unreadable"])
+def test_a_value_that_cannot_be_sent_to_a_rule_is_named_with_its_column_and_row(value):
+    scorer = Scorer({"ruled": rule(lambda completions, **_: [1.0])}, {"ruled": 1.0}, limits=SHORT)
+    kind = type(value).__name__
+    with pytest.raises(ValueError, match=rf"column 'tool', row 1: a {kind} that cannot be pickled .*Put plain values"):
+        scorer(["p"] * 2, ["c"] * 2, {"other": [1, 2], "tool": [None, value]})
+    assert scorer(["p"], ["c"], {"tool": [None]})[0].tolist() == [1.0]

@@ -1,5 +1,6 @@
 """Rules in their worker: what hangs, swallows memory or crashes costs one row its score, and never the run."""
 
+import asyncio
 import copy
 import ctypes
 import functools
@@ -17,8 +18,10 @@ import pytest
 import torch
 
 from benchmarks.hostile import hostile_completions, task_rules
-from common.rewards.rules import Limits, RuleWorker, is_rule, rule
+from common.rewards.rules import Limits, RuleWorker, is_rule, rule, warmed_up_by
 from common.rewards.scorer import Scorer
+from common.tasks import _meaning
+from common.tasks.math import WARM_UP_ANSWERS, correct_reward
 from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task
 
 SHORT = Limits(seconds=0.3, gigabytes=0.5)
@@ -67,16 +70,50 @@ def test_a_row_over_the_limit_has_a_reward_of_zero_and_not_none():
 
 
 @pytest.mark.slow
-def test_the_limit_is_of_wall_clock_time_for_each_row():
+def test_the_limit_is_of_processor_time_for_each_row():
     begun = time.perf_counter()
     score(["hang", "a", "hang", "hang"])
     assert 0.9 <= time.perf_counter() - begun < 10  # seconds; three rows of 0.3
     begun = time.perf_counter()
     score(["hang", *["a"] * 99])
     assert time.perf_counter() - begun < 10  # a hundred rows of 0.3 would be 30
-    nap = rule(lambda prompts, completions, **columns: [time.sleep(0.2) or 1.0 for _ in completions])
-    scorer = Scorer({"nap": nap}, {"nap": 1.0}, limits=Limits(seconds=1.5))
-    assert scorer(["p"] * 10, ["a"] * 10, {})[0].tolist() == [1.0] * 10  # together longer than the limit
+
+
+def test_a_rule_that_waits_has_ten_times_the_limit_on_the_clock():
+    """What a busy machine does to a rule looks the same: no processor time."""
+    nap = rule(lambda prompts, completions, **columns: [time.sleep(float(text)) or 1.0 for text in completions])
+    scorer = Scorer({"nap": nap}, {"nap": 1.0}, limits=Limits(seconds=0.2))
+    begun = time.perf_counter()
+    assert scorer(["p"] * 4, ["0.6", "60", "0.6", "0.6"], {})[0].tolist() == [1, 0, 1, 1]
+    assert 2 <= time.perf_counter() - begun < 30
+
+
+def test_what_a_rule_loads_is_loaded_before_the_first_worker_and_for_every_later_one():
+    loaded = []
+
+    def load():
+        loaded.append(os.getpid())
+        raise OSError("is ignored")
+
+    @warmed_up_by(load)
+    @rule
+    def warm(prompts, completions, **columns):
+        return [float(len(loaded) == 1 and loaded[0] == os.getppid()) + _obey(text) for text in completions]
+
+    functions = {"warm": warm, "again": partial(warm)}
+    scorer = Scorer(functions, dict.fromkeys(functions, 1.0), limits=SHORT)
+    _, parts = scorer(["p"] * 3, ["a", "crash", "bb"], {})
+    assert parts["warm"].tolist() == parts["again"].tolist() == [2, 0, 3] and loaded == []
+
+
+def test_the_first_answers_of_the_math_task_are_compared_in_the_keeper():
+    """A cold worker takes half a second for the first pair."""
+    seen = rule(lambda **given: [float(_meaning._compared.cache_info().currsize) for _ in given["answer"]])
+    functions = {"seen": seen, "correct": correct_reward}
+    _meaning._compared.cache_clear()
+    scorer = Scorer(functions, dict.fromkeys(functions, 1.0), limits=Limits(seconds=5.0))
+    _, parts = scorer(["p"], [r"\boxed{(3,\pi/2)}"], {"answer": [r"\left(3,\frac{\pi}{2}\right)"]})
+    assert parts["seen"].item() == len(WARM_UP_ANSWERS) and parts["correct"].item() == 1
 
 
 def test_a_worker_lives_on_until_a_row_ends_it_and_is_never_the_training_process():
@@ -136,6 +173,36 @@ def test_a_rule_that_returns_no_number_for_its_row_is_refused():
     wrong = rule(lambda prompts, completions, **columns: 3.0)
     with pytest.raises(ValueError, match=r"returned 3.0 for 1 completion"):
         Scorer({"wrong": wrong}, {"wrong": 1.0})(["p"], ["a"], {})
+
+
+class Silent(Exception):
+    def __str__(self):
+        raise KeyError("no text")
+
+
+class Shy:
+    def __repr__(self):
+        raise Silent
+
+
+def raises(error: BaseException):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda: raises(SystemExit(3)), r"raised SystemExit: 3; row 0"),
+        (lambda: sys.exit(), r"raised SystemExit: ; row 0"),
+        (lambda: raises(Silent()), r"raised Silent, whose text cannot be shown because of another KeyError; row 0"),
+        (lambda: Shy(), r"raised TypeError: returned <Shy instance at .* for 1 completion"),
+        (lambda: [Shy()], r"raised TypeError: returned <Shy instance at .* for 1 completion"),
+    ],
+)
+def test_whatever_a_rule_raises_or_returns_is_an_error_and_no_row_over_the_limit(returned, message):
+    odd = rule(lambda prompts, completions, **columns: returned())
+    with pytest.raises(ValueError, match=message):
+        Scorer({"odd": odd}, {"odd": 1.0})(["p"], ["a"], {})
 
 
 def test_values_of_torch_come_back_as_they_were():
@@ -202,6 +269,13 @@ class Judge:
 
     bound_later = functools.partialmethod(method)
 
+    def filled_in(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    marked_later = rule(functools.partialmethod(filled_in, more=2))
+    marked_object_later = rule(functools.partialmethod(partial(lambda self, **given: which_process(**given)), more=2))
+    unmarked_later = functools.partialmethod(filled_in, more=3)
+
 
 class MarkedCall:
     @rule
@@ -211,6 +285,22 @@ class MarkedCall:
 
 class Heir(MarkedCall):
     pass
+
+
+class Extends(MarkedCall):
+    def __call__(self, prompts, completions, **columns):
+        return super().__call__(prompts, completions, **columns)
+
+
+class Module(torch.nn.Module):
+    @rule
+    def forward(self, prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+
+class ExtendsModule(Module):
+    def forward(self, prompts, completions, **columns):
+        return super().forward(prompts, completions, **columns)
 
 
 @rule
@@ -253,6 +343,9 @@ def rules() -> dict:
         "marked method": Judge().method,
         "partial of a marked method": partial(Judge().method),
         "partial method": Judge().bound_later,
+        "marked partial method": Judge().marked_later,
+        "partial of a marked partial method": partial(Judge().marked_later, even_more=3),
+        "marked partial method of an object": Judge().marked_object_later,
         "class method": Judge.of_class,
         "class method, marked inside": Judge().of_class_inside,
         "static method": Judge.static,
@@ -260,8 +353,11 @@ def rules() -> dict:
         "rule of a method": rule(Judge().plain),
         "object with a marked call": MarkedCall(),
         "object of a heir": Heir(),
+        "object that extends a marked call": Extends(),
         "object of a marked class": MarkedClass(),
         "object of a marked class with slots": Slotted(),
+        "module with a marked forward": Module(),
+        "module that extends a marked forward": ExtendsModule(),
         "rule of an object": rule(MarkedCall()),
         "rule of a dataclass": rule(Scaled()),
         "rule of a frozen dataclass": rule(Frozen()),
@@ -299,7 +395,9 @@ def test_the_mark_of_one_object_is_not_that_of_its_equal():
     assert marked == other and is_rule(marked) and not is_rule(other)
     assert is_rule(rule(partial(which_process))) and not is_rule(partial(which_process)) and not is_rule(which_process)
     assert not is_rule(Scaled()) and not is_rule(max) and not is_rule(partial(max)) and not is_rule(Judge)
-    assert not is_rule(Mock())
+    assert not is_rule(Mock()) and not is_rule(torch.nn.Linear(1, 1))
+    assert not is_rule(Judge().unmarked_later) and not is_rule(partial(Judge().filled_in, more=2))
+    assert is_rule(Judge().marked_later) and not is_rule(Judge().filled_in)
 
 
 def test_pickles_and_copies_of_a_rule_are_rules():
@@ -345,6 +443,19 @@ def test_every_kind_of_asynchronous_rule_is_refused():
         async def method(self, **given):
             return [1.0]
 
+    class WaitsStatically:
+        __call__ = staticmethod(judge)
+
+    class WaitsLater:
+        __call__ = functools.partialmethod(judge)
+
+    class WaitingModule(torch.nn.Module):
+        async def forward(self, **given):
+            return [1.0]
+
+    async def one_by_one(**given):
+        yield 1.0
+
     for function, name in [
         (judge, "judge"),
         (partial(judge, []), "judge"),
@@ -352,6 +463,12 @@ def test_every_kind_of_asynchronous_rule_is_refused():
         (Waits, "Waits"),
         (Waits().method, "method"),
         (staticmethod(judge), "judge"),
+        (WaitsStatically(), "WaitsStatically"),
+        (WaitsStatically, "WaitsStatically"),
+        (WaitsLater(), "WaitsLater"),
+        (WaitingModule(), "WaitingModule"),
+        (one_by_one, "one_by_one"),
+        (partial(one_by_one), "one_by_one"),
         (passes_on(judge), None),  # it returns what has to be awaited, which Python cannot tell before
     ]:
         if name is None:
@@ -360,6 +477,31 @@ def test_every_kind_of_asynchronous_rule_is_refused():
         else:
             with pytest.raises(ValueError, match=rf"asynchronous {name}: "):
                 rule(function)
+
+
+def test_an_asynchronous_function_around_a_rule_is_refused_when_the_run_starts():
+    @functools.wraps(obedient)
+    async def waits(**given):
+        return obedient(**given)
+
+    class Waits(MarkedCall):
+        async def __call__(self, **given):
+            return [1.0]
+
+    for function, name in [(waits, "obedient"), (partial(waits), "obedient"), (Waits(), "Waits")]:
+        with pytest.raises(ValueError, match=rf"inside, the asynchronous {name}: "):
+            Scorer({"late": function}, {"late": 1.0})
+    scores, _ = Scorer({"late": waits}, {"late": 1.0}, limits=None)(["p"], ["abc"], {})
+    assert scores.tolist() == [3.0]  # no worker, and so no limit on what a function may be
+
+
+def test_a_rule_may_wait_for_the_asynchronous_function_it_wraps():
+    async def judge(prompts, completions, **columns):
+        return which_process(prompts, completions)
+
+    at_once = rule(functools.wraps(judge)(lambda **given: asyncio.run(judge(**given))))
+    scores, _ = Scorer({"at_once": at_once}, {"at_once": 1.0})(["p"], ["a"], {})
+    assert scores.item() != os.getpid()
 
 
 @pytest.mark.slow

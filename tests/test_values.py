@@ -1,7 +1,7 @@
 """What a reward function may return: numbers of any library, never text."""
 
 import math
-from collections import deque
+from collections import UserString, deque
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -54,6 +54,9 @@ NO_NUMBERS = {
     "two in a tensor": torch.ones(2),
     "list": [1.0],
     "type": float,
+    "masked": np.ma.masked,
+    "masked in an array": np.ma.array([1, 2], mask=[0, 1])[1:],
+    "user string": UserString("1.0"),
 }
 BATCHES = {
     "tuple": (1, 0, None),
@@ -100,7 +103,9 @@ def test_a_number_of_any_library_is_a_reward():
 
 @pytest.mark.parametrize("name", NO_NUMBERS)
 def test_what_is_no_finite_real_number_is_refused_even_if_float_would_take_it(name):
-    with pytest.raises(ValueError, match=r"reward 'mine' returned .* in row 1 for 'c': need a finite.*return None"):
+    with pytest.raises(
+        ValueError, match=r"(?s)reward 'mine' returned .* in row 1 for 'c': need a finite.*return None"
+    ):
         score([0.0, NO_NUMBERS[name]], num_rows=2)
 
 
@@ -130,3 +135,10 @@ def test_a_missing_number_of_a_series_is_no_none():
     """pandas makes NaN of None; whoever means None says so."""
     with pytest.raises(ValueError, match=r"returned nan in row 1.*return None"):
         score(pd.Series([1.0, None]), num_rows=2)
+
+
+@pytest.mark.parametrize("is_rule", [False, True])
+def test_a_masked_value_is_neither_the_number_below_the_mask_nor_zero(is_rule):
+    rows = 1 if is_rule else 2  # a rule answers one row
+    with pytest.raises(ValueError, match=r"'mine' .*returned masked"):
+        score(np.ma.array([1, 2], mask=[0, 1])[2 - rows :], num_rows=rows, is_rule=is_rule)

@@ -4,12 +4,13 @@ The rows of a group share one row of the data set, and so do all functions and a
 list would leave it consumed for all of them.
 """
 
+import pickle
 from copy import deepcopy
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -85,3 +86,30 @@ def own_values(name: str, values: list) -> list:
                 "run. Put plain values into the data, and open or build such objects in the function."
             ) from error
     return copies
+
+
+def refuse_unpickled(arguments: Arguments, error: BaseException | str) -> NoReturn:
+    """Say which value of the arguments is the reason that they cannot be sent to the process of the rules.
+
+    Args:
+        arguments: a list of B values each, or None.
+        error: of all of them, for the case that each of them can be sent alone.
+
+    Raises:
+        ValueError: always; names the argument and the row.
+    """
+    where, kind = "the data", "value"
+    for name, values in arguments.items():
+        for row, value in enumerate(values or ()):
+            try:
+                pickle.loads(pickle.dumps(value))
+            except Exception as own_error:  # an object may raise anything
+                where, kind, error = f"column {name!r}, row {row}", type(value).__name__, own_error
+                break
+        else:
+            continue
+        break
+    raise ValueError(
+        f"{where}: a {kind} that cannot be pickled ({error}). A rule runs in another process, and gets its columns "
+        "there. Put plain values into the data, and open or build such objects in the function."
+    )

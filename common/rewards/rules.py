@@ -1,11 +1,12 @@
 """Rules run in another process, with a hard limit on time and memory per row, whatever text a model wrote.
 
-A keeper process is forked during set-up, before models are loaded. It forks the worker, reads its answers row by row,
-and replaces it when a row takes too long or kills it. So a hanging regular expression, an endless comparison or a
-crash in a C library costs one row its score, but does not end the run. This guards against accidents, not against
-attackers: no rule may pass a model's text to an interpreter.
+A keeper process is forked during set-up, before models are loaded. It warms the rules up, forks the worker, reads its
+answers row by row, and replaces it when a row takes too long or kills it. So a hanging regular expression, an endless
+comparison or a crash in a C library costs one row its score, but does not end the run. This guards against accidents,
+not against attackers: no rule may pass a model's text to an interpreter.
 """
 
+import contextlib
 import ctypes
 import inspect
 import math
@@ -15,16 +16,19 @@ import pickle
 import reprlib
 import resource
 import signal
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, partialmethod
 from multiprocessing.connection import Connection
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, NamedTuple, TypeVar
 
-from common.rewards.copies import Arguments, own_arguments
+from torch import nn
+
+from common.rewards.copies import Arguments, own_arguments, refuse_unpickled
 from common.rewards.values import number_of, values_of
 
 Function = TypeVar("Function", bound=Callable)
@@ -34,6 +38,14 @@ _FORK = multiprocessing.get_context("fork")  # functions need not be picklable, 
 
 # The attribute that marks a rule. Unlike a list of rules it needs no hash, and pickles and copies keep it.
 _MARK = "_scores_each_row_by_itself"
+_WARM_UP = "_is_warmed_up_by"
+
+# Of what a rule returned, in a message. It shows an object whose own repr raises by its type.
+_SHORTEN = reprlib.Repr()
+_SHORTEN.maxstring = _SHORTEN.maxother = 80
+
+# A row may take so many times its limit on the clock: room for a busy machine, an end for a rule that sleeps.
+_CLOCK_PER_LIMIT = 10
 
 
 def rule(function: Function) -> Function:
@@ -52,11 +64,7 @@ def rule(function: Function) -> Function:
         ValueError: if it is asynchronous, or cannot be marked.
     """
     code = function.__func__ if isinstance(function, MethodType | staticmethod | classmethod) else function
-    if any(inspect.iscoroutinefunction(part) for part in (code, inspect.getattr_static(code, "__call__", None))):
-        raise ValueError(
-            f"@rule on the asynchronous {name_of(function)}: rules only compute, under a time limit; functions that "
-            "wait for something else run in the training process. Leave out @rule."
-        )
+    refuse_asynchronous(code)
     try:
         if isinstance(code, type):
             setattr(code, _MARK, True)
@@ -70,11 +78,29 @@ def rule(function: Function) -> Function:
     return function
 
 
+def warmed_up_by(warm_up: Callable[[], object]) -> Callable[[Function], Function]:
+    """Have a function called once in the keeper, so that no row pays for what a rule's first call loads and caches.
+
+    Args:
+        warm_up: called without limits, only in runs that use the rule; what it raises is ignored.
+
+    Returns:
+        A decorator of a rule.
+    """
+
+    def decorate(function: Function) -> Function:
+        setattr(function, _WARM_UP, warm_up)
+        return function
+
+    return decorate
+
+
 def is_rule(function: Callable) -> bool:
     """Whether a callable is marked as a rule, or what it calls is.
 
     That is the function of a partial, of a method or of a wrapper by functools.wraps, and the class and the `__call__`
-    of an object.
+    of an object (of a module of torch also `forward`), in any class it inherits from: one that it overrides is what it
+    extends.
     """
     return any(inspect.getattr_static(part, _MARK, False) is True for part in _parts(function, []))
 
@@ -85,16 +111,76 @@ def _parts(function: Any, seen: list) -> Iterator[Any]:
         return
     seen.append(function)
     yield function
-    inner = [inspect.getattr_static(function, "__wrapped__", None)]
+    inner = [inspect.getattr_static(function, "__wrapped__", None), _partialmethod_of(function)]
     if isinstance(function, partial | partialmethod):
         inner.append(function.func)
     elif isinstance(function, MethodType | staticmethod | classmethod):
         inner.append(function.__func__)
     elif not isinstance(function, type):
-        inner.append(inspect.getattr_static(type(function), "__call__", None))
+        inner += [vars(base).get(name) for name in _called(function) for base in type(function).__mro__]
     for part in inner:
         if part is not None:
             yield from _parts(part, seen)
+
+
+def _called(function: Any) -> tuple[str, ...]:
+    """Names of the methods that run when an object is called."""
+    return ("__call__", "forward") if isinstance(function, nn.Module) else ("__call__",)
+
+
+def _partialmethod_of(function: Any) -> partialmethod | None:
+    """The partialmethod of a class that made this method of an object."""
+    for name in ("_partialmethod", "__partialmethod__"):  # until Python 3.12, and from 3.13 on
+        made_by = inspect.getattr_static(function, name, None)
+        if isinstance(made_by, partialmethod):
+            return made_by
+    # A partial with the attribute __self__ was made for a plain function, and only its class knows by which one.
+    owner = vars(function).get("__self__") if isinstance(function, partial) else None
+    for base in (owner if isinstance(owner, type) else type(owner)).__mro__:
+        for value in vars(base).values():
+            if isinstance(value, partialmethod) and _fills_in(value) == _fills_in(function):
+                return value
+    return None
+
+
+def _fills_in(function: partial | partialmethod) -> tuple:
+    """What is called with which arguments, by identity: arguments may be of any type."""
+    code = (
+        function.func.__func__ if isinstance(function.func, MethodType | staticmethod | classmethod) else function.func
+    )
+    return id(code), [*map(id, function.args)], {name: id(value) for name, value in function.keywords.items()}
+
+
+def refuse_asynchronous(function: Callable) -> None:
+    """Refuse a rule that gives something to wait for.
+
+    A wrapper is not refused for what it wraps, since it may wait for it.
+
+    Raises:
+        ValueError: if what runs first when it is called, is asynchronous.
+    """
+    code, seen = function, []
+    while code is not None and not any(code is part for part in seen):
+        seen.append(code)
+        if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+            raise ValueError(
+                f"@rule on, or inside, the asynchronous {name_of(function)}: rules only compute, under a time limit; "
+                "functions that wait for something else run in the training process. Leave out @rule."
+            )
+        code = _runs(code)
+
+
+def _runs(function: Any) -> Any:
+    """What a callable calls first; for a class, what its objects call."""
+    if isinstance(function, partial | partialmethod):
+        return function.func
+    if isinstance(function, MethodType | staticmethod | classmethod):
+        return function.__func__
+    if isinstance(function, FunctionType):
+        return _partialmethod_of(function)
+    owner = function if isinstance(function, type) else type(function)
+    name = "forward" if issubclass(owner, nn.Module) else "__call__"
+    return inspect.getattr_static(owner, name, None)
 
 
 def name_of(function: Callable) -> str:
@@ -109,7 +195,8 @@ class Limits:
     """What a rule may use for one row.
 
     Attributes:
-        seconds: wall-clock time.
+        seconds: processor time, so that a busy machine costs no row its score. On the clock, a row may take ten times
+            as long: that ends one that sleeps or waits. Never less on the clock, however many threads it has.
         gigabytes: memory beyond what the process uses when the first row begins.
     """
 
@@ -141,9 +228,14 @@ class RuleWorker:
     Args:
         functions: by name; with the signature of a reward function.
         limits: for each row.
+
+    Raises:
+        ValueError: if a function is asynchronous.
     """
 
     def __init__(self, functions: dict[str, Callable], limits: Limits) -> None:
+        for function in functions.values():
+            refuse_asynchronous(function)
         self._functions = functions
         self._limits = limits
         self._start()
@@ -159,12 +251,20 @@ class RuleWorker:
             B answers; fewer if a row raises, which is then the last.
 
         Raises:
+            ValueError: if an argument cannot be pickled.
             RuntimeError: if the keeper is killed twice, for example because the machine is out of memory.
         """
+        try:
+            request = pickle.dumps((name, arguments))
+        except Exception as error:  # an object may raise anything
+            refuse_unpickled(arguments, error)
         for _ in range(2):
             try:
-                _send(self._connection, (name, arguments))
-                return _receive(self._connection)
+                self._connection.send_bytes(request)
+                answers = _receive(self._connection)
+                if isinstance(answers, str):
+                    refuse_unpickled(arguments, answers)
+                return answers
             except (EOFError, ConnectionError):  # the keeper was killed
                 self._stop()
                 self._start()
@@ -207,12 +307,16 @@ def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C and ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked tokenizer has no threads and would warn about it
+    _warm_up(functions)
     worker = _Worker(functions, limits)
     while True:
         try:
             name, arguments = _receive(connection)
         except (EOFError, ConnectionError):
             return
+        except Exception as error:  # an object may be pickled, and raise anything when it is read
+            _send(connection, _as_text(error))
+            continue
         num_rows = len(arguments["completions"])
         answers: list[RowAnswer] = []
         while len(answers) < num_rows and not (answers and answers[-1].error):
@@ -220,6 +324,15 @@ def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits
                 worker = _Worker(functions, limits)
             answers += worker.answers(name, arguments, range(len(answers), num_rows))
         _send(connection, answers)
+
+
+def _warm_up(functions: dict[str, Callable]) -> None:
+    """Call what warms the rules up, once each; every worker is forked with what it leaves."""
+    parts = [part for function in functions.values() for part in _parts(function, [])]
+    calls = [inspect.getattr_static(part, _WARM_UP, None) for part in parts]
+    for warm_up in {id(call): call for call in calls if call is not None}.values():
+        with contextlib.suppress(Exception):  # a row that needs the same shows the error
+            warm_up()
 
 
 class _Worker:
@@ -234,14 +347,14 @@ class _Worker:
             self._connection.close()
             _work(child_end, functions, limits)
         child_end.close()
+        self._clock = _processor_clock(self._pid)
 
     def answers(self, name: str, arguments: Arguments, rows: range) -> Iterator[RowAnswer]:
         """Score rows until one raises or kills the worker."""
         _send(self._connection, (name, arguments, rows))
         for _ in rows:
             try:
-                in_time = self._connection.poll(self._limits.seconds)
-                answer = _receive(self._connection) if in_time else RowAnswer(over_limit=True)
+                answer = _receive(self._connection) if self._in_time() else RowAnswer(over_limit=True)
             except (EOFError, ConnectionError):  # out of memory, or crashed
                 answer = RowAnswer(over_limit=True)
             yield answer
@@ -250,11 +363,32 @@ class _Worker:
             if answer.over_limit or answer.error:
                 return
 
+    def _in_time(self) -> bool:
+        """Wait for the next answer; whether it comes within the limit."""
+        limit = self._limits.seconds
+        begun, last = time.clock_gettime(self._clock), time.monotonic() + _CLOCK_PER_LIMIT * limit
+        left = limit
+        while left > 0:
+            # A share of the limit at least, or the last microseconds on a busy machine would be waited for one by one.
+            if self._connection.poll(max(left, limit / 20)):
+                return True
+            left = min(limit - (time.clock_gettime(self._clock) - begun), last - time.monotonic())
+        return False
+
     def _end(self) -> None:
         self.alive = False
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
         self._connection.close()
+
+
+def _processor_clock(pid: int) -> int:
+    """The clock of the processor time that a process and its threads have used."""
+    clock = ctypes.c_int()
+    error = ctypes.CDLL(None).clock_getcpuclockid(pid, ctypes.byref(clock))
+    if error:
+        raise OSError(error, os.strerror(error))
+    return clock.value
 
 
 # In the worker
@@ -280,18 +414,31 @@ def _work(connection: Connection, functions: dict[str, Callable], limits: Limits
 def _answer(function: Callable, arguments: Arguments) -> RowAnswer:
     try:
         # Its own copy: the rows of a group arrive as references to one object.
-        rewards = function(**own_arguments(arguments))
+        return _as_answer(function(**own_arguments(arguments)))
     except MemoryError:
         raise
-    except Exception as error:  # a function may raise anything
-        return RowAnswer(error=f"{type(error).__name__}: {error}")
+    except BaseException as error:  # a function may raise anything, such as SystemExit
+        return RowAnswer(error=_as_text(error))
+
+
+def _as_answer(rewards: Any) -> RowAnswer:
     values = values_of(rewards)
     if values is None or len(values) != 1:
-        return RowAnswer(error=f"TypeError: returned {rewards!r:.80} for 1 completion, not a list with one number")
+        raise TypeError(f"returned {_SHORTEN.repr(rewards)} for 1 completion, not a list with one number")
     try:
         return RowAnswer(reward=number_of(values[0]))
     except TypeError as error:
-        return RowAnswer(error=f"TypeError: returned {reprlib.repr(values[0])} for 1 completion, {error}")
+        raise TypeError(f"returned {_SHORTEN.repr(values[0])} for 1 completion, {error}") from error
+
+
+def _as_text(error: BaseException) -> str:
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except MemoryError:
+        raise
+    except BaseException as second:  # so may its __str__
+        return f"{kind}, whose text cannot be shown because of another {type(second).__name__}"
 
 
 def _die_with_parent() -> None:

@@ -1,6 +1,7 @@
 """What a reward function returned, as numbers: of Python, numpy, torch or pandas, but never text."""
 
 import math
+from collections import UserString
 from typing import Any
 
 import numpy as np
@@ -47,11 +48,12 @@ def number_of(reward: Any) -> float:
 def _float(reward: Any) -> float:
     """The real number; NaN if it is none."""
     if isinstance(reward, np.ndarray | np.generic):
-        if reward.dtype.kind in _NO_NUMBERS:
+        # A masked value would be the number below the mask.
+        if np.ma.is_masked(reward) or reward.dtype.kind in _NO_NUMBERS:
             return math.nan
         reward = reward.item()  # raises for several
     elif isinstance(reward, Tensor):
         reward = reward.item()
-    # Text has neither of these methods, but float() would read a number from it.
+    # Most text has neither of these methods, but float() would read a number from it.
     is_number = hasattr(type(reward), "__float__") or hasattr(type(reward), "__index__")
-    return float(reward) if is_number and not isinstance(reward, str | bytes) else math.nan
+    return float(reward) if is_number and not isinstance(reward, str | bytes | UserString) else math.nan

@@ -15,7 +15,7 @@ import transformers
 
 from common.config import RLConfig
 from common.data.rows import read_rows, split_held_out, take_held_out
-from common.rewards.rules import rule
+from common.rewards.rules import rule, warmed_up_by
 from common.tasks import Task
 from common.tasks._meaning import MAX_ANSWER_LENGTH, means_the_same
 from common.tasks._numbers import last_number
@@ -186,7 +186,24 @@ def write_prompt(question: str, *, is_chat: bool) -> str | list[dict[str, str]]:
 
 # Rewards
 
+# The first answer of each kind loads and caches most of what Math-Verify and sympy have for it.
+WARM_UP_ANSWERS = (
+    (r"\left(3,\frac{\pi}{2}\right)", r"(3,\pi/2)"),
+    (r"[0,\infty)", r"x \ge 0"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\\frac{4}{2}\end{bmatrix}"),
+    (r"\sin^2 x", r"1-\cos^2 x"),
+    (r"y=2x+\sqrt{8}", r"2x-y=-2\sqrt{2}"),
+    (r"\{1,2\}\cup(3,4)", r"(3,4)\cup\{2,1\}"),
+)
 
+
+def warm_up() -> None:
+    """Compare one pair of answers of each kind, about 1 second; else the first rows of every worker pay for it."""
+    for gold, text in WARM_UP_ANSWERS:
+        means_the_same(gold, text)
+
+
+@warmed_up_by(warm_up)
 @rule
 def correct_reward(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
     """1.0 if the content of the last box means the same as the answer; else 0.
@@ -215,6 +232,7 @@ def boxed_reward(prompts: list[str], completions: list[str], **columns: list) ->
     ]
 
 
+@warmed_up_by(warm_up)
 @rule
 def lenient_accuracy(prompts: list[str], completions: list[str], *, answer: list[str], **columns: list) -> list[float]:
     """1.0 if the last box or, without one, the last number of the text is the answer; for evaluation, no reward.
