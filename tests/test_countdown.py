@@ -453,7 +453,7 @@ def test_a_file_is_refused_if_no_expression_reaches_its_only_target(tmp_path, nu
     if is_reached:
         assert read_problems(str(path), "train") == [{"nums": nums, "target": target}]
     else:
-        with pytest.raises(ValueError, match="in 1 of 1 rows no expression of up to 200 characters .* such as row 1"):
+        with pytest.raises(ValueError, match=r"in 1 of 1 rows no expression of up to 200 characters .* such as row 1"):
             read_problems(str(path), "train")
 
 
