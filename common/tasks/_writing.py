@@ -36,7 +36,7 @@ _SYMBOLS = CHARACTERS | {
 _LOUD = ("boxed", "fbox", "underline", "boldsymbol", "bm", "emph")
 _STYLE = re.compile(rf"\\(?P<style>{'|'.join(STYLES)}|operatorname)\s*\{{(?P<inside>[^{{}}]*)\}}")
 _OPENING = re.compile(rf"\\(?:{'|'.join(STYLES)})\s*\{{")
-_SQUARED = re.compile(r"(?<=[\d ])([cdkm]?m)[\N{SUPERSCRIPT TWO}\N{SUPERSCRIPT THREE}]")
+_SQUARED = re.compile(r"(?<=[\d ])([cdkm]?m)([\N{SUPERSCRIPT TWO}\N{SUPERSCRIPT THREE}])|(?<=\d )(m)(\^[23])$")
 _SIZED = re.compile(rf"\\(?:{'|'.join(DECLARATIONS)})(?![A-Za-z])")
 _REPLACED = [
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
@@ -78,7 +78,7 @@ _PREAMBLE = re.compile(
 @lru_cache(maxsize=4096)
 def tidy(latex: str) -> str:
     """An answer in one way of writing: without styles, sizes and delimiters, with one name per command."""
-    latex = _SQUARED.sub(r"\\text{\1}", latex)
+    latex = _SQUARED.sub(r"\\text{\1\3}\2\4", latex)
     latex = latex.translate(_SYMBOLS).replace("\\\\", "\0")  # the end of a row of a matrix is no command
     for _ in range(4):  # styles inside styles
         latex, count = _STYLE.subn(_unstyled, latex)
