@@ -37,6 +37,7 @@ MAX_ANSWER_LENGTH = 300  # characters; the longest answer of MATH-500 has 53
 MAX_NESTING = 10  # levels of brackets; parsing takes seconds from 40 on
 MAX_SIZE = 10_000  # limit of `_size`; comparisons below it take milliseconds, at worst seconds
 SYMBOL_SIZE = 30  # a symbolic expression takes far longer to compare than a number with as many parts
+MAX_ROOT, MAX_DEGREE = 100, 50  # of a symbol's power; simplifying larger ones takes minutes
 ROUNDED_DECIMALS = 6  # a decimal number with so many digits may stand for a fraction such as 1/3
 
 # Commands allowed in a finished answer. Others, such as sums, integrals, binomials and the gamma function, leave
@@ -54,7 +55,9 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)")
 # What Math-Verify would evaluate while parsing, or parse in exponential time.
 _UNFINISHED = re.compile(
     r"""
-    \|\s*[_^]                              # a value put in
+    \|\s*\|\s*\|                          # bars in bars
+    | matrix\}\s*\^\s*\{?\s*-             # an inverse to compute
+    | \|\s*[_^]                              # a value put in
     | \{[vV]matrix                         # a determinant
     | \d\s*[eE]\s*[+-]?\s*\d{3}            # a number of that many digits
     | ^(?=.*\\begin).*(?:[eE]\W*\^|exp)    # the exponential of a matrix
@@ -119,6 +122,10 @@ def _is_another_kind(gold: str, answer: str) -> bool:
     letters = [re.sub(r"\\text\{\s*([A-Z]+)\s*\}|\\text\{[^{}]*\}|[{}\s]", r"\1", text) for text in (gold, answer)]
     if all(re.fullmatch(r"[A-Z]{3,}|[A-Za-z]", text) for text in letters) and letters[0] != letters[1]:
         return True  # BCA is an order, and n is not N
+    variables = [set(re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", text)) for text in letters]
+    lowered = [{name.lower() for name in names} for names in variables]
+    if "=" not in gold + answer and variables[0] != variables[1] and lowered[0] == lowered[1]:
+        return True
     if len({len(re.findall(r"\\[bp]?mod(?![A-Za-z])", text)) for text in (gold, answer)}) == 2:
         return True
     values = (
@@ -129,8 +136,9 @@ def _is_another_kind(gold: str, answer: str) -> bool:
         return True
     if len(_CLOSED_INFINITY.findall(gold)) != len(_CLOSED_INFINITY.findall(answer)):
         return True
-    if "," in answer and exact_number(gold) and not exact_number(answer) and "=" not in answer:
-        return True  # 5, 5 is not 5
+    if re.search(r"(?<!\{),", answer) and exact_number(gold) and "=" not in answer and not _OPTION.fullmatch(answer):
+        core = quantity(answer).core  # 5, 5 is not 5
+        return not exact_number(core) and bool(re.fullmatch(r"[^()\[\]]*", core))
     is_set, is_tuple = zip(*((_is_listed_set(text), _is_tuple(text)) for text in (gold, answer)), strict=True)
     if (is_set[0] and is_tuple[1]) or (is_tuple[0] and is_set[1]):
         return True
@@ -178,7 +186,7 @@ def _is_same_quantity(gold: str, answer: str) -> bool:
 
 
 # A multiple-choice answer: its letter, and what that letter stands for.
-_OPTION = re.compile(r"\(([A-J])\)|([A-J])|(?:\(([A-J])\)|([A-J])[.:)]) (?=[-\d\\$.])(.+)")
+_OPTION = re.compile(r"\(([A-J])\)|([A-J])\)?|(?:\(([A-J])\)|([A-J])[.:)]) (?=[-\d\\$.])(.+)")
 
 
 def _is_same_option(gold: str, answer: str) -> bool:
@@ -234,6 +242,8 @@ def _is_same_value(gold: str, answer: str) -> bool:
     if numbers[0] is not None and _VARIABLE.search(answer) and not _RELATION.search(answer):
         is_in_words = re.search(r"[A-Za-z]{3}", answer)  # 5 apples
         return bool(is_in_words and not CHANGES.search(answer)) and read_number(answer) == numbers[0].value
+    if {_has_variables(gold), _has_variables(answer)} == {True, False}:
+        return False  # comparing them would take long and find nothing
     return _is_same_expression(gold, answer) or (
         "log" in answer + gold
         and "\\ln" in answer + gold  # a logarithm without a base is often the natural one
@@ -327,6 +337,13 @@ def _is_same_expression(gold: str, answer: str) -> bool:
     return False
 
 
+def _has_variables(latex: str) -> bool | None:
+    """Whether an expression has free symbols; None if it is no plain expression, such as an equation or a set."""
+    found = _expressions(latex)
+    plain = bool(found) and isinstance(found[0], sympy.Expr | sympy.MatrixBase)
+    return bool(found[0].free_symbols) if plain else None
+
+
 def _is_near(number: Number, expression: sympy.Basic | sympy.MatrixBase | str) -> bool:
     """Whether a number is the first digits of an irrational one."""
     if not isinstance(expression, sympy.Expr) or expression.free_symbols or not expression.is_real:
@@ -400,12 +417,17 @@ def _size(expression: sympy.Basic | sympy.MatrixBase) -> float:
         base, exponent = expression.args
         if not isinstance(exponent, sympy.Rational):
             return _size(base) * 2.0 ** min(_size(exponent), 100)
+        if base.free_symbols and (exponent.q > MAX_ROOT or abs(exponent) > MAX_DEGREE):
+            return math.inf
         num_terms = max(1, len(base.args))  # (x + y)^n expands to many more
         return _size(base) * max(1.0, abs(float(exponent)) * num_terms**2)
     total = sum(map(_size, expression.args))
     if isinstance(expression, sympy.factorial) and expression.args[0].is_Integer and total < 20:
         return 1 + math.lgamma(abs(int(expression.args[0])) + 1) / math.log(2)
-    if isinstance(expression, sympy.exp | CombinatorialFunction) and not expression.free_symbols:
+    if (
+        isinstance(expression, sympy.exp | sympy.sinh | sympy.cosh | CombinatorialFunction)
+        and not expression.free_symbols
+    ):
         return 2.0 ** min(total, 100)
     is_sum = isinstance(expression, sympy.Add | sympy.Mul | sympy.Set | sympy.Tuple | sympy.core.relational.Relational)
     return total if is_sum else 2 * total
