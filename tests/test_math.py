@@ -176,6 +176,12 @@ ENDLESS = [
     "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}^{100000000}",
     "x^" * 90 + "2",
     "|x" * 100,
+    "\\cosh(1000000)",
+    "\\sinh(100000)",
+    "x^{0.123456789}",
+    "\\frac{x^{300}-1}{x^{7}-1}",
+    "||||x||||",
+    "\\begin{pmatrix} a & b & c \\\\d & f & g \\\\h & i & j \\end{pmatrix}^{-1}",
     "e^{\\begin{pmatrix} a & b & c \\\\d & f & g \\\\h & i & j \\end{pmatrix}}",
     "\\begin{vmatrix}" + " \\\\".join(["a & b & c & d & f & g"] * 6) + "\\end{vmatrix}",
     "\\sin(" * 40 + "x" + ")" * 40,
@@ -194,6 +200,19 @@ def test_nothing_a_model_writes_takes_long():
         start = time.process_time()
         assert correct(f"\\boxed{{{answer}}}", "3") == 0.0
         assert time.process_time() - start < 5, answer[:50]
+
+
+def test_answers_of_another_kind_take_no_time_either():
+    for gold, answer in (
+        ("\\sin x", "x^{0.123456789}"),
+        ("\\sin x", "\\frac{x^{300}-1}{x^{7}-1}"),
+        ("e^{100}", "\\cosh(1000)"),
+        ("e^{100}", "\\sinh(100000)"),
+        ("\\sqrt2", "||||x||||"),
+    ):
+        start = time.process_time()
+        assert correct(f"\\boxed{{{answer}}}", gold) == 0.0
+        assert time.process_time() - start < 5, answer
 
 
 def test_an_endless_answer_of_the_data_is_compared_as_text():

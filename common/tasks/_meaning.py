@@ -27,7 +27,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy.functions.combinatorial.factorials import CombinatorialFunction
 
 from common.tasks._numbers import Number, exact_number, read_number
-from common.tasks._quantities import quantity
+from common.tasks._quantities import CHANGES, quantity, units_agree
 from common.tasks._writing import tidy, with_binomials
 
 # Math-Verify warns that its time limits are off. They use signals, which work only in the main thread.
@@ -37,6 +37,7 @@ MAX_ANSWER_LENGTH = 300  # characters; the longest answer of MATH-500 has 53
 MAX_NESTING = 10  # levels of brackets; parsing takes seconds from 40 on
 MAX_SIZE = 10_000  # limit of `_size`; comparisons below it take milliseconds, at worst seconds
 SYMBOL_SIZE = 30  # a symbolic expression takes far longer to compare than a number with as many parts
+MAX_ROOT, MAX_DEGREE = 100, 50  # of a symbol's power; simplifying larger ones takes minutes
 ROUNDED_DECIMALS = 6  # a decimal number with so many digits may stand for a fraction such as 1/3
 
 # Commands allowed in a finished answer. Others, such as sums, integrals, binomials and the gamma function, leave
@@ -54,7 +55,9 @@ _COMMAND = re.compile(r"\\([A-Za-z]+)")
 # What Math-Verify would evaluate while parsing, or parse in exponential time.
 _UNFINISHED = re.compile(
     r"""
-    \|\s*[_^]                              # a value put in
+    \|\s*\|\s*\|                          # bars in bars
+    | matrix\}\s*\^\s*\{?\s*-             # an inverse to compute
+    | \|\s*[_^]                              # a value put in
     | \{[vV]matrix                         # a determinant
     | \d\s*[eE]\s*[+-]?\s*\d{3}            # a number of that many digits
     | ^(?=.*\\begin).*(?:[eE]\W*\^|exp)    # the exponential of a matrix
@@ -89,15 +92,70 @@ def _compared(gold: str, answer: str) -> bool:
     answer_tidy = with_binomials(tidy(answer), computed=False)
     if not answer_tidy or _contradicts_itself(answer_tidy):
         return False
+    if _is_another_kind(gold_tidy, answer_tidy):
+        return False
     if _words(gold_tidy) == _words(answer_tidy) or _is_same_quantity(gold_tidy, answer_tidy):
         return True
     return _is_same_option(gold_tidy, answer_tidy)
 
 
 def _words(latex: str) -> str:
-    r"""An answer without \text and spaces, and without capitals if it has words."""
-    text = re.sub(r"\\text(?=\{)|[{}\s]", "", latex)
-    return text.lower() if re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", latex) else latex
+    r"""An answer without \text, and without the capitals of its words; without spaces if it is words alone."""
+    if not re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", latex):
+        return latex
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", latex)
+    text = re.sub(r"(?<![\\A-Za-z])[A-Za-z]{3,}", lambda found: found[0].lower(), text)
+    if re.search(r"[\d\\^_]", text):
+        return re.sub(r"\s+", " ", text).strip()
+    return re.sub(r"[{}\s]", "", text)
+
+
+# Kinds of answers
+
+
+_PRIME = re.compile(r"(?<![A-Za-z]{2})(?<!\d)'|(?<=\d)'(?!\d{3})|\\prime(?![A-Za-z])")
+_CLOSED_INFINITY = re.compile(r"\[\s*-\s*\\infty(?![A-Za-z])|\\infty\s*\]")
+
+
+def _is_another_kind(gold: str, answer: str) -> bool:
+    """Whether two answers differ in what Math-Verify does not look at."""
+    letters = [re.sub(r"\\text\{\s*([A-Z]+)\s*\}|\\text\{[^{}]*\}|[{}\s]", r"\1", text) for text in (gold, answer)]
+    if all(re.fullmatch(r"[A-Z]{3,}|[A-Za-z]", text) for text in letters) and letters[0] != letters[1]:
+        return True  # BCA is an order, and n is not N
+    variables = [set(re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", text)) for text in letters]
+    lowered = [{name.lower() for name in names} for names in variables]
+    if "=" not in gold + answer and variables[0] != variables[1] and lowered[0] == lowered[1]:
+        return True
+    if len({len(re.findall(r"\\[bp]?mod(?![A-Za-z])", text)) for text in (gold, answer)}) == 2:
+        return True
+    values = (
+        [text.rpartition("=")[2] for text in (gold, answer)] if ("=" in gold) != ("=" in answer) else (gold, answer)
+    )
+    primes = [len(_PRIME.findall(re.sub(r"\\text\{[^{}]*\}", "", text))) for text in values]
+    if primes[0] != primes[1] and (primes[1] or quantity(gold).units not in (("ft",), ("in",))):
+        return True
+    if len(_CLOSED_INFINITY.findall(gold)) != len(_CLOSED_INFINITY.findall(answer)):
+        return True
+    if re.search(r"(?<!\{),", answer) and exact_number(gold) and "=" not in answer and not _OPTION.fullmatch(answer):
+        core = quantity(answer).core  # 5, 5 is not 5
+        return not exact_number(core) and bool(re.fullmatch(r"[^()\[\]]*", core))
+    is_set, is_tuple = zip(*((_is_listed_set(text), _is_tuple(text)) for text in (gold, answer)), strict=True)
+    if (is_set[0] and is_tuple[1]) or (is_tuple[0] and is_set[1]):
+        return True
+    return len({bool(re.match(r"\\\{\s*\\\{", text)) for text in (gold, answer)}) == 2
+
+
+def _is_listed_set(latex: str) -> bool:
+    return bool(re.fullmatch(r"\\\{(?!\s*[(\[]).*\\\}", latex, re.DOTALL)) and not re.search(
+        r"[|:<>]|\\(?:mid|in|leq|geq)", latex
+    )
+
+
+def _is_tuple(latex: str) -> bool:
+    return bool(re.fullmatch(r"\([^()]*,.*\)", latex, re.DOTALL))
+
+
+# Quantities and options
 
 
 def _contradicts_itself(latex: str) -> bool:
@@ -112,9 +170,15 @@ def _contradicts_itself(latex: str) -> bool:
 def _is_same_quantity(gold: str, answer: str) -> bool:
     """Whether values agree, and units where both have one; 50% is 50 and, if the right answer has the sign, 1/2."""
     right, given = quantity(gold), quantity(answer)
-    if right.units and given.units and right.units != given.units:
+    if not units_agree(right.units, given.units):
         return False
-    if not given.units and len(right.units) == 1 and re.fullmatch(rf".*[\d}}]\s*{right.units[0]}", given.core):
+    if given.is_percent and not right.is_percent and (number := exact_number(right.core)) and abs(number.value) < 1:
+        return False  # 0.5% is not 0.5
+    if (
+        not given.units
+        and len(right.units) == 1
+        and re.fullmatch(rf".*[\d}}]\s*{re.escape(right.units[0])}", given.core)
+    ):
         given = given._replace(core=given.core.removesuffix(right.units[0]).strip())  # 5 m, if the right answer has m
     if _is_same_value(right.core, given.core):
         return True
@@ -122,7 +186,7 @@ def _is_same_quantity(gold: str, answer: str) -> bool:
 
 
 # A multiple-choice answer: its letter, and what that letter stands for.
-_OPTION = re.compile(r"\(([A-J])\)|([A-J])|(?:\(([A-J])\)|([A-J])[.:)]) (?=[-+\d\\$.])(.+)")
+_OPTION = re.compile(r"\(([A-J])\)|([A-J])\)?|(?:\(([A-J])\)|([A-J])[.:)]) (?=[-\d\\$.])(.+)")
 
 
 def _is_same_option(gold: str, answer: str) -> bool:
@@ -142,11 +206,11 @@ def _is_same_option(gold: str, answer: str) -> bool:
 
 _EQUALS = re.compile(r"(?<![<>!\\])=")
 _NAMED = re.compile(
-    r"^(?P<name>(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\s*(?:\w|\{\w+\}))?'*(?:\([a-zA-Z]\))?)\s*=\s*(?P<rest>[^=<>]+)$"
+    r"^(?P<name>(?:[A-Za-z]|\\[a-z]+|\\text\{[^{}]*\})(?:_\s*(?:\w|\{\w+\}))?'*(?:\([a-zA-Z]\)|\(-?\d{1,3}\))?)\s*=\s*(?P<rest>[^=<>]+)$"
 )
 # What is asked for, such as x, f(2), AB or x + y; 2x and x^2 are not.
 _NAME = re.compile(r"(?:\\[A-Za-z]+|_\s*\w|_\s*\{[^{}]*\}|\([^()]*\)|\\text\{[^{}]*\}|[A-Za-z\s'|{}:+-])+")
-_BASED = re.compile(r"(?P<digits>[0-9A-Z]+)\s*_\s*\{?\s*(?P<base>\d{1,2})\s*\}?")
+_BASED = re.compile(r"(?P<digits>(?=[A-Z]*\d)[0-9A-Z]+)\s*_\s*\{?\s*(?P<base>[2-9]|[12]\d|3[0-6])\s*\}?")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z{])(?![ei](?![A-Za-z]))[A-Za-z]")
 _RELATION = re.compile(r"[=<>]|\\(?:approx|in|equiv|to|begin|text)(?![A-Za-z])")
 _DECIMAL = re.compile(r"(\^?)(?<![\d.])(\d*)\.(\d{1,40})(?![\d.(_])(\s*\^)?")
@@ -154,9 +218,12 @@ _DECIMAL = re.compile(r"(\^?)(?<![\d.])(\d*)\.(\d{1,40})(?![\d.(_])(\s*\^)?")
 
 def _is_same_value(gold: str, answer: str) -> bool:
     """Whether two answers without units have the same value."""
+    gold, answer = _by_name(gold, answer)
     right, given = _NAMED.match(gold), _NAMED.match(answer)
     if right and given and right["name"].replace(" ", "") == given["name"].replace(" ", ""):
         return _is_same_value(right["rest"].strip(), given["rest"].strip())
+    if right and given and re.search(r"\d\)$", right["name"]):
+        return False  # f(2) is not f(3)
     if right and not _EQUALS.search(answer):
         gold = right["rest"].strip()
     if not _EQUALS.search(gold) and "," not in gold + answer and _EQUALS.search(answer):
@@ -174,12 +241,41 @@ def _is_same_value(gold: str, answer: str) -> bool:
         return _is_same_in_base(gold, answer, *based)
     if numbers[0] is not None and _VARIABLE.search(answer) and not _RELATION.search(answer):
         is_in_words = re.search(r"[A-Za-z]{3}", answer)  # 5 apples
-        return bool(is_in_words) and read_number(answer) == numbers[0].value
+        return bool(is_in_words and not CHANGES.search(answer)) and read_number(answer) == numbers[0].value
+    if {_has_variables(gold), _has_variables(answer)} == {True, False}:
+        return False  # comparing them would take long and find nothing
     return _is_same_expression(gold, answer) or (
         "log" in answer + gold
         and "\\ln" in answer + gold  # a logarithm without a base is often the natural one
         and _is_same_expression(*(re.sub(r"\\log(?!\s*_)(?![A-Za-z])", r"\\ln", text) for text in (gold, answer)))
     )
+
+
+def _by_name(gold: str, answer: str) -> tuple[str, str]:
+    """Values with names, x = 2 and y = 3, as the point (2, 3) in the order of the names, if the other is a point."""
+    named = [_assignments(text) for text in (gold, answer)]
+    if named[0] and named[1]:
+        return (_as_point(named[0]), _as_point(named[1])) if named[0].keys() == named[1].keys() else (gold, answer)
+    if named[0] and (_is_tuple(answer) or _is_list(answer)):
+        return _as_point(named[0]), answer if _is_tuple(answer) else f"({answer})"
+    if named[1] and (_is_tuple(gold) or _is_list(gold)):
+        return gold if _is_tuple(gold) else f"({gold})", _as_point(named[1])
+    return gold, answer
+
+
+def _assignments(latex: str) -> dict[str, str]:
+    """The values of two or more different names, such as x = 2, y = 3; empty for anything else."""
+    inside = latex[1:-1] if _is_tuple(latex) else latex
+    parts = [part for part in re.split(r"[,;]|\\text\{\s*and\s*\}|\band\b", inside) if part.strip()]
+    found = [re.fullmatch(r"\s*([A-Za-z](?:_\s*\{?\w\}?)?)\s*=\s*([^=<>]+)", part) for part in parts]
+    names = [part and part[1].replace(" ", "") for part in found]
+    if len(parts) < 2 or None in names or len(set(names)) < len(names):
+        return {}
+    return {name: part[2].strip() for name, part in zip(names, found, strict=True)}
+
+
+def _as_point(named: dict[str, str]) -> str:
+    return f"({','.join(named[name] for name in sorted(named))})"
 
 
 def _is_same_in_base(gold: str, answer: str, right: re.Match | None, given: re.Match | None) -> bool:
@@ -196,7 +292,9 @@ def _is_same_number(first: Number, second: Number) -> bool:
     return any(
         _is_precise(rounded)
         and not _ends(whole.value)
-        and abs(first.value - second.value) < Fraction(1, 10**rounded.decimals)
+        and 10**rounded.decimals * (abs(whole.value) - abs(rounded.value)) < 1
+        and 10**rounded.decimals * (abs(rounded.value) - abs(whole.value)) <= Fraction(1, 2)
+        and first.value * second.value > 0
         for rounded, whole in ((first, second), (second, first))
     )
 
@@ -239,11 +337,21 @@ def _is_same_expression(gold: str, answer: str) -> bool:
     return False
 
 
+def _has_variables(latex: str) -> bool | None:
+    """Whether an expression has free symbols; None if it is no plain expression, such as an equation or a set."""
+    found = _expressions(latex)
+    plain = bool(found) and isinstance(found[0], sympy.Expr | sympy.MatrixBase)
+    return bool(found[0].free_symbols) if plain else None
+
+
 def _is_near(number: Number, expression: sympy.Basic | sympy.MatrixBase | str) -> bool:
     """Whether a number is the first digits of an irrational one."""
     if not isinstance(expression, sympy.Expr) or expression.free_symbols or not expression.is_real:
         return False
-    return bool(abs(expression.evalf(50) - sympy.Rational(number.value)) < sympy.Rational(1, 10**number.decimals))
+    missing = (expression.evalf(50) - sympy.Rational(number.value)) * 10**number.decimals
+    if number.value < 0:
+        missing = -missing
+    return bool(missing < 1 and missing >= sympy.Rational(-1, 2))
 
 
 def _as_tuple(latex: str) -> str:
@@ -309,12 +417,17 @@ def _size(expression: sympy.Basic | sympy.MatrixBase) -> float:
         base, exponent = expression.args
         if not isinstance(exponent, sympy.Rational):
             return _size(base) * 2.0 ** min(_size(exponent), 100)
+        if base.free_symbols and (exponent.q > MAX_ROOT or abs(exponent) > MAX_DEGREE):
+            return math.inf
         num_terms = max(1, len(base.args))  # (x + y)^n expands to many more
         return _size(base) * max(1.0, abs(float(exponent)) * num_terms**2)
     total = sum(map(_size, expression.args))
     if isinstance(expression, sympy.factorial) and expression.args[0].is_Integer and total < 20:
         return 1 + math.lgamma(abs(int(expression.args[0])) + 1) / math.log(2)
-    if isinstance(expression, sympy.exp | CombinatorialFunction) and not expression.free_symbols:
+    if (
+        isinstance(expression, sympy.exp | sympy.sinh | sympy.cosh | CombinatorialFunction)
+        and not expression.free_symbols
+    ):
         return 2.0 ** min(total, 100)
     is_sum = isinstance(expression, sympy.Add | sympy.Mul | sympy.Set | sympy.Tuple | sympy.core.relational.Relational)
     return total if is_sum else 2 * total

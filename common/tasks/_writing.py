@@ -36,16 +36,43 @@ _SYMBOLS = CHARACTERS | {
 _LOUD = ("boxed", "fbox", "underline", "boldsymbol", "bm", "emph")
 _STYLE = re.compile(rf"\\(?P<style>{'|'.join(STYLES)}|operatorname)\s*\{{(?P<inside>[^{{}}]*)\}}")
 _OPENING = re.compile(rf"\\(?:{'|'.join(STYLES)})\s*\{{")
-_SQUARED = re.compile(r"(?<=[\d ])([cdkm]?m)[\N{SUPERSCRIPT TWO}\N{SUPERSCRIPT THREE}]")
+_SQUARED = re.compile(r"(?<=[\d ])([cdkm]?m)([\N{SUPERSCRIPT TWO}\N{SUPERSCRIPT THREE}])|(?<=\d )(m)(\^[23])$")
+_UNIT_POWER = re.compile(r"(?<=[a-z])\^\{-?(\d)\}(?=[^{}]*\})")  # in a style, whose braces may hold no others
+_UNIT_FRACTION = re.compile(
+    rf"\\[dt]?frac\s*\{{\s*\\(?:{'|'.join(STYLES)})\{{([^{{}}]*)\}}\s*\}}"
+    rf"\s*\{{\s*\\(?:{'|'.join(STYLES)})\{{([^{{}}]*)\}}(\^\d)?\s*\}}$"
+)
+_LETTER_UNIT = rf"[{''.join(sorted(LETTERS))}]"
+_COMPOUND_UNIT = re.compile(
+    rf"\s*(?:[a-z]{{0,2}}{_LETTER_UNIT}(?:\^\d)?)(?:\s*/\s*[a-z]{{0,2}}{_LETTER_UNIT}(?:\^\d)?)?\s*"
+)
+# What may stand between a number and its unit.
+_AFTER_NUMBER = re.compile(r"[\d})/\2](?:\\[,;: !]|\\q?quad|~|\s|\\cdot)*$")
+_COUNTED = re.compile(r"\s*(-?\d[\d.,/]*)\s+([A-Za-z][^\d]*)")
 _SIZED = re.compile(rf"\\(?:{'|'.join(DECLARATIONS)})(?![A-Za-z])")
+_BASES = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _REPLACED = [
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
     (re.compile(r",\s*\\!\s*"), ","),
     (re.compile(r"\\(?:[,;: ]|(?:q?quad|enspace|thinspace)(?![A-Za-z]))|~|\s+"), " "),
-    (re.compile(r"\\!|\\(?:left|right)(?![A-Za-z])\.?|\\(?:limits|nolimits)(?![A-Za-z])"), ""),
+    (re.compile(r"\\!|\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?|\\(?:limits|nolimits)(?![A-Za-z])"), ""),
     (re.compile(r"\\[()]|\\[\[\]]|`"), ""),
     (re.compile(r"\*\*(?=\S)([^*]+)\*\*(?![\w(])|(?<!\w)__(?=\S)([^_]+)__(?!\w)"), r"\1\2"),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])"), r"\\frac"),
+    (re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}"), r"\\frac{\1}{\2}"),
+    (re.compile(r"\^\s*-\s*(\d+|[a-z](?![A-Za-z]))"), r"^{-\1}"),
+    (re.compile(r"(?<=\d)\s*\^\s*\{?\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}?"), ""),
+    (re.compile(r"\\[hv]space\*?\s*\{[^{}]*\}"), " "),
+    (re.compile(r"\0\s*\[\s*-?[\d.]+\s*(?:pt|em|ex|mm|cm)\s*\]"), "\0"),
+    (re.compile(r"\bUS(?=\s*\\?\$\s*\d)"), ""),
+    (re.compile(r"\\euro?(?![A-Za-z])(?:\{\})?"), "\N{EURO SIGN}"),
+    (re.compile(r"\\(?:pounds|textsterling)(?![A-Za-z])(?:\{\})?"), "\N{POUND SIGN}"),
+    (re.compile(r"(?<=\d)\s*x\s*(?=10\s*\^)"), r"\\times "),
+    (re.compile(r"^\s*(?:\\text\{)?\s*all real(?: number)?s?\s*\}?\s*$", re.IGNORECASE), r"\\mathbb{R}"),
+    (
+        re.compile(rf"_\s*\{{?\s*\\text\{{\s*({'|'.join(_BASES)})\s*\}}\s*\}}?"),
+        lambda found: f"_{{{_BASES.index(found[1]) + 2}}}",
+    ),
     (re.compile(r"\\[dt]binom(?![A-Za-z])"), r"\\binom"),
     (re.compile(r"\\geqslant(?![A-Za-z])|\\ge(?![A-Za-z])|>="), r"\\geq "),
     (re.compile(r"\\leqslant(?![A-Za-z])|\\le(?![A-Za-z])|<="), r"\\leq "),
@@ -59,18 +86,20 @@ _REPLACED = [
     (re.compile(r"\\infinity"), r"\\infty"),
     (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
     (re.compile(r"\\sqrt\s*(\d{2,})"), r"\\sqrt{\1}"),  # as it is meant; LaTeX would take one digit
-    (re.compile(r"^\s*(?:\\approx(?![A-Za-z])|=)"), ""),
+    (re.compile(r"^\s*(?:\\(?:approx|therefore|Rightarrow|implies|Longrightarrow)(?![A-Za-z])|=)"), ""),
     (re.compile(r"(?<=\d)i(?![A-Za-z])"), " i"),
     # Digits in groups of three: 10{,}000 and 10 000. A comma alone may also separate two numbers of a list.
     (re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:\{,\}\d{3})+(?!\d)"), lambda found: found[0].replace("{,}", "")),
     (re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d/]| ?\d)"), lambda found: found[0].replace(" ", "")),
     (
-        re.compile(r"(\d*)\.(\d*)(?:\\overline\{(\d+)\}|\\dot\{(\d)\}|\((\d+)\))"),
+        re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar)\{(\d+)\}|\\dot\{(\d)\}|\((\d+)\))"),
         lambda found: _repeating(*found.groups()),
     ),
 ]
 _PREAMBLE = re.compile(
-    r"^(?:\\text\{)?\s*(?:so|thus|hence|therefore)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is)?\s*[:=]?\s*\}?\s*(?=\S)",
+    r"^(?:\\text\{)?\s*(?:so|thus|hence|therefore)?,?\s*(?:the\s+)?(?:final\s+|correct\s+)?answer\s*(?:is)?\s*[:=]?\s*\}?\s*(?=\S)"
+    r"|^(?:\\text\{)?\s*(?:choice|option)\s+(?:\})?\s*(?=\(?[A-J]\b)"
+    r"|^\\text\{\s*there (?:are|is)\s*\}\s*(?=\d)|^there (?:are|is)\s+(?=\d)",
     re.IGNORECASE,
 )
 
@@ -78,7 +107,8 @@ _PREAMBLE = re.compile(
 @lru_cache(maxsize=4096)
 def tidy(latex: str) -> str:
     """An answer in one way of writing: without styles, sizes and delimiters, with one name per command."""
-    latex = _SQUARED.sub(r"\\text{\1}", latex)
+    latex = _SQUARED.sub(r"\\text{\1\3}\2\4", latex)
+    latex = _UNIT_FRACTION.sub(r"\\text{\1/\2\3}", _UNIT_POWER.sub(r"^\1", latex))
     latex = latex.translate(_SYMBOLS).replace("\\\\", "\0")  # the end of a row of a matrix is no command
     for _ in range(4):  # styles inside styles
         latex, count = _STYLE.subn(_unstyled, latex)
@@ -103,7 +133,9 @@ def _unstyled(found: re.Match) -> str:
     inside = found["inside"]
     if found["style"] == "operatorname" and inside.strip() not in UNITS:
         return found[0]
-    is_unit = inside.strip() in LETTERS and re.search(r"[\d})/\2]\s*$", found.string[: found.start()])
+    if counted := _COUNTED.fullmatch(inside):
+        return f" {counted[1]} \1 {counted[2]}\2"
+    is_unit = _COMPOUND_UNIT.fullmatch(inside) and _AFTER_NUMBER.search(found.string[: found.start()])
     is_word = found["style"] not in _LOUD and re.search(r"[A-Za-z]{2}|[a-z]\.[a-z]\.", inside) and "\1" not in inside
     return f"\1{inside}\2" if is_unit or is_word else f" {inside} "
 
