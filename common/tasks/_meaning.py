@@ -323,7 +323,10 @@ def _is_same_expression(gold: str, answer: str) -> bool:
     right, given = _expressions(gold), _expressions(answer)
     if not right or not given:
         return False
-    if verify(
+    # Two numbers whose digits differ are told apart by these: sympy may take minutes to do so by its rules. What has a
+    # comma may be more than the first expression.
+    differ = "," not in gold + answer and _differ(right[0], given[0])
+    if not differ and verify(
         right,
         given,
         numeric_precision=_precision(right, given),
@@ -335,6 +338,30 @@ def _is_same_expression(gold: str, answer: str) -> bool:
         if number is not None and _is_precise(number) and _is_near(number, other):
             return True
     return False
+
+
+def _differ(first: sympy.Basic | sympy.MatrixBase | str, second: sympy.Basic | sympy.MatrixBase | str) -> bool:
+    """Whether both are numbers, and different ones in their first 20 digits."""
+    if not all(isinstance(side, sympy.Expr) and not side.free_symbols for side in (first, second)):
+        return False
+    try:
+        values = [_complex_number(side.evalf(30)) for side in (first, second)]
+    except (TypeError, ValueError, ArithmeticError):  # not a number after all, such as infinity
+        return False
+    return abs(values[0] - values[1]) > mpmath.mpf(10) ** -20 * max(map(abs, values))
+
+
+def _complex_number(value: sympy.Expr) -> mpmath.mpc:
+    """A sympy number with all its digits.
+
+    Raises:
+        TypeError: if it is no number.
+    """
+    real, imaginary = value.as_real_imag()
+    if not (isinstance(real, sympy.Float | sympy.Integer) and isinstance(imaginary, sympy.Float | sympy.Integer)):
+        raise TypeError(value)
+    with mpmath.workdps(30):
+        return mpmath.mpc(mpmath.mpf(str(real)), mpmath.mpf(str(imaginary)))
 
 
 def _has_variables(latex: str) -> bool | None:
