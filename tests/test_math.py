@@ -290,6 +290,12 @@ SOLUTION = "First we add the two numbers, and then we divide the sum by three to
         *(
             "proof",
             "\\text{Proof}",
+            "Not provided",
+            "Answers may vary.",
+            "Q.E.D.",
+            "$\\blacksquare$",
+            "![](figure.png)",
+            "https://example.org/answer",
             "notfound",
             "not found",
             "nan",
@@ -325,7 +331,7 @@ def test_an_unusual_answer_that_can_be_matched_is_kept():
 
 
 def test_rows_without_a_usable_answer_are_left_out_and_named(tmp_path, caplog):
-    answers = ["1", "proof", "3", "notfound", "5", "Yes"]
+    answers = ["1", "proof", "3", "notfound", "5", "\\textbf{Yes}"]
     task = load(tmp_path / "a.jsonl", [{"problem": f"p{a}", "answer": a} for a in answers], num_eval_prompts=0)
     assert [row["answer"] for row in task.train] == ["1", "3", "5"]
     (record,) = caplog.records

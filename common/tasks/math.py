@@ -31,8 +31,34 @@ ANSWER_COLUMNS = ("answer", "final_answer", "solution", "response")
 # Half of the guesses are right: such problems teach guessing.
 GUESSABLE = frozenset({"yes", "no", "true", "false"})
 # What data sets write where they have no answer; as words, and as they stand.
-PLACEHOLDERS = frozenset(("proof", "notfound", "answernotfound", "noanswer", "seesolution", "seeabove", "seebelow"))
-EMPTY_VALUES = frozenset(("", "nan", "none", "null", "n/a", "-", "--", "?", "...", "[]", "{}"))
+PLACEHOLDERS = frozenset(
+    [
+        "proof",
+        "proved",
+        "notfound",
+        "answernotfound",
+        "noanswer",
+        "notprovided",
+        "notgiven",
+        "notavailable",
+        "seesolution",
+        "seeabove",
+        "seebelow",
+        "unknown",
+        "omitted",
+        "na",
+        "tba",
+        "tbd",
+        "qed",
+        "answersmayvary",
+        "answersvary",
+        "answerswillvary",
+    ]
+)
+STYLE = re.compile(r"\\(?:text|math)(?:bf|it|rm|sf|tt|normal|up)?(?![A-Za-z])")
+EMPTY_VALUES = frozenset(
+    ("", "nan", "none", "null", "n/a", "-", "--", "?", "...", "[]", "{}", "\\square", "\\blacksquare")
+)
 MAX_WORDS = 8  # of an answer; more is a solution, which no model writes in the same words
 SHOWN_ROWS = 3  # of those that are left out
 
@@ -90,7 +116,7 @@ def read_problems(source: str, split: str, *, is_chat: bool) -> list[dict]:
             raise ValueError(_refusal(source, number, row))
         if answer is None:
             unusable.append((number, row))
-        elif re.sub(r"\\text|\W", "", answer).lower() not in GUESSABLE:
+        elif _plain_words(answer) not in GUESSABLE:
             problems.append({"prompt": write_prompt(question, is_chat=is_chat), "answer": answer})
     if 2 * len(unusable) >= len(rows):
         count = f"{len(unusable)} of {len(rows)} rows have no answer that a model could match. "
@@ -102,6 +128,11 @@ def read_problems(source: str, split: str, *, is_chat: bool) -> list[dict]:
             *(source, len(unusable), len(rows), shown, "; ..." if len(unusable) > SHOWN_ROWS else ""),
         )
     return problems
+
+
+def _plain_words(answer: str) -> str:
+    """Its letters and digits without styles of text, in lower case."""
+    return re.sub(r"[\W_]", "", STYLE.sub("", answer)).lower()
 
 
 def gold_answer(row: dict) -> str | None:
@@ -159,7 +190,12 @@ def _final_part(text: str, *, is_solution: bool) -> str | None:
 
 def _can_be_matched(answer: str) -> bool:
     """Whether an answer is short, and no placeholder."""
-    if answer.lower() in EMPTY_VALUES or re.sub(r"\\text|[\W_]", "", answer).lower() in PLACEHOLDERS:
+    if (
+        answer.strip("$ ").lower() in EMPTY_VALUES
+        or _plain_words(answer) in PLACEHOLDERS
+        or "://" in answer
+        or "![" in answer
+    ):
         return False
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\(?:begin|end)\{\w+\}", "", answer))
     return len(words) <= MAX_WORDS and len(answer) <= MAX_ANSWER_LENGTH
