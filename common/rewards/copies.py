@@ -98,18 +98,17 @@ def refuse_unpickled(arguments: Arguments, error: BaseException | str) -> NoRetu
     Raises:
         ValueError: always; names the argument and the row.
     """
-    where, kind = "the data", "value"
     for name, values in arguments.items():
         for row, value in enumerate(values or ()):
             try:
                 pickle.loads(pickle.dumps(value))
             except Exception as own_error:  # an object may raise anything
-                where, kind, error = f"column {name!r}, row {row}", type(value).__name__, own_error
-                break
-        else:
-            continue
-        break
-    raise ValueError(
+                raise _unpickled(f"column {name!r}, row {row}", type(value).__name__, own_error) from own_error
+    raise _unpickled("the data", "value", error)
+
+
+def _unpickled(where: str, kind: str, error: BaseException | str) -> ValueError:
+    return ValueError(
         f"{where}: a {kind} that cannot be pickled ({error}). A rule runs in another process, and gets its columns "
         "there. Put plain values into the data, and open or build such objects in the function."
     )
