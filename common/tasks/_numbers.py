@@ -41,10 +41,7 @@ CHARACTERS = {
     **dict.fromkeys(map(ord, _SPACES), " "),
     **dict.fromkeys(map(ord, _INVISIBLE), ""),
     **{ord(each): " " + unicodedata.normalize("NFKC", each).replace("\u2044", "/") + " " for each in _VULGAR},
-    **{
-        ord(each): f"^{power}"
-        for power, each in enumerate("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
-    },
+    **{ord(each): f"^{power}" for power, each in enumerate(_RAISED)},
     ord("\u2044"): "/",
     ord("\N{RIGHT SINGLE QUOTATION MARK}"): "'",
 }

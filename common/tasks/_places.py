@@ -84,9 +84,15 @@ def last_box(text: str) -> Box | None:
         return None
     if not box[1]:
         return Box(box[2].rstrip(".,"), text[box.end() :])
+    end = closing_brace(text, box.end())
+    return None if end is None else Box(text[box.end() : end], text[end + 1 :])
+
+
+def closing_brace(text: str, start: int) -> int | None:
+    """Where the brace is closed whose content begins at `start`; None if it is not. Escaped braces are text."""
     depth = 1
-    for brace in _BRACE.finditer(text, box.end()):
+    for brace in _BRACE.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return Box(text[box.end() : brace.start()], text[brace.end() :])
+            return brace.start()
     return None

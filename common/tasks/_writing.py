@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from common.tasks._numbers import CHARACTERS, DECLARATIONS, STYLES
+from common.tasks._places import closing_brace
 from common.tasks._quantities import LETTERS, UNITS
 
 MAX_BINOMIAL = 500  # of the upper number, in the data's answers
@@ -122,7 +123,7 @@ def tidy(latex: str) -> str:
         latex = pattern.sub(replacement, latex)
     latex = _PREAMBLE.sub("", latex.strip())
     latex = re.sub(r"(?<!\\)\$", "", latex).strip().rstrip(".;,").strip()
-    while latex.startswith("{") and _closes_at_the_end(latex):
+    while latex.startswith("{") and closing_brace(latex, 1) == len(latex) - 1:
         latex = latex[1:-1].strip()
     # Math-Verify takes a line break before a letter for a command.
     return re.sub(r" {2,}", " ", latex).replace("\0", "\\\\ ")
@@ -143,24 +144,10 @@ def _unstyled(found: re.Match) -> str:
 def _without_large_styles(latex: str) -> str:
     """A text without the styles that are left: those around LaTeX with braces of its own."""
     while style := _OPENING.search(latex):
-        depth, end = 1, len(latex)
-        for brace in re.finditer(r"\\.|[{}]", latex[style.end() :]):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                end = style.end() + brace.start()
-                break
+        end = closing_brace(latex, style.end())
+        end = len(latex) if end is None else end
         latex = f"{latex[: style.start()]} {latex[style.end() : end]} {latex[end + 1 :]}"
     return latex
-
-
-def _closes_at_the_end(latex: str) -> bool:
-    """Whether the first brace is closed by the last character."""
-    depth = 0
-    for found in re.finditer(r"\\.|[{}]", latex):
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
-        if depth == 0:
-            return found.end() == len(latex)
-    return False
 
 
 def _repeating(whole: str, start: str, *repeated: str | None) -> str:
