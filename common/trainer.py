@@ -37,7 +37,7 @@ from common.runs.measures import (
 )
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.prompt_record import describe_prompts, start_time
-from common.runs.run import Run, run_folder
+from common.runs.run import Run, algorithm_name, run_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
@@ -82,7 +82,7 @@ class OnPolicyTrainer(ABC):
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
-        algorithm = type(self).__name__.removesuffix("Trainer")
+        algorithm = algorithm_name(type(self))
         self.start_time = start_time(run_folder(config, algorithm), config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)

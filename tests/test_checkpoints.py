@@ -16,19 +16,18 @@ import yaml
 from trl import TrlParser
 
 from common.config import RLConfig
+from common.runs.best import better_checkpoint
 from common.runs.checkpoints import (
-    MAY_CHANGE,
-    better_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_state,
     load_tensors,
-    prepare_run_folder,
     rotate,
     save_checkpoint,
     save_final,
     save_tensors,
 )
+from common.runs.folder import MAY_CHANGE, prepare_run_folder
 
 SETTINGS = {"learning_rate": 1e-6, "num_steps": 100, "seed": 0, "rewards": ["format", "equation"], "dataset": None}
 
@@ -56,7 +55,7 @@ def test_a_checkpoint_holds_what_the_writers_wrote_and_the_state_bit_for_bit(tmp
     state = {"best": {"value": 0.1 + 0.2}, "episodes": 2**60, "stopped_early": False}
     path = save_checkpoint(tmp_path, 7, writers={"policy": write_model, "optimizer": write_part("o")}, state=state)
     assert path == tmp_path / "checkpoint-7" == latest_checkpoint(tmp_path)
-    assert names(path) == ["optimizer", "policy", "trainer_state.json"]
+    assert names(path) == ["manifest.json", "optimizer", "policy", "trainer_state.json"]
     assert (path / "policy" / "weights").read_text() == "w"
     assert load_state(path) == {"step": 7, **state}
     assert names(tmp_path) == ["checkpoint-7"]

@@ -31,7 +31,8 @@ from common.models.loading import compute_dtype, end_token_ids
 from common.models.pool import ModelPool
 from common.models.weights import policy_weights
 from common.rollouts import Rollouts
-from common.runs.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
+from common.runs.checkpoints import STATE_FILE, write_file
+from common.runs.folder import CONFIG_FILE, versions
 from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently
 from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.prompt_record import time_of_run

@@ -22,14 +22,8 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from common.runs.checkpoints import (
-    FINAL_FOLDER,
-    has_begun,
-    latest_checkpoint,
-    prepare_run_folder,
-    save_final,
-    write_file,
-)
+from common.runs.checkpoints import FINAL_FOLDER, latest_checkpoint, save_final, write_file
+from common.runs.folder import has_begun, prepare_run_folder
 from common.runs.prompt_record import Record, check_record, describe_examples, start_time
 from common.cli import parse_settings, run_script
 from common.data.prompts import PromptStyle
