@@ -141,7 +141,7 @@ def find_source(model: str | None, adapter: str | None) -> Source:
     folder = Path(model)
     if (folder / CONFIG_FILE).is_file():
         return _part_of_run(*_best_of_run(folder))
-    if (folder.parent / CONFIG_FILE).is_file() and folder.name == BEST_LINK:
+    if is_best_of_run(folder):
         return _part_of_run(*_linked_best(folder))
     if (folder / STATE_FILE).is_file() and folder.name != FINAL_FOLDER:
         return _part_of_run(folder, _checkpoint_in_words(folder))
@@ -198,6 +198,11 @@ def _best_of_run(folder: Path) -> tuple[Path, str]:
     raise ValueError(
         f"model={folder}: this run has neither a checkpoint nor a final model yet. Wait for it, or pass another run."
     )
+
+
+def is_best_of_run(folder: Path) -> bool:
+    """Whether a path is that of a run's link to its best policy, which need not exist."""
+    return folder.name == BEST_LINK and (folder.parent / CONFIG_FILE).is_file()
 
 
 def _linked_best(link: Path) -> tuple[Path, str]:

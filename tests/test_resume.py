@@ -1,7 +1,10 @@
 """A run whose folder was damaged: the newest whole checkpoint is used, and what is wrong is said in one message."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -230,6 +233,39 @@ def test_a_damaged_checkpoint_does_not_count_as_kept_even_if_only_its_contents_t
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-1", "checkpoint-2"]
     trainer.train()  # saves only the fourth
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import common
+from tests.toy import toy_trainer
+from tests.test_resume import SETTINGS
+trainer = toy_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **SETTINGS)
+process, run = trainer.accelerator.process_index, trainer.run
+print(f"process {process}: {run.checkpoint.name}, {run.first_step}, {run.best['checkpoint']}", flush=True)
+trainer.train()
+trainer.accelerator.state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_continue_from_the_checkpoint_that_the_main_one_chose(runs, tiny_folder, tmp_path):
+    run = killed_run(runs, tmp_path)
+    write(WEIGHTS, flip_last_byte)(run / "checkpoint-3")
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "two.py"), str(tiny_folder), str(run)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    best = load_state(run / "checkpoint-2")["best"]["checkpoint"]
+    assert sorted(done.stdout.split("\n"))[1:] == [f"process {each}: checkpoint-2, 3, {best}" for each in (0, 1)]
+    assert done.stderr.count("damaged checkpoints") == 1
+    assert [line["step"] for line in metrics_of(run)] == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_checkpoint_that_was_repaired_is_used_again(runs, tiny_folder, tmp_path):

@@ -6,6 +6,7 @@ a run never promises a best that nobody can load. Step 0, the untrained policy, 
 
 import math
 import os
+import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -108,4 +109,5 @@ def describe_best(folder: Path, best: Best | None, last_step: int, *, use_lora: 
         return
     yield f"best: {place} (step {step}, {value})"
     if use_lora:
-        yield f"  an adapter; a complete model: python -m common.merge --model {place} --output FOLDER"
+        command = f"python -m common.merge --model {shlex.quote(str(place))} --output FOLDER"
+        yield f"  an adapter; a complete model: {command}"

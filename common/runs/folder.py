@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import platform
+import shlex
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cache
@@ -59,6 +60,7 @@ def prepare_run_folder(
     may_change: Collection[str] = MAY_CHANGE,
     may_grow: Collection[str] = MAY_GROW,
     length_matters: str = "",
+    in_place: bool = False,
     notes: Sequence[str] = (),
 ) -> Path | None:
     """Creates the folder of a new run, or finds where to continue an interrupted one.
@@ -71,6 +73,8 @@ def prepare_run_folder(
         may_change: settings that a resumed run may change.
         may_grow: settings that a resumed run may increase.
         length_matters: what else a larger num_steps changes; empty: nothing.
+        in_place: checkpoints are written under their own names, so that a kill can leave a part of one; a run without
+            a whole one then begins again.
         notes: lines about where settings come from, for the top of a new run's config.yaml.
 
     Returns:
@@ -104,7 +108,7 @@ def prepare_run_folder(
     _lock(folder)
     remove_leftovers(folder)
     _check_unfinished(folder, stored, settings, length_matters)
-    checkpoint = _choose_checkpoint(folder, stored)
+    checkpoint = _choose_checkpoint(folder, stored, in_place=in_place)
     step = step_of(checkpoint) if checkpoint else 0
     changes = [name for name in sorted(grown) if settings[name] != stored[name]]
     header += [f"# From step {step}: {name} {settings[name]}, not {stored[name]}" for name in changes]
@@ -249,13 +253,14 @@ def _check_unfinished(folder: Path, stored: dict[str, Any], now: dict[str, Any],
     if latest is None:
         how = (
             "It kept no checkpoint to continue from, so it cannot be made longer. To train its model further, begin "
-            f"a new run: --model {final} with another --output_dir. Checkpoints are kept with --save_every 50"
+            f"a new run: --model {shlex.quote(str(final))} with another --output_dir. Checkpoints are kept with "
+            "--save_every 50"
         )
     elif early:
         how = (
             f"{old_patience} evaluations brought no new best (early_stopping_patience). To continue from "
-            f"{latest.name}, pass --output_dir {folder} --early_stopping_patience with more than {old_patience}, or "
-            "with 0 for all steps"
+            f"{latest.name}, pass --output_dir {shlex.quote(str(folder))} --early_stopping_patience with more than "
+            f"{old_patience}, or with 0 for all steps"
         )
     else:
         how = f"To continue from {latest.name}, pass {longer_command(folder, num_steps, length_matters)}"
@@ -276,10 +281,10 @@ def longer_command(folder: Path, num_steps: int, length_matters: str) -> str:
         length_matters: as in `prepare_run_folder`.
     """
     extend = " --resume extend" if length_matters else ""
-    return f"--output_dir {folder} --num_steps {2 * num_steps}{extend}"
+    return f"--output_dir {shlex.quote(str(folder))} --num_steps {2 * num_steps}{extend}"
 
 
-def _choose_checkpoint(folder: Path, stored: dict[str, Any]) -> Path | None:
+def _choose_checkpoint(folder: Path, stored: dict[str, Any], *, in_place: bool) -> Path | None:
     """The newest whole checkpoint; damaged ones after it are said, in one message."""
     checkpoint, damaged = find_whole_checkpoint(folder)
     said = [f"{name}: {damage}" for name, damage in damaged.items()]
@@ -295,6 +300,8 @@ def _choose_checkpoint(folder: Path, stored: dict[str, Any]) -> Path | None:
         return checkpoint
     last = max((line["step"] for line in read_metrics(folder)), default=0)
     lost = last > (stored.get("save_every") or last)  # the line of a step is written before its checkpoint
+    if in_place:
+        return None
     if damaged or lost:
         what = f"none of its checkpoints is whole. {names}" if damaged else f"its checkpoints are gone (step {last})"
         raise ValueError(

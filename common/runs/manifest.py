@@ -6,6 +6,7 @@ only of a folder that is about to be used, since they can be a hundred gigabytes
 
 import hashlib
 import json
+import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,12 +23,16 @@ _NUM_READERS = 4
 
 def write_manifest(folder: Path) -> None:
     """Write the size and the SHA-256 of every file in a folder, and below it, into its manifest."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    (folder / DAMAGE_FILE).unlink(missing_ok=True)
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE]
+    names = sorted(str(path.relative_to(folder)) for path in paths)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         digests = list(pool.map(lambda name: _digest(folder / name), names))
     pairs = zip(names, digests, strict=True)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digest} for name, digest in pairs}
-    (folder / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n")
+    temporary = folder / f"{MANIFEST_FILE}.tmp"
+    temporary.write_text(json.dumps({"files": files}, indent=2) + "\n")
+    os.replace(temporary, folder / MANIFEST_FILE)
 
 
 def find_damage(folder: Path, *, read: str | None = None) -> str | None:

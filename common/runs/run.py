@@ -6,6 +6,7 @@ log.py, checkpoints.py and plots.py say what the files contain; this module deci
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -259,7 +260,7 @@ class Run:
         if checkpoints.latest_checkpoint(folder) is not None:
             longer = longer_command(folder, config.num_steps, _length_matters(config))
             if self.stopped_early:
-                longer = f"--output_dir {folder} --early_stopping_patience 0"
+                longer = f"--output_dir {shlex.quote(str(folder))} --early_stopping_patience 0"
             summary.append(f"to train longer: the same command with {longer}")
         if len(evaluations) > 1:
             first, last = evaluations[0], evaluations[-1]
@@ -302,6 +303,11 @@ def how_to_continue(config: RLConfig, algorithm: str) -> str:
         algorithm: its name.
     """
     folder = run_folder(config, algorithm)
+    final = folder / checkpoints.FINAL_FOLDER
+    if final.is_dir() and not checkpoints.damage_of(final):
+        state = checkpoints.load_state(final)
+        if state["step"] >= config.num_steps or state["stopped_early"]:
+            return f"the run has finished, and its model is in {final}"
     latest = checkpoints.latest_checkpoint(folder) if folder.is_dir() else None
     if latest is not None:
         return f"the same command continues from {latest.name}"
