@@ -411,6 +411,25 @@ def test_of_what_decides_the_result_only_the_number_of_steps_may_grow(tmp_path):
     assert taken == MAY_CHANGE | {"num_steps"} and not taken & learns
 
 
+def test_patience_may_grow_and_no_end_is_the_most_of_it(tmp_path):
+    run = tmp_path / "run"
+    prepare_run_folder(run, SETTINGS | {"early_stopping_patience": 2})
+    save(run, 4)
+    for patience in (3, 0):
+        prepare_run_folder(run, SETTINGS | {"early_stopping_patience": patience})
+        with pytest.raises(ValueError, match="early_stopping_patience"):
+            prepare_run_folder(run, SETTINGS | {"early_stopping_patience": 2})
+
+
+def test_checkpoints_that_are_written_in_place_can_be_half_there_and_the_run_begins_again(tmp_path):
+    run = tmp_path / "run"
+    prepare_run_folder(run, SETTINGS)
+    (run / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match="none of its checkpoints is whole"):
+        prepare_run_folder(run, SETTINGS)
+    assert prepare_run_folder(run, SETTINGS, in_place=True) is None
+
+
 def test_a_resume_under_other_versions_is_noted_with_its_step(tmp_path):
     run = tmp_path / "run"
     prepare_run_folder(run, SETTINGS)
