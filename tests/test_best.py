@@ -132,6 +132,9 @@ def test_with_lora_best_is_an_adapter_that_transformers_peft_and_merge_take(tiny
     merge_main(["--model", str(run / "best"), "--output", str(tmp_path / "merged")])
     said = capsys.readouterr().out
     assert f"checkpoint-2 with eval/accuracy 0.750 of {run}, the best" in said
+    last = f"(the last policy of {run}, after step 4)"
+    assert last in find_source(None, str(run / "final" / "adapter")).what
+    assert f"(checkpoint-4 of {run}, the last checkpoint)" in find_source(None, str(run / "checkpoint-4/policy")).what
     loaded = AutoModelForCausalLM.from_pretrained(run / "best")  # transformers finds the base in the adapter
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.arange(2, 22)[None]

@@ -235,14 +235,11 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
         best: name of a checkpoint that stays in any case, for example "checkpoint-40", or None.
     """
     assert keep >= 1, "a run needs its latest checkpoint to be resumed"
-    whole = list_checkpoints(folder)
-    kept = whole[-keep:]
+    kept = list_checkpoints(folder)[-keep:]
     for checkpoint in _named_checkpoints(folder):
         passed = bool(kept) and step_of(checkpoint) < step_of(kept[-1])
-        written_here = checkpoint in whole or any(
-            (checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST_FILE)
-        )
-        if passed and written_here and checkpoint not in kept and checkpoint.name != best:
+        is_ours = any((checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST_FILE))
+        if passed and is_ours and checkpoint not in kept and checkpoint.name != best:
             _remove(checkpoint)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from common.config import RLConfig
 from common.runs.best import BEST_LINK, Best
 from common.runs.checkpoints import FINAL_FOLDER, damage_of, latest_checkpoint, load_state, step_of
-from common.runs.folder import longer_command
 from common.runs.log import read_metrics
+from common.runs.longer import longer_command, patience_command
 from common.runs.plots import CURVES_FILE
 
 
@@ -37,7 +37,7 @@ def describe_outcome(folder: Path, config: RLConfig, best: Best | None, num_eval
     if latest_checkpoint(folder) is not None:
         longer = longer_command(folder, config.num_steps, length_matters(config))
         if state["stopped_early"]:
-            longer = f"--output_dir {shlex.quote(str(folder))} --early_stopping_patience 0"
+            longer = patience_command(folder)
         summary.append(f"to train longer: the same command with {longer}")
     return summary
 
