@@ -26,6 +26,7 @@ from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
+from common.models.system_role import describe_system
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import (
@@ -90,6 +91,7 @@ class OnPolicyTrainer(ABC):
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
+            said += describe_system(self.tokenizer, self.prompts.raw)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)

@@ -31,6 +31,7 @@ from trl import RewardConfig, RewardTrainer, TrlParser
 from common.cli import run_script
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
+from common.models.system_role import fit_system
 
 RESULT_FILE = "accuracy.json"
 
@@ -178,6 +179,7 @@ def tokenize(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: 
     """Token ids of both sides under trl's names. trl would drop long dialogues; here they lose their beginning."""
 
     def ids(messages: list[list[dict]]) -> list[list[int]]:
+        messages = [fit_system(tokenizer, dialogue) for dialogue in messages]
         rows = tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
         # The first token stays: some models read the score from it.
         return [row if len(row) <= max_length else row[:1] + row[1 - max_length :] for row in rows]
