@@ -28,6 +28,7 @@ from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.rollouts import PromptBatch, Rollouts
+from common.runs.folders import check_folder
 from common.runs.log import choose_trackers
 from common.runs.measures import (
     evaluation_means,
@@ -84,7 +85,10 @@ class OnPolicyTrainer(ABC):
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
         algorithm = type(self).__name__.removesuffix("Trainer")
-        self.start_time = start_time(run_folder(config, algorithm), config.resume, self.accelerator)
+        folder = run_folder(config, algorithm)
+        if self.accelerator.is_main_process:
+            check_folder(folder)
+        self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}

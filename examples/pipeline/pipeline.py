@@ -26,6 +26,7 @@ from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, write_file
 from common.cli import ROOT, as_arguments, parse_config, parse_settings, read_yaml, run_script
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
+from common.runs.folders import make_folder
 from examples.compare_algorithms.compare_algorithms import find_algorithms
 from examples.pipeline.records import TEST_FILE, TRAIN_FILE, RecordSettings
 from examples.pipeline.stages import Stage
@@ -91,7 +92,7 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
             parts[part][setting] = value
     output_dir = options.output_dir or Path("runs") / f"pipeline-{options.config.resolve().parent.name}"
     algorithm = options.algorithm or recipe.get("algorithm", "GRPO")
-    return PipelineSettings(algorithm=algorithm, parts=parts, output_dir=output_dir.resolve())
+    return PipelineSettings(algorithm=algorithm, parts=parts, output_dir=output_dir.absolute())
 
 
 def _read_part(recipe: Path, part: str, name: object) -> dict[str, Any] | None:
@@ -226,7 +227,7 @@ def run_pipeline(settings: PipelineSettings) -> str:
     """
     stages = make_stages(settings)
     output_dir = settings.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     try:
         with FileLock(output_dir / ".lock", timeout=0):
             for number, stage in enumerate(stages, start=1):

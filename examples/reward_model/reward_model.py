@@ -16,6 +16,7 @@ import common  # noqa: F401, I001  it prepares the environment before torch load
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     AutoTokenizer,
@@ -32,6 +33,7 @@ from common.cli import run_script
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
 from common.models.system_role import fit_system
+from common.runs.folders import check_folder
 
 RESULT_FILE = "accuracy.json"
 
@@ -247,6 +249,8 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
         ValueError: for settings and data that do not fit, and for a folder that is not empty.
     """
     folder = Path(settings.output_dir)
+    if PartialState().is_main_process:
+        check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir={folder}: it is not empty, and nothing is overwritten. Pass another --output_dir."
