@@ -77,9 +77,6 @@ def refused(command: list[str], folder: Path) -> list[str]:
 
 COMMANDS = {
     "a run": ["GRPO/grpo.py", "--output_dir", "{}"],
-    "an evaluation": ["-m", "common.evaluation", "--model", "tiny", "--task", "countdown", "--output_dir", "{}"],
-    "merging": ["-m", "common.merge", "--model", "tiny", "--output", "{}"],
-    "the page": ["-m", "common.samples", "RUN", "--output", "{}/page.html"],
     "sft": ["examples/sft/sft.py", "--model", "tiny", "--dataset", "gone.jsonl", "--output_dir", "{}"],
     "a reward model": ["examples/reward_model/reward_model.py", "--model", "tiny", "--output_dir", "{}"],
     "a comparison": [
