@@ -15,7 +15,7 @@ def check_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
     Raises:
         ValueError: it is a file, a link to nothing, or below one, or this user or file system cannot write there.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder)
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     trial = folder / f".tmp-{os.getpid()}"
     try:
