@@ -28,7 +28,7 @@ from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.rollouts import PromptBatch, Rollouts
-from common.runs.folders import check_folder
+from common.runs.writable import check_folder
 from common.runs.log import choose_trackers
 from common.runs.measures import (
     evaluation_means,

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import ROOT, run_script
-from common.runs.folders import make_folder
+from common.runs.writable import make_folder
 from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import FinishedRun, check_equal, has_finished, read_run, run_folder
 

@@ -26,7 +26,7 @@ from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, write_file
 from common.cli import ROOT, as_arguments, parse_config, parse_settings, read_yaml, run_script
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
-from common.runs.folders import make_folder
+from common.runs.writable import make_folder
 from examples.compare_algorithms.compare_algorithms import find_algorithms
 from examples.pipeline.records import TEST_FILE, TRAIN_FILE, RecordSettings
 from examples.pipeline.stages import Stage

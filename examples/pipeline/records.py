@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import parse_settings, run_script
-from common.runs.folders import check_folder
+from common.runs.writable import check_folder
 
 TRAIN_FILE, TEST_FILE = "train.jsonl", "test.jsonl"
 

@@ -33,7 +33,7 @@ from common.cli import run_script
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
 from common.models.system_role import fit_system
-from common.runs.folders import check_folder
+from common.runs.writable import check_folder
 
 RESULT_FILE = "accuracy.json"
 

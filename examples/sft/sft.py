@@ -30,7 +30,7 @@ from common.runs.checkpoints import (
     save_final,
     write_file,
 )
-from common.runs.folders import check_folder
+from common.runs.writable import check_folder
 from common.runs.prompt_record import Record, check_record, describe_examples, start_time
 from common.cli import parse_settings, run_script
 from common.data.prompts import PromptStyle

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.runs.folders import check_folder, make_folder
+from common.runs.writable import check_folder, make_folder
 from tests.toy import ROOT
 
 

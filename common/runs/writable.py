@@ -43,19 +43,20 @@ def make_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: under a locale such as C, a name may have no bytes
         raise _refusal(Path(folder), setting, error) from error
 
 
-def _refusal(folder: Path, setting: str, error: OSError) -> ValueError:
-    reason = error.strerror or str(error)
+def _refusal(folder: Path, setting: str, error: OSError | UnicodeError) -> ValueError:
+    reason = (error.strerror if isinstance(error, OSError) else error.reason) or str(error)
     for path in map(str, (folder, *folder.parents)):
         it = "it" if path == str(folder) else path
         if os.path.islink(path) and not os.path.exists(path):
             reason = f"{it} is a link to {os.readlink(path)}, which is not there"
         elif os.path.exists(path) and not os.path.isdir(path):
             reason = f"{it} is a file, and a folder is needed"
+    shown = str(folder).encode("utf-8", "backslashreplace").decode()
     return ValueError(
-        f"{setting}={folder}: nothing can be written there: {reason}. Pass --{setting} with a folder that you may "
+        f"{setting}={shown}: nothing can be written there: {reason}. Pass --{setting} with a folder that you may "
         "write to."
     )
