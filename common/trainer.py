@@ -28,7 +28,6 @@ from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.rollouts import PromptBatch, Rollouts
-from common.runs.writable import check_folder
 from common.runs.log import choose_trackers
 from common.runs.measures import (
     evaluation_means,
@@ -40,6 +39,7 @@ from common.runs.measures import (
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, run_folder
+from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
