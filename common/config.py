@@ -13,6 +13,7 @@ AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # The group "Memory and speed": changing these does not change the result of a run, up to rounding.
 MEMORY_SETTINGS = (
@@ -413,6 +414,51 @@ class ClippedConfig(RLConfig):
         idle = super().idle_settings()
         if self.trains_on_policy:
             idle |= dict.fromkeys(("clip_range", "clip_range_high"), ON_POLICY)
+        return idle
+
+
+@dataclass(kw_only=True)
+class PlacedKLConfig(ClippedConfig):
+    """Where the KL to the reference acts, for the algorithms that have the choice."""
+
+    kl_place: str = "reward"
+    """"reward": every token pays its KL; "loss": the KL is a term of the loss."""
+    kl_estimator: str | None = None
+    """"k2" or "k3" in the loss, "k1" in the reward; None: k3, or k1."""
+
+    def __post_init__(self) -> None:
+        """Check place and estimator after the clip.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        if self.kl_estimator not in (None, *KL_ESTIMATORS) or self.kl_place not in ("loss", "reward"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
+                f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
+            )
+        if self.kl_place == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator=k1 in the loss: its gradient has mean zero, so it adds noise and holds the policy "
+                "nowhere. Pass --kl_estimator k3 or k2, or --kl_place reward."
+            )
+        if self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator} in the reward: only k1's gradient is that of the KL there; k2's "
+                "and k3's are small and may point away from the reference. Pass --kl_estimator k1 or --kl_place loss."
+            )
+
+    @property
+    def has_kl_in_loss(self) -> bool:
+        """True if the loss has a term for the KL to the reference."""
+        return bool(self.kl_coef) and self.kl_place == "loss"
+
+    def idle_settings(self) -> dict[str, str]:
+        """Those of every clipped algorithm, and how a KL is taken where none is."""
+        idle = super().idle_settings()
+        if not self.kl_coef:
+            idle |= dict.fromkeys(("kl_estimator", "kl_place"), "kl_coef is 0")
         return idle
 
 
