@@ -123,6 +123,7 @@ class RLConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
+    """AdamW's, of matrices and embeddings; biases, norms and other vectors do not decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: no clipping."""
 
