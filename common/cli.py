@@ -6,7 +6,6 @@ line with any other value was edited by the user, and the preset keeps it.
 """
 
 import ast
-import difflib
 import inspect
 import logging
 import re
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from common.config import RLConfig
+from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.presets.preset import Pairs, Preset
 
 ROOT = Path(__file__).parent.parent
@@ -65,15 +65,15 @@ def parse_config(
     """
     args = _gather_rewards(_normalized(sys.argv[1:] if args is None else args, settings))
     names = [field.name for field in fields(settings)]
-    given = [arg[2:] for arg in args if arg.startswith("--")]
-    _refuse_unknown(given, [*names, "config", "help"], "on the command line")
-    args, path, yaml_settings = _take_yaml(args, names)
+    owner = type(settings).__name__
+    _refuse_unknown(_typed(args), [*names, "config", "help"], "on the command line", ON_COMMAND_LINE, owner)
+    args, path, yaml_settings = _take_yaml(args, names, owner)
     on_command_line = {arg[2:].replace("-", "_"): value for arg, value in pairwise([*args, ""]) if arg[:2] == "--"}
     typed, written = yaml_settings | on_command_line, asdict(settings)
     preset = Preset.read(typed.get("preset", settings.preset))
     if preset.name == "cpu":
         preset.pairs.update(embedded or {})
-    _refuse_unknown(list(preset.pairs), names, f"in preset {preset.name}")
+    _refuse_unknown(dict.fromkeys(preset.pairs), names, f"in preset {preset.name}", IN_FILE, owner)
     class_defaults = {field.name: field.default for field in fields(settings)} if script is None else {}
     replaced, kept = preset.replacements(written, typed, model=typed.get("model"), class_defaults=class_defaults)
     defaults = written | replaced
@@ -103,9 +103,10 @@ def parse_settings(settings_class: type[Settings], args: list[str] | None = None
     """
     args = sys.argv[1:] if args is None else args
     names = [field.name for field in fields(settings_class)]
-    given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--")]
-    _refuse_unknown(given, [*names, "config", "help"], "on the command line")
-    args, path, yaml_settings = _take_yaml(args, names)
+    split = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    owner = settings_class.__name__
+    _refuse_unknown(_typed(split), [*names, "config", "help"], "on the command line", ON_COMMAND_LINE, owner)
+    args, path, yaml_settings = _take_yaml(args, names, owner)
     return _parse(settings_class, yaml_settings, args, dict.fromkeys(yaml_settings, str(path)))
 
 
@@ -265,7 +266,7 @@ def run_script(
         sys.exit(130)
 
 
-def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], Path | None, dict]:
+def _take_yaml(args: list[str], names: list[str], owner: str) -> tuple[list[str], Path | None, dict]:
     """The arguments without `--config FILE`, that file, and the settings in it."""
     if "--config" not in args:
         return args, None, {}
@@ -273,7 +274,7 @@ def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], Path | Non
     path = Path([*args, ""][position + 1])
     settings = read_yaml(path, option="--config", remedy="Pass the path of a YAML file of settings.")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    _refuse_unknown(list(settings), names, f"in {path}")
+    _refuse_unknown(settings, names, f"in {path}", IN_FILE, owner)
     return args[:position] + args[position + 2 :], path, settings
 
 
@@ -313,11 +314,18 @@ def _gather_rewards(args: list[str]) -> list[str]:
     return others
 
 
-def _refuse_unknown(given: list[str], names: list[str], where: str) -> None:
-    for name in given:
-        plain = name.replace("-", "_")
-        if plain in names:
-            continue
-        near = difflib.get_close_matches(plain, names, n=1)
-        advice = f"Did you mean {near[0]}?" if near else "See --help for every setting."
-        raise ValueError(f"unknown setting {name!r} {where}: nothing reads it. {advice}")
+def _typed(args: list[str]) -> dict[str, str | None]:
+    """The settings of a command line in which names stand apart from values; None: without a value."""
+    settings: dict[str, list[str]] = {}
+    for arg in args:
+        if arg.startswith("--"):
+            values = settings[arg[2:]] = []
+        elif settings:
+            values.append(arg)
+    return {name: " ".join(values) or None for name, values in settings.items()}
+
+
+def _refuse_unknown(given: dict[str, Any], names: list[str], where: str, form: str, owner: str) -> None:
+    message = unknown_settings(given, names, where=where, form=form, owner=owner)
+    if message:
+        raise ValueError(message)

@@ -3,11 +3,12 @@
 Every check runs before any model is loaded. How a script reads its settings is in common/cli.py.
 """
 
-import difflib
 import math
 import types
 import typing
 from dataclasses import dataclass, fields
+
+from common.foreign_names import IN_PYTHON, unknown_settings
 
 AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -195,12 +196,11 @@ class RLConfig:
     """Everything random is a function of (seed, step, row)."""
 
     def __new__(cls, **settings: object) -> typing.Self:
-        """Suggest the nearest setting for an unknown one; Python itself would not."""
-        names = [field.name for field in fields(cls)]
-        for name in settings.keys() - set(names):
-            near = difflib.get_close_matches(name, names, n=1)
-            advice = f"Did you mean {near[0]}?" if near else f"The settings are the fields of {cls.__name__}."
-            raise TypeError(f"unknown setting {name!r} in {cls.__name__}(...): nothing reads it. {advice}")
+        """Say of unknown settings what they are called here; Python itself would not."""
+        names, owner = [field.name for field in fields(cls)], cls.__name__
+        message = unknown_settings(settings, names, where=f"in {owner}(...)", form=IN_PYTHON, owner=owner)
+        if message:
+            raise TypeError(message)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -210,6 +210,8 @@ class RLConfig:
             ValueError: what was given, what is needed and why, what to do.
         """
         self.lora_target_modules = _module_names(self.lora_target_modules)
+        if self.report_to == ["none"]:  # as transformers has it
+            self.report_to = None
         self._check_types()
         self._check_ranges()
         self._check_choices()
@@ -338,6 +340,11 @@ class RLConfig:
             raise ValueError(
                 "load_in_4bit without use_lora: weights in 4 bits are frozen, so training needs an adapter. "
                 "Pass --use_lora true, or leave out --load_in_4bit."
+            )
+        if str(self.push_to_hub).lower() in ("true", "false", "yes", "no"):
+            raise ValueError(
+                f"push_to_hub={self.push_to_hub!r}: need the hub id that the final model is uploaded to. Pass "
+                "--push_to_hub me/my-model, or leave it out for no upload."
             )
         if self.rewards == []:
             raise ValueError(
