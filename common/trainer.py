@@ -21,6 +21,7 @@ from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
+from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
@@ -73,6 +74,7 @@ class OnPolicyTrainer(ABC):
 
     def __init__(self, config: RLConfig, *, task: Task | None = None) -> None:
         self.config = config
+        check_launch()
         check_sampler(config)
         check_model(config.model)
         if config.use_lora:
