@@ -111,9 +111,18 @@ def parse_settings(settings_class: type[Settings], args: list[str] | None = None
 
 
 def as_arguments(settings: dict[str, Any]) -> list[str]:
-    """Settings as the arguments of a command line that reads them back; a setting that is None is left out."""
+    """Settings as the arguments of a command line that reads them back; a setting that is None is left out.
+
+    Raises:
+        ValueError: for a block of settings.
+    """
     words = []
     for name, value in settings.items():
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{name} is a block with {', '.join(map(str, value))}: settings are flat, one on a line, without a "
+                f"heading. Write its lines without `{name}:` and without indentation."
+            )
         values = value if isinstance(value, list) else [value]
         if value is not None:
             words += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in values)]

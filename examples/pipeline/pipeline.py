@@ -80,6 +80,11 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
     parts = {}
     for part in PARTS:
         name = recipe.get(part)
+        if not isinstance(name, str | None):
+            raise ValueError(
+                f"{options.config}: {part}={name}: need the name of a YAML file, which has the settings of that part. "
+                f"Write them into a file beside this one, and here `{part}: {part}.yaml`."
+            )
         parts[part] = None if name is None else read_yaml(options.config.parent / name, remedy=FIX_NAME)
     for name, value in _changes(rest):
         part, _, setting = name.partition(".")
