@@ -16,16 +16,14 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import yaml
 
 from common.config import RLConfig
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
+from common.mistakes import is_ours, script_name
 from common.presets.preset import Pairs, Preset
-
-ROOT = Path(__file__).parent.parent
 
 Config = TypeVar("Config", bound=RLConfig)
 Settings = TypeVar("Settings")
@@ -82,21 +80,24 @@ def parse_config(
     if {"task", "rewards"} & typed.keys():  # and weights to one list of rewards
         defaults["reward_weights"] = None
     replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
-    script_name = _script_name(script)
-    origins = dict.fromkeys(names, script_name) | dict.fromkeys(replaced, f"preset {preset.name}")
+    name_of_script = script_name(script)
+    origins = dict.fromkeys(names, name_of_script) | dict.fromkeys(replaced, f"preset {preset.name}")
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes, config.origins = tuple(preset.notes(script_name, written, replaced, kept)), origins
+    config.notes, config.origins = tuple(preset.notes(name_of_script, written, replaced, kept)), origins
     return config
 
 
-def parse_settings(settings_class: type[Settings], args: list[str] | None = None) -> Settings:
+def parse_settings(
+    settings_class: type[Settings], args: list[str] | None = None, *, defaults: dict[str, Any] | None = None
+) -> Settings:
     """Read the settings of a command that does not train: class default < YAML file (--config) < command line.
 
     Args:
         settings_class: a dataclass with a text under each field, which --help shows.
         args: command line without the program's name; None: sys.argv.
+        defaults: values in place of the class's defaults.
 
     Raises:
         ValueError: for an unknown setting (naming the nearest), and for what the class refuses.
@@ -107,7 +108,7 @@ def parse_settings(settings_class: type[Settings], args: list[str] | None = None
     owner = settings_class.__name__
     _refuse_unknown(_typed(split), [*names, "config", "help"], "on the command line", ON_COMMAND_LINE, owner)
     args, path, yaml_settings = _take_yaml(args, names, owner)
-    return _parse(settings_class, yaml_settings, args, dict.fromkeys(yaml_settings, str(path)))
+    return _parse(settings_class, (defaults or {}) | yaml_settings, args, dict.fromkeys(yaml_settings, str(path)))
 
 
 def as_arguments(settings: dict[str, Any]) -> list[str]:
@@ -150,12 +151,6 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{named}: need lines of the form `setting: value`. Fix the file.")
     return settings
-
-
-def _script_name(script: str | None) -> str:
-    """The script's name in messages: its path from the repository's root."""
-    path = Path(script or "the script").resolve()
-    return str(path.relative_to(ROOT)) if script and path.is_relative_to(ROOT) else (script or "the script")
 
 
 def _parse(
@@ -220,31 +215,6 @@ def _add_descriptions(parser: Any, config_class: type) -> None:
             action.help = descriptions[action.dest].replace("%", "%%") + " (default: %(default)s)"
 
 
-def _is_ours(raised_at: traceback.FrameSummary) -> bool:
-    """Whether this project raised an error on purpose.
-
-    Python's own functions raise ValueErrors too: those have no frame, and end in a line that calls them.
-    """
-    file = Path(raised_at.filename)
-    is_in_project = file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
-    return is_in_project and (raised_at.line or "").startswith("raise ")
-
-
-def explain_mistakes_above() -> None:
-    """Make a refused value in a script's literal a message with its line, not a traceback."""
-    others = sys.excepthook
-
-    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        frames = traceback.extract_tb(trace)
-        is_literal = len(frames) > 1 and frames[0].name == "<module>"
-        if kind not in (ValueError, TypeError) or not is_literal or not _is_ours(frames[-1]):
-            return others(kind, error, trace)
-        print(f"error: {_script_name(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-    sys.excepthook = explain
-
-
 def run_script(
     main: Callable[[], None], *, interrupted: str = "the same command continues from the last checkpoint"
 ) -> None:
@@ -266,7 +236,7 @@ def run_script(
     try:
         main()
     except ValueError as error:
-        if not _is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parent.parent
+from common.mistakes import ROOT
+
 NAMES_FILE = Path(__file__).with_suffix(".yaml")
 
 # How similar two names must be for one to be taken for a slip of the other (difflib's ratio, 1 for equal names).

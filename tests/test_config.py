@@ -218,6 +218,16 @@ def test_a_value_of_another_type_is_refused_by_the_name_of_its_setting(name, val
     assert "NoneType" not in message  # the name of a type that no user has met
 
 
+def test_trackers_may_be_none_and_a_hub_id_is_no_switch():
+    """As users of transformers write them."""
+    assert RLConfig(report_to=["none"]).report_to is None
+    assert RLConfig(report_to=["wandb"]).report_to == ["wandb"]
+    for value in ("true", "False"):
+        message = refused(RLConfig, push_to_hub=value)
+        assert message.startswith(f"push_to_hub={value!r}: need the hub id") and "--push_to_hub me/my-model" in message
+    assert RLConfig(push_to_hub="me/truest").push_to_hub == "me/truest"
+
+
 def test_a_misspelt_setting_is_no_setting():
     with pytest.raises(TypeError, match="learning_rte"):
         GRPOConfig(learning_rte=1.0)

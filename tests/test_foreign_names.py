@@ -1,5 +1,8 @@
 """What a name of TRL or of another library is answered with: ours, or the reason; never a name that misleads."""
 
+import os
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -10,7 +13,7 @@ from common.evaluation.settings import EvaluationSettings
 from common.foreign_names import NAMES_FILE, ForeignName, algorithm_settings, foreign_names
 from common.merge import MergeSettings
 from examples.sft.sft import SFTSettings
-from GRPO.grpo_trainer import GRPOConfig
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from PPO.ppo_trainer import PPOConfig
 from RAFT.raft_trainer import RAFTConfig
 from RLOO.rloo_trainer import RLOOConfig
@@ -206,6 +209,46 @@ def test_what_the_page_shows_is_what_is_said():
 def test_the_file_is_installed_with_the_package():
     assert NAMES_FILE.name == "foreign_names.yaml"
     assert '"*.yaml"' in (PAGE.parent.parent / "pyproject.toml").read_text().partition("package-data")[2]
+
+
+@pytest.mark.parametrize("given", [["reward_funcs"], ["model", "reward_funcs", "args", "train_dataset"]])
+def test_the_arguments_of_a_trainer_of_trl_are_answered_with_those_of_ours(given):
+    with pytest.raises(TypeError) as caught:
+        GRPOTrainer(**dict.fromkeys(given))
+    assert str(caught.value).startswith(
+        f"GRPOTrainer({', '.join(f'{name}=...' for name in given)}): nothing reads that."
+    )
+    assert "GRPOTrainer(GRPOConfig(model=...), task=Task(train=..., rewards=...))" in str(caught.value)
+    page = PAGE.read_text().partition(RULE)[0]
+    assert all(f"`{name}`" in page for name in given)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("GRPOConfig(beta=0.04)", "it is kl_coef here. Write kl_coef=0.04."),
+        ("GRPOConfig(num_generations='8x')", "num_generations='8x': need int."),
+        ("GRPOTrainer(GRPOConfig(), reward_funcs=[len])", "GRPOTrainer(reward_funcs=...): nothing reads that."),
+    ],
+)
+def test_a_python_program_ends_with_the_message_and_its_line(tmp_path, line, said):
+    script = tmp_path / "mine.py"
+    script.write_text(f"from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer\n\ndef main():\n    {line}\n\nmain()\n")
+    environment = os.environ | {"PYTHONPATH": str(PAGE.parent.parent)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {script}, line 6: ") and said in done.stderr
+    assert done.stderr.count("\n") < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["int('x')", "raise ValueError('mine')", "import json; json.loads('{')"])
+def test_an_error_that_is_not_ours_keeps_its_traceback(tmp_path, code):
+    script = tmp_path / "mine.py"
+    script.write_text(f"import common\n{code}\n")
+    environment = os.environ | {"PYTHONPATH": str(PAGE.parent.parent)}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback")
 
 
 # Other names

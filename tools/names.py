@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.foreign_names import ROOT, ForeignName, foreign_names
+from common.foreign_names import ForeignName, foreign_names
+from common.mistakes import ROOT
 
 PAGE = ROOT / "docs" / "from-trl.md"
 # What stands above it in the page is written by hand.
