@@ -17,7 +17,8 @@ from typing import Any
 
 import yaml
 
-from common.runs.checkpoints import CONFIG_FILE, write_file
+from common.runs.checkpoints import write_file
+from common.runs.folder import CONFIG_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE, json_line
 from common.runs.plots import PHASE_COLORS
 
