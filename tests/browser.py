@@ -31,7 +31,7 @@ FLAGS += (
     "--disable-dev-shm-usage",
     "--disable-breakpad",
 )
-KEYS = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowRight": 39}
+KEYS = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39}
 LONGEST = 60  # seconds until an answer, on a machine with other work
 
 

@@ -327,13 +327,20 @@ def test_everything_can_be_done_with_the_keyboard(folder, page):
     assert page("[document.activeElement.id, location.hash]") == ["curves-section", ""]
     page.press("Tab")
     assert page("document.activeElement.tagName") == "svg"
-    page("document.querySelector('.matrix tbody tr:nth-child(2) button').focus()")
+    page("document.getElementById('filter-title').focus()")
+    page.press("Tab")  # one stop for all scores, at the last of the prompt that is shown
+    assert page("document.activeElement.getAttribute('aria-label')") == f"score 0.9 at step 40, {PROMPTS[5]}"
+    page.press("Tab")
+    assert page("document.activeElement.id") == "prompt"
+    page("document.querySelector('.matrix [tabindex=\"0\"]').focus()")
+    for key in ("ArrowUp", "ArrowLeft", "ArrowLeft", "ArrowRight"):
+        page.press(key)
     page.press("Enter")
-    assert page("document.activeElement.matches('.card.here')")
-    assert page(CHOSEN) == PROMPTS[1]
+    assert page("document.activeElement.matches('.card.here[data-step=\"36\"]')")
+    assert page(CHOSEN) == PROMPTS[4]
     page("document.getElementById('next').focus()")
     page.press("Enter")
-    assert page(CHOSEN) == PROMPTS[2] and page("document.activeElement.id") == "next"
+    assert page(CHOSEN) == PROMPTS[5] and page("document.activeElement.id") == "next"
 
 
 @pytest.mark.parametrize("view", ["", "view=list"])

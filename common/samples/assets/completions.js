@@ -131,13 +131,34 @@ function drawMatrix(prompts, byPrompt, shown) {
     const byRun = grouped(byPrompt.get(prompt).filter((row) => row.split === "eval"), (row) => row.run);
     return data.runs.flatMap((run, index) => (byRun.has(index) ? [drawMatrixLine(prompt, index, byRun.get(index), steps, shown)] : []));
   });
-  const head = el("tr", {}, el("th", { scope: "col" }, "step"), ...steps.map((step) => el("th", { scope: "col" }, String(step))));
+  const head = el("tr", {}, el("th", { scope: "col" }, "step"), ...steps.map((step) => el("th", { scope: "col", ...(step === view.step ? { class: "here" } : {}) }, String(step))));
   const left = prompts.length > MATRIX_ROWS ? `; the first ${MATRIX_ROWS} of ${prompts.length} prompts` : "";
+  const table = el("table", { class: "matrix" }, el("thead", {}, head), el("tbody", {}, ...lines));
+  moveByArrows(table);
   return [
     el("p", { class: "hint" }, `Scores of the held-out prompts through training${left}. Click a score to see its completion. The page begins with the prompt whose score has changed most.`),
-    el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Scores of the held-out prompts by step", "data-keep": "matrix" },
-      el("table", { class: "matrix" }, el("thead", {}, head), el("tbody", {}, ...lines))),
+    el("div", { class: "scroll", role: "group", "aria-label": "Scores of the held-out prompts by step; arrow keys go from score to score", "data-keep": "matrix" }, table),
   ];
+}
+
+// One stop of the Tab key, at the chosen step or the last one; from there arrow keys go from score to score.
+function moveByArrows(table) {
+  const at = (line, column) => table.rows[line]?.cells[column]?.querySelector("button");
+  const own = [...table.querySelectorAll(".chosen button")], here = table.querySelector("thead .here")?.cellIndex;
+  let stop = own.find((button) => button.closest("td").cellIndex === here) ?? own[own.length - 1] ?? table.querySelector("button");
+  if (stop) stop.tabIndex = 0;
+  table.addEventListener("keydown", (event) => {
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+    const cell = event.target.closest("td");
+    if (!cell || !(down || right)) return;
+    event.preventDefault();
+    let [line, column] = [cell.parentNode.rowIndex + down, cell.cellIndex + right];
+    while (table.rows[line]?.cells[column] && !at(line, column)) [line, column] = [line + down, column + right];
+    const next = at(line, column);
+    if (!next) return;
+    [stop.tabIndex, next.tabIndex, stop] = [-1, 0, next];
+    next.focus();
+  });
 }
 
 function drawMatrixLine(prompt, run, own, steps, shown) {
@@ -146,7 +167,7 @@ function drawMatrixLine(prompt, run, own, steps, shown) {
   const cells = steps.map((step) => {
     const mean = meanScore(byStep.get(step) ?? []);
     if (mean == null) return el("td", {});
-    const button = el("button", { type: "button", "aria-label": `score ${brief(mean)} at step ${step}, ${label}` }, brief(mean));
+    const button = el("button", { type: "button", tabindex: "-1", "aria-label": `score ${brief(mean)} at step ${step}, ${label}` }, brief(mean));
     button.style.setProperty("--share", `${(100 * (mean - low) / (high - low)).toFixed(0)}%`);
     button.addEventListener("click", () => goTo(prompt, step, run));
     return el("td", {}, button);
@@ -166,19 +187,19 @@ function goTo(prompt, step, run) {
   card.scrollIntoView({ block: "nearest", inline: "center" });
 }
 
-// Within their own boxes: the chosen prompt's line of scores, and the chosen step's completion or the last one.
+// Within their own boxes: the chosen prompt's line of scores, and the chosen step or the last one.
 function showPlace() {
   const line = document.querySelector("#results .chosen"), box = line?.closest(".scroll");
   if (box) box.scrollTop = line.offsetTop + line.offsetHeight - box.clientHeight;
-  for (const strip of document.querySelectorAll("#results .strip")) {
-    const card = strip.querySelector(".here");
-    strip.scrollLeft = card ? card.offsetLeft - (strip.clientWidth - card.offsetWidth) / 2 : strip.scrollWidth;
+  for (const wide of document.querySelectorAll("#results .scroll, #results .strip")) {
+    const here = wide.querySelector(".here");
+    wide.scrollLeft = here ? here.offsetLeft - (wide.clientWidth - here.offsetWidth) / 2 : wide.scrollWidth;
   }
 }
 
 function drawChooser(order, byPrompt, shown) {
   const split = (index) => SPLITS[byPrompt.get(index)[0].split] || "";
-  const select = el("select", { id: "prompt" }, ...order.map((index) => el("option", { value: index }, `${split(index)}: ${promptLabel(index)}`)));
+  const select = el("select", { id: "prompt", autocomplete: "off" }, ...order.map((index) => el("option", { value: index }, `${split(index)}: ${promptLabel(index)}`)));
   select.value = shown;
   const turn = (prompt, id) => {
     [view.prompt, view.step] = [prompt, null];

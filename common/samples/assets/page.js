@@ -47,9 +47,9 @@ function drawHeader() {
   const header = document.getElementById("header"), several = data.runs.length > 1;
   data.runs.forEach((run, index) => {
     header.append(el("p", { class: "facts" }, ...(several ? [swatch(index), el("span", { class: "run" }, run.name), ": "] : []), run.facts));
-    run.notes.forEach((note) => header.append(el("p", { class: "note" }, several ? `${run.name}: ${note}` : note)));
   });
   if (data.refresh != null) header.append(el("p", { class: "facts" }, `Newest completions of ${new Date(lastEntry()).toLocaleString()}. The page loads newer ones by itself while nobody reads it.`));
+  data.runs.forEach((run) => run.notes.forEach((note) => header.append(el("p", { class: "note" }, several ? `${run.name}: ${note}` : note))));
   header.append(drawSettings(several));
 }
 
