@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,10 +44,18 @@ def steps_on(page):
 
 
 @pytest.fixture
-def watched():
-    """Watches runs beside the test; the runs must end in it."""
+def watched(monkeypatch):
+    """Watches runs beside the test, looking often, at most until the test has ended."""
+    ended = threading.Event()
+
+    def sleep(seconds):
+        if ended.wait(0.01):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     with ThreadPoolExecutor(1) as worker:
-        yield lambda *given: worker.submit(watch, *given, poll=0.01)
+        yield lambda *given: worker.submit(watch, *given)
+        ended.set()
 
 
 def test_the_page_is_written_after_each_entry_and_rests_when_the_run_has_finished(tmp_path, watched):
@@ -70,7 +79,7 @@ def test_completions_of_a_step_are_shown_when_it_has_ended(tmp_path, watched):
     wait_for(page.exists)
     time.sleep(0.02)
     append(folder, "samples.jsonl", row(2, split="train"))
-    time.sleep(0.2)
+    time.sleep(0.3)
     assert steps_on(page) == [1]
     append(folder, "samples.jsonl", row(2))
     append(folder, "metrics.jsonl", {"step": 2})
@@ -216,9 +225,12 @@ def test_ctrl_c_ends_it_and_the_page_rests(tmp_path):
     folder = write_run(tmp_path / "run", [row(1)])
     command = [sys.executable, "-m", "common.samples", str(folder), "--watch"]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for((folder / "samples.html").exists, seconds=60)
-    assert data_of(folder / "samples.html")["refresh"] is not None
-    running.send_signal(signal.SIGINT)
-    said, complained = running.communicate(timeout=60)
+    try:
+        wait_for((folder / "samples.html").exists, seconds=60)
+        assert data_of(folder / "samples.html")["refresh"] is not None
+        running.send_signal(signal.SIGINT)
+        said, complained = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 0 and said.strip() == str(folder / "samples.html") and complained == ""
     assert data_of(folder / "samples.html")["refresh"] is None

@@ -21,7 +21,7 @@ SHORTEST, LONGEST = 10.0, 300.0
 Entry = tuple[int, int] | None  # size and time of samples.jsonl; None: there is no such file
 
 
-def watch(folders: list[Path], output: Path | None = None, *, poll: float = POLL) -> None:
+def watch(folders: list[Path], output: Path | None = None) -> None:
     """Write the page now and after every further entry, until all runs have finished or the user presses Ctrl-C.
 
     The last page that is written reloads itself no more.
@@ -29,27 +29,26 @@ def watch(folders: list[Path], output: Path | None = None, *, poll: float = POLL
     Args:
         folders: the runs' folders; a run may have no completions yet.
         output: as for `write_page`.
-        poll: seconds between looks at the files.
 
     Raises:
         ValueError: as for `write_page`.
     """
     page = page_file(folders, output)
     try:
-        _wait_for_entries(folders, poll)
+        _wait_for_entries(folders)
         print(page.resolve(), flush=True)
-        _follow(folders, page, poll)
+        _follow(folders, page)
     except KeyboardInterrupt:  # the usual end
         if not any(map(_awaits_entries, folders)):
             write_page(folders, page)
 
 
-def _wait_for_entries(folders: list[Path], poll: float) -> None:
+def _wait_for_entries(folders: list[Path]) -> None:
     waiting = [str(folder) for folder in folders if _awaits_entries(folder)]
     if waiting:
         print(f"waiting for the first completions of {', '.join(waiting)}", file=sys.stderr)
     while any(map(_awaits_entries, folders)):
-        time.sleep(poll)
+        time.sleep(POLL)
 
 
 def _awaits_entries(folder: Path) -> bool:
@@ -67,7 +66,7 @@ def _awaits_entries(folder: Path) -> bool:
     return True
 
 
-def _follow(folders: list[Path], page: Path, poll: float) -> None:
+def _follow(folders: list[Path], page: Path) -> None:
     shown: list[Entry] = []
     changed, refresh = time.monotonic(), SHORTEST
     while True:
@@ -82,7 +81,7 @@ def _follow(folders: list[Path], page: Path, poll: float) -> None:
                 refresh, changed = min(max(began - changed, SHORTEST), LONGEST), began
             write_page(folders, page, refresh=refresh)
             shown = entries
-        time.sleep(max(poll, IDLE_SHARE * (time.monotonic() - began)))
+        time.sleep(max(POLL, IDLE_SHARE * (time.monotonic() - began)))
 
 
 def is_finished(folder: Path) -> bool:
