@@ -6,12 +6,12 @@ differs between algorithms is in the algorithm's file, everything else is here. 
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +36,7 @@ from common.runs.measures import (
     with_confidence_interval,
 )
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, run_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
@@ -50,6 +51,7 @@ logger = logging.getLogger("nanorlhf")
 LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Metric]]]
 TokenFunction = Callable[[nn.Module, Rollouts], Tensor]
 SaveModel = Callable[[Path], None]
+Step = TypeVar("Step")
 
 
 class OnPolicyTrainer(ABC):
@@ -336,12 +338,29 @@ class OnPolicyTrainer(ABC):
         return learner
 
     @final
+    def with_progress(self, steps: Sequence[Step], name: str, unit: str) -> Iterator[Step]:
+        """Go through steps that may take minutes together, and show how many are done: see LongWork.
+
+        Args:
+            steps: what to go through.
+            name: what the whole is, such as "fit of the value model".
+            unit: what the steps are, in the plural.
+        """
+        with self._long_work(name, len(steps), unit) as work:
+            for step in steps:
+                yield step
+                work.advance()
+
+    @final
     def evaluate(self) -> None:
         """Record the held-out score, accuracy and length of the current policy; changes nothing else."""
         process, num_samples = self.accelerator.process_index, self.config.eval_num_samples
         prompts = self.eval_prompts.share(process=process, num_processes=self.accelerator.num_processes)
         with self.stopwatch("eval"):
-            rollouts = self.policy_sampler.sample_for_evaluation(prompts)
+            with self._long_work("evaluation", len(prompts) * num_samples, "completions") as work:
+                rollouts = self.policy_sampler.sample_for_evaluation(
+                    prompts, finished=lambda _, completions: work.advance(len(completions))
+                )
             rollouts.scores = self._rewards(rollouts)
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
@@ -413,6 +432,9 @@ class OnPolicyTrainer(ABC):
         for name, rows in self.scorer.over_limit.items():
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores
+
+    def _long_work(self, name: str, total: int, unit: str) -> LongWork:
+        return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
 
     def _kl(self, rollouts: Rollouts) -> Tensor:
         """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts."""

@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from common.runs.log import Progress, RunLog, choose_trackers
+from common.runs.log import RunLog, choose_trackers
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, memory_report
+from common.runs.progress import LongWork, Progress
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +407,7 @@ def test_a_file_gets_a_few_whole_lines_without_control_characters():
 
 def test_the_time_left_of_a_resumed_run_is_told_by_its_own_steps(monkeypatch):
     now = iter([100.0, 106.0])  # seconds: one step took six, and one is left
-    monkeypatch.setattr("common.runs.log.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("common.runs.progress.time.monotonic", lambda: next(now))
     file = io.StringIO()
     Progress(10, start=8, file=file).update(9, {"score": 1.0})
     assert file.getvalue() == "step 9/10: score 1.000, 00:06 left\n"
@@ -414,6 +415,57 @@ def test_the_time_left_of_a_resumed_run_is_told_by_its_own_steps(monkeypatch):
 
 def test_progress_switched_off_shows_nothing():
     assert run_progress(Terminal(), 5, enabled=False) == run_progress(io.StringIO(), 5, enabled=False) == ""
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Lines come every hundredth of a second, not every minute."""
+    monkeypatch.setattr(LongWork, "SECONDS_BETWEEN_LINES", 0.01)
+
+
+def lines_of(file, number):
+    """At least so many lines, as soon as they are there."""
+    end = time.monotonic() + 10
+    while file.getvalue().count("\n") < number and time.monotonic() < end:
+        time.sleep(0.005)
+    return file.getvalue().splitlines()
+
+
+def test_long_work_writes_lines_to_a_file_also_while_nothing_is_done(impatient):
+    file = io.StringIO()
+    with LongWork("evaluation", 8, "completions", file=file) as work:
+        assert set(lines_of(file, 2)) == {"evaluation: 0 of 8 completions after 00:00"}
+        work.advance(3)
+        assert lines_of(file, file.getvalue().count("\n") + 2)[-1] == (
+            "evaluation: 3 of 8 completions after 00:00, 00:00 left"
+        )
+    written = file.getvalue()
+    time.sleep(0.05)
+    assert file.getvalue() == written
+
+
+def test_long_work_that_is_over_within_a_minute_leaves_no_line():
+    file = io.StringIO()
+    with LongWork("evaluation", 8, "completions", file=file) as work:
+        work.advance(8)
+    assert LongWork.SECONDS_BETWEEN_LINES == 60 and file.getvalue() == ""
+
+
+def test_the_time_left_is_told_by_what_was_done_since_the_start():
+    with LongWork("sampling", 10, "completions", done=6, file=io.StringIO()) as work:
+        assert work.line(90) == "sampling: 6 of 10 completions after 01:30"
+        work.advance(3)
+        assert work.line(90) == "sampling: 9 of 10 completions after 01:30, 00:30 left"
+
+
+def test_long_work_is_a_bar_on_a_terminal_and_nothing_where_it_is_switched_off(impatient):
+    terminal, off = Terminal(), Terminal()
+    for file, enabled in ((terminal, True), (off, False), (quiet := io.StringIO(), False)):
+        with LongWork("evaluation", 8, "completions", file=file, enabled=enabled) as work:
+            work.advance(8)
+            time.sleep(0.03)
+    assert "evaluation: 100%" in terminal.getvalue() and "\n" not in terminal.getvalue()
+    assert off.getvalue() == quiet.getvalue() == ""
 
 
 # What every run is checked for

@@ -110,6 +110,19 @@ def test_the_policy_is_sampled_in_the_precision_of_its_passes():
     assert 1e-4 < errors.mean() < 0.1
 
 
+@pytest.mark.parametrize("num_generations", [1, 3])
+def test_each_prompt_is_reported_once_with_its_own_completions_and_later_calls_are_not(sampler, num_generations):
+    reported = {}
+    request = {"num_generations": num_generations, "seeds": seeds_of(0, len(PROMPTS))}
+    for _ in range(2):  # the second request is numbered from 0 again
+        reported.clear()
+        completions = sampler.generate(PROMPTS, SAMPLED, **request, finished=reported.__setitem__)
+        assert sorted(reported) == list(range(len(PROMPTS)))
+        assert [each for i in range(len(PROMPTS)) for each in reported[i]] == completions
+    reported.clear()
+    assert sampler.generate(PROMPTS, SAMPLED, **request) == completions and not reported
+
+
 @pytest.mark.parametrize("kept", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8}])
 def test_logprobs_of_a_cut_distribution_are_renormalised_over_what_is_kept(make_sampler, kept):
     model = untrained_model(5)

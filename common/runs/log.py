@@ -1,15 +1,11 @@
-"""Where a run writes its metrics: metrics.jsonl, samples.jsonl, trackers, and the progress line."""
+"""Where a run writes its metrics: metrics.jsonl, samples.jsonl and trackers."""
 
 import json
 import math
 import netrc
 import os
-import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from common.runs.checkpoints import write_file
 
@@ -146,51 +142,3 @@ def _belongs_before(line: bytes, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except ValueError:  # empty, or cut off by a kill, perhaps within a character
         return False
-
-
-class Progress:
-    """One line with step, score, last evaluation and time left; in a file or pipe, a few plain lines instead.
-
-    Args:
-        num_steps: steps of the whole run.
-        start: steps finished before this process began.
-        enabled: False shows nothing, as on all processes but the main one.
-        file: the output; None is standard error.
-    """
-
-    MAX_PLAIN_LINES = 40
-
-    def __init__(self, num_steps: int, *, start: int = 0, enabled: bool = True, file: TextIO | None = None) -> None:
-        self._num_steps, self._start = num_steps, start
-        self._file = file or sys.stderr
-        self._plain = enabled and not self._file.isatty()
-        self._every = math.ceil(num_steps / self.MAX_PLAIN_LINES)
-        self._began = time.monotonic()
-        self._evaluation: list[str] = []
-        self._bar = tqdm(
-            total=num_steps,
-            initial=start,
-            file=self._file,
-            disable=not enabled or self._plain,
-            dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}",
-        )
-
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows the metrics of a finished step; step 0 is an evaluation before training."""
-        evaluations = [f"{name} {metrics[name]:.3f}" for name in ("eval/accuracy", "eval/score") if name in metrics]
-        self._evaluation = evaluations[:1] or self._evaluation
-        score = [f"score {metrics['score']:.3f}"] if "score" in metrics else []
-        text = ", ".join(score + self._evaluation)
-        if self._plain and (step % self._every == 0 or step == self._num_steps):
-            left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._num_steps - step)
-            remaining = f", {tqdm.format_interval(left)} left" if step > self._start else ""
-            self._file.write(f"step {step}/{self._num_steps}: {text}{remaining}\n")
-            self._file.flush()
-        self._bar.set_description_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """Ends the line."""
-        self._bar.close()

@@ -21,8 +21,9 @@ from common.config import RLConfig
 from common.models.loading import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
-from common.runs.log import METRICS_FILE, Progress, RunLog
+from common.runs.log import METRICS_FILE, RunLog
 from common.runs.plots import CURVES_FILE, draw_curves
+from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.update.learner import Learner
 

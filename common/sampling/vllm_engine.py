@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from common.environment import num_threads, preserved_random_state, process_unchanged
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
-from common.sampling.protocol import SamplingSettings
+from common.sampling.protocol import Finished, SamplingSettings
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
 # vLLM's default of 128, shorter prompts would be computed once per completion.
@@ -116,6 +117,7 @@ def generate(
     *,
     num_generations: int,
     seeds: Sequence[int | None],
+    finished: Finished | None = None,
 ) -> list[Completion]:
     """Sample completions without changing the random state of the process.
 
@@ -125,6 +127,7 @@ def generate(
         settings: shared by all prompts.
         num_generations: completions per prompt; completion i of a prompt has the seed of the prompt plus i.
         seeds: one per prompt; None: greedy.
+        finished: as in Sampler.generate.
 
     Returns:
         len(prompt_ids) x num_generations completions, rows of one prompt adjacent.
@@ -151,15 +154,42 @@ def generate(
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
     small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
-        with preserved_random_state(), num_threads(1 if small else None):
-            outputs = engine.llm.generate(prompts, params, use_tqdm=settings.show_progress)
+        with preserved_random_state(), num_threads(1 if small else None), _reporting(engine, finished):
+            outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
         abort_requests(engine)
         raise
-    samples = [sample for output in outputs for sample in output.outputs]
+    return [completion for output in outputs for completion in _completions(output)]
+
+
+def _completions(output: Any) -> list[Completion]:
+    """The completions of a finished request."""
+    samples = output.outputs
     reasons = {sample.finish_reason for sample in samples}
     assert reasons <= {"stop", "length"}, reasons
     return [Completion(list(s.token_ids), s.logprobs.logprobs, s.finish_reason == "length") for s in samples]
+
+
+@contextmanager
+def _reporting(engine: Engine, finished: Finished | None) -> Iterator[None]:
+    """Call `finished` for each request of LLM.generate, which itself returns only when all have ended."""
+    if finished is None:
+        yield
+        return
+    core, first = engine.llm.llm_engine, engine.llm.request_counter.counter  # requests are numbered one by one
+
+    def step() -> list[Any]:
+        outputs = type(core).step(core)
+        for output in outputs:
+            if output.finished:
+                finished(int(output.request_id) - first, _completions(output))
+        return outputs
+
+    core.step = step
+    try:
+        yield
+    finally:
+        del core.step
 
 
 def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.rollouts import Completion
 from common.sampling import vllm_engine
-from common.sampling.protocol import SamplingSettings, check_request
+from common.sampling.protocol import Finished, SamplingSettings, check_request
 
 
 class VLLMSampler:
@@ -44,6 +44,7 @@ class VLLMSampler:
         *,
         num_generations: int = 1,
         seeds: list[int] | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         """See Sampler."""
         check_request(prompt_ids, settings, num_generations, seeds)
@@ -64,6 +65,7 @@ class VLLMSampler:
             settings,
             num_generations=num_generations,
             seeds=[None] * len(prompt_ids) if seeds is None else seeds,
+            finished=finished,
         )
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
