@@ -5,6 +5,7 @@ differs between algorithms is in the algorithm's file, everything else is here. 
 """
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -418,8 +419,10 @@ class OnPolicyTrainer(ABC):
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
+        rows = [config.completions_at_once, len(self.eval_prompts) * config.eval_num_samples if self._evaluates else 0]
+        most_rows = math.ceil(max(rows) / self.accelerator.num_processes)
         self.policy_sampler = PolicySampler(
-            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, **tokens
+            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=most_rows, **tokens
         )
         plan = self.models.plan(sampler_bytes=self.policy_sampler.sampler.resident_bytes)
         if self.models.device.type == "cuda":

@@ -159,7 +159,9 @@ class Evaluation:
         models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
         models.add("policy", model)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
-        return PolicySampler(self.config, self.source.base, models=models, dtype=dtype, stopwatch=stopwatch, **tokens)
+        most_rows = len(self.prompts) * self.config.eval_num_samples
+        shared = {"models": models, "dtype": dtype, "stopwatch": stopwatch, "most_rows": most_rows}
+        return PolicySampler(self.config, self.source.base, **shared, **tokens)
 
     def _sample(self, generation: PolicySampler) -> Rollouts:
         """Completions of all problems; each is kept in a file from when it is there."""

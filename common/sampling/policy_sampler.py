@@ -36,7 +36,15 @@ def check_sampler(config: RLConfig) -> None:
         vllm_engine.check_installed()
 
 
-def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: torch.device, pool: ModelPool) -> Sampler:
+def make_sampler(
+    config: RLConfig,
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    pool: ModelPool,
+    most_rows: int | None = None,
+) -> Sampler:
     """The sampler the settings name.
 
     Args:
@@ -45,6 +53,7 @@ def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: tor
         dtype: of forward passes.
         device: where models are used.
         pool: lends the model "policy" to a sampler without weights of its own.
+        most_rows: completions of the largest request on this process; None: not known.
     """
     if config.sampler == "transformers":
         return TransformersSampler(lambda: pool.use("policy"), device=device, dtype=dtype)
@@ -54,6 +63,7 @@ def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: tor
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=config.max_prompt_length + config.max_completion_length,
         max_num_seqs=config.vllm_max_num_seqs,
+        most_rows=most_rows,
         memory_share=config.vllm_memory_share,
         enforce_eager=config.vllm_enforce_eager,
     )
@@ -70,6 +80,7 @@ class PolicySampler:
         end_token_ids: a completion ends with any of them.
         dtype: of forward passes.
         stopwatch: counts time as "push", "sample" or "values".
+        most_rows: as in make_sampler.
 
     Attributes:
         sampler: what samples.
@@ -85,6 +96,7 @@ class PolicySampler:
         end_token_ids: tuple[int, ...],
         dtype: torch.dtype,
         stopwatch: Callable[[str], AbstractContextManager],
+        most_rows: int | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -92,7 +104,7 @@ class PolicySampler:
         self.end_token_ids = end_token_ids
         self._unused_token_ids = unused_token_ids(path, tokenizer)
         self.stopwatch = stopwatch
-        self.sampler = make_sampler(config, path, dtype=dtype, device=models.device, pool=models)
+        self.sampler = make_sampler(config, path, dtype=dtype, device=models.device, pool=models, most_rows=most_rows)
         self._is_stale = True
 
     def policy_has_changed(self) -> None:

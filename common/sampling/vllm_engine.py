@@ -51,6 +51,7 @@ class EngineSettings:
         dtype: "float32", "bfloat16" or "float16".
         max_model_len: tokens of the longest prompt and its completion.
         max_num_seqs: completions sampled at the same time.
+        most_rows: completions of the largest request, if that is known; on the CPU there is memory for no more.
         memory_share: share of the GPU's memory for weights, cache and activations; on the CPU, share of the free
             memory, at most what the cache can use.
         enforce_eager: do not capture CUDA graphs.
@@ -61,9 +62,15 @@ class EngineSettings:
     dtype: str
     max_model_len: int
     max_num_seqs: int = 256
+    most_rows: int | None = None
     memory_share: float = 0.4
     enforce_eager: bool = False
     can_sleep: bool = False
+
+    @property
+    def num_seqs_on_cpu(self) -> int:
+        """Completions that the CPU samples at the same time; the memory for all of them is allocated at once."""
+        return min(self.max_num_seqs, self.most_rows or self.max_num_seqs)
 
 
 class Engine:
@@ -271,6 +278,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
             "enable_sleep_mode": settings.can_sleep,
         }
     return arguments | {
+        "max_num_seqs": settings.num_seqs_on_cpu,
         "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
         "block_size": _CPU_BLOCK,
         "enforce_eager": True,  # compiling takes 26 s and gains nothing
@@ -288,9 +296,25 @@ def _cpu_cache_bytes(settings: EngineSettings) -> int:
     heads = named.get("num_key_value_heads") or config.num_attention_heads
     width = named.get("head_dim") or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * heads * width * _DTYPE_BYTES[settings.dtype]
-    blocks = -(-settings.max_model_len // _CPU_BLOCK) * settings.max_num_seqs + 1  # vLLM reserves one
-    share = int(psutil.virtual_memory().available * settings.memory_share)
+    blocks = math.ceil(settings.max_model_len / _CPU_BLOCK)
+    # Layers of each kind, such as those with a sliding window, have blocks of their own, with one more at the window's
+    # edge; groups of layers are filled up to the same size.
+    kinds = len(set(named.get("layer_types") or ["full_attention"]))
+    blocks = (blocks + 1) * kinds if kinds > 1 else blocks
+    blocks = blocks * settings.num_seqs_on_cpu + 1  # vLLM reserves one
+    share = int(_free_memory() * settings.memory_share)
     return min(blocks * _CPU_BLOCK * token_bytes, share)
+
+
+def _free_memory() -> int:
+    """Bytes that vLLM takes for free: of the whole machine, or of the memory node that is nearest to this process."""
+    free = psutil.virtual_memory().available
+    if importlib.util.find_spec("vllm.utils.cpu_resource_utils") is None:
+        return free  # older versions of vLLM know no nodes
+    from vllm.utils import cpu_resource_utils
+
+    node = cpu_resource_utils.get_allowed_cpu_list()[0].numa_node
+    return min(free, cpu_resource_utils.get_memory_node_info(node).available_memory)
 
 
 def _avoid_side_effects() -> None:
