@@ -166,7 +166,7 @@ class Run:
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log.samples(step, rows)
+        self._log.samples(step, rows, table=f"samples/{split}")
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.
