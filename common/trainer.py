@@ -24,7 +24,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
-from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
+from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference, warn_of_slow_dtype
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.rollouts import PromptBatch, Rollouts
@@ -36,7 +36,7 @@ from common.runs.measures import (
     rollout_means,
     with_confidence_interval,
 )
-from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, run_folder
@@ -97,10 +97,13 @@ class OnPolicyTrainer(ABC):
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
         self.dtype = compute_dtype(config, self.accelerator.device)
+        if self.accelerator.is_main_process:
+            warn_of_slow_dtype(self.dtype, self.accelerator.device)
         self.batches = Batches(config, self.accelerator, self.dtype)
         self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
+        self._signal = SignalCheck(config, self.run.folder)
         self.model_path = resolve_model(config.model)
         self._load_models()
 
@@ -246,7 +249,7 @@ class OnPolicyTrainer(ABC):
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
         """Record metrics and samples of scored rollouts, before any row is dropped; advantages: (B,) or (B, C)."""
-        rollout_means(rollouts, advantages, metrics=self.metrics)
+        rollout_means(rollouts, advantages, num_generations=self.config.num_generations, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
@@ -455,6 +458,7 @@ class OnPolicyTrainer(ABC):
         metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
             check_first_step(metrics, step=step, dtype=self.dtype)
+            self._signal.see(metrics, step=step)
         timings = self.stopwatch.read_and_reset()
         # Counted in the next step, because this step's line is being written.
         with self.stopwatch("save"):

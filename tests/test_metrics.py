@@ -10,13 +10,15 @@ import re
 import socket
 import struct
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
+from common.config import RLConfig
 from common.runs.log import RunLog, choose_trackers
-from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, memory_report
+from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, check_first_step, memory_report
 from common.runs.progress import LongWork, Progress
 
 
@@ -81,12 +83,13 @@ def test_a_share_keeps_no_graph_and_no_later_change_of_the_tensor(accelerator):
     assert shares.reduce(accelerator) == {"policy/loss": 3.0}
 
 
-def test_sums_are_added_and_of_peaks_the_highest_counts(accelerator):
+def test_sums_are_added_and_of_peaks_the_highest_or_lowest_counts(accelerator):
     shares = StepMetrics()
     for tokens, peak in ((7, 1.5), (5, 2.5), (1, 0.5)):
         shares.add_sum("tokens", tokens)
         shares.add_max("memory/peak_gb", peak)
-    assert shares.reduce(accelerator) == {"tokens": 13, "memory/peak_gb": 2.5}
+        shares.add_min("score_min", peak)
+    assert shares.reduce(accelerator) == {"tokens": 13, "memory/peak_gb": 2.5, "score_min": 0.5}
 
 
 def reduce_in_process(rank, port, answers):
@@ -102,6 +105,7 @@ def reduce_in_process(rank, port, answers):
         shares.add("score", 10.0, torch.tensor(1))
     shares.add_sum("tokens", 5 + rank)
     shares.add_max("memory/peak_gb", float(rank))
+    shares.add_min("score_min", float(rank))
     first = shares.reduce(accelerator)
     if rank == 1:  # a process that was left without rows
         shares.add("kl", torch.tensor(0.75), torch.tensor(3))
@@ -122,7 +126,7 @@ def test_two_processes_with_unequal_rows_and_names_get_the_same_exact_means():
     for process in processes:
         process.join(timeout=60)
     assert [process.exitcode for process in processes] == [0, 0]
-    expected = {"score": 4.0, "only_here": 4.0, "tokens": 11, "memory/peak_gb": 1.0}
+    expected = {"score": 4.0, "only_here": 4.0, "tokens": 11, "memory/peak_gb": 1.0, "score_min": 0.0}
     for first, second in (answers.get(), answers.get()):
         assert first == expected
         assert second == {"kl": 0.25}
@@ -489,3 +493,47 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_warned_of(metrics, dtype, 
         check_first_step(metrics, step=3, dtype=dtype)
     assert len(caplog.messages) == (said is not None)
     assert all(re.match(said, message) for message in caplog.messages)
+
+
+def silent(**metrics):
+    return {"score": 0.5, "score_min": 0.0, "score_max": 1.0, "equal_scores": 1.0, "zero_advantage": 1.0} | metrics
+
+
+HEARD = silent(equal_scores=0.9, zero_advantage=0.9)
+ALONE = {"score": 1.0, "score_min": 1.0, "score_max": 1.0, "zero_advantage": 0.0}  # one completion per prompt
+ALL_MASKED = {"score": 0.0, "score_min": 0.0, "score_max": 1.0, "equal_scores": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "metrics", "said"),
+    [
+        ({}, silent(), "all completions of a prompt had the same score (0.5 on average over prompts), so"),
+        # As with a KL in the reward.
+        ({}, silent(zero_advantage=0.2), "all completions of a prompt had the same score"),
+        ({}, silent(score=0.0, score_max=0.0), "all completions had the score 0, so"),
+        ({"num_generations": 1}, ALONE, "all completions had the score 1, so"),
+        ({}, silent(equal_scores=0.5), "no completion was better or worse than what it is compared with"),
+        ({}, ALL_MASKED, "the length limit cut off all completions, and mask_truncated leaves them out"),
+        ({}, silent(truncated=0.75), "75% of the completions were cut off: pass a larger --max_completion_length"),
+        ({"num_generations": 4}, silent(), "more than --num_generations 4"),
+        ({"temperature": 0.3}, silent(), "a higher --temperature than 0.3"),
+    ],
+)
+def test_three_steps_without_anything_to_learn_are_warned_of_once(settings, metrics, said, caplog):
+    check = SignalCheck(RLConfig(max_completion_length=9, **settings), Path("runs/x"))
+    for step, seen in enumerate([metrics, metrics, HEARD, metrics, metrics], 1):
+        check.see(seen, step=step)
+        check.see({"eval/score": 0.0}, step=step)
+    assert not caplog.messages
+    for step in range(6, 20):
+        check.see(metrics, step=step)
+    (message,) = caplog.messages
+    assert message.startswith("steps 4 to 6: ") and said in message and len(message.splitlines()) <= 6
+    assert "python -m common.samples runs/x" in message
+
+
+def test_a_single_completion_is_no_reason_to_warn(caplog):
+    check = SignalCheck(RLConfig(prompts_per_step=1, num_generations=1), Path("runs/x"))
+    for step in range(1, 6):
+        check.see(ALONE, step=step)
+    assert not caplog.messages

@@ -29,7 +29,7 @@ from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, load
-from common.models.loading import compute_dtype, end_token_ids
+from common.models.loading import compute_dtype, end_token_ids, warn_of_slow_dtype
 from common.models.pool import ModelPool
 from common.models.weights import policy_weights
 from common.rollouts import Completion, Rollouts
@@ -154,6 +154,7 @@ class Evaluation:
     def _load(self, device: torch.device, stopwatch: Stopwatch) -> PolicySampler:
         """The model, ready to sample from."""
         dtype = compute_dtype(self.config, device)
+        warn_of_slow_dtype(dtype, device)
         model = _load_merged(self.source).to(dtype)
         # vLLM has its own weights and uses the device alone.
         models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
