@@ -300,8 +300,9 @@ def test_what_a_reader_of_the_kept_completions_sees(tiny_folder, interrupted_aft
 def test_a_line_that_a_kill_cut_off_is_sampled_again(tiny_folder, interrupted_after, sampled):
     path = interrupted_after(3, settings(tiny_folder))
     path.write_bytes(path.read_bytes()[:-40])
+    interrupted_after(5, settings(tiny_folder))
     evaluate(settings(tiny_folder))
-    assert sampled == [6, 4]
+    assert sampled == [6, 4, 1]
 
 
 def test_when_all_is_sampled_only_the_scores_are_missing(tiny_folder, monkeypatch, sampled):

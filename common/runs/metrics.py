@@ -74,7 +74,8 @@ class StepMetrics:
         self._totals, self._counts, self._sums, self._maxima, self._minima = {}, {}, {}, {}, {}
         everyone = gather_object([own]) if accelerator.num_processes > 1 else [own]
         totals, counts, sums = (_merge([parts[kind] for parts in everyone], operator.add) for kind in range(3))
-        maxima, minima = (_merge([parts[kind] for parts in everyone], pick) for kind, pick in ((3, max), (4, min)))
+        maxima = _merge([parts[3] for parts in everyone], max)
+        minima = _merge([parts[4] for parts in everyone], min)
         means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
         return means | sums | maxima | minima
 
