@@ -5,6 +5,7 @@ differs between algorithms is in the algorithm's file, everything else is here. 
 """
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
+from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import (
@@ -39,7 +41,7 @@ from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_o
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, run_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
-from common.tasks import Task, lenient_scorer, load_task, task_scorer
+from common.tasks import Task, check_rows, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
 from common.update.rows import keep_one_per_group
@@ -202,7 +204,8 @@ class OnPolicyTrainer(ABC):
     @final
     def score(self, rollouts: Rollouts) -> Tensor:
         """(B,) float32: the weighted sum of the rewards, minus missing_eos_penalty where there is no end token."""
-        return self._rewards(rollouts) - self.config.missing_eos_penalty * rollouts.truncated
+        scores = self._rewards(rollouts, max(self.current_step - 1, 0), prefix="logged")
+        return scores - self.config.missing_eos_penalty * rollouts.truncated
 
     @final
     def token_rewards(
@@ -342,7 +345,7 @@ class OnPolicyTrainer(ABC):
         prompts = self.eval_prompts.share(process=process, num_processes=self.accelerator.num_processes)
         with self.stopwatch("eval"):
             rollouts = self.policy_sampler.sample_for_evaluation(prompts)
-            rollouts.scores = self._rewards(rollouts)
+            rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
@@ -352,6 +355,7 @@ class OnPolicyTrainer(ABC):
     # ----------------------------------------------------------------------------------------------------- private
 
     def _load_data(self, task: Task) -> None:
+        check_rows(task)
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
         self.lenient_scorer = lenient_scorer(task, self.config)
@@ -360,6 +364,8 @@ class OnPolicyTrainer(ABC):
         if task.eval:
             self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)
         self.scorer.check_columns(list(self.prompts.columns))
+        if self.eval_prompts:
+            self.scorer.check_columns(list(self.eval_prompts.columns), "the held-out part")
         self._check_evaluation()
 
     @property
@@ -406,10 +412,21 @@ class OnPolicyTrainer(ABC):
         if self.models.device.type == "cuda":
             logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
-    def _rewards(self, rollouts: Rollouts) -> Tensor:
-        """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts."""
+    def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:
+        """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts.
+
+        Args:
+            rollouts: B rows.
+            finished_steps: what functions see as trainer_state.global_step.
+            prefix: of the metrics that functions log.
+        """
+        config = self.config
+        epoch = finished_steps * config.prompts_per_step / len(self.prompts)
+        state = TrainerState(global_step=finished_steps, max_steps=config.num_steps, epoch=epoch)
         with self.stopwatch("score"):
-            scores = judge(rollouts, self.scorer)
+            scores = judge(rollouts, self.scorer, state)
+        for name, values in self.scorer.reports.metrics.items():
+            self.metrics.add(f"{prefix}/{name}", math.fsum(values), len(values))
         for name, rows in self.scorer.over_limit.items():
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores

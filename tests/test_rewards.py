@@ -11,7 +11,7 @@ from common.rewards.choose import ScoringSettings, load_reward, make_scorer
 from common.rewards.scorer import RewardModel, Scorer
 from tests.test_reward_model import save_pair_encoder
 
-MESSAGES = ScoringSettings(conversational=True)
+MESSAGES = ScoringSettings(reward_format="conversational")
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["a", "bb", "ccc"]
 
 
@@ -139,7 +139,7 @@ def test_functions_from_files_get_messages_if_asked_for_and_the_tasks_own_never(
 
 
 @pytest.mark.parametrize("conversational", [True, False])
-def test_rewards_of_trl_run_unchanged(tmp_path, conversational):
+def test_rewards_of_trl_run_unchanged_in_a_file(tmp_path, conversational):
     (tmp_path / "mine.py").write_text(
         "from trl.rewards import get_soft_overlong_punishment, think_format_reward\n"
         "punish = get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=2)\n"
@@ -149,7 +149,13 @@ def test_rewards_of_trl_run_unchanged(tmp_path, conversational):
         "    return think_format_reward(completions, **kwargs)\n"
     )
     names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("think", "punish")]
-    scorer = make_scorer({}, {}, names=names, weights=None, settings=ScoringSettings(conversational=conversational))
+    scorer = make_scorer(
+        {},
+        {},
+        names=names,
+        weights=None,
+        settings=ScoringSettings(reward_format="conversational" if conversational else "text"),
+    )
     scorer.check_columns([])
     completions = ["<think>\nyes\n</think>\nso", "so"]
     _, parts = scorer(["p", "p"], completions, {"answer": [1, 2]}, completion_ids=[[1] * 3, [1] * 9])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.losses import kl_estimate
+from common.rewards.reports import TrainerState
 from common.rewards.scorer import Scorer
 from common.rollouts import Rollouts
 from common.runs.metrics import StepMetrics
@@ -37,11 +38,20 @@ def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetric
         metrics.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
 
 
-def judge(rollouts: Rollouts, scorer: Scorer) -> Tensor:
-    """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts."""
+def judge(rollouts: Rollouts, scorer: Scorer, state: TrainerState | None = None) -> Tensor:
+    """(B,) float32: the weighted sum of the rewards.
+
+    Each reward is kept in rollouts.parts, and the columns that reward functions logged in rollouts.extra.
+
+    Args:
+        rollouts: B completions.
+        scorer: of the rewards.
+        state: how far the run is, for functions that ask.
+    """
     texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
-    ids = rollouts.completion_tokens
-    scores, rollouts.parts = scorer(*texts, completion_ids=ids, raw_prompts=rollouts.raw_prompts)
+    more = {"completion_ids": rollouts.completion_tokens, "raw_prompts": rollouts.raw_prompts, "state": state}
+    scores, rollouts.parts = scorer(*texts, **more)
+    rollouts.extra = scorer.reports.columns
     return scores
 
 
