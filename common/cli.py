@@ -17,12 +17,12 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import yaml
 
 from common.config import RLConfig
+from common.mistakes import is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def parse_config(
     if {"task", "rewards"} & typed.keys():  # and weights to one list of rewards
         defaults["reward_weights"] = None
     replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
-    script_name = _script_name(script)
+    script_name = name_of_script(script)
     origins = dict.fromkeys(names, script_name) | dict.fromkeys(replaced, f"preset {preset.name}")
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
@@ -140,12 +140,6 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{named}: need lines of the form `setting: value`. Fix the file.")
     return settings
-
-
-def _script_name(script: str | None) -> str:
-    """The script's name in messages: its path from the repository's root."""
-    path = Path(script or "the script").resolve()
-    return str(path.relative_to(ROOT)) if script and path.is_relative_to(ROOT) else (script or "the script")
 
 
 def _parse(
@@ -210,31 +204,6 @@ def _add_descriptions(parser: Any, config_class: type) -> None:
             action.help = descriptions[action.dest].replace("%", "%%") + " (default: %(default)s)"
 
 
-def _is_ours(raised_at: traceback.FrameSummary) -> bool:
-    """Whether this project raised an error on purpose.
-
-    Python's own functions raise ValueErrors too: those have no frame, and end in a line that calls them.
-    """
-    file = Path(raised_at.filename)
-    is_in_project = file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
-    return is_in_project and (raised_at.line or "").startswith("raise ")
-
-
-def explain_mistakes_above() -> None:
-    """Make a refused value in a script's literal a message with its line, not a traceback."""
-    others = sys.excepthook
-
-    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        frames = traceback.extract_tb(trace)
-        is_literal = len(frames) > 1 and frames[0].name == "<module>"
-        if kind not in (ValueError, TypeError) or not is_literal or not _is_ours(frames[-1]):
-            return others(kind, error, trace)
-        print(f"error: {_script_name(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-    sys.excepthook = explain
-
-
 def run_script(
     main: Callable[[], None], *, interrupted: str = "the same command continues from the last checkpoint"
 ) -> None:
@@ -256,7 +225,7 @@ def run_script(
     try:
         main()
     except ValueError as error:
-        if not _is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

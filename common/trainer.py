@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
+from common.mistakes import check_arguments, explain_mistakes
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
@@ -48,6 +49,9 @@ from common.update.rows import keep_one_per_group
 
 logger = logging.getLogger("nanorlhf")
 
+# Settings and tasks that a script makes are checked when Python reads them, before any function here is called.
+explain_mistakes()
+
 # Loss of each completion token, (b, C), and metrics by name.
 LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Metric]]]
 TokenFunction = Callable[[nn.Module, Rollouts], Tensor]
@@ -70,8 +74,14 @@ class OnPolicyTrainer(ABC):
         stopwatch: seconds by phase.
 
     Raises:
-        ValueError: for a mistake in settings, data, model or folder, if possible before a model is loaded.
+        TypeError: for other arguments, such as those of trl's trainers.
+        ValueError: for a mistake in settings, data, rewards, model or folder, if possible before a model is loaded.
     """
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Answer what a trainer is not made from, such as trl's arguments; Python itself would not."""
+        check_arguments(cls, args, given)
+        return super().__new__(cls)
 
     def __init__(self, config: RLConfig, *, task: Task | None = None) -> None:
         self.config = config

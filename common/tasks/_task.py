@@ -1,11 +1,13 @@
 """The type of a task, and how the task that the settings name is loaded."""
 
+import difflib
 import importlib
 import math
 import pkgutil
 from collections.abc import Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Self
 
 import transformers
 
@@ -43,6 +45,16 @@ class Task:
     format: str | None = None
     lenient_accuracy: RewardFunction | None = None
     default_rewards: list[str] | None = None
+
+    def __new__(cls, **given: object) -> Self:
+        """Suggest the nearest field for an unknown one; Python itself would not."""
+        known = [each.name for each in fields(cls)]
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            near = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.5) for name in unknown}
+            advice = "".join(f" Did you mean {match[0]} by {name}?" for name, match in near.items() if match)
+            raise TypeError(f"Task({'=..., '.join(unknown)}=...): a task has {', '.join(known)}.{advice}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check the types."""
@@ -88,19 +100,38 @@ def check_rows(task: Task) -> None:
     """Refuse a task that cannot be trained on for its rows.
 
     Raises:
-        ValueError: if there are none, or one is no dict with a prompt.
+        ValueError: if there are none, or one is no dict with a prompt and the columns of the first.
     """
+    if not isinstance(task, Task):
+        raise ValueError(
+            f"task={type(task).__name__}: need a Task. Pass "
+            'task=Task(train=rows, rewards={"right": right}), or leave it out for the task that the settings name.'
+        )
     if not len(task.train):
         raise ValueError("Task(train=[]): no rows, so there is nothing to train on. Pass rows with a prompt.")
     for name, rows in (("train", task.train), ("eval", task.eval)):
         # Others, such as data sets, have the same columns in all rows, and take long to read one by one.
         for number, row in enumerate(rows if isinstance(rows, list) else [rows[0]] if len(rows) else []):
-            if not isinstance(row, dict) or "prompt" not in row:
-                found = f"has the columns {', '.join(map(str, row))}" if isinstance(row, dict) else f"is {row!r:.40}"
+            if not isinstance(row, dict) or not ("prompt_ids" in row or is_prompt(row.get("prompt"))):
                 raise ValueError(
-                    f'Task({name}=...): row {number} {found}. Need a dict with the key "prompt", text or a list of '
-                    "chat messages, and any columns that the rewards ask for."
+                    f'Task({name}=...): row {number} is {row!r:.80}. Need a dict with the key "prompt", text or a '
+                    'list of messages with "role" and "content", and any columns that the rewards ask for.'
                 )
+            if absent := rows[0].keys() - row.keys():
+                raise ValueError(
+                    f"Task({name}=...): row {number} has no {', '.join(sorted(absent))}, which row 0 has. All rows "
+                    "need the same columns, since a reward gets one value for each completion. Add None, or remove "
+                    "the row."
+                )
+
+
+def is_prompt(prompt: object) -> bool:
+    """Whether it is text, or a list of chat messages; not empty."""
+    if not isinstance(prompt, list):
+        return isinstance(prompt, str) and prompt != ""
+    return bool(prompt) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in prompt
+    )
 
 
 def task_scorer(task: Task, config: RLConfig) -> Scorer:
