@@ -103,6 +103,9 @@ def parse_settings(settings_class: type[Settings], args: list[str] | None = None
     """
     args = sys.argv[1:] if args is None else args
     names = [field.name for field in fields(settings_class)]
+    if "rewards" in names:
+        split = (arg.split("=", 1) if arg.startswith("--reward=") else [arg] for arg in args)
+        args = _gather_rewards([word for words in split for word in words])
     given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--")]
     _refuse_unknown(given, [*names, "config", "help"], "on the command line")
     args, path, yaml_settings = _take_yaml(args, names)
@@ -275,7 +278,9 @@ def _gather_rewards(args: list[str]) -> list[str]:
     if not rewards:
         return others
     if not all(rewards):
-        raise ValueError("--reward without a name: need a reward of the task, a reward model or file.py:function.")
+        raise ValueError(
+            "--reward without a name: need a reward of the task, a reward model, file.py:function or module:function."
+        )
     others += ["--rewards", *(reward[0] for reward in rewards)]
     if any(len(reward) == 2 for reward in rewards):
         others += ["--reward_weights", *([*reward, "1.0"][1] for reward in rewards)]

@@ -36,6 +36,13 @@ def reward_name(where: str) -> str:
     return _WRITTEN.fullmatch(where)["name"]
 
 
+def source_of(where: str) -> Path | None:
+    """The file that has the function of a reward that was loaded; None if there is none, as in a C library."""
+    place = _WRITTEN.fullmatch(where)["place"]
+    file = Path(place) if place.endswith(".py") else Path(_file_of(sys.modules[place]))
+    return file if file.is_file() else None
+
+
 def load_reward(where: str) -> Any:
     """Load a user's reward function.
 

@@ -159,6 +159,27 @@ def confidence_interval(mean: float, mean_square: float, num_prompts: int) -> tu
     return centre, 1.96 * math.sqrt(max(variance, 0.0) / count)
 
 
+def mean_interval(values: Tensor, num_samples: int) -> list[float] | None:
+    """The 95 % confidence interval of a mean of any numbers, such as scores: 1.96 standard errors to each side.
+
+    The independent samples are prompts, as for accuracy. But for few prompts it is too narrow, since nothing is known
+    of the numbers' distribution.
+
+    Args:
+        values: (B,) float, num_samples adjacent rows per prompt; NaN where a reward has no say.
+        num_samples: completions per prompt.
+
+    Returns:
+        Its two ends; None with fewer than two prompts.
+    """
+    per_prompt = values.double().reshape(-1, num_samples).nanmean(1)  # (prompts,)
+    per_prompt = per_prompt[~per_prompt.isnan()]
+    if len(per_prompt) < 2:
+        return None
+    half = 1.96 * float(per_prompt.std()) / math.sqrt(len(per_prompt))
+    return [float(per_prompt.mean()) - half, float(per_prompt.mean()) + half]
+
+
 def with_confidence_interval(metrics: dict[str, float], num_prompts: int) -> dict[str, float]:
     """Replace the mean square by the half width of the 95 % confidence interval of the accuracy.
 
