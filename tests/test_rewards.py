@@ -348,12 +348,23 @@ def test_what_is_no_list_is_refused(rewards):
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -math.inf, "good", [1.0], 1j, 1e39, 10**400],
-    ids=["nan", "inf", "-inf", "text", "list", "complex", "above float32", "above float64"],
+    [math.nan, math.inf, -math.inf, "good", [1.0], 1j, 3e38, -3e38, 1.1e15, 1e39, 10**400],
+    ids=["nan", "inf", "-inf", "text", "list", "complex", "huge", "-huge", "large", "over float32", "over float64"],
 )
 def test_a_value_that_is_no_finite_number_is_refused_with_its_row(value):
     message = refused(returning([0.0, value, 0.0]))
     assert "reward 'mine' returned" in message and "in row 1 for 'bb'" in message and "return None there" in message
+
+
+def test_the_largest_size_of_a_reward_is_said_and_allowed():
+    assert "need a finite number of at most 1e+15 in size" in refused(returning([0.0, 3e38, 0.0]))
+    assert score({"mine": returning([1e15, -1e15, 0.0])})[0].tolist() == torch.tensor([1e15, -1e15, 0.0]).tolist()
+
+
+@pytest.mark.parametrize("weights", [{"a": 1e30, "b": 1.0}, {"a": 1e14, "b": 1e15}], ids=str)
+def test_weights_that_make_a_score_too_large_are_named_with_their_rewards(weights):
+    with pytest.raises(ValueError, match=r"the score of row 1 is .* x 1 \(a\) \+ .* x 1 \(b\): .*--reward_weights"):
+        score({"a": returning([0.0, 1.0, 0.0]), "b": returning([0.0, 1.0, None])}, weights)
 
 
 def test_a_tensor_of_two_numbers_per_completion_is_refused():
