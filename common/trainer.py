@@ -4,6 +4,7 @@ A subclass writes one iteration, `step(prompts)`, with the verbs below, and its 
 differs between algorithms is in the algorithm's file, everything else is here. No algorithm is named here.
 """
 
+import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
@@ -22,9 +23,9 @@ from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
+from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
-from common.mistakes import check_arguments, explain_mistakes
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
@@ -50,9 +51,6 @@ from common.update.learner import Learner, Metric
 from common.update.rows import keep_one_per_group
 
 logger = logging.getLogger("nanorlhf")
-
-# Settings and tasks that a script makes are checked when Python reads them, before any function here is called.
-explain_mistakes()
 
 # Loss of each completion token, (b, C), and metrics by name.
 LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Metric]]]
@@ -80,13 +78,25 @@ class OnPolicyTrainer(ABC):
         ValueError: for a mistake in settings, data, rewards, model or folder, if possible before a model is loaded.
     """
 
-    def __new__(cls, *args: Any, **given: Any) -> Self:
-        """Answer what a trainer is not made from, such as trl's arguments; Python itself would not."""
-        check_arguments(cls, args, given)
+    def __new__(cls, *args: object, **arguments: object) -> Self:
+        """Say what a trainer takes to those who pass what TRL's take; Python itself would not."""
+        known = inspect.signature(cls.__init__).parameters
+        has_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        unknown = [f"{name}=..." for name in arguments if name not in known and not has_any]
+        # Where settings would be, a name or a model; behind them, rewards.
+        unknown += [type(each).__name__ for each in args if not isinstance(each, RLConfig)]
+        if unknown:
+            settings = f"{cls.__name__.removesuffix('Trainer')}Config"
+            raise TypeError(
+                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a task if "
+                f"prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
+                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
+            )
         return super().__new__(cls)
 
     def __init__(self, config: RLConfig, *, task: Task | None = None) -> None:
         self.config = config
+        check_launch()
         check_sampler(config)
         check_model(config.model)
         if config.use_lora:

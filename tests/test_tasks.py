@@ -6,7 +6,7 @@ from datasets import Dataset, DatasetDict
 from common.rewards.scorer import Scorer
 from common.tasks import Task, check_rows, task_scorer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import algorithms, share_of_digits, toy_config
+from tests.toy import share_of_digits, toy_config
 
 ROWS = [{"prompt": f"{a} make", "total": a} for a in range(4)]
 
@@ -128,39 +128,20 @@ CONFIG = GRPOConfig(model="nowhere")
 
 
 @pytest.mark.parametrize(
-    ("args", "given", "parts"),
+    ("args", "given", "shown"),
     [
-        (
-            ("Qwen/Qwen2.5-0.5B",),
-            {"reward_funcs": right, "args": CONFIG, "train_dataset": ROWS},
-            ['reward_funcs is Task(rewards={"right": right})', "args is GRPOConfig(...)", "is Task(train=rows)"],
-        ),
-        ((CONFIG,), {"reward_funcs": [len]}, ["GRPOTrainer(reward_funcs=...): here reward_funcs is Task("]),
-        (
-            (CONFIG,),
-            {"processing_class": None, "peft_config": 1},
-            ["the tokenizer is the model's own", "use_lora=True"],
-        ),
-        ((CONFIG,), {"tsk": 1}, ["it has no argument tsk"]),
-        ((CONFIG, right), {}, ["with 2 arguments by position"]),
-        (("Qwen/Qwen2.5-0.5B",), {}, ["with settings of type str: need a GRPOConfig"]),
-        ((), {"config": {"model": "tiny"}}, ["with settings of type dict"]),
-        ((), {}, ["with settings missing"]),
+        (("Qwen/Qwen2.5-0.5B",), {}, "str"),
+        (("Qwen/Qwen2.5-0.5B", right), {"args": CONFIG}, "args=..., str, function"),
+        ((CONFIG, right), {}, "function"),
+        ((CONFIG, [right]), {"train_dataset": ROWS}, "train_dataset=..., list"),
     ],
     ids=str,
 )
-def test_a_trainer_that_is_made_as_elsewhere_is_answered_with_how_it_is_made_here(args, given, parts):
-    with pytest.raises(TypeError, match="GRPOTrainer") as caught:
+def test_a_trainer_that_is_made_as_elsewhere_is_answered_with_how_it_is_made_here(args, given, shown):
+    with pytest.raises(TypeError) as caught:
         GRPOTrainer(*args, **given)
-    message = str(caught.value)
-    assert all(part in message for part in parts), message
-    assert message.count("\n") == 1 and "task=Task(train=rows, eval=rows, rewards=" in message
-
-
-@pytest.mark.parametrize("name", algorithms())
-def test_each_algorithm_is_named_as_it_is_called(name):
-    with pytest.raises(TypeError, match=rf"{name}Trainer\(reward_funcs=...\).*\n    {name}Trainer\({name}Config\("):
-        algorithms()[name].trainer(algorithms()[name].config(), reward_funcs=[right])
+    assert str(caught.value).startswith(f"GRPOTrainer({shown}): nothing reads that.")
+    assert "GRPOTrainer(GRPOConfig(model=...), task=Task(train=..., rewards=...))" in str(caught.value)
 
 
 def test_a_task_of_another_type_is_refused(toy_folder, tmp_path):

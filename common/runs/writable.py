@@ -27,7 +27,7 @@ def check_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
             raise _refusal(folder, setting, error) from error
     finally:
         for path in missing:
-            with suppress(OSError):
+            with suppress(OSError, UnicodeError):
                 path.rmdir()
 
 

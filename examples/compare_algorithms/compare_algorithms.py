@@ -20,7 +20,8 @@ from queue import SimpleQueue
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common.cli import ROOT, run_script
+from common.cli import run_script
+from common.mistakes import ROOT
 from common.runs.writable import make_folder
 from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import FinishedRun, check_equal, has_finished, read_run, run_folder

@@ -23,7 +23,8 @@ from filelock import FileLock, Timeout
 from transformers.utils import CONFIG_NAME
 
 from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, write_file
-from common.cli import ROOT, as_arguments, parse_config, parse_settings, read_yaml, run_script
+from common.mistakes import ROOT
+from common.cli import as_arguments, parse_config, parse_settings, read_yaml, run_script
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
 from common.runs.writable import make_folder

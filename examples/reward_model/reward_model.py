@@ -27,9 +27,9 @@ from transformers import (
     Qwen2Tokenizer,
     set_seed,
 )
-from trl import RewardConfig, RewardTrainer, TrlParser
+from trl import RewardConfig, RewardTrainer
 
-from common.cli import run_script
+from common import cli
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
 from common.models.system_role import fit_system
@@ -116,14 +116,9 @@ def parse_settings(args: list[str] | None = None) -> RewardModelSettings:
     Raises:
         ValueError: for an unknown setting.
     """
-    parser = TrlParser(RewardModelSettings)
-    parser.set_defaults_with_config(**asdict(SETTINGS))
-    settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
-    if unread:
-        raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
+    settings = cli.parse_settings(RewardModelSettings, args, defaults=asdict(SETTINGS))
     if settings.model == "tiny":
-        parser.set_defaults_with_config(**asdict(SETTINGS) | TINY)
-        (settings,) = parser.parse_args_and_config(args)
+        settings = cli.parse_settings(RewardModelSettings, args, defaults=asdict(SETTINGS) | TINY)
     return settings
 
 
@@ -294,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)
