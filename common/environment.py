@@ -64,6 +64,8 @@ def check_launch() -> None:
             f"--nproc_per_node {number} {script}` or `accelerate launch`, which set all of them; or a single one with "
             f"`env {' '.join(f'-u {name}' for name in given)} python {script}`."
         )
+
+
 CPU_INFO = Path("/proc/cpuinfo")
 
 

@@ -30,6 +30,7 @@ from common.models.loading import compute_dtype, end_token_ids, load_policy, loa
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
+from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import (
@@ -45,7 +46,7 @@ from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
-from common.tasks import Task, lenient_scorer, load_task, task_scorer
+from common.tasks import Task, check_rows, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
 from common.update.rows import keep_one_per_group
@@ -75,19 +76,22 @@ class OnPolicyTrainer(ABC):
         stopwatch: seconds by phase.
 
     Raises:
-        ValueError: for a mistake in settings, data, model or folder, if possible before a model is loaded.
+        TypeError: for other arguments, such as those of trl's trainers.
+        ValueError: for a mistake in settings, data, rewards, model or folder, if possible before a model is loaded.
     """
 
-    def __new__(cls, *_: object, **arguments: object) -> Self:
+    def __new__(cls, *args: object, **arguments: object) -> Self:
         """Say what a trainer takes to those who pass what TRL's take; Python itself would not."""
         known = inspect.signature(cls.__init__).parameters
         has_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        if not has_any and (unknown := [name for name in arguments if name not in known]):
+        unknown = [f"{name}=..." for name in arguments if name not in known and not has_any]
+        # Where settings would be, a name or a model; behind them, rewards.
+        unknown += [type(each).__name__ for each in args if not isinstance(each, RLConfig)]
+        if unknown:
             settings = f"{cls.__name__.removesuffix('Trainer')}Config"
-            given = ", ".join(f"{name}=..." for name in unknown)
             raise TypeError(
-                f"{cls.__name__}({given}): nothing reads that. A trainer takes its settings, and a task if prompts or "
-                f"rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
+                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a task if "
+                f"prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
                 "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
             )
         return super().__new__(cls)
@@ -231,7 +235,8 @@ class OnPolicyTrainer(ABC):
     @final
     def score(self, rollouts: Rollouts) -> Tensor:
         """(B,) float32: the weighted sum of the rewards, minus missing_eos_penalty where there is no end token."""
-        return self._rewards(rollouts) - self.config.missing_eos_penalty * rollouts.truncated
+        scores = self._rewards(rollouts, max(self.current_step - 1, 0), prefix="logged")
+        return scores - self.config.missing_eos_penalty * rollouts.truncated
 
     @final
     def token_rewards(
@@ -388,7 +393,7 @@ class OnPolicyTrainer(ABC):
                 rollouts = self.policy_sampler.sample_for_evaluation(
                     prompts, finished=lambda _, completions: work.advance(len(completions))
                 )
-            rollouts.scores = self._rewards(rollouts)
+            rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
@@ -398,6 +403,7 @@ class OnPolicyTrainer(ABC):
     # ----------------------------------------------------------------------------------------------------- private
 
     def _load_data(self, task: Task) -> None:
+        check_rows(task)
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
         self.lenient_scorer = lenient_scorer(task, self.config)
@@ -406,6 +412,8 @@ class OnPolicyTrainer(ABC):
         if task.eval:
             self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)
         self.scorer.check_columns(list(self.prompts.columns))
+        if self.eval_prompts:
+            self.scorer.check_columns(list(self.eval_prompts.columns), "the held-out part")
         self._check_evaluation()
 
     @property
@@ -454,10 +462,21 @@ class OnPolicyTrainer(ABC):
         if self.models.device.type == "cuda":
             logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
-    def _rewards(self, rollouts: Rollouts) -> Tensor:
-        """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts."""
+    def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:
+        """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts.
+
+        Args:
+            rollouts: B rows.
+            finished_steps: what functions see as trainer_state.global_step.
+            prefix: of the metrics that functions log.
+        """
+        config = self.config
+        epoch = finished_steps * config.prompts_per_step / len(self.prompts)
+        state = TrainerState(global_step=finished_steps, max_steps=config.num_steps, epoch=epoch)
         with self.stopwatch("score"):
-            scores = judge(rollouts, self.scorer)
+            scores = judge(rollouts, self.scorer, state)
+        for name, values in self.scorer.reports.metrics.items():
+            self.metrics.add(f"{prefix}/{name}", math.fsum(values), len(values))
         for name, rows in self.scorer.over_limit.items():
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores

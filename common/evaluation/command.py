@@ -19,9 +19,11 @@ import torch
 import transformers
 from accelerate import Accelerator
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from common.cli import as_arguments, parse_settings
+from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.embedded import check_model, load_tokenizer, resolve_model
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
@@ -32,10 +34,14 @@ from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_
 from common.models.loading import compute_dtype, end_token_ids, warn_of_slow_dtype
 from common.models.pool import ModelPool
 from common.models.weights import policy_weights
+from common.rewards.load import source_of
+from common.rewards.reports import TrainerState
+from common.rewards.reward_model import RewardModel
+from common.rewards.scorer import RewardFunction
 from common.rollouts import Completion, Rollouts
 from common.runs.checkpoints import STATE_FILE, write_file
 from common.runs.folder import CONFIG_FILE, versions
-from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently
+from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently, mean_interval
 from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.progress import LongWork
 from common.runs.prompt_record import time_of_run
@@ -72,7 +78,8 @@ class Evaluation:
         (self.model,) = settings.model
         source = _find_model(self.model, settings.adapter)
         self.tokenizer = _load_tokenizer(source)
-        found = find_set(settings.task, settings.dataset, is_chat=self.tokenizer.chat_template is not None)
+        is_chat = self.tokenizer.chat_template is not None
+        found = find_set(settings.task, settings.dataset, settings.dataset_split, is_chat=is_chat)
         config = as_run_settings(settings, source.base)
         check_sampler(config)
         self.source = replace(source, base=resolve_model(source.base))
@@ -81,15 +88,19 @@ class Evaluation:
             config = replace(config, max_completion_length=min(MOST_TOKENS, (context or NO_LIMIT) // 2))
         self.task = load_problems(found, config, self.tokenizer)
         self.num_left_out = num_left_out(found, self.task)
-        now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
-        self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, now)
-        self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)))
+        self.now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
+        self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, self.now)
+        functions = self._check_rewards(config, settings.accuracy)
+        # vLLM has done its part when a reward model needs the GPU.
+        level = 2 if any(isinstance(function, RewardModel) for function in functions.values()) else 0
+        self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)), vllm_sleep_level=level)
         self._check_room(context)
         self.settings = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT} | {
             "model": self.model,
             "max_completion_length": config.max_completion_length,
             "weights": _fingerprint(self.source),
             "problems": digest(self.prompts.texts, self.prompts.columns),
+            "reward_sources": [_reward_fingerprint(name) for name in settings.rewards or ()],
         }
         self.name = self._name()
         folder = settings.output_dir if parent is None else None
@@ -125,18 +136,32 @@ class Evaluation:
         scorer, leniently = task_scorer(self.task, self.config), lenient_scorer(self.task, self.config)
         with stopwatch("load"):
             generation = self._load(accelerator.device, stopwatch)
+            scorer.load(ModelPool(accelerator.device, "never", stopwatch), self.now)
         num_samples = self.config.eval_num_samples
         rollouts = self._sample(generation)
         with stopwatch("score"):
-            rollouts.scores = judge(rollouts, scorer)
+            rollouts.scores = judge(rollouts, scorer, TrainerState())
             lenient = judge_leniently(rollouts, leniently)
         metrics = StepMetrics()
         judged_by = {"accuracy": self.task.accuracy, "format": self.task.format, "lenient": lenient}
         evaluation_means(rollouts, **judged_by, num_samples=num_samples, metrics=metrics)
         score = self._score(rollouts, metrics.reduce(accelerator), stopwatch.read_and_reset())
         score["over_limit"] = {name: int(rows.sum()) for name, rows in scorer.over_limit.items()}
+        score["logged"] = {name: sum(values) / len(values) for name, values in scorer.reports.metrics.items()}
         score["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         write_result(self.folder, score, rollouts, accuracy=self.task.accuracy, lenient=lenient)
+
+    def _check_rewards(self, config: RLConfig, accuracy: str | None) -> dict[str, RewardFunction]:
+        """The rewards, which can be called; the task learns which of them is the accuracy."""
+        scorer = task_scorer(self.task, config)
+        scorer.check_columns(list(self.prompts.columns))
+        if accuracy is not None and accuracy not in scorer.functions:
+            raise ValueError(
+                f"accuracy={accuracy!r}: no reward has this name; there are {', '.join(scorer.functions)}. Pass "
+                "--accuracy with the one whose value 1 means a right answer, or leave it out."
+            )
+        self.task = replace(self.task, accuracy=accuracy or self.task.accuracy)
+        return scorer.functions
 
     def _name(self) -> str:
         names = filter(None, (self.model, self.settings["adapter"]))
@@ -184,7 +209,7 @@ class Evaluation:
 
     def _score(self, rollouts: Rollouts, means: dict[str, float], timings: dict[str, float]) -> Score:
         means = {name.removeprefix("eval/"): value for name, value in means.items()}
-        middle, half = confidence_interval(means["accuracy"], means.pop("accuracy_square"), len(self.prompts))
+        num_samples, parts = self.config.eval_num_samples, rollouts.parts
         seconds = {name: timings.get(f"time/{name}", 0.0) for name in ("load", "push", "sample", "score")}
         seconds["sample"] += self.unfinished.seconds
         num_tokens = int(rollouts.lengths.sum())
@@ -195,17 +220,26 @@ class Evaluation:
             "num_problems": len(self.prompts),
             "num_too_long": self.prompts.num_dropped,
             "num_left_out": self.num_left_out,
-            "num_samples": self.config.eval_num_samples,
-            "accuracy": means.pop("accuracy"),
-            "accuracy_ci95": [max(middle - half, 0.0), min(middle + half, 1.0)],
+            "num_samples": num_samples,
+            **self._accuracy(means),
             **means,
-            "rewards": {name: part.nanmean().item() for name, part in rollouts.parts.items()},
+            "score_ci95": mean_interval(rollouts.scores, num_samples),
+            "rewards": {name: _mean(part) for name, part in parts.items()},
+            "rewards_ci95": {name: mean_interval(part, num_samples) for name, part in parts.items()},
             "tokens": num_tokens,
             "tokens_per_second": num_tokens / seconds["sample"],
             "seconds": seconds,
             "settings": self.settings,
             "versions": versions(),
         }
+
+    def _accuracy(self, means: dict[str, float]) -> Score:
+        """The accuracy and its interval, taken out of the means; nothing if no reward is one."""
+        if "accuracy" not in means:
+            return {}
+        accuracy = means.pop("accuracy")
+        middle, half = confidence_interval(accuracy, means.pop("accuracy_square"), len(self.prompts))
+        return {"accuracy": accuracy, "accuracy_ci95": [max(middle - half, 0.0), min(middle + half, 1.0)]}
 
 
 def evaluate(settings: EvaluationSettings) -> list[Score]:
@@ -336,6 +370,19 @@ def _first(rows: list[dict], count: int | None) -> list[dict]:
 
 def _task_name(task: str) -> str:
     return Path(task).name.partition(".")[0]
+
+
+def _mean(part: Tensor) -> float | None:
+    """Over the rows in which a reward has a say; None if there are none."""
+    return None if part.isnan().all() else part.nanmean().item()
+
+
+def _reward_fingerprint(name: str) -> str | None:
+    """A digest that changes with the file of a function, or with a reward model; None for a reward of the task."""
+    if ":" in name:
+        file = source_of(name)
+        return file and digest(file.read_bytes().hex())
+    return _fingerprint(Source(base=name, what=name)) if Path(name).is_dir() or "/" in name else None
 
 
 def _run_in_a_process(settings: EvaluationSettings) -> None:

@@ -185,6 +185,9 @@ class Run:
                 "parts": {name: float(part[row]) for name, part in parts.items()},
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
+                **(
+                    {"extra": {name: values[row] for name, values in rollouts.extra.items()}} if rollouts.extra else {}
+                ),
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
