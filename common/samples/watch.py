@@ -8,7 +8,8 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
-from common.runs.checkpoints import CONFIG_FILE, FINAL_FOLDER, STATE_FILE, load_state
+from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, load_state
+from common.runs.folder import CONFIG_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE
 from common.samples.page import page_file, read_settings, write_page
 
