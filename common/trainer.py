@@ -359,7 +359,7 @@ class OnPolicyTrainer(ABC):
         self.eval_prompts = None
         if task.eval:
             self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)
-        self.scorer.check_columns(list(self.prompts.columns))
+        self.scorer.check_columns(self.prompts.column_names)
         self._check_evaluation()
 
     @property

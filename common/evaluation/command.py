@@ -85,7 +85,7 @@ class Evaluation:
             "model": self.model,
             "max_completion_length": config.max_completion_length,
             "weights": _fingerprint(self.source),
-            "problems": digest(self.prompts.texts, self.prompts.columns),
+            "problems": digest(list(self.prompts.texts), self.prompts.columns),
         }
         self.name = self._name()
         folder = settings.output_dir if parent is None else None

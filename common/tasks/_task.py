@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,8 @@ class Task:
         default_rewards: used if the setting `rewards` is not given; may name reward models; None: all of `rewards`.
     """
 
-    train: list[dict]
-    eval: list[dict]
+    train: Sequence[dict]
+    eval: Sequence[dict]
     rewards: dict[str, RewardFunction]
     reward_weights: dict[str, float]
     accuracy: str | None
