@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import transformers
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from common.data.cache import code_digest, data_folder, digest_of
 from common.data.table import Rows, mapped_table
@@ -158,7 +159,7 @@ class _Batch:
     def __call__(self, numbers: Sequence[int]) -> pa.RecordBatch:
         import pyarrow as pa
 
-        rows = self.rows[numbers[0] : numbers[-1] + 1]
+        rows = list(self.rows[numbers[0] : numbers[-1] + 1])
         given = [row.get("prompt_ids") for row in rows]
         prompts = [row.get("prompt") for row in rows]
         for number, row, prompt_ids in zip(numbers, rows, given, strict=True):
@@ -204,9 +205,9 @@ class _Batch:
         valid = isinstance(prompt_ids, list) and all(type(token) is int and 0 <= token < size for token in prompt_ids)
         if not valid:
             raise ValueError(
-                f"{where(self.rows, number)} has prompt_ids={prompt_ids!r:.80}; need a list of token ids, integers from "
-                f"0 to {size - 1}, which are those of this model's tokenizer. Correct the row, or leave the column out "
-                "and give a column `prompt`."
+                f"{where(self.rows, number)} has prompt_ids={prompt_ids!r:.80}; need a list of token ids, integers "
+                f"from 0 to {size - 1}, which are those of this model's tokenizer. Correct the row, or leave the "
+                "column out and give a column `prompt`."
             )
 
     def _check_text(self, numbers: Sequence[int], texts: list[str]) -> None:
@@ -215,13 +216,20 @@ class _Batch:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"{where(self.rows, number)} has the character {text[error.start]!r} in its prompt: half of a pair "
-                    "of surrogates, which no tokenizer reads. Remove it, or write the whole pair."
+                    f"{where(self.rows, number)} has the character {text[error.start]!r} in its prompt: half of a "
+                    "pair of surrogates, which no tokenizer reads. Remove it, or write the whole pair."
                 ) from None
 
     def _tokenize(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
         options = {"return_attention_mask": False, "return_token_type_ids": False}
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
+        kind = type(self.tokenizer)
+        own = (kind.__call__, kind._encode_plus) != (TokenizersBackend.__call__, TokenizersBackend._encode_plus)
+        if own:
+            return self.tokenizer(texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
+        # The first call sets the backend up. Then the backend alone gives the ids, without where each token stands.
+        self.tokenizer(texts[:1], add_special_tokens=add_special_tokens, **options)
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
 
 
 def where(rows: Sequence[dict], index: int) -> str:

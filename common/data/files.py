@@ -70,7 +70,7 @@ def json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
     except OSError as error:
         if error.errno is None:  # from a decompressor
             raise _damaged(source, error) from error
-        raise ValueError(f"dataset={source}: cannot be read ({error.strerror}). Check the file and its rights.") from error
+        raise unreadable(source, error) from error
 
 
 def _jsonl_rows(source: str) -> Iterator[tuple[str, str, Any]]:
@@ -133,9 +133,9 @@ def _csv_rows(source: str) -> Iterator[tuple[str, str, Any]]:
             where = f"line {reader.line_num}"
             if len(cells) != len(columns):
                 raise ValueError(
-                    f"dataset={source}: the row that ends in {where} has {len(cells)} cells, but the first line names "
-                    f"{len(columns)} columns: {', '.join(columns)[:200]}. Put cells with commas, quotes or line breaks "
-                    'in "...", with quotes inside doubled.'
+                    f"dataset={source}: the row that ends in {where} has {len(cells)} cells, but the first line "
+                    f"names {len(columns)} columns: {', '.join(columns)[:200]}. Put cells with commas, quotes or line "
+                    'breaks in "...", with quotes inside doubled.'
                 )
             row = {name: _cell(source, where, cell) for name, cell in zip(columns, cells, strict=True)}
             yield where, json.dumps(row), row
@@ -208,8 +208,8 @@ def _lines(source: str) -> Iterator[str]:
                 ) from None
             if "\0" in text:
                 raise ValueError(
-                    f"dataset={source}: line {number} has zero bytes, as UTF-16 without a byte order mark does. Convert "
-                    f"the file, such as: iconv -f utf-16le -t utf8 {source} > new{Path(source).suffix}"
+                    f"dataset={source}: line {number} has zero bytes, as UTF-16 without a byte order mark does. "
+                    f"Convert the file, such as: iconv -f utf-16le -t utf8 {source} > new{Path(source).suffix}"
                 )
             yield text
 
@@ -238,6 +238,11 @@ def _opened(source: str) -> IO[bytes]:
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(source, "rb")
 
 
+def unreadable(source: str, error: OSError) -> ValueError:
+    """What to say of a file that the system does not let us read."""
+    return ValueError(f"dataset={source}: cannot be read ({error.strerror}). Check the file and its rights.")
+
+
 def _damaged(source: str, error: Exception) -> ValueError:
     kind = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}.get(Path(source).suffix.lower(), "")
     return ValueError(f"dataset={source}: unreadable {kind} file ({error}). Write or fetch it again.")
@@ -253,7 +258,7 @@ def _refuse_surrogates(source: str, where: str, text: str, row: Any) -> None:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"dataset={source}: {where} has the character {error.object[error.start]!r} in {name}: half of a pair of "
-                "surrogates, which is no text that a tokenizer can read, such as an emoji that was cut in two. Remove "
-                "it, or write the whole pair."
+                f"dataset={source}: {where} has the character {error.object[error.start]!r} in {name}: half of a pair "
+                "of surrogates, which is no text that a tokenizer can read, such as an emoji that was cut in two. "
+                "Remove it, or write the whole pair."
             ) from None

@@ -66,7 +66,6 @@ class PromptStyle:
         content = self.template.replace(PLACE, prompt[last]["content"])
         return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
 
-
     def identity(self, tokenizer: transformers.PreTrainedTokenizerBase) -> list | None:
         """All that the text of a prompt depends on besides the prompt and the tokenizer; None: on the clock."""
         template = str(tokenizer.chat_template)
@@ -275,8 +274,13 @@ class PromptSet:
             prompt_ids=[self.ids[i] for i in chosen],
             prompts=prompts,
             columns={name: [row[name] for row in found] for name in self.column_names},
-            raw_prompts=[text if row.get("prompt") is None else row["prompt"] for row, text in zip(found, prompts, strict=True)],
+            raw_prompts=[_raw(row, text) for row, text in zip(found, prompts, strict=True)],
         )
+
+
+def _raw(row: dict, text: str) -> str | list[dict]:
+    """The prompt as the data set has it; the text of its token ids if it has only these."""
+    return text if row.get("prompt") is None else row["prompt"]
 
 
 def _encode(

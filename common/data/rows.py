@@ -9,12 +9,12 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.data.cache import code_digest, data_folder, digest_of
-from common.data.files import READABLE, format_of, json_rows
+from common.data.files import READABLE, format_of, json_rows, unreadable
 from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, table_digest
 from common.data.table import KEY, KEY_BYTES, ROW, Rows, mapped_table
 
@@ -137,9 +137,7 @@ def _chosen(rows: Sequence[dict], indices: list[int]) -> Sequence[dict]:
 # Rows of files
 
 
-def _file_rows(
-    files: list[str], source: str, examine: Examine | None, columns: list[str] | None
-) -> Rows:
+def _file_rows(files: list[str], source: str, examine: Examine | None, columns: list[str] | None) -> Rows:
     """The rows of files of one kind, one after the other."""
     content = digest_of(*map(_content_digest, files), *map(format_of, files))
     is_large = sum(Path(file).stat().st_size for file in files) >= MIN_CACHED_BYTES
@@ -224,7 +222,9 @@ def _lacking(where: str, row: Sequence[str] | dict, missing: list[str], columns:
 # Rows of Arrow tables
 
 
-def _table_rows(table: pa.Table, fingerprint: str | None = None, files: list[Path] | None = None, *, source: str) -> Rows:
+def _table_rows(
+    table: pa.Table, fingerprint: str | None = None, files: list[Path] | None = None, *, source: str
+) -> Rows:
     fingerprint = fingerprint or digest_of("table", table_digest(table))
     names = table.column_names
     return Rows(table, is_json=False, source=source, fingerprint=fingerprint, columns=names, files=files)
@@ -262,4 +262,4 @@ def _content_digest(file: str) -> str:
         with open(file, "rb") as content:
             return hashlib.file_digest(content, "sha256").hexdigest()
     except OSError as error:
-        raise ValueError(f"dataset={file}: cannot be read ({error.strerror}). Check the file and its rights.") from error
+        raise unreadable(file, error) from error

@@ -37,10 +37,13 @@ def parquet_table(
 
     def write(folder: Path) -> None:
         for number, file in enumerate(files):
-            with pa.parquet.ParquetFile(file) as rows, pa.OSFile(str(folder / f"{number:05d}.arrow"), "wb") as copy:
-                with pa.ipc.new_stream(copy, rows.schema_arrow) as stream:
-                    for batch in rows.iter_batches(1000):
-                        stream.write_batch(batch)
+            with (
+                pa.parquet.ParquetFile(file) as rows,
+                pa.OSFile(str(folder / f"{number:05d}.arrow"), "wb") as copy,
+                pa.ipc.new_stream(copy, rows.schema_arrow) as stream,
+            ):
+                for batch in rows.iter_batches(1000):
+                    stream.write_batch(batch)
 
     try:
         folder = None if content is None else data_folder(f"parquet-{content}", write)
@@ -65,7 +68,9 @@ def saved_table(source: str, split: str) -> pa.Table:
     try:
         data = datasets.load_from_disk(source)
     except (FileNotFoundError, pa.ArrowException) as error:
-        raise ValueError(f"dataset={source}: unreadable folder of datasets ({error}). Write or fetch it again.") from error
+        raise ValueError(
+            f"dataset={source}: unreadable folder of datasets ({error}). Write or fetch it again."
+        ) from error
     if isinstance(data, datasets.DatasetDict):
         data = data[_checked_split(source, split, list(data))]
     return data.with_format("arrow")[:]

@@ -89,7 +89,9 @@ class Rows(Sequence):
 
     def __iter__(self) -> Iterator[dict]:
         """All rows in their order."""
-        start, count = (0, len(self)) if self.indices is None else (int(self.indices[0]) if len(self) else 0, len(self))
+        count, start = len(self), 0
+        if self.indices is not None and count:
+            start = int(self.indices[0])
         if self.indices is not None and np.any(self.indices != np.arange(start, start + count)):
             yield from map(self.__getitem__, range(count))
             return
