@@ -1,5 +1,6 @@
 """Prompts are encoded once for the same data, tokenizer and style, and are then read in place."""
 
+import copy
 import json
 import logging
 from datetime import datetime
@@ -13,7 +14,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.data.rows import split_held_out
 from common.runs.prompt_record import describe_prompts
 from common.tasks.prompts import read_prompts
-from tests.test_chat import KEPT, with_template
+from tests.test_chat import KEPT
 from tests.test_data import CHAT_TEMPLATE, START, word_tokenizer
 from tests.test_prompt_record import DATED
 
@@ -46,6 +47,13 @@ def prompt_set(rows, tokenizer=None, **settings) -> PromptSet:
     )
 
 
+def templated(tokenizer, template: str):
+    """A copy of a tokenizer with a chat template."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = template
+    return chat
+
+
 def folders(cache: Path) -> list[str]:
     return sorted(folder.name for folder in cache.glob("prompts-*/"))
 
@@ -75,12 +83,12 @@ def test_in_memory_in_place_and_on_several_processes_prompts_are_the_same(cache,
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_every_template_writes_the_same_in_memory_and_in_place(name, cache, tmp_path, monkeypatch):
+def test_every_template_writes_the_same_in_memory_and_in_place(name, cache, tokenizer, monkeypatch):
     rows = [{"prompt": [{"role": "user", "content": f"Say {i}."}]} for i in range(9)]
-    kept = prompt_set(rows, with_template(KEPT[name]), max_prompt_length=9999)
+    kept = prompt_set(rows, templated(tokenizer, KEPT[name]), max_prompt_length=9999)
     monkeypatch.setattr(encoding, "MIN_CACHED", 99)
     assert len(folders(cache)) == 1
-    assert content(kept) == content(prompt_set(rows, with_template(KEPT[name]), max_prompt_length=9999))
+    assert content(kept) == content(prompt_set(rows, templated(tokenizer, KEPT[name]), max_prompt_length=9999))
 
 
 def test_the_second_start_encodes_nothing(cache, file, monkeypatch):
@@ -95,8 +103,8 @@ def test_the_second_start_encodes_nothing(cache, file, monkeypatch):
     assert [content(part) for part in first] == [content(part) for part in second]
     record = {"tokenizer": word_tokenizer(), "style": PromptStyle(), "now": datetime(2026, 1, 1)}
     assert describe_prompts(*first, **record) == describe_prompts(*second, **record)
-    shorter = start(4, max_prompt_length=8, seed=3)[0]
-    assert 0 < shorter.num_dropped < 36 and max(map(len, shorter.ids)) <= 8
+    shorter = start(4, max_prompt_length=9, seed=3)[0]
+    assert 0 < shorter.num_dropped < 36 and max(map(len, shorter.ids)) <= 9
     training = prompt_set(split_held_out(read_prompts(file, "train"), 7)[0])  # other rows of the same table
     assert set(training.columns["n"]) < set(range(40)) and len(training) == 33
 
@@ -136,8 +144,8 @@ def test_whatever_changes_the_prompts_is_encoded_anew_and_nothing_else(cache, ch
 @pytest.mark.parametrize(
     "call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )', "strftime_now('%d ' + '%b')"]
 )
-def test_a_template_with_the_date_is_encoded_once_a_day(cache, call):
-    tokenizer = with_template(DATED.replace("strftime_now('%d %b %Y')", call))
+def test_a_template_with_the_date_is_encoded_once_a_day(cache, call, tokenizer):
+    tokenizer = templated(tokenizer, DATED.replace("strftime_now('%d %b %Y')", call))
     rows = [{"prompt": [{"role": "user", "content": "Hi"}]}]
 
     def text(*time: int) -> str:
@@ -194,6 +202,7 @@ def test_a_row_that_cannot_be_encoded_is_named_as_in_the_file(cache, file):
 def test_the_backend_gives_the_ids_of_the_tokenizer_whatever_was_asked_before(tokenizer):
     texts = [row["prompt"] for row in ROWS if isinstance(row["prompt"], str)] + ["3 5 make 8\n" * 20, "é ü", START]
     for each in (word_tokenizer(), tokenizer):
+        each.pad_token = each.pad_token or START
         each(texts, truncation=True, max_length=3, padding="max_length")
         for add in (True, False):
             found = encoding._Batch([], each, str)._tokenize(texts, add_special_tokens=add)
