@@ -296,7 +296,8 @@ def _mapped_batch(batch: _Batch, numbers: pa.Table) -> pa.Table:
 
 def _num_processes(count: int) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the machine's other processes of the run
-    return max(1, min(len(os.sched_getaffinity(0)) // local or 1, count // ROWS_PER_PROCESS))
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return max(1, min(cores // local, count // ROWS_PER_PROCESS))
 
 
 @contextmanager

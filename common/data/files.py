@@ -100,8 +100,6 @@ def _json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
             f"dataset={source}: not JSON (line {error.lineno}: {error.msg}); a list of rows is needed. "
             "Correct the file, or name it .jsonl if each of its lines is a row."
         ) from error
-    if isinstance(rows, dict) and "\n" not in text.strip():  # JSON lines with one row
-        rows = [rows]
     if not isinstance(rows, list):
         raise ValueError(
             f"dataset={source}: holds one JSON {type(rows).__name__}; a list of rows is needed. "

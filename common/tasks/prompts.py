@@ -6,7 +6,7 @@ This task has no rewards of its own: the settings name them, and they get every 
 import transformers
 
 from common.config import RLConfig
-from common.data.rows import prompt_key, read_rows, split_held_out
+from common.data.rows import read_rows, split_held_out
 from common.data.table import Rows
 from common.tasks import Task
 
@@ -67,7 +67,7 @@ def examine(row: dict, where: str) -> str:
             f"{where} has {found}; a prompt must be text or a list of messages, "
             'each with a "role" and a "content" that are text. Rename a column, or correct or remove the row.'
         )
-    return str(prompt_ids) if prompt is None else prompt_key(row)
+    return str(prompt_ids if prompt is None else prompt)
 
 
 def _are_ids(prompt_ids: object) -> bool:
