@@ -20,6 +20,7 @@ from PPO.test_value_model import save_classifier
 from PPO.value_model import token_values
 from tests.toy import (
     CLIP,
+    KL_PLACE,
     LORA,
     SEVERAL,
     metrics_of,
@@ -49,6 +50,7 @@ TOY_SETTINGS = {"value_init": "zero_head", "value_learning_rate": 1e-3}
 # Runs with everything on: the value model, fitted first, beside the policy and on its base.
 FITTED = {"value_init": "fit", "value_init_prompts": 10, "value_init_epochs": 1, "value_init_minibatches": 4}
 VALUES = {
+    "kl_estimator": [None, "k1", "k2", "k3"],
     "value_init": ["zero_head", "none", "fit"],
     "value_init_prompts": [10, 5],
     "value_init_minibatches": [4, 1],
@@ -58,22 +60,26 @@ VALUES = {
 VARIANTS = {"lora": LORA | FITTED, "shared": LORA | FITTED | {"value_backbone": "shared"}}
 FITTED_STEP = FITTED | {"value_init_learning_rate": 1e-3, "num_steps": 1}
 # For each setting of its own: with which others it shows, and changed to what.
-ACTS = CLIP | {
-    "num_generations": ({}, 2),
-    "gamma": ({}, 0.5),
-    "gae_lambda": ({"value_init": "none"}, 0.5),
-    "whiten_rewards": ({}, True),
-    "value_learning_rate": ({}, 1e-2),
-    "value_clip_range": (SEVERAL | {"value_learning_rate": 1e-1}, None),
-    "value_loss_coef": ({}, 1e-4),
-    "value_backbone": (LORA | {"value_init": "none"}, "shared"),
-    "value_init": ({}, "none"),
-    "value_init_prompts": (FITTED_STEP, 20),
-    "value_init_generations": (FITTED_STEP, 2),
-    "value_init_epochs": (FITTED_STEP, 2),
-    "value_init_minibatches": (FITTED_STEP, 16),
-    "value_init_learning_rate": (FITTED_STEP, 3e-3),
-}
+ACTS = (
+    CLIP
+    | KL_PLACE
+    | {
+        "num_generations": ({}, 2),
+        "gamma": ({}, 0.5),
+        "gae_lambda": ({"value_init": "none"}, 0.5),
+        "whiten_rewards": ({}, True),
+        "value_learning_rate": ({}, 1e-2),
+        "value_clip_range": (SEVERAL | {"value_learning_rate": 1e-1}, None),
+        "value_loss_coef": ({}, 1e-4),
+        "value_backbone": (LORA | {"value_init": "none"}, "shared"),
+        "value_init": ({}, "none"),
+        "value_init_prompts": (FITTED_STEP, 20),
+        "value_init_generations": (FITTED_STEP, 2),
+        "value_init_epochs": (FITTED_STEP, 2),
+        "value_init_minibatches": (FITTED_STEP, 16),
+        "value_init_learning_rate": (FITTED_STEP, 3e-3),
+    }
+)
 
 
 @pytest.fixture(params=BACKBONES)

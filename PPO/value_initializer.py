@@ -145,9 +145,16 @@ def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
     prompts = _prompts(trainer, part)
     rollouts = trainer.sample(prompts, num_generations=config.value_init_generations, purpose="value_init")
     rollouts.scores = trainer.score(rollouts)
-    rewards = trainer.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
+    rewards = completion_rewards(trainer, rollouts)
     rollouts.returns = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
     return rollouts
+
+
+def completion_rewards(trainer: OnPolicyTrainer, rollouts: Rollouts) -> Tensor:
+    """(B, C) float32: the token rewards of scored completions, the same ones in the fit and in training."""
+    config = trainer.config
+    options = {"whitened": config.whiten_rewards, "with_kl": config.kl_place == "reward"}
+    return trainer.token_rewards(rollouts, rollouts.scores, **options)
 
 
 def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: Rollouts) -> None:

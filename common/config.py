@@ -3,16 +3,18 @@
 Every check runs before any model is loaded. How a script reads its settings is in common/cli.py.
 """
 
-import difflib
 import math
 import types
 import typing
 from dataclasses import dataclass, fields
 
+from common.foreign_names import IN_PYTHON, unknown_settings
+
 AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # The group "Memory and speed": changing these does not change the result of a run, up to rounding.
 MEMORY_SETTINGS = (
@@ -122,6 +124,7 @@ class RLConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
+    """AdamW's, of matrices and embeddings; biases, norms and other vectors do not decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: no clipping."""
 
@@ -193,12 +196,11 @@ class RLConfig:
     """Everything random is a function of (seed, step, row)."""
 
     def __new__(cls, **settings: object) -> typing.Self:
-        """Suggest the nearest setting for an unknown one; Python itself would not."""
-        names = [field.name for field in fields(cls)]
-        for name in settings.keys() - set(names):
-            near = difflib.get_close_matches(name, names, n=1)
-            advice = f"Did you mean {near[0]}?" if near else f"The settings are the fields of {cls.__name__}."
-            raise TypeError(f"unknown setting {name!r} in {cls.__name__}(...): nothing reads it. {advice}")
+        """Say of unknown settings what they are called here; Python itself would not."""
+        names, owner = [field.name for field in fields(cls)], cls.__name__
+        message = unknown_settings(settings, names, where=f"in {owner}(...)", form=IN_PYTHON, owner=owner)
+        if message:
+            raise TypeError(message)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -208,6 +210,8 @@ class RLConfig:
             ValueError: what was given, what is needed and why, what to do.
         """
         self.lora_target_modules = _module_names(self.lora_target_modules)
+        if self.report_to == ["none"]:  # as transformers has it
+            self.report_to = None
         self._check_types()
         self._check_ranges()
         self._check_choices()
@@ -337,6 +341,11 @@ class RLConfig:
                 "load_in_4bit without use_lora: weights in 4 bits are frozen, so training needs an adapter. "
                 "Pass --use_lora true, or leave out --load_in_4bit."
             )
+        if str(self.push_to_hub).lower() in ("true", "false", "yes", "no"):
+            raise ValueError(
+                f"push_to_hub={self.push_to_hub!r}: need the hub id that the final model is uploaded to. Pass "
+                "--push_to_hub me/my-model, or leave it out for no upload."
+            )
         if self.rewards == []:
             raise ValueError(
                 "rewards=[]: completions need a score, so at least one reward. Pass --rewards with names, or leave it "
@@ -413,6 +422,51 @@ class ClippedConfig(RLConfig):
         idle = super().idle_settings()
         if self.trains_on_policy:
             idle |= dict.fromkeys(("clip_range", "clip_range_high"), ON_POLICY)
+        return idle
+
+
+@dataclass(kw_only=True)
+class PlacedKLConfig(ClippedConfig):
+    """Where the KL to the reference acts, for the algorithms that have the choice."""
+
+    kl_place: str = "reward"
+    """"reward": every token pays its KL; "loss": the KL is a term of the loss."""
+    kl_estimator: str | None = None
+    """"k2" or "k3" in the loss, "k1" in the reward; None: k3, or k1."""
+
+    def __post_init__(self) -> None:
+        """Check place and estimator after the clip.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        if self.kl_estimator not in (None, *KL_ESTIMATORS) or self.kl_place not in ("loss", "reward"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
+                f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
+            )
+        if self.kl_place == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator=k1 in the loss: its gradient has mean zero, so it adds noise and holds the policy "
+                "nowhere. Pass --kl_estimator k3 or k2, or --kl_place reward."
+            )
+        if self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator} in the reward: only k1's gradient is that of the KL there; k2's "
+                "and k3's are small and may point away from the reference. Pass --kl_estimator k1 or --kl_place loss."
+            )
+
+    @property
+    def has_kl_in_loss(self) -> bool:
+        """True if the loss has a term for the KL to the reference."""
+        return bool(self.kl_coef) and self.kl_place == "loss"
+
+    def idle_settings(self) -> dict[str, str]:
+        """Those of every clipped algorithm, and how a KL is taken where none is."""
+        idle = super().idle_settings()
+        if not self.kl_coef:
+            idle |= dict.fromkeys(("kl_estimator", "kl_place"), "kl_coef is 0")
         return idle
 
 

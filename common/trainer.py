@@ -4,6 +4,7 @@ A subclass writes one iteration, `step(prompts)`, with the verbs below, and its 
 differs between algorithms is in the algorithm's file, everything else is here. No algorithm is named here.
 """
 
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Self, final
 
 import torch
 from accelerate import Accelerator
@@ -21,11 +22,13 @@ from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
+from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
+from common.models.system_role import describe_system
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import (
@@ -38,6 +41,7 @@ from common.runs.measures import (
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, run_folder
+from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
@@ -71,8 +75,23 @@ class OnPolicyTrainer(ABC):
         ValueError: for a mistake in settings, data, model or folder, if possible before a model is loaded.
     """
 
+    def __new__(cls, *_: object, **arguments: object) -> Self:
+        """Say what a trainer takes to those who pass what TRL's take; Python itself would not."""
+        known = inspect.signature(cls.__init__).parameters
+        has_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        if not has_any and (unknown := [name for name in arguments if name not in known]):
+            settings = f"{cls.__name__.removesuffix('Trainer')}Config"
+            given = ", ".join(f"{name}=..." for name in unknown)
+            raise TypeError(
+                f"{cls.__name__}({given}): nothing reads that. A trainer takes its settings, and a task if prompts or "
+                f"rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
+                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
+            )
+        return super().__new__(cls)
+
     def __init__(self, config: RLConfig, *, task: Task | None = None) -> None:
         self.config = config
+        check_launch()
         check_sampler(config)
         check_model(config.model)
         if config.use_lora:
@@ -83,13 +102,17 @@ class OnPolicyTrainer(ABC):
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
         algorithm = type(self).__name__.removesuffix("Trainer")
-        self.start_time = start_time(run_folder(config, algorithm), config.resume, self.accelerator)
+        folder = run_folder(config, algorithm)
+        if self.accelerator.is_main_process:
+            check_folder(folder)
+        self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
+            said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
-from common.config import ClippedConfig, RLConfig, remarks
+from common.config import ClippedConfig, PlacedKLConfig, RLConfig, remarks
 from common.presets.preset import PRESETS, Preset
 from tests.toy import (
     LORA,
@@ -211,6 +211,16 @@ def test_the_first_ratio_is_exactly_one_and_the_kl_before_the_first_update_exact
         if "policy/ratio" in line:  # a likelihood has no ratio
             assert line["policy/first_ratio"] == 1.0 != line["policy/ratio"]
     assert ("policy/ratio" in lines[0]) is isinstance(trainer.config, ClippedConfig)
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+@pytest.mark.parametrize("name", [name for name in NAMES if issubclass(algorithms()[name].config, PlacedKLConfig)])
+def test_the_kl_has_one_name_wherever_it_acts_and_that_of_the_loss_its_own(toy_folder, tmp_path, name, place):
+    settings = {"kl_coef": 0.1, "kl_place": place, "num_steps": 3, "learning_rate": 1e-2}
+    toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings).train()
+    first, *_, last = metrics_of(tmp_path / "run")
+    assert first["kl"] == 0 and last["kl"] != 0
+    assert [line.get("policy/kl_loss", -1) > -1 for line in (first, last)] == [place == "loss"] * 2
 
 
 @pytest.mark.parametrize("name", NAMES)

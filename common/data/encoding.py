@@ -66,6 +66,12 @@ class Encoded:
         """Whether any row of the table is of a kind: "text", "chat" or "ids"."""
         return kind in self._table["kind"].unique().to_pylist()
 
+    @property
+    def one_of_each_shape(self) -> np.ndarray:
+        """The first row of each sequence of roles, and of prompts that are no chat."""
+        _, first = np.unique(self._table["shape"].to_numpy()[self._places], return_index=True)
+        return np.sort(first)
+
     def select(self, indices: np.ndarray) -> Encoded:
         """Some of the rows."""
         return Encoded(self._table, self._places[indices])
@@ -337,7 +343,7 @@ def _fingerprint(rows: Sequence[dict], tokenizer: Any, identity: Sequence) -> st
     if content is None:
         return None
     names = ("transformers", "tokenizers", "jinja2")
-    modules = (__name__, "common.data.prompts", "common.data.table", "common.models.chat")
+    modules = (__name__, "common.data.prompts", "common.data.table", "common.models.chat", "common.models.system_role")
     state = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     state += [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
     return digest_of(content, _json(state).decode(), list(identity), list(map(version, names)), code_digest(*modules))

@@ -182,6 +182,11 @@ class PromptSet:
         return self.encoded.ids
 
     @property
+    def one_of_each_shape(self) -> list[str | list[dict]]:
+        """The first prompt of each sequence of roles, and the first text, as the data set has them."""
+        return self.select(0, [], self.encoded.one_of_each_shape).raw_prompts
+
+    @property
     def raw(self) -> list[str | list[dict]]:
         """All prompts as the data set has them."""
         return self.select(0, [], range(len(self))).raw_prompts

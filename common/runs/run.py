@@ -122,7 +122,7 @@ class Run:
             self._exports[learner.name] = save
         if self.checkpoint is None:
             return
-        learner.optimizer.load_state_dict(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
+        learner.load_optimizer(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
         if learner.name != "policy":
             weights = load_file(self.checkpoint / f"{learner.name}.safetensors")
             _, unknown = module.load_state_dict(weights, strict=False)  # frozen weights are not in the file
