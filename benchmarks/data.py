@@ -1,8 +1,8 @@
 """What many prompts cost at a run's start: `python -m benchmarks.data`, or with another checkout to compare with.
 
 Dialogues are made here, in a file of JSON lines; a tiny chat model with a byte-level tokenizer reads them. Each start
-is a process of its own that builds the trainer: first with an empty cache, then again. Given is what all rows cost above
-the first 2,000: seconds by the clock, CPU seconds with those of other processes, and the growth of peak memory.
+is a process of its own that builds the trainer: first with an empty cache, then again. Given is what all rows cost
+above the first 2,000: seconds by the clock, CPU seconds with those of other processes, and growth of peak memory.
 """
 
 import argparse
