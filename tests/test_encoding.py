@@ -249,3 +249,9 @@ def test_nothing_can_be_put_around_prompt_ids():
         prompt_set([{"prompt_ids": [1]}], style=PromptStyle(template="now {prompt}"))
     with pytest.raises(ValueError, match=r"enable_thinking=True with prompts that are plain text"):
         prompt_set([{"prompt_ids": [1]}], style=PromptStyle(enable_thinking=True))
+
+
+def test_of_many_chats_the_one_that_the_template_refuses_is_shown(cache):
+    refusing = CHAT_TEMPLATE + "{% if 'w37' in messages[0].content %}{{ raise_exception('no w37') }}{% endif %}"
+    with pytest.raises(ValueError, match=r"does not write the messages \(user: 'w37 .*\): no w37\. Use a model"):
+        prompt_set(ROWS[::-1], word_tokenizer(refusing))

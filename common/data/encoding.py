@@ -35,7 +35,7 @@ MIN_CACHED = 1000  # rows from which a folder in the cache is worth its files
 ROWS_PER_PROCESS = 20_000  # what one process encodes in a second or two, several times its start
 BATCH = 1000
 
-Render = Callable[[Any], str]
+Render = Callable[[list], list[str]]
 
 
 class Encoded:
@@ -122,7 +122,7 @@ def encode(
     Args:
         rows: with `prompt`, or with `prompt_ids`, which are taken as they are.
         tokenizer: the policy's.
-        render: gives the text that the policy continues; a picklable function of a prompt.
+        render: gives the texts that the policy continues; a picklable function of prompts.
         check: called with one prompt of each sequence of roles; raises ValueError for a template that leaves some out.
         identity: what `render` depends on besides the tokenizer; None: more than this, so that nothing is kept.
         progress: show a bar, or a line in a file, if it takes a while.
@@ -166,32 +166,10 @@ class _Batch:
         import pyarrow as pa
 
         rows = list(self.rows[numbers[0] : numbers[-1] + 1])
-        given = [row.get("prompt_ids") for row in rows]
-        prompts = [row.get("prompt") for row in rows]
-        for number, row, prompt_ids in zip(numbers, rows, given, strict=True):
-            if prompt_ids is not None:
-                self._check_ids(number, prompt_ids)
-            elif "prompt" not in row:
-                raise ValueError(
-                    f"{where(self.rows, number)} has the columns {', '.join(row)}: need a column `prompt`. Rename one."
-                )
-        texts, kinds = [], []
-        for prompt, prompt_ids in zip(prompts, given, strict=True):
-            if prompt_ids is not None:
-                texts.append(self.tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False))
-                kinds.append("ids")
-            else:
-                texts.append(self.render(prompt))
-                kinds.append("chat" if isinstance(prompt, list) else "text")
+        kinds = [self._kind(number, row) for number, row in zip(numbers, rows, strict=True)]
+        texts = self._texts(rows, kinds)
         self._check_text(numbers, texts)
-        ids = list(given)
-        for kind in ("chat", "text"):
-            chosen = [place for place, each in enumerate(kinds) if each == kind]
-            if chosen:
-                # A chat template writes the first special token itself; for plain text the tokenizer adds it.
-                found = self._tokenize([texts[place] for place in chosen], add_special_tokens=kind == "text")
-                for place, sequence in zip(chosen, found, strict=True):
-                    ids[place] = sequence
+        ids = self._ids(rows, kinds, texts)
         for number, sequence in zip(numbers, ids, strict=True):
             if not sequence:
                 raise ValueError(
@@ -199,12 +177,42 @@ class _Batch:
                     "the row, or give its prompt some text."
                 )
         shapes = [
-            " ".join(str(message["role"]) for message in prompt) if kind == "chat" else ""
-            for kind, prompt in zip(kinds, prompts, strict=True)
+            " ".join(str(message["role"]) for message in row["prompt"]) if kind == "chat" else ""
+            for kind, row in zip(kinds, rows, strict=True)
         ]
         digests = [_digest(text.encode()) for text in texts]
         values = [_digest(_json({name: row[name] for name in sorted(row) if name != "prompt"})) for row in rows]
         return pa.record_batch([texts, ids, kinds, shapes, digests, values], schema=_schema())
+
+    def _kind(self, number: int, row: dict) -> str:
+        if row.get("prompt_ids") is not None:
+            self._check_ids(number, row["prompt_ids"])
+            return "ids"
+        if row.get("prompt") is None:
+            raise ValueError(
+                f"{where(self.rows, number)} has the columns {', '.join(row)}: need a column `prompt`. Rename one."
+            )
+        return "chat" if isinstance(row["prompt"], list) else "text"
+
+    def _texts(self, rows: list[dict], kinds: list[str]) -> list[str]:
+        rendered = iter(self.render([row["prompt"] for row, kind in zip(rows, kinds, strict=True) if kind != "ids"]))
+        return [
+            next(rendered)
+            if kind != "ids"
+            else self.tokenizer.decode(row["prompt_ids"], clean_up_tokenization_spaces=False)
+            for row, kind in zip(rows, kinds, strict=True)
+        ]
+
+    def _ids(self, rows: list[dict], kinds: list[str], texts: list[str]) -> list[list[int]]:
+        ids = [row["prompt_ids"] if kind == "ids" else [] for row, kind in zip(rows, kinds, strict=True)]
+        for kind in ("chat", "text"):
+            places = [place for place, each in enumerate(kinds) if each == kind]
+            if places:
+                # A chat template writes the first special token itself; for plain text the tokenizer adds it.
+                found = self._tokenize([texts[place] for place in places], add_special_tokens=kind == "text")
+                for place, sequence in zip(places, found, strict=True):
+                    ids[place] = sequence
+        return ids
 
     def _check_ids(self, number: int, prompt_ids: Any) -> None:
         size = len(self.tokenizer)
@@ -364,9 +372,9 @@ def _digest(content: bytes) -> int:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, default=_kind, skipkeys=True).encode()
+    return json.dumps(value, default=_type_name, skipkeys=True).encode()
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     """Stands for a value that JSON cannot hold, whose text may differ from process to process."""
     return type(value).__name__

@@ -15,7 +15,7 @@ import transformers
 
 from common.config import RLConfig
 from common.data.encoding import Encoded, encode
-from common.models.chat import check_keeps, render_chat
+from common.models.chat import check_keeps, render_chat, render_chats
 from common.rollouts import PromptBatch
 from common.seeds import seeded_permutation
 
@@ -103,6 +103,41 @@ def render_prompt(
     prompt = style.around(prompt)
     if isinstance(prompt, str):
         return prompt
+    return render_chat(tokenizer, prompt, **_options(tokenizer, prompt, style))
+
+
+def render_prompts(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]], style: PromptStyle
+) -> list[str]:
+    """The texts that the policy continues, as `render_prompt` gives each; the template writes many at a time.
+
+    Raises:
+        ValueError: see render_prompt.
+    """
+    texts = [style.around(prompt) for prompt in prompts]
+    places: dict[bool, list[int]] = {}  # of chats, by whether they end with the beginning of an answer
+    for place, prompt in enumerate(texts):
+        if isinstance(prompt, list):
+            places.setdefault(prompt[-1]["role"] == "assistant", []).append(place)
+    for chosen in places.values():
+        written = _written_together(tokenizer, [texts[place] for place in chosen], style)
+        for place, text in zip(chosen, written, strict=True):
+            texts[place] = text
+    return texts
+
+
+def _written_together(
+    tokenizer: transformers.PreTrainedTokenizerBase, chats: list[list[dict]], style: PromptStyle
+) -> list[str]:
+    options = _options(tokenizer, chats[0], style)
+    try:
+        return render_chats(tokenizer, chats, **options)
+    except Exception:  # the template is a program, and may raise anything; one by one, the message says what
+        return [render_chat(tokenizer, chat, **options) for chat in chats]
+
+
+def _options(tokenizer: transformers.PreTrainedTokenizerBase, prompt: list[dict], style: PromptStyle) -> dict:
+    """How the chat template is called for a prompt."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{len(prompt)} chat messages for a tokenizer without a chat template, which turns messages into text. "
@@ -118,7 +153,7 @@ def render_prompt(
         switches = {"enable_thinking": style.enable_thinking}
     prefilled = prompt[-1]["role"] == "assistant"
     ends = {"add_generation_prompt": not prefilled, "continue_final_message": prefilled}
-    return render_chat(tokenizer, prompt, now=style.now, **ends, **switches)
+    return {"now": style.now, **ends, **switches}
 
 
 class PromptSet:
@@ -291,7 +326,7 @@ def _raw(row: dict, text: str) -> str | list[dict]:
 def _encode(
     rows: Sequence[dict], tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle, progress: bool
 ) -> Encoded:
-    render = partial(render_prompt, tokenizer, style=style)
+    render = partial(render_prompts, tokenizer, style=style)
 
     def check(messages: list[dict]) -> None:
         check_keeps(lambda messages: render_prompt(tokenizer, messages, style), messages)
