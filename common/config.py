@@ -56,7 +56,7 @@ class RLConfig:
     task: str = "countdown"
     """Module of common/tasks that gives prompts, answer columns and rewards."""
     dataset: str | None = None
-    """Hub id or local .jsonl, .json or .parquet file instead of the task's own data."""
+    """Hub id, or local .jsonl, .json, .csv, .tsv or .parquet file or folder, instead of the task's own data."""
     dataset_split: str = "train"
     """Split or slice of the data set, such as "train[:10%]"."""
     num_eval_prompts: int = 256
