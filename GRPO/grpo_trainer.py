@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import group_relative, rows_with_signal
-from common.config import ClippedConfig, check_group, check_kept_rows, check_whiten_rewards
+from common.config import PlacedKLConfig, check_group, check_kept_rows, check_whiten_rewards
 from common.logprobs import token_logprobs
-from common.losses import clipped_policy_loss, importance_ratio, kl_estimate, sampling_kl
+from common.losses import clipped_policy_loss, importance_ratio, with_kl
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
-
 
 @dataclass(kw_only=True)
-class GRPOConfig(ClippedConfig):
+class GRPOConfig(PlacedKLConfig):
     """Settings of GRPO, in addition to those of every clipped algorithm."""
 
     average_over: str = "rows"
@@ -25,8 +23,6 @@ class GRPOConfig(ClippedConfig):
     """Divide advantages by the group's standard deviation; False is Dr. GRPO."""
     whiten_rewards: bool = False
     """Scale the rewards of a step to variance 1 over its tokens; for scale_by_std=False, which keeps their scale."""
-    kl_estimator: str | None = None
-    """"k2" or "k3" in the loss, "k1" in the reward; None: the paper's k3, or k1."""
     kl_place: str = "loss"
     """"loss", or "reward": the completion's KL is subtracted from its score before groups are compared."""
     sparse: bool = False
@@ -42,22 +38,7 @@ class GRPOConfig(ClippedConfig):
         """
         super().__post_init__()
         check_group(self.num_generations, "GRPO compares completions of one prompt with each other")
-        if self.kl_estimator not in (None, *KL_ESTIMATORS) or self.kl_place not in ("loss", "reward"):
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
-                f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
-            )
-        if self.kl_place == "loss" and self.kl_estimator == "k1":
-            raise ValueError(
-                "kl_estimator=k1 in the loss: its gradient has mean zero, so it adds noise and holds the policy "
-                "nowhere. Pass --kl_estimator k3 or k2, or --kl_place reward."
-            )
-        if self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator} in the reward: only k1's gradient is that of the KL there; k2's "
-                "and k3's are small and may point away from the reference. Pass --kl_estimator k1 or --kl_place loss."
-            )
-        if self.sparse and self.kl_coef and self.kl_place == "loss":
+        if self.sparse and self.has_kl_in_loss:
             warnings.warn(
                 f"sparse with kl_coef={self.kl_coef}: groups of equal scores lose their KL term too, so the gradient "
                 "is not that of plain GRPO. Pass --kl_coef 0 or --sparse false for equality.",
@@ -71,13 +52,6 @@ class GRPOConfig(ClippedConfig):
         if self.keep_per_group:
             check_kept_rows(self, "keep_per_group")
         check_whiten_rewards(self, "scale_by_std", "whiten_advantages")
-
-    def idle_settings(self) -> dict[str, str]:
-        """Those of every clipped algorithm, and how a KL is taken where none is."""
-        idle = super().idle_settings()
-        if not self.kl_coef:
-            idle |= dict.fromkeys(("kl_estimator", "kl_place"), "kl_coef is 0")
-        return idle
 
 
 class GRPOTrainer(OnPolicyTrainer):
@@ -105,7 +79,7 @@ class GRPOTrainer(OnPolicyTrainer):
             rollouts = self.keep_one_per_group(rollouts)
         # 4. Log-probs under the sampling policy and the reference.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
-        if config.kl_coef and config.kl_place == "loss":
+        if config.has_kl_in_loss:
             rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         # 5. Clipped policy-gradient steps.
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
@@ -116,8 +90,4 @@ class GRPOTrainer(OnPolicyTrainer):
         logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
         loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
-        if config.kl_coef and config.kl_place == "loss":
-            kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator or "k3")
-            loss = loss + config.kl_coef * kl
-            metrics |= {"policy/kl_loss": kl.detach(), "kl": sampling_kl(logprobs, minibatch)}
-        return loss, metrics
+        return with_kl(loss, metrics, logprobs, minibatch, config)

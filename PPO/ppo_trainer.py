@@ -7,18 +7,18 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.advantages import generalized_advantages, rewards_to_go
-from common.config import ON_POLICY, ClippedConfig, check_discount
+from common.config import ON_POLICY, PlacedKLConfig, check_discount
 from common.logprobs import token_logprobs
-from common.losses import clipped_policy_loss, importance_ratio
+from common.losses import clipped_policy_loss, importance_ratio, with_kl
 from common.rollouts import PromptBatch, Rollouts
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
-from PPO.value_initializer import NUM_PARTS, initialize_values, make_value_model
+from PPO.value_initializer import NUM_PARTS, completion_rewards, initialize_values, make_value_model
 from PPO.value_model import clipped_value_loss, explained_variance, save_value_model, token_values
 
 
 @dataclass(kw_only=True)
-class PPOConfig(ClippedConfig):
+class PPOConfig(PlacedKLConfig):
     """Settings of PPO, in addition to those of every clipped algorithm."""
 
     num_generations: int = 1
@@ -87,8 +87,16 @@ class PPOConfig(ClippedConfig):
                 "Pass --value_init_prompts 640."
             )
 
+    @property
+    def completions_at_once(self) -> int:
+        """Those of a step, or of a part of what the value model is fitted to."""
+        if self.value_init in ("none", "zero_head"):
+            return super().completions_at_once
+        of_fit = math.ceil(self.value_init_prompts / NUM_PARTS) * self.value_init_generations
+        return max(super().completions_at_once, of_fit)
+
     def idle_settings(self) -> dict[str, str]:
-        """Those of every clipped algorithm, the clip of values where it cannot act, and the fit's if there is none."""
+        """Those of a clip and a KL, the clip of values where it cannot act, and the fit's if there is none."""
         idle = super().idle_settings()
         if self.trains_on_policy:
             idle["value_clip_range"] = ON_POLICY
@@ -119,10 +127,10 @@ class PPOTrainer(OnPolicyTrainer):
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of PPO on this process's prompts."""
         config = self.config
-        # 1. Sample and score. Each token pays its KL to the reference, the last one gets the score.
+        # 1. Sample and score. The last token gets the score; unless the KL is in the loss, each token pays its own.
         rollouts = self.sample(prompts, num_generations=config.num_generations)
         rollouts.scores = self.score(rollouts)
-        rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
+        rewards = completion_rewards(self, rollouts)
         # 2. What the value model predicted in each state, and how much better or worse the outcome was.
         mask, gamma = rollouts.completion_mask, config.gamma
         rollouts.values = self.for_each_token("value", rollouts, token_values, phase="values")
@@ -140,6 +148,8 @@ class PPOTrainer(OnPolicyTrainer):
         self.metrics.add_if_defined("value/explained_variance", explained)
         # 3. Clipped steps of the policy, then of the value model; one of them is on the device at a time.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
+        if config.has_kl_in_loss:
+            rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         self.update(self.policy, rollouts, self.policy_loss, average_over=config.average_over)
         self.update(self.value, rollouts, self.value_loss, average_over=config.average_over)
 
@@ -149,10 +159,12 @@ class PPOTrainer(OnPolicyTrainer):
             save_value_model(model, self.tokenizer, folder)
 
     def policy_loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b, C) clipped surrogate, equation 7 of the paper, and (b, C) metrics by name."""
-        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
+        """(b, C) clipped surrogate, equation 7 of the paper, plus the KL if it is here; (b, C) metrics by name."""
+        config = self.config
+        logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
-        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
+        return with_kl(loss, metrics, logprobs, minibatch, config)
 
     def value_loss(self, value_model: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped squared error of the values, and (b, C) metrics by name."""

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModelForTokenClassification
 
 from common.advantages import generalized_advantages
 from common.rollouts import Rollouts
+from common.runs.progress import LongWork
 from common.tasks import Task
 from common.update.learner import Learner
 from PPO import value_initializer
@@ -20,6 +22,7 @@ from PPO.test_value_model import save_classifier
 from PPO.value_model import token_values
 from tests.toy import (
     CLIP,
+    KL_PLACE,
     LORA,
     SEVERAL,
     metrics_of,
@@ -49,6 +52,7 @@ TOY_SETTINGS = {"value_init": "zero_head", "value_learning_rate": 1e-3}
 # Runs with everything on: the value model, fitted first, beside the policy and on its base.
 FITTED = {"value_init": "fit", "value_init_prompts": 10, "value_init_epochs": 1, "value_init_minibatches": 4}
 VALUES = {
+    "kl_estimator": [None, "k1", "k2", "k3"],
     "value_init": ["zero_head", "none", "fit"],
     "value_init_prompts": [10, 5],
     "value_init_minibatches": [4, 1],
@@ -58,22 +62,26 @@ VALUES = {
 VARIANTS = {"lora": LORA | FITTED, "shared": LORA | FITTED | {"value_backbone": "shared"}}
 FITTED_STEP = FITTED | {"value_init_learning_rate": 1e-3, "num_steps": 1}
 # For each setting of its own: with which others it shows, and changed to what.
-ACTS = CLIP | {
-    "num_generations": ({}, 2),
-    "gamma": ({}, 0.5),
-    "gae_lambda": ({"value_init": "none"}, 0.5),
-    "whiten_rewards": ({}, True),
-    "value_learning_rate": ({}, 1e-2),
-    "value_clip_range": (SEVERAL | {"value_learning_rate": 1e-1}, None),
-    "value_loss_coef": ({}, 1e-4),
-    "value_backbone": (LORA | {"value_init": "none"}, "shared"),
-    "value_init": ({}, "none"),
-    "value_init_prompts": (FITTED_STEP, 20),
-    "value_init_generations": (FITTED_STEP, 2),
-    "value_init_epochs": (FITTED_STEP, 2),
-    "value_init_minibatches": (FITTED_STEP, 16),
-    "value_init_learning_rate": (FITTED_STEP, 3e-3),
-}
+ACTS = (
+    CLIP
+    | KL_PLACE
+    | {
+        "num_generations": ({}, 2),
+        "gamma": ({}, 0.5),
+        "gae_lambda": ({"value_init": "none"}, 0.5),
+        "whiten_rewards": ({}, True),
+        "value_learning_rate": ({}, 1e-2),
+        "value_clip_range": (SEVERAL | {"value_learning_rate": 1e-1}, None),
+        "value_loss_coef": ({}, 1e-4),
+        "value_backbone": (LORA | {"value_init": "none"}, "shared"),
+        "value_init": ({}, "none"),
+        "value_init_prompts": (FITTED_STEP, 20),
+        "value_init_generations": (FITTED_STEP, 2),
+        "value_init_epochs": (FITTED_STEP, 2),
+        "value_init_minibatches": (FITTED_STEP, 16),
+        "value_init_learning_rate": (FITTED_STEP, 3e-3),
+    }
+)
 
 
 @pytest.fixture(params=BACKBONES)
@@ -557,3 +565,16 @@ def test_a_model_with_a_score_is_scaled_and_shifted_to_the_returns(toy_folder, t
     np.testing.assert_allclose(ours, scale * before + shift, atol=1e-4)
     assert ((ours - returns) ** 2).mean() < ((before - returns) ** 2).mean()
     trainer.train()
+
+
+def test_the_fit_and_evaluations_say_how_far_they_are_where_nobody_watches(toy_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LongWork, "SECONDS_BETWEEN_LINES", 1e-3)
+    settings = FIT | {"eval_every": 1, "num_steps": 1, "progress": True}
+    toy_trainer(toy_folder, tmp_path / "run", algorithm="PPO", **settings).train()
+    said = capsys.readouterr().err
+    for pattern in (
+        r"completions for the value model: [1-4] of 5 parts after 00:0\d, 00:0\d left\n",
+        r"fit of the value model: [12] of 3 passes after 00:0\d, 00:0\d left\n",
+        r"evaluation: 0 of 4 completions after 00:0\d\n",
+    ):
+        assert re.search(pattern, said), pattern

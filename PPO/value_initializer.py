@@ -73,7 +73,8 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, in_pool: dict
     if config.value_init in ("none", "zero_head"):
         return
     with trainer.stopwatch("value_init"):
-        held_out, *fitted = [_returns(trainer, part) for part in range(1, NUM_PARTS + 1)]
+        parts = trainer.with_progress(range(1, NUM_PARTS + 1), "completions for the value model", "parts")
+        held_out, *fitted = [_returns(trainer, part) for part in parts]
         learner = trainer.add_learner("value", model, config, **in_pool)  # PPO's own replaces it afterwards
         explained = {"before": _explained(trainer, held_out)}
         if not _num_rows([held_out]) or not _num_rows(fitted):
@@ -145,16 +146,23 @@ def _returns(trainer: OnPolicyTrainer, part: int) -> Rollouts:
     prompts = _prompts(trainer, part)
     rollouts = trainer.sample(prompts, num_generations=config.value_init_generations, purpose="value_init")
     rollouts.scores = trainer.score(rollouts)
-    rewards = trainer.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards)
+    rewards = completion_rewards(trainer, rollouts)
     rollouts.returns = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
     return rollouts
+
+
+def completion_rewards(trainer: OnPolicyTrainer, rollouts: Rollouts) -> Tensor:
+    """(B, C) float32: the token rewards of scored completions, the same ones in the fit and in training."""
+    config = trainer.config
+    options = {"whitened": config.whiten_rewards, "with_kl": config.kl_place == "reward"}
+    return trainer.token_rewards(rollouts, rollouts.scores, **options)
 
 
 def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], held_out: Rollouts) -> None:
     config, epochs = trainer.config, trainer.config.value_init_epochs
     parts = _parts_of_a_pass(fitted, config.value_init_minibatches)
     best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
-    for epoch in range(epochs):
+    for epoch in trainer.with_progress(range(epochs), "fit of the value model", "passes"):
         with trainer.models.use("value", train=True) as model:
             for part, (rollouts, num_minibatches) in enumerate(parts):
                 # The rate falls to 0: at the end, small mini-batches would add more noise than they teach.

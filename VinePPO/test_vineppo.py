@@ -19,6 +19,7 @@ from tests.enumeration import PROMPT_IDS, Enumeration, FixedSampler, save_four_t
 from tests.fixtures_engine import completion_logprobs, untrained_model
 from tests.toy import (
     CLIP,
+    KL_PLACE,
     ROOT,
     metrics_of,
     toy_trainer,
@@ -31,6 +32,8 @@ from VinePPO.vineppo_trainer import VinePPOConfig, VinePPOTrainer
 TOY_SETTINGS = {"vine_k": 2, "chunk_length": 4}
 # For each setting of its own: with which others it shows, and changed to what.
 ACTS = CLIP | {"vine_k": ({}, 3), "chunk_length": ({}, 5), "chunk_separator": ({}, "1"), "whiten_rewards": ({}, True)}
+ACTS |= KL_PLACE
+VALUES = {"kl_estimator": [None, "k1", "k2", "k3"]}
 
 
 def vine_trainer(model, folder, **settings):
@@ -384,6 +387,20 @@ def test_a_step_expects_exactly_the_gradient_of_score_less_kl(small_world, tmp_p
     assert difference(gradient, -small_world.gradient(objective(small_world, kl_coef))) < 1e-5
     # The test sees a KL that is missing, and one that is too much.
     assert difference(gradient, -small_world.gradient(objective(small_world, 0.3 - kl_coef))) > 0.1
+
+
+@pytest.mark.parametrize("group", [1, 2], ids=["alone", "in pairs"])
+def test_with_the_kl_in_the_loss_a_step_expects_that_of_the_score_less_the_kl_of_each_state(
+    small_world, tmp_path, group
+):
+    """k3: KL(reference || policy) of the next token, where the policy comes to."""
+    world, settings = small_world, {"num_generations": group, "vine_k": 1, "chunk_length": 1}
+    gradient = gradient_of_step(world, tmp_path, kl_coef=0.3, kl_place="loss", **settings)
+    of_state = (world.ref_logits.exp() * (world.ref_logits - world.policy_logits)).sum(-1)  # (N, T)
+    of_states = (world.probabilities.detach()[:, None] * world.mask * of_state).sum()
+    expected = -world.gradient(objective(world, 0.0)) + 0.3 * world.gradient(of_states)
+    assert difference(gradient, expected) < 1e-5
+    assert difference(gradient, -world.gradient(objective(world, 0.3))) > 0.01  # in the reward it is another one
 
 
 @pytest.mark.slow

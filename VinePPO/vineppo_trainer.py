@@ -1,21 +1,22 @@
 """VinePPO: PPO whose values are mean scores of continuations (huggingface.co/papers/2410.01679)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from common.advantages import leave_one_out, per_token_rewards, rewards_to_go
-from common.config import ClippedConfig, check_whiten_rewards
+from common.config import PlacedKLConfig, check_whiten_rewards
 from common.logprobs import token_logprobs
-from common.losses import clipped_policy_loss, importance_ratio
+from common.losses import clipped_policy_loss, importance_ratio, with_kl
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 from VinePPO.chunks import chunk_advantages, chunk_starts
 
 
 @dataclass(kw_only=True)
-class VinePPOConfig(ClippedConfig):
+class VinePPOConfig(PlacedKLConfig):
     """Settings of VinePPO, in addition to those of every clipped algorithm."""
 
     vine_k: int = 3
@@ -46,8 +47,14 @@ class VinePPOConfig(ClippedConfig):
             )
         check_whiten_rewards(self, "whiten_advantages")
 
+    @property
+    def completions_at_once(self) -> int:
+        """vine_k continuations of each chunk, if every completion is as long as it may be."""
+        chunks = math.ceil(self.max_completion_length / self.chunk_length)
+        return super().completions_at_once * max(chunks * self.vine_k, 1)
+
     def idle_settings(self) -> dict[str, str]:
-        """Those of every clipped algorithm, and the continuations and chunks where completions are not cut."""
+        """Those of a clip and a KL, and the continuations and chunks where completions are not cut."""
         idle = super().idle_settings()
         if self.chunk_length >= self.max_completion_length:
             idle["chunk_separator"] = "a chunk of chunk_length tokens holds a whole completion"
@@ -76,12 +83,13 @@ class VinePPOTrainer(OnPolicyTrainer):
         values = self.state_values(rollouts, to_value)
         if group_size > 1:
             values[:, 0] = scores - leave_one_out(scores, group_size)
-        # 3. A chunk is as good as the change in value that it made. Each token pays its own and all later KL: in the
-        #    reward, where the gradient is that of the KL, and without a baseline, so continuations need no reference.
+        # 3. A chunk is as good as the change in value that it made. With the KL in the reward, each token pays its own
+        #    and all later KL, without a baseline, so continuations need no reference.
         advantages = chunk_advantages(values, starts, scores, rollouts.completion_mask)
         self.metrics.add("vine/advantage", advantages.abs().sum(), rollouts.lengths.sum())
         self.metrics.add("vine/chunks", starts.sum(), len(rollouts))
-        kl_rewards = self.token_rewards(rollouts, torch.zeros(len(rollouts)))
+        with_kl = config.kl_place == "reward"
+        kl_rewards = self.token_rewards(rollouts, torch.zeros(len(rollouts)), with_kl=with_kl)
         advantages = advantages + rewards_to_go(kl_rewards, rollouts.completion_mask)
         if config.whiten_rewards:  # advantages are linear in the rewards, those of continuations included
             only_scores = per_token_rewards(scores, rollouts.completion_mask, torch.zeros(starts.shape), 0.0)
@@ -90,6 +98,8 @@ class VinePPOTrainer(OnPolicyTrainer):
         self.describe(rollouts, rollouts.advantages)
         # 4. Clipped policy-gradient steps; the continuations are not trained on.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
+        if config.has_kl_in_loss:
+            rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
 
     def state_values(self, rollouts: Rollouts, to_value: Tensor) -> Tensor:
@@ -113,7 +123,9 @@ class VinePPOTrainer(OnPolicyTrainer):
         return values
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b, C) clipped surrogate with the advantages of chunks, and (b, C) metrics by name."""
-        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
+        """(b, C) clipped surrogate with the advantages of chunks, plus the KL if it is here; metrics by name."""
+        config = self.config
+        logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
-        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
+        return with_kl(loss, metrics, logprobs, minibatch, config)

@@ -6,7 +6,6 @@ line with any other value was edited by the user, and the preset keeps it.
 """
 
 import ast
-import difflib
 import inspect
 import logging
 import re
@@ -17,15 +16,14 @@ from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import yaml
 
 from common.config import RLConfig
+from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
+from common.mistakes import is_ours, script_name
 from common.presets.preset import Pairs, Preset
-
-ROOT = Path(__file__).parent.parent
 
 Config = TypeVar("Config", bound=RLConfig)
 Settings = TypeVar("Settings")
@@ -65,15 +63,15 @@ def parse_config(
     """
     args = _gather_rewards(_normalized(sys.argv[1:] if args is None else args, settings))
     names = [field.name for field in fields(settings)]
-    given = [arg[2:] for arg in args if arg.startswith("--")]
-    _refuse_unknown(given, [*names, "config", "help"], "on the command line")
-    args, path, yaml_settings = _take_yaml(args, names)
+    owner = type(settings).__name__
+    _refuse_unknown(_typed(args), [*names, "config", "help"], "on the command line", ON_COMMAND_LINE, owner)
+    args, path, yaml_settings = _take_yaml(args, names, owner)
     on_command_line = {arg[2:].replace("-", "_"): value for arg, value in pairwise([*args, ""]) if arg[:2] == "--"}
     typed, written = yaml_settings | on_command_line, asdict(settings)
     preset = Preset.read(typed.get("preset", settings.preset))
     if preset.name == "cpu":
         preset.pairs.update(embedded or {})
-    _refuse_unknown(list(preset.pairs), names, f"in preset {preset.name}")
+    _refuse_unknown(dict.fromkeys(preset.pairs), names, f"in preset {preset.name}", IN_FILE, owner)
     class_defaults = {field.name: field.default for field in fields(settings)} if script is None else {}
     replaced, kept = preset.replacements(written, typed, model=typed.get("model"), class_defaults=class_defaults)
     defaults = written | replaced
@@ -82,37 +80,53 @@ def parse_config(
     if {"task", "rewards"} & typed.keys():  # and weights to one list of rewards
         defaults["reward_weights"] = None
     replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
-    script_name = _script_name(script)
-    origins = dict.fromkeys(names, script_name) | dict.fromkeys(replaced, f"preset {preset.name}")
+    name_of_script = script_name(script)
+    origins = dict.fromkeys(names, name_of_script) | dict.fromkeys(replaced, f"preset {preset.name}")
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes, config.origins = tuple(preset.notes(script_name, written, replaced, kept)), origins
+    notes = preset.misfit(config.model) + preset.notes(name_of_script, written, replaced, kept)
+    config.notes, config.origins = tuple(notes), origins
     return config
 
 
-def parse_settings(settings_class: type[Settings], args: list[str] | None = None) -> Settings:
+def parse_settings(
+    settings_class: type[Settings], args: list[str] | None = None, *, defaults: dict[str, Any] | None = None
+) -> Settings:
     """Read the settings of a command that does not train: class default < YAML file (--config) < command line.
 
     Args:
         settings_class: a dataclass with a text under each field, which --help shows.
         args: command line without the program's name; None: sys.argv.
+        defaults: values in place of the class's defaults.
 
     Raises:
         ValueError: for an unknown setting (naming the nearest), and for what the class refuses.
     """
     args = sys.argv[1:] if args is None else args
     names = [field.name for field in fields(settings_class)]
-    given = [arg[2:].partition("=")[0] for arg in args if arg.startswith("--")]
-    _refuse_unknown(given, [*names, "config", "help"], "on the command line")
-    args, path, yaml_settings = _take_yaml(args, names)
-    return _parse(settings_class, yaml_settings, args, dict.fromkeys(yaml_settings, str(path)))
+    split = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if "rewards" in names:
+        args = split = _gather_rewards(split)
+    owner = settings_class.__name__
+    _refuse_unknown(_typed(split), [*names, "config", "help"], "on the command line", ON_COMMAND_LINE, owner)
+    args, path, yaml_settings = _take_yaml(args, names, owner)
+    return _parse(settings_class, (defaults or {}) | yaml_settings, args, dict.fromkeys(yaml_settings, str(path)))
 
 
 def as_arguments(settings: dict[str, Any]) -> list[str]:
-    """Settings as the arguments of a command line that reads them back; a setting that is None is left out."""
+    """Settings as the arguments of a command line that reads them back; a setting that is None is left out.
+
+    Raises:
+        ValueError: for a block of settings.
+    """
     words = []
     for name, value in settings.items():
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{name} is a block with {', '.join(map(str, value))}: settings are flat, one on a line, without a "
+                f"heading. Write its lines without `{name}:` and without indentation."
+            )
         values = value if isinstance(value, list) else [value]
         if value is not None:
             words += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in values)]
@@ -140,12 +154,6 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{named}: need lines of the form `setting: value`. Fix the file.")
     return settings
-
-
-def _script_name(script: str | None) -> str:
-    """The script's name in messages: its path from the repository's root."""
-    path = Path(script or "the script").resolve()
-    return str(path.relative_to(ROOT)) if script and path.is_relative_to(ROOT) else (script or "the script")
 
 
 def _parse(
@@ -210,31 +218,6 @@ def _add_descriptions(parser: Any, config_class: type) -> None:
             action.help = descriptions[action.dest].replace("%", "%%") + " (default: %(default)s)"
 
 
-def _is_ours(raised_at: traceback.FrameSummary) -> bool:
-    """Whether this project raised an error on purpose.
-
-    Python's own functions raise ValueErrors too: those have no frame, and end in a line that calls them.
-    """
-    file = Path(raised_at.filename)
-    is_in_project = file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
-    return is_in_project and (raised_at.line or "").startswith("raise ")
-
-
-def explain_mistakes_above() -> None:
-    """Make a refused value in a script's literal a message with its line, not a traceback."""
-    others = sys.excepthook
-
-    def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        frames = traceback.extract_tb(trace)
-        is_literal = len(frames) > 1 and frames[0].name == "<module>"
-        if kind not in (ValueError, TypeError) or not is_literal or not _is_ours(frames[-1]):
-            return others(kind, error, trace)
-        print(f"error: {_script_name(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
-        sys.exit(2)
-
-    sys.excepthook = explain
-
-
 def run_script(
     main: Callable[[], None],
     *,
@@ -258,7 +241,7 @@ def run_script(
     try:
         main()
     except ValueError as error:
-        if not _is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -267,7 +250,7 @@ def run_script(
         sys.exit(130)
 
 
-def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], Path | None, dict]:
+def _take_yaml(args: list[str], names: list[str], owner: str) -> tuple[list[str], Path | None, dict]:
     """The arguments without `--config FILE`, that file, and the settings in it."""
     if "--config" not in args:
         return args, None, {}
@@ -275,7 +258,7 @@ def _take_yaml(args: list[str], names: list[str]) -> tuple[list[str], Path | Non
     path = Path([*args, ""][position + 1])
     settings = read_yaml(path, option="--config", remedy="Pass the path of a YAML file of settings.")
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    _refuse_unknown(list(settings), names, f"in {path}")
+    _refuse_unknown(settings, names, f"in {path}", IN_FILE, owner)
     return args[:position] + args[position + 2 :], path, settings
 
 
@@ -308,18 +291,27 @@ def _gather_rewards(args: list[str]) -> list[str]:
     if not rewards:
         return others
     if not all(rewards):
-        raise ValueError("--reward without a name: need a reward of the task, a reward model or file.py:function.")
+        raise ValueError(
+            "--reward without a name: need a reward of the task, a reward model, file.py:function or module:function."
+        )
     others += ["--rewards", *(reward[0] for reward in rewards)]
     if any(len(reward) == 2 for reward in rewards):
         others += ["--reward_weights", *([*reward, "1.0"][1] for reward in rewards)]
     return others
 
 
-def _refuse_unknown(given: list[str], names: list[str], where: str) -> None:
-    for name in given:
-        plain = name.replace("-", "_")
-        if plain in names:
-            continue
-        near = difflib.get_close_matches(plain, names, n=1)
-        advice = f"Did you mean {near[0]}?" if near else "See --help for every setting."
-        raise ValueError(f"unknown setting {name!r} {where}: nothing reads it. {advice}")
+def _typed(args: list[str]) -> dict[str, str | None]:
+    """The settings of a command line in which names stand apart from values; None: without a value."""
+    settings: dict[str, list[str]] = {}
+    for arg in args:
+        if arg.startswith("--"):
+            values = settings[arg[2:]] = []
+        elif settings:
+            values.append(arg)
+    return {name: " ".join(values) or None for name, values in settings.items()}
+
+
+def _refuse_unknown(given: dict[str, Any], names: list[str], where: str, form: str, owner: str) -> None:
+    message = unknown_settings(given, names, where=where, form=form, owner=owner)
+    if message:
+        raise ValueError(message)

@@ -3,16 +3,18 @@
 Every check runs before any model is loaded. How a script reads its settings is in common/cli.py.
 """
 
-import difflib
 import math
 import types
 import typing
 from dataclasses import dataclass, fields
 
+from common.foreign_names import IN_PYTHON, unknown_settings
+
 AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 # The group "Memory and speed": changing these does not change the result of a run, up to rounding.
 MEMORY_SETTINGS = (
@@ -54,18 +56,19 @@ class RLConfig:
     task: str = "countdown"
     """Module of common/tasks that gives prompts, answer columns and rewards."""
     dataset: str | None = None
-    """Hub id or local .jsonl, .json or .parquet file instead of the task's own data."""
+    """Hub id, or local .jsonl, .json, .csv, .tsv or .parquet file or folder, instead of the task's own data."""
     dataset_split: str = "train"
     """Split or slice of the data set, such as "train[:10%]"."""
     num_eval_prompts: int = 256
     """Prompts held out for evaluation, never trained on."""
     rewards: list[str] | None = None
-    """Rewards of the task by name, reward models (hub id or folder), or file.py:function; on the command line also
-    `--reward NAME WEIGHT`, as often as needed. None: the task's own."""
+    """Rewards of the task by name, reward models (hub id or folder), file.py:function or module:function; on the
+    command line also `--reward NAME WEIGHT`, as often as needed. None: the task's own."""
     reward_weights: list[float] | None = None
     """One weight per reward; the score is their weighted sum. None: the task's weights."""
-    reward_format: str = "text"
-    """What reward functions from files get: "text", or "conversational" (chat messages, with trl's signature)."""
+    reward_format: str = "auto"
+    """What reward functions from files and modules get: "text", "conversational" (chat messages, as trl gives them for
+    chat data), or "auto": what their annotations name, else text, and messages if they fail on text."""
     reward_time_limit: float = 1.0
     """Seconds of processor time a rule may take for one completion before it scores 0; ten times that on the clock.
     0: no worker process and no limits."""
@@ -122,6 +125,7 @@ class RLConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     weight_decay: float = 0.0
+    """AdamW's, of matrices and embeddings; biases, norms and other vectors do not decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0: no clipping."""
 
@@ -147,7 +151,8 @@ class RLConfig:
     attn_implementation: str = "sdpa"
     """Attention of transformers: "sdpa", "eager", "flash_attention_2"."""
     vllm_memory_share: float = 0.4
-    """Share of the GPU's memory that vLLM may use for its weights and its cache."""
+    """Share of the GPU's memory that vLLM may use for its weights and its cache; on a CPU, share of the free memory
+    that its cache may take, which is no larger than the completions of the largest request need."""
     vllm_sleep_level: int = 1
     """What vLLM frees while models are in use: 0 nothing, 1 its cache (weights move to the CPU), 2 weights too."""
     vllm_enforce_eager: bool = False
@@ -194,12 +199,11 @@ class RLConfig:
     """Everything random is a function of (seed, step, row)."""
 
     def __new__(cls, **settings: object) -> typing.Self:
-        """Suggest the nearest setting for an unknown one; Python itself would not."""
-        names = [field.name for field in fields(cls)]
-        for name in settings.keys() - set(names):
-            near = difflib.get_close_matches(name, names, n=1)
-            advice = f"Did you mean {near[0]}?" if near else f"The settings are the fields of {cls.__name__}."
-            raise TypeError(f"unknown setting {name!r} in {cls.__name__}(...): nothing reads it. {advice}")
+        """Say of unknown settings what they are called here; Python itself would not."""
+        names, owner = [field.name for field in fields(cls)], cls.__name__
+        message = unknown_settings(settings, names, where=f"in {owner}(...)", form=IN_PYTHON, owner=owner)
+        if message:
+            raise TypeError(message)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -209,6 +213,8 @@ class RLConfig:
             ValueError: what was given, what is needed and why, what to do.
         """
         self.lora_target_modules = _module_names(self.lora_target_modules)
+        if self.report_to == ["none"]:  # as transformers has it
+            self.report_to = None
         self._check_types()
         self._check_ranges()
         self._check_choices()
@@ -218,6 +224,14 @@ class RLConfig:
     def completions_per_step(self) -> int:
         """Rows of a step over all processes."""
         return self.prompts_per_step * self.num_generations
+
+    @property
+    def completions_at_once(self) -> int:
+        """Completions of the largest request of a step, over all processes: on the CPU, vLLM has memory for these.
+
+        An algorithm that samples more at once, such as continuations, says here how many at most.
+        """
+        return self.completions_per_step
 
     @property
     def trains_on_policy(self) -> bool:
@@ -247,8 +261,8 @@ class RLConfig:
             idle |= dict.fromkeys(names, f"sampler is {self.sampler}")
         if self.lr_scheduler == "constant":
             idle["min_lr_ratio"] = "lr_scheduler is constant"
-        if not any(".py:" in name for name in self.rewards or ()):
-            idle["reward_format"] = "no reward is a function from a file"
+        if not any(":" in name for name in self.rewards or ()):
+            idle["reward_format"] = "no reward is a function from a file or module"
         if not self.reward_time_limit:
             idle["reward_memory_limit"] = "reward_time_limit is 0, which switches both limits off"
         if not self.save_every:
@@ -321,7 +335,7 @@ class RLConfig:
             "offload": OFFLOADS,
             "dtype": DTYPES,
             "resume": ("auto", "never", "extend"),
-            "reward_format": ("text", "conversational"),
+            "reward_format": ("auto", "text", "conversational"),
             "vllm_sleep_level": (0, 1, 2),
         }
         for name, allowed in choices.items():
@@ -337,6 +351,11 @@ class RLConfig:
             raise ValueError(
                 "load_in_4bit without use_lora: weights in 4 bits are frozen, so training needs an adapter. "
                 "Pass --use_lora true, or leave out --load_in_4bit."
+            )
+        if str(self.push_to_hub).lower() in ("true", "false", "yes", "no"):
+            raise ValueError(
+                f"push_to_hub={self.push_to_hub!r}: need the hub id that the final model is uploaded to. Pass "
+                "--push_to_hub me/my-model, or leave it out for no upload."
             )
         if self.rewards == []:
             raise ValueError(
@@ -414,6 +433,51 @@ class ClippedConfig(RLConfig):
         idle = super().idle_settings()
         if self.trains_on_policy:
             idle |= dict.fromkeys(("clip_range", "clip_range_high"), ON_POLICY)
+        return idle
+
+
+@dataclass(kw_only=True)
+class PlacedKLConfig(ClippedConfig):
+    """Where the KL to the reference acts, for the algorithms that have the choice."""
+
+    kl_place: str = "reward"
+    """"reward": every token pays its KL; "loss": the KL is a term of the loss."""
+    kl_estimator: str | None = None
+    """"k2" or "k3" in the loss, "k1" in the reward; None: k3, or k1."""
+
+    def __post_init__(self) -> None:
+        """Check place and estimator after the clip.
+
+        Raises:
+            ValueError: what was given, what is needed and why, what to do.
+        """
+        super().__post_init__()
+        if self.kl_estimator not in (None, *KL_ESTIMATORS) or self.kl_place not in ("loss", "reward"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r}, kl_place={self.kl_place!r}: need one of "
+                f"{', '.join(KL_ESTIMATORS)} and one of loss, reward. Pass --kl_estimator k3 --kl_place loss."
+            )
+        if self.kl_place == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator=k1 in the loss: its gradient has mean zero, so it adds noise and holds the policy "
+                "nowhere. Pass --kl_estimator k3 or k2, or --kl_place reward."
+            )
+        if self.kl_place == "reward" and self.kl_estimator in ("k2", "k3"):
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator} in the reward: only k1's gradient is that of the KL there; k2's "
+                "and k3's are small and may point away from the reference. Pass --kl_estimator k1 or --kl_place loss."
+            )
+
+    @property
+    def has_kl_in_loss(self) -> bool:
+        """True if the loss has a term for the KL to the reference."""
+        return bool(self.kl_coef) and self.kl_place == "loss"
+
+    def idle_settings(self) -> dict[str, str]:
+        """Those of every clipped algorithm, and how a KL is taken where none is."""
+        idle = super().idle_settings()
+        if not self.kl_coef:
+            idle |= dict.fromkeys(("kl_estimator", "kl_place"), "kl_coef is 0")
         return idle
 
 
@@ -559,5 +623,5 @@ def as_declared(name: str, value: object, declared: type | types.UnionType) -> o
 def _number(name: str, value: str | int) -> float:
     try:
         return float(value)
-    except ValueError:
-        raise ValueError(f"{name}={value!r}: need a number. Pass --{name} 1e-6, for example.") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name}={value!r:.80}: need a number. Pass --{name} 1e-6, for example.") from None

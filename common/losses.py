@@ -4,10 +4,12 @@ Nothing here reduces: every function returns one number per token. The trainer m
 so no memory setting can change a gradient. float32 throughout.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from common.config import AVERAGES
+from common.config import AVERAGES, PlacedKLConfig
 from common.rollouts import Rollouts
 
 # |log ratio| is clamped to this before exp(): e^20 is 5e8, far beyond any clip range, and float32 stays finite.
@@ -153,6 +155,28 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tenso
         difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return difference.exp() - difference - 1
     raise ValueError(f"kl_estimator={estimator!r}: need one of k1, k2, k3. Pass --kl_estimator k3.")
+
+
+def with_kl(
+    loss: Tensor, metrics: dict[str, Any], logprobs: Tensor, minibatch: Rollouts, config: PlacedKLConfig
+) -> tuple[Tensor, dict[str, Any]]:
+    """A policy loss with the KL to the reference as a further term, if the settings place it there.
+
+    Args:
+        loss: (b, C) float32.
+        metrics: of the loss, by name.
+        logprobs: (b, C) float32 of the policy being updated, with gradient.
+        minibatch: b rows, with ref_logprobs if the KL is in the loss.
+        config: kl_coef, kl_place and kl_estimator; None is k3 here, as in GRPO's paper.
+
+    Returns:
+        (b, C) float32, and the metrics with the KL's.
+    """
+    if not config.has_kl_in_loss:
+        return loss, metrics
+    kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator or "k3")
+    of_kl = {"policy/kl_loss": kl.detach(), "kl": sampling_kl(logprobs, minibatch)}
+    return loss + config.kl_coef * kl, metrics | of_kl
 
 
 def sampling_kl(logprobs: Tensor, minibatch: Rollouts) -> tuple[Tensor, Tensor]:

@@ -3,14 +3,11 @@
 import sys
 from typing import Any
 
-from common.cli import explain_mistakes_above, origins_in, parse_config, run_script
+from common.cli import origins_in, parse_config, run_script
 from common.config import RLConfig
 from common.runs.outcome import how_to_continue
 from common.runs.run import algorithm_name, run_folder
 from common.trainer import OnPolicyTrainer
-
-# The literal on top of a script is checked when Python reads it, before `start` is called.
-explain_mistakes_above()
 
 
 def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) -> None:

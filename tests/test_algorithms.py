@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
-from common.config import ClippedConfig, RLConfig, remarks
+from common.config import ClippedConfig, PlacedKLConfig, RLConfig, remarks
 from common.presets.preset import PRESETS, Preset
 from tests.toy import (
     LORA,
@@ -213,6 +213,16 @@ def test_the_first_ratio_is_exactly_one_and_the_kl_before_the_first_update_exact
     assert ("policy/ratio" in lines[0]) is isinstance(trainer.config, ClippedConfig)
 
 
+@pytest.mark.parametrize("place", ["reward", "loss"])
+@pytest.mark.parametrize("name", [name for name in NAMES if issubclass(algorithms()[name].config, PlacedKLConfig)])
+def test_the_kl_has_one_name_wherever_it_acts_and_that_of_the_loss_its_own(toy_folder, tmp_path, name, place):
+    settings = {"kl_coef": 0.1, "kl_place": place, "num_steps": 3, "learning_rate": 1e-2}
+    toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings).train()
+    first, *_, last = metrics_of(tmp_path / "run")
+    assert first["kl"] == 0 and last["kl"] != 0
+    assert [line.get("policy/kl_loss", -1) > -1 for line in (first, last)] == [place == "loss"] * 2
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_score_of_a_step_has_the_penalty_once_and_that_of_the_evaluation_has_it_not(busy_run, name):
     folder, _ = busy_run(name)
@@ -232,7 +242,8 @@ def test_the_score_of_a_step_has_the_penalty_once_and_that_of_the_evaluation_has
 def test_every_algorithm_reports_the_same_names(busy_run, name):
     line = metrics_of(busy_run(name)[0])[2]
     expected = """step episodes tokens score reward/digits reward/sum kl entropy length truncated zero_advantage
-        policy/loss policy/grad_norm policy/tokens lr sampler/logprob_diff eval/score eval/accuracy eval/length"""
+        score_min score_max policy/loss policy/grad_norm policy/tokens lr sampler/logprob_diff
+        eval/score eval/accuracy eval/length"""
     assert set(expected.split()) <= set(line)
 
 

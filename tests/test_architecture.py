@@ -17,7 +17,8 @@ ORDER = [
     *("common.evaluation", "common.merge", "common.samples", "common.start", "common.cli", "common.presets"),
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.data", "common.update", "common.models", "common.logprobs", "common.losses", "common.advantages"),
-    *("common.rollouts", "common.seeds", "common.config", "common.moved", "common.environment"),
+    *("common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
+    *("common.mistakes", "common.moved", "common.environment"),
 ]
 # What an algorithm's folder may import besides itself. models: to bring a model of its own; tasks: the type Task.
 FOR_ALGORITHMS = {
@@ -118,7 +119,7 @@ def test_a_package_begins_with_its_public_names_and_nothing_else(package):
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import common.samples.page, common.cli", "torch transformers accelerate trl"),
+        ("import common.samples.command, common.cli", "torch transformers accelerate trl"),
         ("import common.merge", "accelerate peft trl vllm datasets transformers.models.auto"),
         ("import GRPO.grpo", "peft trl vllm datasets matplotlib transformers.models.auto sympy pyarrow"),
     ],

@@ -135,6 +135,18 @@ def test_rates_of_the_value_model_are_checked_under_their_own_names(name, value)
     assert vars(PPOConfig(**{name: 0.0}))[name] == 0
 
 
+@pytest.mark.parametrize("config", [GRPOConfig, PPOConfig, VinePPOConfig])
+def test_where_a_kl_can_act_is_checked_alike_in_every_algorithm_that_has_the_choice(config):
+    assert config(kl_place="loss", kl_coef=0.1).has_kl_in_loss
+    assert not config(kl_place="loss").has_kl_in_loss and not config(kl_place="reward", kl_coef=0.1).has_kl_in_loss
+    assert "kl_place='nowhere'" in refused(config, kl_place="nowhere")
+    assert "mean zero" in refused(config, kl_place="loss", kl_estimator="k1")
+    assert "--kl_place loss" in refused(config, kl_place="reward", kl_estimator="k3")
+    written = config()
+    written.origins = {"kl_place": ""}
+    assert remarks(written) == [f"kl_place={written.kl_place}: it does nothing, since kl_coef is 0"]
+
+
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_a_kl_in_the_reward_refuses_an_estimator_that_would_not_pull_there(estimator):
     """In the reward only k1 gives the gradient of the KL: near the reference k2 and k3 pull at next to nothing."""
@@ -204,6 +216,16 @@ def test_a_value_of_another_type_is_refused_by_the_name_of_its_setting(name, val
     message = refused(RLConfig, **{name: value})
     assert message.startswith(f"{name}=") and f"--{name}" in message
     assert "NoneType" not in message  # the name of a type that no user has met
+
+
+def test_trackers_may_be_none_and_a_hub_id_is_no_switch():
+    """As users of transformers write them."""
+    assert RLConfig(report_to=["none"]).report_to is None
+    assert RLConfig(report_to=["wandb"]).report_to == ["wandb"]
+    for value in ("true", "False"):
+        message = refused(RLConfig, push_to_hub=value)
+        assert message.startswith(f"push_to_hub={value!r}: need the hub id") and "--push_to_hub me/my-model" in message
+    assert RLConfig(push_to_hub="me/truest").push_to_hub == "me/truest"
 
 
 def test_a_misspelt_setting_is_no_setting():
@@ -285,6 +307,7 @@ def test_several_greedy_samples_per_prompt_are_refused():
         (RLConfig(num_eval_prompts=0, eval_num_samples=4), ["eval_num_samples=4"]),
         (RLConfig(reward_format="conversational"), ["reward_format=conversational"]),
         (RLConfig(reward_format="conversational", rewards=["mine.py:polite"]), []),
+        (RLConfig(reward_format="text", rewards=["mine.rewards:polite"]), []),
         (PPOConfig(value_clip_range=0.5), ["value_clip_range=0.5"]),
         (PPOConfig(value_clip_range=0.5, num_update_epochs=2), []),
         (PPOConfig(value_init="none", value_init_epochs=2), ["value_init_epochs=2", "value_init is none"]),

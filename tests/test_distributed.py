@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.environment import check_launch
+from tests.toy import toy_trainer
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -46,3 +49,38 @@ def test_two_processes_take_the_step_of_one(steps, case):
     torch.testing.assert_close(two["moments"], one["moments"], atol=1e-3, rtol=1e-5)
     if case == "2,0":
         assert two["num_rows"].tolist()[1] == 0 < two["num_rows"].tolist()[0]
+
+
+LAUNCH = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def launched_with(monkeypatch):
+    """Leaves only these variables of a launcher in the environment."""
+
+    def put(*names: str, **values: str) -> None:
+        for name in LAUNCH:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in ({name: LAUNCH[name] for name in names} | values).items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.mark.parametrize("given", ["RANK WORLD_SIZE", "WORLD_SIZE", "LOCAL_RANK", "RANK LOCAL_RANK WORLD_SIZE"])
+def test_a_process_that_cannot_find_the_others_is_refused_before_anything_is_loaded(launched_with, tmp_path, given):
+    launched_with(*given.split())
+    with pytest.raises(ValueError) as caught:
+        toy_trainer(tmp_path / "no model", tmp_path / "run")
+    said, message = str(caught.value).partition(", without ")[::2]
+    assert said == f"{', '.join(f'{name}={LAUNCH[name]}' for name in given.split())} in the environment"
+    missing = [name for name in LAUNCH if name not in given.split()]
+    assert message.startswith(f"{', '.join(missing)}: ")
+    assert "torchrun --nproc_per_node" in message and "accelerate launch" in message
+    assert "`env " + " ".join(f"-u {name}" for name in given.split()) in message
+
+
+@pytest.mark.parametrize("given", [{}, {"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "-1"}, LAUNCH])
+def test_one_process_and_one_that_a_launcher_has_started_are_not(launched_with, given):
+    launched_with(**given)
+    check_launch()

@@ -18,6 +18,7 @@ from Reinforce.reinforce_trainer import ReinforceTrainer
 from ReMax.remax_trainer import ReMaxTrainer
 from RLOO.rloo_trainer import RLOOTrainer
 from tests.enumeration import END, PROMPT_IDS, Enumeration, save_four_token_model
+from VinePPO.vineppo_trainer import VinePPOTrainer
 
 KL_COEF = 0.3
 
@@ -174,9 +175,9 @@ def test_a_mean_over_rows_divides_what_each_completion_says_by_its_length(world,
 # PPO: which values bias it
 
 
-def ppo_gradient(world, folder, values, *, kl_coef=0.0, **settings):
+def ppo_gradient(world, folder, values, **settings):
     """The gradient of a step of PPO whose value model says `values`: a number for each state."""
-    trainer = world.trainer(PPOTrainer, folder, kl_coef=kl_coef, **PPO | settings)
+    trainer = world.trainer(PPOTrainer, folder, **PPO | settings)
     with trainer.models.use("value") as model:
 
         def looked_up(input_ids, places):
@@ -231,14 +232,22 @@ def test_raft_expects_the_gradient_of_the_loglikelihood_of_the_best_of_two(world
     assert difference(gradient, -world.gradient((is_best * world.logprobs).sum())) < 1e-5
 
 
-# The KL as a term of GRPO's loss, alone: all scores are equal
+# The KL as a term of the loss, alone: all scores are equal
+
+IN_LOSS = {"kl_coef": KL_COEF, "kl_place": "loss"} | TOKENS
+WITH_KL_IN_LOSS = {
+    "grpo": (GRPOTrainer, GROUP | IN_LOSS),
+    "ppo": (PPOTrainer, PPO | IN_LOSS),
+    "vineppo": (VinePPOTrainer, GROUP | IN_LOSS),  # a chunk is a whole completion
+}
+in_every_loss = pytest.mark.parametrize(("kind", "settings"), WITH_KL_IN_LOSS.values(), ids=WITH_KL_IN_LOSS)
 
 
-def kl_gradient(folder, tmp_path, estimator):
+def kl_gradient(folder, tmp_path, estimator, kind=GRPOTrainer, settings=WITH_KL_IN_LOSS["grpo"][1]):
     world = Enumeration(folder, max_length=3)
     world.scores = torch.zeros_like(world.scores)
-    trainer = world.trainer(GRPOTrainer, tmp_path, kl_coef=KL_COEF, **GROUP, **TOKENS)
-    trainer.config.kl_estimator = estimator  # GRPOConfig refuses k1
+    trainer = world.trainer(kind, tmp_path, **settings)
+    trainer.config.kl_estimator = estimator  # the configuration refuses k1
     (gradient,) = world.step_gradients(trainer)
     return world, gradient / KL_COEF
 
@@ -254,27 +263,50 @@ def kl_between(logprobs, other):
     return (logprobs.exp() * (logprobs - other)).sum(-1)
 
 
+def kl_of_states(world):
+    """What k3 in the loss brings down: KL(reference || policy) of each state where the policy comes to."""
+    return sum_over_states(world, kl_between(world.ref_logits, world.policy_logits))
+
+
 def test_k1_in_the_loss_has_no_gradient_which_is_why_it_is_refused(folder, tmp_path):
     world, gradient = kl_gradient(folder, tmp_path, "k1")
     assert gradient.norm() < 1e-5 * world.gradient(world.kl).norm()
 
 
-def test_k2_in_the_loss_has_the_gradient_of_the_kl_of_each_state_where_the_policy_comes_to(folder, tmp_path):
+@in_every_loss
+def test_k2_in_the_loss_has_the_gradient_of_the_kl_of_each_state_where_the_policy_comes_to(
+    folder, tmp_path, kind, settings
+):
     """Not that of the KL of completions: no token is blamed for the states it leads to."""
-    world, gradient = kl_gradient(folder, tmp_path, "k2")
+    world, gradient = kl_gradient(folder, tmp_path, "k2", kind, settings)
     of_states = sum_over_states(world, kl_between(world.policy_logits, world.ref_logits))
     assert of_states.item() == pytest.approx(world.kl.item(), rel=1e-9)  # the same value, and yet
     assert difference(gradient, world.gradient(of_states)) < 1e-5
     assert difference(gradient, world.gradient(world.kl)) > 0.05
 
 
-def test_k3_in_the_loss_has_the_gradient_of_the_reverse_kl_of_each_state_where_the_policy_comes_to(folder, tmp_path):
+@in_every_loss
+@pytest.mark.parametrize("estimator", [None, "k3"])
+def test_k3_in_the_loss_has_the_gradient_of_the_reverse_kl_of_each_state_where_the_policy_comes_to(
+    folder, tmp_path, kind, settings, estimator
+):
     """KL(reference || policy), the other way round than its name in the papers says."""
-    world, gradient = kl_gradient(folder, tmp_path, "k3")
-    of_states = sum_over_states(world, kl_between(world.ref_logits, world.policy_logits))
-    assert difference(gradient, world.gradient(of_states)) < 1e-5
+    world, gradient = kl_gradient(folder, tmp_path, estimator, kind, settings)
+    assert difference(gradient, world.gradient(kl_of_states(world))) < 1e-5
     right_way = sum_over_states(world, kl_between(world.policy_logits, world.ref_logits))
     assert difference(gradient, world.gradient(right_way)) > 0.05
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.5, 1.0])
+def test_ppo_with_the_kl_in_the_loss_expects_the_gradient_of_the_score_less_that_of_the_loss(
+    world, tmp_path, gae_lambda
+):
+    """The values are those of the score alone, since no token pays for its KL."""
+    values = world.values(kl_coef=0.0)
+    gradient = ppo_gradient(world, tmp_path, values, gae_lambda=gae_lambda, **IN_LOSS)
+    expected = -world.gradient(objective(world)) + KL_COEF * world.gradient(kl_of_states(world))
+    assert difference(gradient, expected) < 1e-5
+    assert difference(gradient, -world.gradient(objective(world, KL_COEF))) > 0.01  # the KL in the reward is another
 
 
 # Off-policy: the second optimizer step on the same completions

@@ -1,9 +1,11 @@
 """One optimizer step: the gradient of the whole mini-batch, clipped once, at the step's learning rate, or none."""
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,8 @@ from common.update.batches import Batches
 from common.update.learner import Learner, metric_part
 
 PEAK = 1e-3
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 20}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ class Weights(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.tensor([1.0, 1.0]))
         self.b = nn.Parameter(torch.tensor([[2.0], [2.0]]))
-        self.unused = nn.Parameter(torch.tensor([5.0]))
+        self.unused = nn.Parameter(torch.tensor([[5.0]]))
         self.frozen = nn.Parameter(torch.tensor([7.0]), requires_grad=False)
 
 
@@ -206,7 +210,7 @@ def test_a_weight_that_no_row_reached_is_treated_alike_on_any_number_of_processe
         for step in (1, 2):
             set_gradient(weights, [1.0, 1.0])
             if step == 1:
-                weights.unused.grad = torch.ones(1)
+                weights.unused.grad = torch.ones(1, 1)
             learner.optimizer_step(step, processes)
         after.append(weights.unused.item())
     assert after[0] == pytest.approx(after[1], rel=1e-6)
@@ -237,8 +241,72 @@ def test_the_second_moment_is_averaged_with_adam_beta2(accelerator):
     assert displacement(accelerator, [1.0, 3.0], adam_beta2=0.5, **settings) == pytest.approx(-2.1921, abs=1e-3)
 
 
-def test_weight_decay_takes_its_share_of_the_weight(accelerator):
-    assert displacement(accelerator, [1.0], weight_decay=0.5) == pytest.approx(-1.5, abs=1e-3)
+def test_weight_decay_takes_its_share_of_a_matrix_and_spares_a_vector(accelerator):
+    """Adam's first step is one learning rate; half of a learning rate of a weight of 2 is another one."""
+    learner, weights = make_learner(weight_decay=0.5)
+    set_gradient(weights, [1.0, 1.0], b=1.0)
+    learner.optimizer_step(1, accelerator)
+    assert weights.b.flatten().tolist() == pytest.approx([2 - PEAK - 0.5 * PEAK * 2] * 2, abs=1e-7)
+    assert weights.a.tolist() == pytest.approx([1 - PEAK] * 2, abs=1e-7)
+    assert weights.unused.item() == pytest.approx(5 - 0.5 * PEAK * 5, abs=1e-7)  # its gradient is 0, and it decays
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**SMALL)),  # biases, tied or not
+        (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**SMALL, head_dim=8)),  # norms of queries and keys
+        (transformers.Gemma2ForCausalLM, transformers.Gemma2Config(**SMALL, head_dim=8)),
+        (transformers.MixtralForCausalLM, transformers.MixtralConfig(**SMALL)),  # weights of three dimensions
+        (transformers.GPT2LMHeadModel, transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)),
+        (transformers.BloomForCausalLM, transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=20)),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_what_decays_is_what_decays_in_the_trainer_of_transformers(model_class, config):
+    model = model_class(config)
+    learner = Learner("policy", model, RLConfig(weight_decay=0.1))
+    decaying = {id(p) for group in learner.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    named = {name for name, parameter in model.named_parameters() if id(parameter) in decaying}
+    in_transformers = transformers.Trainer.get_decay_parameter_names(None, model)
+    assert named == dict(model.named_parameters()).keys() & set(in_transformers)
+    assert 0 < len(named) < len(learner.parameters)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_state_of_an_optimizer_with_one_group_goes_on_as_it_began(accelerator, weight_decay):
+    """As checkpoints of earlier versions have it: everything decays, in the resumed run too."""
+    weights, resumed = Weights(), Weights()
+    older = torch.optim.AdamW([weights.a, weights.b, weights.unused], lr=PEAK, weight_decay=weight_decay)
+    learner = Learner("policy", resumed, RLConfig(learning_rate=PEAK, weight_decay=weight_decay, max_grad_norm=0.0))
+    for step in (1, 2):
+        set_gradient(weights, [1.0, -2.0 / step], b=0.5)
+        weights.unused.grad = torch.zeros(1, 1)
+        older.step()
+        if step == 1:
+            resumed.load_state_dict(weights.state_dict())
+            learner.load_optimizer(deepcopy(older.state_dict()))
+    set_gradient(resumed, [1.0, -1.0], b=0.5)
+    learner.optimizer_step(2, accelerator)
+    assert all(torch.equal(a, b) for a, b in zip(weights.parameters(), resumed.parameters(), strict=True))
+
+
+def test_two_groups_are_loaded_as_they_were_saved(accelerator):
+    (first, before), (second, after) = make_learner(weight_decay=0.5), make_learner(weight_decay=0.5)
+    set_gradient(before, [1.0, -2.0], b=0.5)
+    first.optimizer_step(1, accelerator)
+    after.load_state_dict(before.state_dict())
+    second.load_optimizer(deepcopy(first.optimizer.state_dict()))
+    for learner, weights in ((first, before), (second, after)):
+        set_gradient(weights, [0.5, 1.0], b=-1.0)
+        learner.optimizer_step(2, accelerator)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert [group["weight_decay"] for group in second.optimizer.param_groups] == [0.5, 0.0]
+
+
+def test_without_weight_decay_or_without_vectors_there_is_one_group():
+    assert len(make_learner()[0].optimizer.param_groups) == 1
+    assert len(Learner("policy", nn.Linear(2, 2, bias=False), RLConfig(weight_decay=0.1)).optimizer.param_groups) == 1
 
 
 def test_a_learner_may_have_a_learning_rate_of_its_own_even_zero():

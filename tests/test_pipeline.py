@@ -248,12 +248,21 @@ def test_what_no_stage_would_take_is_refused(tmp_path, arguments, message):
         ("just text", "need lines of the form"),
         ("sft: sft.yaml\nmodel: x\n", "nothing reads model"),
         ("sft: gone.yaml\n", "gone.yaml: there is no such file"),
+        ("sft:\n  dataset: a.jsonl\n", r"sft holds \{'dataset'.*need the name of a YAML file.*into sft.yaml"),
+        ("sft: [a.yaml]\n", r"sft holds \['a.yaml'\]; need the name"),
+        ("algorithm: 3\nsft: sft.yaml\n", "algorithm=3: no such folder"),
         ("algorithm: GRPO\n", "the recipe names no file for sft"),
+        (
+            "sft: nested.yaml\nrl: sft.yaml\nevaluate: task.yaml",
+            "optimizer is a block with learning_rate, ",
+        ),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(tmp_path, content, message):
     (tmp_path / "pipeline.yaml").write_text(content)
     (tmp_path / "sft.yaml").write_text("seed: 1\n")
+    (tmp_path / "nested.yaml").write_text("optimizer: {learning_rate: 1.0e-5, weight_decay: 0.1}\n")
+    (tmp_path / "task.yaml").write_text("task: gsm8k\n")
     with pytest.raises(ValueError, match=message):
         make_stages(read_settings(["--config", str(tmp_path / "pipeline.yaml")]))
 

@@ -342,20 +342,6 @@ def test_what_a_run_cannot_do_without_is_named(runs, tiny_folder, tmp_path, spoi
 
 
 @pytest.mark.usefixtures("no_model_is_loaded")
-def test_a_folder_that_cannot_be_is_refused(tiny_folder, tmp_path):
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deeper")
-    (tmp_path / "file").write_text("x")
-    for name, message in (
-        ("link", r"link to .*deeper, which does not exist.*another --output_dir"),
-        ("file", "it is a file"),
-        ("file/run", "cannot be made: Not a directory"),
-        ("n" * 300, "cannot be made: File name too long"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            continued(tiny_folder, tmp_path / name)
-
-
-@pytest.mark.usefixtures("no_model_is_loaded")
 @pytest.mark.parametrize("settings", [LORA, {"model": "elsewhere"}, {"learning_rate": 2e-3}])
 def test_another_run_is_refused(runs, tiny_folder, toy_folder, tmp_path, settings):
     run = killed_run(runs, tmp_path)

@@ -478,5 +478,7 @@ def test_examples_have_the_date_they_are_given_and_every_message():
     for examples in ([{"prompt": question, "completion": "2"}], [{"messages": answered}]):
         ids = encode(examples, dated, 999, PromptStyle(now=now))["input_ids"][0]
         assert dated.decode(ids).startswith("2024-02-29")
-    with pytest.raises(ValueError, match="leaves out the text of system messages"):
-        encode([{"messages": [{"role": "system", "content": "Be brief."}, *answered]}], dated, 999)
+    ids = encode([{"messages": [{"role": "system", "content": "Be brief."}, *answered]}], dated, 999)["input_ids"][0]
+    assert "Be brief.\n\n1+1?2" in dated.decode(ids)
+    with pytest.raises(ValueError, match="leaves out the text of tool messages"):
+        encode([{"messages": [*question, {"role": "tool", "content": "2"}, *answered]}], dated, 999)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
+from common.environment import cpu_computes_bfloat16
 from common.logprobs import has_adapter
 from common.models.chat import turn_end_token
 from common.models.lora import targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.weights import policy_weights
 from common.seeds import hashed_seed
+
+logger = logging.getLogger("nanorlhf")
 
 # Of the memory that torch allocates on the CPU, in bytes.
 ALIGNMENT = 64
@@ -36,10 +40,10 @@ def end_token_ids(
             model's own end token is often a different one.
 
     Returns:
-        Distinct ids in ascending order.
+        Distinct ids in ascending order, without those beyond the model's embedding, which it can never sample.
 
     Raises:
-        ValueError: if neither names one.
+        ValueError: if none is left.
     """
     named = model.generation_config.eos_token_id
     ids = {named} if isinstance(named, int) else set(named or ())
@@ -48,12 +52,14 @@ def end_token_ids(
     turn_end = turn_end_token(tokenizer)
     if turn_end is not None:
         ids.add(tokenizer.convert_tokens_to_ids(turn_end))
-    if not ids:
-        raise ValueError(
-            "neither the model's generation configuration nor its tokenizer names an end token: completions could "
-            "never end. Set eos_token_id in generation_config.json."
-        )
-    return tuple(sorted(ids))
+    size = model.get_input_embeddings().num_embeddings
+    if known := sorted(token for token in ids if token < size):
+        return tuple(known)
+    named = f"{sorted(ids)} as end tokens, and the model has {size} tokens" if ids else "no end token"
+    raise ValueError(
+        f"the model's generation configuration and its tokenizer name {named}: completions could never end. Set "
+        "eos_token_id in generation_config.json."
+    )
 
 
 def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase) -> range:
@@ -71,6 +77,21 @@ def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
     """Precision of forward passes: the setting `dtype`, "auto" resolved by the device."""
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Warn of bfloat16 on a CPU that only emulates it.
+
+    Args:
+        dtype: of forward passes.
+        device: where they run.
+    """
+    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_computes_bfloat16():
+        logger.warning(
+            "dtype=bfloat16 on a CPU without instructions for it (avx512_bf16 or amx_bf16): every product is "
+            "converted, which is slower than float32 and less exact. Leave out --dtype, unless float32 does not fit "
+            "into memory."
+        )
 
 
 def load_policy(

@@ -26,6 +26,7 @@ from common.runs.checkpoints import (
 )
 from common.runs.log import METRICS_FILE, read_metrics
 from common.runs.longer import check_length, check_unfinished, grows
+from common.runs.writable import make_folder
 
 logger = logging.getLogger("nanorlhf")
 
@@ -84,7 +85,7 @@ def prepare_run_folder(
     settings = yaml.safe_load(yaml.safe_dump(settings))  # as they are read from a file, to compare both
     if not has_begun(folder):
         _check_free(folder)
-        _make(folder)
+        make_folder(folder)
         _lock(folder)
         remove_leftovers(folder)
         header = [_HEADER, *(f"# {note}" for note in notes), f"# From step 0: {versions()}"]
@@ -142,26 +143,6 @@ def _check_free(folder: Path) -> None:
             f"output_dir={folder}: the folder holds {', '.join(foreign[:3])}{', ...' if foreign[3:] else ''} but no "
             f"{CONFIG_FILE}, so it is not a run's. A run needs a new or empty folder, so that nothing is overwritten. "
             f"{remedy} another --output_dir."
-        )
-
-
-def _make(folder: Path) -> None:
-    """Makes a folder that can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK | os.X_OK)
-        problem = None if writable else "it cannot be written to"
-    except (OSError, UnicodeError) as error:
-        # UnicodeError: under a locale such as C, a name can have no bytes.
-        reason = error.strerror if isinstance(error, OSError) else error.reason
-        problem = f"it cannot be made: {reason}"
-        if os.path.islink(folder):
-            problem = f"it is a link to {os.readlink(folder)}, which does not exist"
-    if problem is not None:
-        shown = str(folder).encode("utf-8", "backslashreplace").decode()
-        raise ValueError(
-            f"output_dir={shown}: {problem}. Checkpoints, metrics and the model are written there. Pass another "
-            "--output_dir."
         )
 
 

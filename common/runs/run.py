@@ -24,9 +24,10 @@ from common.rollouts import Rollouts
 from common.runs import checkpoints
 from common.runs.best import better_checkpoint, link_best, restore_best
 from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
-from common.runs.log import Progress, RunLog
+from common.runs.log import RunLog
 from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
+from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.update.learner import Learner
 
@@ -144,7 +145,7 @@ class Run:
             self._exports[learner.name] = save
         if self.checkpoint is None:
             return
-        learner.optimizer.load_state_dict(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
+        learner.load_optimizer(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
         if learner.name != "policy":
             weights = load_file(self.checkpoint / f"{learner.name}.safetensors")
             _, unknown = module.load_state_dict(weights, strict=False)  # frozen weights are not in the file
@@ -184,10 +185,13 @@ class Run:
                 "parts": {name: float(part[row]) for name, part in parts.items()},
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
+                **(
+                    {"extra": {name: values[row] for name, values in rollouts.extra.items()}} if rollouts.extra else {}
+                ),
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log.samples(step, rows)
+        self._log.samples(step, rows, table=f"samples/{split}")
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.

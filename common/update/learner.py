@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,7 +36,7 @@ class Learner:
         self.config = config
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.optimizer = AdamW(
-            self.parameters,
+            _groups(self.parameters, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
@@ -131,6 +132,31 @@ class Learner:
     def rate(self, step: int) -> float:
         """Learning rate of a step, from 1."""
         return self.config.scheduled_rate(step)
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Go on from the optimizer's state in a checkpoint.
+
+        A run that began with one group, in which vectors decay too, keeps it: resuming changes no result.
+
+        Args:
+            state: from `optimizer.state_dict()`.
+        """
+        groups = self.optimizer.param_groups
+        if len(state["param_groups"]) == 1:
+            groups[:] = [groups[0] | {"params": self.parameters}]
+        self.optimizer.load_state_dict(state)
+
+
+def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in the optimizer's groups: weight decay spares biases, norms and all other vectors.
+
+    These are the parameters that transformers' Trainer spares by their names, and the scalars of state-space layers.
+    """
+    if not weight_decay:
+        return [{"params": parameters}]
+    matrices, vectors = ([p for p in parameters if (p.ndim > 1) is wide] for wide in (True, False))
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def metric_part(values: Metric, loss_mask: Tensor) -> tuple[Tensor, Tensor]:

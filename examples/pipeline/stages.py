@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from common.cli import ROOT, as_arguments
+from common.cli import as_arguments
+from common.mistakes import ROOT
 from common.runs.checkpoints import write_file
 from examples.compare_algorithms.compare_algorithms import run_environment
 

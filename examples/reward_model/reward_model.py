@@ -16,6 +16,7 @@ import common  # noqa: F401, I001  it prepares the environment before torch load
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     AutoTokenizer,
@@ -26,11 +27,13 @@ from transformers import (
     Qwen2Tokenizer,
     set_seed,
 )
-from trl import RewardConfig, RewardTrainer, TrlParser
+from trl import RewardConfig, RewardTrainer
 
-from common.cli import run_script
+from common import cli
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
+from common.models.system_role import fit_system
+from common.runs.writable import check_folder
 
 RESULT_FILE = "accuracy.json"
 
@@ -113,14 +116,9 @@ def parse_settings(args: list[str] | None = None) -> RewardModelSettings:
     Raises:
         ValueError: for an unknown setting.
     """
-    parser = TrlParser(RewardModelSettings)
-    parser.set_defaults_with_config(**asdict(SETTINGS))
-    settings, unread = parser.parse_args_and_config(args, return_remaining_strings=True)
-    if unread:
-        raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
+    settings = cli.parse_settings(RewardModelSettings, args, defaults=asdict(SETTINGS))
     if settings.model == "tiny":
-        parser.set_defaults_with_config(**asdict(SETTINGS) | TINY)
-        (settings,) = parser.parse_args_and_config(args)
+        settings = cli.parse_settings(RewardModelSettings, args, defaults=asdict(SETTINGS) | TINY)
     return settings
 
 
@@ -178,6 +176,7 @@ def tokenize(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: 
     """Token ids of both sides under trl's names. trl would drop long dialogues; here they lose their beginning."""
 
     def ids(messages: list[list[dict]]) -> list[list[int]]:
+        messages = [fit_system(tokenizer, dialogue) for dialogue in messages]
         rows = tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
         # The first token stays: some models read the score from it.
         return [row if len(row) <= max_length else row[:1] + row[1 - max_length :] for row in rows]
@@ -245,6 +244,8 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
         ValueError: for settings and data that do not fit, and for a folder that is not empty.
     """
     folder = Path(settings.output_dir)
+    if PartialState().is_main_process:
+        check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir={folder}: it is not empty, and nothing is overwritten. Pass another --output_dir."
@@ -288,4 +289,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

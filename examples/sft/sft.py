@@ -25,6 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from common.runs.checkpoints import FINAL_FOLDER, damage_of, latest_checkpoint, save_final, write_file
 from common.runs.folder import has_begun, prepare_run_folder
 from common.runs.manifest import write_manifest
+from common.runs.writable import check_folder
 from common.runs.prompt_record import Record, check_record, describe_examples, start_time
 from common.cli import parse_settings, run_script
 from common.data.prompts import PromptStyle
@@ -266,6 +267,8 @@ def train_sft(settings: SFTSettings) -> dict[str, float]:
         ValueError: for settings and data that do not fit, and for a folder that is another run's or finished.
     """
     check_settings(settings)
+    if PartialState().is_main_process:
+        check_folder(settings.output_dir)
     tokenizer = load_tokenizer(settings)
     # A chat template that writes the date sees that of the run's start, also if the run is continued.
     now = start_time(Path(settings.output_dir), "auto", PartialState())
