@@ -104,7 +104,10 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(tiny_folder, tmp_pa
     scored_trainer(tiny_folder, run, accuracies, early_stopping_patience=2, **settings).train()
     assert load_state(run / "final")["step"] == 2
     for more in ({}, {"num_steps": 9, "lr_scheduler": "linear", "resume": "extend"}):
-        with pytest.raises(ValueError, match=r"finished \(early, after step 2.*_patience with more than 2"):
+        with pytest.raises(
+            ValueError,
+            match=r"finished \(early, after step 2.*after 2 evaluations without.*_patience with more than 2",
+        ):
             scored_trainer(tiny_folder, run, accuracies, early_stopping_patience=2, **(settings | more))
     longer = scored_trainer(tiny_folder, run, accuracies, early_stopping_patience=patience, **settings)
     train_until(longer, 3)  # killed, and started again with the same command
@@ -124,6 +127,17 @@ def test_a_finished_run_without_checkpoints_says_what_can_be_done(tiny_folder, t
     (tmp_path / "run" / "final" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"final/ is damaged \(model.safetensors is missing\).*kept no checkpoint"):
         toy_trainer(tiny_folder, tmp_path / "run")
+
+
+def test_a_finished_run_whose_checkpoints_are_damaged_says_what_is_wrong_with_them(tiny_folder, tmp_path):
+    settings = {"save_every": 1, "num_steps": 2}
+    toy_trainer(tiny_folder, tmp_path / "run", **settings).train()
+    for step in (1, 2):
+        (tmp_path / "run" / f"checkpoint-{step}" / "policy_optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"has finished .*Its checkpoints are all damaged.*--model .*final"):
+        toy_trainer(tiny_folder, tmp_path / "run", **settings)
+    with pytest.raises(ValueError, match=r"none of its checkpoints is whole\. checkpoint-2: policy_optimizer.pt is"):
+        toy_trainer(tiny_folder, tmp_path / "run", **(settings | {"num_steps": 3}))
 
 
 # Ctrl-C

@@ -176,14 +176,14 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
     return state if isinstance(state, dict) else None
 
 
-def _named_checkpoints(folder: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, oldest first."""
+def named_checkpoints(folder: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, whole or not, oldest first."""
     return sorted((path for path in Path(folder).iterdir() if _CHECKPOINT_NAME.fullmatch(path.name)), key=step_of)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run as far as sizes tell, oldest first."""
-    return [path for path in _named_checkpoints(folder) if damage_of(path) is None]
+    return [path for path in named_checkpoints(folder) if damage_of(path) is None]
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -197,7 +197,7 @@ def find_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
     It reads the checkpoint that it returns. What it finds is kept, so that `list_checkpoints` knows it too.
     """
     damaged = {}
-    for checkpoint in reversed(_named_checkpoints(folder)):
+    for checkpoint in reversed(named_checkpoints(folder)):
         num_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
         if num_bytes > _MANY_BYTES:  # tells why the next seconds are silent
             logger.info("comparing %s (%.1f GB) with its manifest ...", checkpoint.name, num_bytes / 1e9)
@@ -236,7 +236,7 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
     """
     assert keep >= 1, "a run needs its latest checkpoint to be resumed"
     kept = list_checkpoints(folder)[-keep:]
-    for checkpoint in _named_checkpoints(folder):
+    for checkpoint in named_checkpoints(folder):
         passed = bool(kept) and step_of(checkpoint) < step_of(kept[-1])
         is_ours = any((checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST_FILE))
         if passed and is_ours and checkpoint not in kept and checkpoint.name != best:

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from common.runs.checkpoints import FINAL_FOLDER, damage_of, latest_checkpoint, load_state
+from common.runs.checkpoints import FINAL_FOLDER, damage_of, latest_checkpoint, load_state, named_checkpoints
 
 logger = logging.getLogger("nanorlhf")
 
@@ -64,40 +64,36 @@ def check_unfinished(folder: Path, stored: Settings, now: Settings, length_matte
     Raises:
         ValueError: the run has finished, or its final/ is spoiled and there is nothing to write it again from.
     """
-    final, latest = folder / FINAL_FOLDER, latest_checkpoint(folder)
-    if not final.exists():
-        return
-    state = _state_of_final(folder, latest)
+    final, named = folder / FINAL_FOLDER, named_checkpoints(folder)
+    state = _state_of_final(folder, has_checkpoints=bool(named)) if final.exists() else None
     if state is None:
         return
     patience, stopped_early = now.get("early_stopping_patience"), state.get("stopped_early", False)
     old_patience = state.get("early_stopping_patience", stored.get("early_stopping_patience", 0))
     early = stopped_early and (patience is None or 0 < patience <= old_patience)
-    if state["step"] < now["num_steps"] and not early and latest is not None:
+    if state["step"] < now["num_steps"] and not early and named:
         return
-    how = f"To continue from {latest.name if latest else ''}, pass "
-    if latest is None:
-        how = (
-            "It kept no checkpoint to continue from, so it cannot be made longer. To train its model further, begin a "
-            f"new run: --model {shlex.quote(str(final))} with another --output_dir. Checkpoints are kept with "
-            "--save_every 50"
-        )
-    elif early:
-        how = f"{old_patience} evaluations brought no new best (early_stopping_patience). {how}"
-        how += (
-            f"{_output_dir(folder)} --early_stopping_patience with more than {old_patience}, or with 0 for all steps"
-        )
-    else:
-        how += longer_command(folder, now["num_steps"], length_matters)
-        how += f": {length_matters}, and with extend it falls until the new one" if length_matters else ""
     what = f"{'early, ' if stopped_early else ''}after step {state['step']} of {now['num_steps']}"
+    if latest := latest_checkpoint(folder):
+        longer = longer_command(folder, now["num_steps"], length_matters)
+        longer += f": {length_matters}, and with extend it falls until the new one" if length_matters else ""
+        if early:
+            longer = f"{_output_dir(folder)} --early_stopping_patience with more than {old_patience}, or with 0"
+        reason = f" after {old_patience} evaluations without a new best" if early else ""
+        how = f"To continue from {latest.name}{reason}, pass {longer}"
+    else:
+        how = "Its checkpoints are all damaged" if named else "It kept no checkpoint to continue from"
+        how += (
+            f", so it cannot be made longer. To train its model further, begin a new run: --model "
+            f"{shlex.quote(str(final))} with another --output_dir. Checkpoints are kept with --save_every 50"
+        )
     raise ValueError(
         f"output_dir={folder}: the run there has finished ({what}); its model is in {final}. {how}. Pass another "
         "--output_dir for a new run."
     )
 
 
-def _state_of_final(folder: Path, latest: Path | None) -> dict[str, Any] | None:
+def _state_of_final(folder: Path, *, has_checkpoints: bool) -> dict[str, Any] | None:
     """What is stored with final/; None, with a warning, if it is damaged and will be written again."""
     final = folder / FINAL_FOLDER
     if final.is_file():
@@ -108,7 +104,7 @@ def _state_of_final(folder: Path, latest: Path | None) -> dict[str, Any] | None:
     damage = damage_of(final)
     if damage is None:
         return load_state(final)
-    if latest is None:
+    if not has_checkpoints:
         raise ValueError(
             f"output_dir={folder}: {FINAL_FOLDER}/ is damaged ({damage}), and the run kept no checkpoint to continue "
             f"from. Delete {final} to run it again from its beginning, or pass another --output_dir."
