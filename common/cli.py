@@ -267,7 +267,17 @@ def _normalized(args: list[str], settings: RLConfig) -> list[str]:
             words += [switch, "false"]
         else:
             words += arg.split("=", 1) if arg.startswith("--") else [arg]
-    return words
+    return _joined(words, "lora_target_modules")
+
+
+def _joined(args: list[str], name: str) -> list[str]:
+    """Make one text, with commas, of the words after a setting: --name a b and --name a,b are the same."""
+    option = next((arg for arg in args if arg.replace("-", "_") == f"__{name}"), None)
+    if option is None:
+        return args
+    first = args.index(option) + 1
+    end = next((place for place in range(first, len(args)) if args[place].startswith("--")), len(args))
+    return [*args[:first], *([",".join(args[first:end])] if end > first else []), *args[end:]]
 
 
 def _gather_rewards(args: list[str]) -> list[str]:
