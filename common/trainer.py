@@ -28,6 +28,7 @@ from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
+from common.models.system_role import describe_system
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import (
@@ -39,7 +40,8 @@ from common.runs.measures import (
 )
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.prompt_record import describe_prompts, start_time
-from common.runs.run import Run, run_folder
+from common.runs.run import Run, algorithm_name, run_folder
+from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
@@ -99,14 +101,18 @@ class OnPolicyTrainer(ABC):
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
-        algorithm = type(self).__name__.removesuffix("Trainer")
-        self.start_time = start_time(run_folder(config, algorithm), config.resume, self.accelerator)
+        algorithm = algorithm_name(type(self))
+        folder = run_folder(config, algorithm)
+        if self.accelerator.is_main_process:
+            check_folder(folder)
+        self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
+            said += describe_system(self.tokenizer, self.prompts.raw)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)

@@ -7,6 +7,7 @@ import pytest
 
 from common.data.prompts import PromptSet, PromptStyle, render_prompt
 from common.models.chat import check_keeps, render_chat, turn_end_token
+from common.models.system_role import describe_system, fit_system
 from common.tasks.countdown import chat_prompt
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<turn>", "</turn>", "<|user|>", "<|assistant|>", "[/INST]"]
@@ -26,6 +27,7 @@ PARTS = CHATML.replace(
 )
 USER = [{"role": "user", "content": "How many apples are 3 and 5?"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *USER]
+ANSWER = {"role": "assistant", "content": "8"}
 
 
 @pytest.fixture
@@ -151,9 +153,14 @@ def test_an_added_token_that_is_not_marked_as_special_may_end_a_turn(with_templa
 
 LEFT_OUT = {
     "parts only": (PARTS, USER, "user messages .it reads contents that are lists of parts"),
-    "no system": (
-        START + "{% if m['role'] != 'system' %}{{ m['role'] + m['content'] }}{% endif %}{% endfor %}",
-        SYSTEM,
+    "no answers": (
+        START + "{% if m['role'] != 'assistant' %}{{ m['role'] + m['content'] }}{% endif %}{% endfor %}",
+        [*USER, ANSWER, *USER],
+        "assistant messages",
+    ),
+    "a system message that no question follows": (
+        START + "{% if m['role'] != 'system' %}{{ m['role'] + m['content'] }}{% endif %}{% endfor %}x",
+        SYSTEM[:1],
         "system messages",
     ),
     "no user": (
@@ -164,7 +171,7 @@ LEFT_OUT = {
     "nothing": ("{{ 'Hello! ' }}", SYSTEM, "system and user messages"),
     "the wrong key": (START + "{{ m['role'] + ': ' + m['text'] | default('') }}{% endfor %}", USER, "user messages"),
     "the end of a text": (START + "{{ m['content'][:500] }}{% endfor %}", USER, "user messages"),
-    "all but the last": ("{{ messages[-1]['content'] }}", SYSTEM, "system messages"),
+    "all but the last": ("{{ messages[-1]['content'] }}", [*USER, ANSWER, *USER], "user and assistant messages"),
     "all but the first": ("{{ messages[0]['content'] }}", SYSTEM, "user messages"),
     "what has digits": (
         START + "{% if '3' not in m['content'] or 'm0w' in m['content'] %}{{ m['content'] }}{% endif %}{% endfor %}x",
@@ -213,11 +220,11 @@ def test_a_template_that_cuts_a_question_is_refused_before_a_begun_answer_too(ke
 
 
 def test_every_sequence_of_roles_is_checked(with_template):
-    """The first row has no system message; the third has."""
-    chat = with_template(LEFT_OUT["no system"][0])
-    rows = [{"prompt": USER}, {"prompt": "as text"}, {"prompt": SYSTEM}]
+    """The first row has no answer; the third has."""
+    chat = with_template(LEFT_OUT["no answers"][0])
+    rows = [{"prompt": USER}, {"prompt": "as text"}, {"prompt": [*USER, ANSWER, *USER]}]
     assert len(PromptSet(rows[:2], chat, max_prompt_length=9999, seed=0)) == 2
-    with pytest.raises(ValueError, match="leaves out the text of system messages"):
+    with pytest.raises(ValueError, match="leaves out the text of assistant messages"):
         PromptSet(rows, chat, max_prompt_length=9999, seed=0)
 
 
@@ -240,7 +247,7 @@ def test_contents_as_parts_and_messages_without_a_text_are_checked_too(with_temp
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (NO_SYSTEM + CHATML, SYSTEM, "System role not supported"),
+        (NO_SYSTEM + CHATML, [SYSTEM[0], ANSWER, *USER], "System role not supported"),
         (START + "{{ m['content'] }", USER, "unexpected"),
         ("{{ messages[3]['content'] + 'a' }}", USER, "no element 3"),
     ],
@@ -248,6 +255,59 @@ def test_contents_as_parts_and_messages_without_a_text_are_checked_too(with_temp
 def test_what_a_template_refuses_is_a_message_and_no_traceback(template, messages, reason, with_template):
     with pytest.raises(ValueError, match=rf"does not write the messages \(.*user: 'How many.*{reason}.*Use a model"):
         render_prompt(with_template(template), messages)
+
+
+# Templates without a system role
+
+WITHOUT_SYSTEM = {
+    "refused": NO_SYSTEM + CHATML,
+    "left out": START + "{% if m['role'] != 'system' %}{{ m['role'] + m['content'] }}{% endif %}{% endfor %}",
+    "refused, as parts": NO_SYSTEM + PARTS,
+    "roles must alternate": (
+        START
+        + "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Alternate!') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_SYSTEM)
+def test_the_system_text_begins_the_first_question_where_there_is_no_system_role(name, with_template):
+    chat = with_template(WITHOUT_SYSTEM[name])
+    as_parts = "parts" in name
+
+    def said(role: str, text: str) -> dict:
+        return {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+
+    later = [said("assistant", "8"), said("user", "And 9?")]
+    given = [said("system", "Be brief.\n"), said("system", "No lists."), said("user", " Why?"), *later]
+    joined = said("user", "Be brief.\n\nNo lists.\n\n Why?")
+    if as_parts:
+        joined["content"] = [said("user", text)["content"][0] for text in ("Be brief.\n\nNo lists.\n\n", " Why?")]
+    assert fit_system(chat, given) == [joined, *later]
+    assert render_chat(chat, given) == render_chat(chat, [joined, *later])
+    assert "Be brief." in render_chat(chat, given) and given[0]["role"] == "system"
+    if not as_parts:
+        assert len(PromptSet([{"prompt": given}], chat, max_prompt_length=9999, seed=0)) == 1
+
+
+@pytest.mark.parametrize("template", [CHATML, DEFAULT_SYSTEM, KEPT["the system inside the user's turn"], "{{ 'x' }}"])
+def test_a_template_that_writes_the_system_message_gets_it_as_it_is(template, with_template):
+    assert fit_system(with_template(template), SYSTEM) is SYSTEM
+
+
+def test_another_template_than_the_tokenizers_is_asked_itself(with_template):
+    chat = with_template(CHATML)
+    assert fit_system(chat, SYSTEM, NO_SYSTEM + CHATML) == [
+        {"role": "user", "content": f"Be brief.\n\n{USER[0]['content']}"}
+    ]
+    assert "<|im_start|>system" not in render_chat(chat, SYSTEM, chat_template=NO_SYSTEM + CHATML)
+
+
+def test_a_run_says_once_that_system_messages_are_joined(with_template):
+    refusing = with_template(NO_SYSTEM + CHATML)
+    assert len(describe_system(refusing, ["text", USER, SYSTEM, SYSTEM])) == 1
+    assert describe_system(refusing, ["text", USER]) == describe_system(with_template(CHATML), [SYSTEM]) == []
 
 
 # The date

@@ -221,13 +221,25 @@ def test_end_tokens_are_those_of_generation_config_and_tokenizer(policy, tokeniz
     policy.generation_config.eos_token_id = None
     nameless = copy.deepcopy(tokenizer)
     nameless.eos_token = None
-    with pytest.raises(ValueError, match="end token"):
+    with pytest.raises(ValueError, match="name no end token: completions could never end"):
         end_token_ids(policy, nameless)
+
+
+def test_an_end_token_beyond_the_embedding_can_never_end_a_completion(policy, tokenizer):
+    size = policy.get_input_embeddings().num_embeddings
+    added = copy.deepcopy(tokenizer)
+    added.add_special_tokens({"eos_token": "<end>"})
+    policy.generation_config.eos_token_id = [size + 7, 5]
+    assert added.eos_token_id >= size and end_token_ids(policy, added) == (5,)
+    policy.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=rf"\[{added.eos_token_id}\] as end tokens, and the model has {size} tokens"):
+        end_token_ids(policy, added)
 
 
 def test_what_the_chat_template_ends_a_turn_with_is_an_end_token_too(policy, tokenizer):
     chat = copy.deepcopy(tokenizer)
     chat.add_tokens(["<|im_end|>"], special_tokens=True)
+    policy.resize_token_embeddings(len(chat))
     alone = end_token_ids(policy, chat)
     chat.chat_template = "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     assert turn_end_token(chat) == "<|im_end|>"

@@ -248,8 +248,10 @@ def test_what_no_stage_would_take_is_refused(tmp_path, arguments, message):
         ("just text", "need lines of the form"),
         ("sft: sft.yaml\nmodel: x\n", "nothing reads model"),
         ("sft: gone.yaml\n", "gone.yaml: there is no such file"),
+        ("sft:\n  dataset: a.jsonl\n", r"sft holds \{'dataset'.*need the name of a YAML file.*into sft.yaml"),
+        ("sft: [a.yaml]\n", r"sft holds \['a.yaml'\]; need the name"),
+        ("algorithm: 3\nsft: sft.yaml\n", "algorithm=3: no such folder"),
         ("algorithm: GRPO\n", "the recipe names no file for sft"),
-        ("sft:\n  dataset: a.jsonl\n", "sft={'dataset': 'a.jsonl'}: need the name of a YAML file.*`sft: sft.yaml`"),
         (
             "sft: nested.yaml\nrl: sft.yaml\nevaluate: task.yaml",
             "optimizer is a block with learning_rate, ",

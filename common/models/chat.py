@@ -11,6 +11,8 @@ from typing import Any
 
 import transformers
 
+from common.models.system_role import fit_system, texts
+
 # A probe is long enough to notice a template that cuts texts off.
 _PROBE_WORDS = 400
 _QUESTION, _ANSWER, _NEXT = "questionprobe", "answerprobe", "nextprobe"
@@ -23,7 +25,7 @@ def render_chat(
     now: datetime | None = None,
     **options: Any,
 ) -> str:
-    """The messages as text.
+    """The messages as text; where the template has no system role, the system's text begins the first user message.
 
     Args:
         tokenizer: with a chat template.
@@ -34,8 +36,9 @@ def render_chat(
     Raises:
         ValueError: if the template refuses the messages or cannot be run.
     """
+    fitting = fit_system(tokenizer, messages, options.get("chat_template"))
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **clock(now), **options)
+        return tokenizer.apply_chat_template(fitting, tokenize=False, **clock(now), **options)
     except Exception as error:  # the template is a program, and may raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if options.get("continue_final_message") and "final message" in reason:
@@ -52,7 +55,7 @@ def clock(now: datetime | None) -> dict[str, Any]:
 
 
 def check_keeps(render: Callable[[list[dict]], str], messages: list[dict]) -> None:
-    """Refuse a template that leaves out what a message says, such as one that knows no system role.
+    """Refuse a template that leaves out what a message says, such as one that writes only the last turn.
 
     Each message is replaced by a probe, which must be in the text; spaces around it and upper case are no fault. Of
     the real messages only the user's are looked for, and half of their words: templates may edit texts a little.
@@ -68,7 +71,7 @@ def check_keeps(render: Callable[[list[dict]], str], messages: list[dict]) -> No
     lost = _lost_probes(render, messages, probes)
     if not lost:
         text = render(messages).lower()
-        said = [re.findall(r"[a-z0-9]+", " ".join(_texts(m)).lower()) for m in messages if m["role"] == "user"]
+        said = [re.findall(r"[a-z0-9]+", " ".join(texts(m)).lower()) for m in messages if m["role"] == "user"]
         lost = ["user" for words in said if sum(word in text for word in words) < len(words) / 2]
     if not lost:
         return
@@ -89,7 +92,7 @@ def _lost_probes(render: Callable[[list[dict]], str], messages: list[dict], prob
             text = render([*(_with_text(*pair) for pair in pairs), *messages[last:]]).lower()
         except ValueError:  # it takes these messages, but not a probe in their place: a tool's answer may be JSON only
             continue
-        return [message["role"] for message, probe in pairs if _texts(message) and probe not in text]
+        return [message["role"] for message, probe in pairs if texts(message) and probe not in text]
     return []
 
 
@@ -188,18 +191,9 @@ def _split(text: str | None, *probes: str) -> list[str] | None:
     return parts if [probe.lower() for probe in found] == list(probes) else None
 
 
-def _texts(message: dict) -> list[str]:
-    """What a message says: its content, or the texts in it."""
-    content = message.get("content")
-    if isinstance(content, str):
-        return [content] if content.strip() else []
-    parts = content if isinstance(content, list) else []
-    return [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-
-
 def _with_text(message: dict, text: str) -> dict:
     """The message with another text in place of its own; one without a text as it is."""
-    if not _texts(message):
+    if not texts(message):
         return message
     if isinstance(message["content"], str):
         return {**message, "content": text}

@@ -36,10 +36,10 @@ def end_token_ids(
             model's own end token is often a different one.
 
     Returns:
-        Distinct ids in ascending order.
+        Distinct ids in ascending order, without those beyond the model's embedding, which it can never sample.
 
     Raises:
-        ValueError: if neither names one.
+        ValueError: if none is left.
     """
     named = model.generation_config.eos_token_id
     ids = {named} if isinstance(named, int) else set(named or ())
@@ -48,12 +48,14 @@ def end_token_ids(
     turn_end = turn_end_token(tokenizer)
     if turn_end is not None:
         ids.add(tokenizer.convert_tokens_to_ids(turn_end))
-    if not ids:
-        raise ValueError(
-            "neither the model's generation configuration nor its tokenizer names an end token: completions could "
-            "never end. Set eos_token_id in generation_config.json."
-        )
-    return tuple(sorted(ids))
+    size = model.get_input_embeddings().num_embeddings
+    if known := sorted(token for token in ids if token < size):
+        return tuple(known)
+    named = f"{sorted(ids)} as end tokens, and the model has {size} tokens" if ids else "no end token"
+    raise ValueError(
+        f"the model's generation configuration and its tokenizer name {named}: completions could never end. Set "
+        "eos_token_id in generation_config.json."
+    )
 
 
 def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase) -> range:

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run_script
 from common.mistakes import ROOT
+from common.runs.writable import make_folder
 from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import FinishedRun, check_equal, has_finished, read_run, run_folder
 
@@ -182,7 +183,7 @@ def _choose(wanted: list[str] | None, found: dict[str, Path]) -> list[str]:
 
 def _keep_arguments(output_dir: Path, arguments: list[str]) -> None:
     """Refuse other arguments in the same folder: finished runs are not repeated, so they would not notice them."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     path = output_dir / ARGUMENTS_FILE
     if path.exists() and (stored := json.loads(path.read_text())) != arguments:
         raise ValueError(

@@ -27,6 +27,7 @@ from common.mistakes import ROOT
 from common.cli import as_arguments, parse_config, parse_settings, read_yaml, run_script
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
+from common.runs.writable import make_folder
 from examples.compare_algorithms.compare_algorithms import find_algorithms
 from examples.pipeline.records import TEST_FILE, TRAIN_FILE, RecordSettings
 from examples.pipeline.stages import Stage
@@ -78,15 +79,7 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
             f"{options.config}: nothing reads {', '.join(unknown)}; a recipe has algorithm, and the files of "
             f"{', '.join(PARTS)}. Fix the file."
         )
-    parts = {}
-    for part in PARTS:
-        name = recipe.get(part)
-        if not isinstance(name, str | None):
-            raise ValueError(
-                f"{options.config}: {part}={name}: need the name of a YAML file, which has the settings of that part. "
-                f"Write them into a file beside this one, and here `{part}: {part}.yaml`."
-            )
-        parts[part] = None if name is None else read_yaml(options.config.parent / name, remedy=FIX_NAME)
+    parts = {part: _read_part(options.config, part, recipe.get(part)) for part in PARTS}
     for name, value in _changes(rest):
         part, _, setting = name.partition(".")
         if not setting and part == "records" and value is None:
@@ -100,7 +93,19 @@ def read_settings(arguments: list[str] | None = None) -> PipelineSettings:
             parts[part][setting] = value
     output_dir = options.output_dir or Path("runs") / f"pipeline-{options.config.resolve().parent.name}"
     algorithm = options.algorithm or recipe.get("algorithm", "GRPO")
-    return PipelineSettings(algorithm=algorithm, parts=parts, output_dir=output_dir.resolve())
+    return PipelineSettings(algorithm=algorithm, parts=parts, output_dir=output_dir.absolute())
+
+
+def _read_part(recipe: Path, part: str, name: object) -> dict[str, Any] | None:
+    """The settings in the file that a recipe names for a part."""
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{recipe}: {part} holds {name!r:.60}; need the name of a YAML file in the recipe's folder, so that each "
+            f"part can also be run alone. Write these settings into {part}.yaml, and here `{part}: {part}.yaml`."
+        )
+    return read_yaml(recipe.parent / name, remedy=FIX_NAME)
 
 
 def _changes(words: list[str]) -> Iterator[tuple[str, Any]]:
@@ -223,7 +228,7 @@ def run_pipeline(settings: PipelineSettings) -> str:
     """
     stages = make_stages(settings)
     output_dir = settings.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     try:
         with FileLock(output_dir / ".lock", timeout=0):
             for number, stage in enumerate(stages, start=1):

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import parse_settings, run_script
+from common.runs.writable import check_folder
 
 TRAIN_FILE, TEST_FILE = "train.jsonl", "test.jsonl"
 
@@ -63,6 +64,7 @@ def write_records(settings: RecordSettings) -> None:
         ValueError: there are not enough different problems, or the folder is not empty.
     """
     folder = Path(settings.output_dir)
+    check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir={folder}: it is not empty, and nothing is overwritten. Pass another --output_dir."

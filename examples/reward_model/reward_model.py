@@ -16,6 +16,7 @@ import common  # noqa: F401, I001  it prepares the environment before torch load
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import (
     AutoTokenizer,
@@ -31,6 +32,8 @@ from trl import RewardConfig, RewardTrainer
 from common import cli
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
+from common.models.system_role import fit_system
+from common.runs.writable import check_folder
 
 RESULT_FILE = "accuracy.json"
 
@@ -173,6 +176,7 @@ def tokenize(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: 
     """Token ids of both sides under trl's names. trl would drop long dialogues; here they lose their beginning."""
 
     def ids(messages: list[list[dict]]) -> list[list[int]]:
+        messages = [fit_system(tokenizer, dialogue) for dialogue in messages]
         rows = tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
         # The first token stays: some models read the score from it.
         return [row if len(row) <= max_length else row[:1] + row[1 - max_length :] for row in rows]
@@ -240,6 +244,8 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
         ValueError: for settings and data that do not fit, and for a folder that is not empty.
     """
     folder = Path(settings.output_dir)
+    if PartialState().is_main_process:
+        check_folder(folder)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"output_dir={folder}: it is not empty, and nothing is overwritten. Pass another --output_dir."

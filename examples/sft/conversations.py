@@ -16,6 +16,7 @@ from trl.chat_template_utils import get_training_chat_template, is_chat_template
 from common.data.prompts import AS_IT_IS, PromptSet, PromptStyle
 from common.data.rows import read_rows
 from common.models.chat import check_keeps, clock, render_chat, turn_end_token
+from common.models.system_role import fit_system
 from common.tasks import gsm8k, math
 
 # The columns of each form; a data set is read in the first form whose columns it has.
@@ -212,7 +213,8 @@ def _encode_messages(
     for messages in shapes.values():
         check_keeps(lambda messages: render_chat(tokenizer, messages, now=now, chat_template=template), messages)
     options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True, **clock(now)}
-    encoded = [tokenizer.apply_chat_template(example["messages"], **options) for example in examples]
+    conversations = [fit_system(tokenizer, example["messages"], template) for example in examples]
+    encoded = [tokenizer.apply_chat_template(messages, **options) for messages in conversations]
     masks = [[bool(bit) for bit in row["assistant_masks"]] for row in encoded]
     labels = [
         [token if spoken else IGNORED for token, spoken in zip(row["input_ids"], mask, strict=True)]

@@ -1,0 +1,62 @@
+"""Folders that a command writes: whether one can be made is found out first, not after minutes of loading."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def check_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
+    """Try out that a folder can be made and written to; nothing stays behind.
+
+    Args:
+        folder: which exists or not.
+        setting: what the user named it with, for the message.
+
+    Raises:
+        ValueError: it is a file, a link to nothing, or below one, or this user or file system cannot write there.
+    """
+    folder = Path(folder)
+    missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    trial = folder / f".tmp-{os.getpid()}"
+    try:
+        make_folder(folder, setting=setting)
+        try:
+            trial.write_bytes(b"x")
+            trial.unlink()
+        except OSError as error:
+            raise _refusal(folder, setting, error) from error
+    finally:
+        for path in missing:
+            with suppress(OSError, UnicodeError):
+                path.rmdir()
+
+
+def make_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
+    """Make a folder and those above it; one that exists is fine.
+
+    Args:
+        folder: which exists or not.
+        setting: what the user named it with, for the message.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (OSError, UnicodeError) as error:  # UnicodeError: under a locale such as C, a name may have no bytes
+        raise _refusal(Path(folder), setting, error) from error
+
+
+def _refusal(folder: Path, setting: str, error: OSError | UnicodeError) -> ValueError:
+    reason = (error.strerror if isinstance(error, OSError) else error.reason) or str(error)
+    for path in map(str, (folder, *folder.parents)):
+        it = "it" if path == str(folder) else path
+        if os.path.islink(path) and not os.path.exists(path):
+            reason = f"{it} is a link to {os.readlink(path)}, which is not there"
+        elif os.path.exists(path) and not os.path.isdir(path):
+            reason = f"{it} is a file, and a folder is needed"
+    shown = str(folder).encode("utf-8", "backslashreplace").decode()
+    return ValueError(
+        f"{setting}={shown}: nothing can be written there: {reason}. Pass --{setting} with a folder that you may "
+        "write to."
+    )

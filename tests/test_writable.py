@@ -1,0 +1,101 @@
+"""A folder that cannot be written is refused before anything is loaded, and trying leaves nothing behind."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.runs.writable import check_folder, make_folder
+from tests.toy import ROOT
+
+
+def test_a_folder_is_tried_out_and_nothing_stays(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
+    (tmp_path / "link").symlink_to("there")
+    for name in ("there", "link", "there/new", "new/below/new"):
+        check_folder(tmp_path / name)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        *("link", "there", "there/notes.txt"),
+    ]
+    make_folder(tmp_path / "new" / "below")
+    make_folder(tmp_path / "new" / "below")
+    assert (tmp_path / "new" / "below").is_dir()
+
+
+@pytest.mark.parametrize("action", [check_folder, make_folder])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "it is a file, and a folder is needed"),
+        ("file/below", "{}/file is a file, and a folder is needed"),
+        ("dangling", "it is a link to nowhere, which is not there"),
+        ("dangling/below", "{}/dangling is a link to nowhere"),
+        ("x" * 300, "File name too long"),
+        ("circle", "it is a link to circle, which is not there"),
+    ],
+)
+def test_what_cannot_be_a_folder_is_refused_with_the_reason(action, name, reason, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "circle").symlink_to("circle")
+    before = sorted(os.listdir(tmp_path))
+    reason = re.escape(reason.format(tmp_path))
+    with pytest.raises(ValueError, match=rf"^output={re.escape(str(tmp_path))}.*{reason}.* Pass --output with a"):
+        action(tmp_path / name, setting="output")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_file_system_that_takes_no_folders_is_refused():
+    with pytest.raises(ValueError, match="output_dir=/proc/new: nothing can be written there: No such file"):
+        check_folder("/proc/new")
+    with pytest.raises(ValueError, match="output_dir=/proc: nothing can be written there"):
+        check_folder("/proc")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_someone_else_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="Permission denied"):
+        check_folder(tmp_path / "new")
+    with pytest.raises(ValueError, match="Permission denied"):
+        check_folder(tmp_path)
+    tmp_path.chmod(0o700)
+
+
+def refused(command: list[str], folder: Path) -> list[str]:
+    """What a command says that cannot write its folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    arguments = [word.format(folder) for word in command]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.splitlines()
+
+
+COMMANDS = {
+    "a run": ["GRPO/grpo.py", "--output_dir", "{}"],
+    "sft": ["examples/sft/sft.py", "--model", "tiny", "--dataset", "gone.jsonl", "--output_dir", "{}"],
+    "a reward model": ["examples/reward_model/reward_model.py", "--model", "tiny", "--output_dir", "{}"],
+    "a comparison": [
+        "examples/compare_algorithms/compare_algorithms.py",
+        "--output_dir",
+        "{}",
+        "--algorithms",
+        "GRPO",
+    ],
+    "a pipeline": ["examples/pipeline/pipeline.py", "--output_dir", "{}"],
+    "records": ["examples/pipeline/records.py", "--output_dir", "{}"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_a_folder_that_cannot_be_made(name, tmp_path):
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "split": "train", "prompt": "a", "completion": "b"}\n')
+    command = [str(tmp_path) if word == "RUN" else word for word in COMMANDS[name]]
+    said = refused(command, tmp_path / "gone" / "run")
+    assert len(said) <= 8 and "is a link to nowhere, which is not there" in said[-1]
