@@ -22,7 +22,7 @@ import yaml
 
 from common.config import RLConfig
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import is_ours, script_name
+from common.mistakes import is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 
 Config = TypeVar("Config", bound=RLConfig)
@@ -80,12 +80,12 @@ def parse_config(
     if {"task", "rewards"} & typed.keys():  # and weights to one list of rewards
         defaults["reward_weights"] = None
     replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
-    name_of_script = script_name(script)
-    origins = dict.fromkeys(names, name_of_script) | dict.fromkeys(replaced, f"preset {preset.name}")
+    script_name = name_of_script(script)
+    origins = dict.fromkeys(names, script_name) | dict.fromkeys(replaced, f"preset {preset.name}")
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes, config.origins = tuple(preset.notes(name_of_script, written, replaced, kept)), origins
+    config.notes, config.origins = tuple(preset.notes(script_name, written, replaced, kept)), origins
     return config
 
 

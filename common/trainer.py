@@ -4,7 +4,6 @@ A subclass writes one iteration, `step(prompts)`, with the verbs below, and its 
 differs between algorithms is in the algorithm's file, everything else is here. No algorithm is named here.
 """
 
-import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +22,7 @@ from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet, PromptStyle
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
+from common.foreign_names import check_arguments
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
 from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
@@ -75,18 +75,9 @@ class OnPolicyTrainer(ABC):
         ValueError: for a mistake in settings, data, model or folder, if possible before a model is loaded.
     """
 
-    def __new__(cls, *_: object, **arguments: object) -> Self:
+    def __new__(cls, *_: object, **arguments: object) -> "OnPolicyTrainer":
         """Say what a trainer takes to those who pass what TRL's take; Python itself would not."""
-        known = inspect.signature(cls.__init__).parameters
-        has_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        if not has_any and (unknown := [name for name in arguments if name not in known]):
-            settings = f"{cls.__name__.removesuffix('Trainer')}Config"
-            given = ", ".join(f"{name}=..." for name in unknown)
-            raise TypeError(
-                f"{cls.__name__}({given}): nothing reads that. A trainer takes its settings, and a task if prompts or "
-                f"rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
-                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
-            )
+        check_arguments(cls, arguments)
         return super().__new__(cls)
 
     def __init__(self, config: RLConfig, *, task: Task | None = None) -> None:
