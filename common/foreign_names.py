@@ -121,8 +121,8 @@ def check_arguments(trainer: type, given: Mapping[str, object]) -> None:
     if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
         name, settings = trainer.__name__, f"{trainer.__name__.removesuffix('Trainer')}Config"
         raise TypeError(
-            f"{name}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a task if prompts or "
-            f"rewards are made in Python: {name}({settings}(model=...), task=Task(train=..., rewards=...)). "
+            f"{name}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a task if prompts "
+            f"or rewards are made in Python: {name}({settings}(model=...), task=Task(train=..., rewards=...)). "
             "docs/from-trl.md says where the arguments of TRL's trainers are."
         )
 
