@@ -85,7 +85,8 @@ def parse_config(
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes, config.origins = tuple(preset.notes(script_name, written, replaced, kept)), origins
+    notes = preset.misfit(config.model) + preset.notes(script_name, written, replaced, kept)
+    config.notes, config.origins = tuple(notes), origins
     return config
 
 
@@ -105,6 +106,8 @@ def parse_settings(
     args = sys.argv[1:] if args is None else args
     names = [field.name for field in fields(settings_class)]
     split = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if "rewards" in names:
+        args = split = _gather_rewards(split)
     owner = settings_class.__name__
     _refuse_unknown(_typed(split), [*names, "config", "help"], "on the command line", ON_COMMAND_LINE, owner)
     args, path, yaml_settings = _take_yaml(args, names, owner)
@@ -298,7 +301,9 @@ def _gather_rewards(args: list[str]) -> list[str]:
     if not rewards:
         return others
     if not all(rewards):
-        raise ValueError("--reward without a name: need a reward of the task, a reward model or file.py:function.")
+        raise ValueError(
+            "--reward without a name: need a reward of the task, a reward model, file.py:function or module:function."
+        )
     others += ["--rewards", *(reward[0] for reward in rewards)]
     if any(len(reward) == 2 for reward in rewards):
         others += ["--reward_weights", *([*reward, "1.0"][1] for reward in rewards)]

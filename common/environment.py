@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On shared cores, two threads are then up to 25 times slower than one.
@@ -39,6 +40,40 @@ def prepare_environment() -> None:
             "in the shell.",
             stacklevel=2,
         )
+
+
+# What a launcher tells each of several processes, and torch needs to find the others.
+_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_launch() -> None:
+    """Refuse an environment that speaks of several processes, but not of where they are.
+
+    Raises:
+        ValueError: names the variables that are missing.
+    """
+    given = {name: os.environ[name] for name in _LAUNCH if os.environ.get(name)}
+    is_launched = given.get("WORLD_SIZE", "1") != "1" or given.get("LOCAL_RANK", "-1") != "-1"
+    missing = [name for name in _LAUNCH if name not in given]
+    if is_launched and missing:
+        script, number = os.path.basename(sys.argv[0]), given.get("WORLD_SIZE", "1")
+        raise ValueError(
+            f"{', '.join(f'{name}={value}' for name, value in given.items())} in the environment, without "
+            f"{', '.join(missing)}: this would be one of several processes that cannot find each other, as in a "
+            "container or a Slurm step that sets only some of these variables. Start the processes with `torchrun "
+            f"--nproc_per_node {number} {script}` or `accelerate launch`, which set all of them; or a single one with "
+            f"`env {' '.join(f'-u {name}' for name in given)} python {script}`."
+        )
+
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies in bfloat16; True where it does not say what it can do."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
+    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags))  # bf16: ARM
 
 
 @contextmanager
@@ -96,27 +131,3 @@ def _restore_environment(environment: dict[str, str]) -> None:
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
-
-
-# What a launcher tells each of several processes, and torch needs to find the others.
-_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def check_launch() -> None:
-    """Refuse an environment that speaks of several processes, but not of where they are.
-
-    Raises:
-        ValueError: names the variables that are missing.
-    """
-    given = {name: os.environ[name] for name in _LAUNCH if os.environ.get(name)}
-    is_launched = given.get("WORLD_SIZE", "1") != "1" or given.get("LOCAL_RANK", "-1") != "-1"
-    missing = [name for name in _LAUNCH if name not in given]
-    if is_launched and missing:
-        script, number = os.path.basename(sys.argv[0]), given.get("WORLD_SIZE", "1")
-        raise ValueError(
-            f"{', '.join(f'{name}={value}' for name, value in given.items())} in the environment, without "
-            f"{', '.join(missing)}: this would be one of several processes that cannot find each other, as in a "
-            "container or a Slurm step that sets only some of these variables. Start the processes with `torchrun "
-            f"--nproc_per_node {number} {script}` or `accelerate launch`, which set all of them; or a single one with "
-            f"`env {' '.join(f'-u {name}' for name in given)} python {script}`."
-        )

@@ -6,7 +6,6 @@ near, or there is none: a wrong one costs more than "see --help".
 
 import ast
 import difflib
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -104,27 +103,6 @@ def unknown_settings(
     if rest := [name for name, _ in answers[MAX_ANSWERS:]]:
         lines.append(f"  and {', '.join(rest)}; docs/from-trl.md has the names of other libraries")
     return "\n".join(lines)
-
-
-def check_arguments(trainer: type, given: Mapping[str, object]) -> None:
-    """Refuse arguments of a trainer that are those of another library's.
-
-    Args:
-        trainer: the class, whose settings are called after it.
-        given: arguments by name.
-
-    Raises:
-        TypeError: if its __init__ does not have one of them.
-    """
-    known = inspect.signature(trainer.__init__).parameters.values()
-    unknown = [f"{name}=..." for name in given if name not in {parameter.name for parameter in known}]
-    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
-        name, settings = trainer.__name__, f"{trainer.__name__.removesuffix('Trainer')}Config"
-        raise TypeError(
-            f"{name}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a task if prompts "
-            f"or rewards are made in Python: {name}({settings}(model=...), task=Task(train=..., rewards=...)). "
-            "docs/from-trl.md says where the arguments of TRL's trainers are."
-        )
 
 
 def _answer(name: str, value: object, names: Collection[str], form: str, owner: str) -> str:

@@ -27,14 +27,15 @@ def name_of_script(script: str | None) -> str:
 def explain_mistakes() -> None:
     """Make an error of ours that ends a program a message with the program's line, and exit status 2.
 
-    Every other error, and every error at Python's prompt or in a notebook, keeps its traceback.
+    Every other error, and every error at Python's prompt, in a notebook or with `python -X dev`, keeps its traceback.
     """
     others = sys.excepthook
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         frames = traceback.extract_tb(trace)
         is_script = len(frames) > 1 and frames[0].name == "<module>" and Path(frames[0].filename).is_file()
-        if kind not in (ValueError, TypeError) or not is_script or not is_ours(frames[-1]):
+        is_message = kind in (ValueError, TypeError) and is_script and is_ours(frames[-1])
+        if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
         print(f"error: {name_of_script(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
         sys.exit(2)

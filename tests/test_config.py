@@ -308,6 +308,7 @@ def test_several_greedy_samples_per_prompt_are_refused():
         (RLConfig(num_eval_prompts=0, eval_num_samples=4), ["eval_num_samples=4"]),
         (RLConfig(reward_format="conversational"), ["reward_format=conversational"]),
         (RLConfig(reward_format="conversational", rewards=["mine.py:polite"]), []),
+        (RLConfig(reward_format="text", rewards=["mine.rewards:polite"]), []),
         (PPOConfig(value_clip_range=0.5), ["value_clip_range=0.5"]),
         (PPOConfig(value_clip_range=0.5, num_update_epochs=2), []),
         (PPOConfig(value_init="none", value_init_epochs=2), ["value_init_epochs=2", "value_init is none"]),
