@@ -218,13 +218,15 @@ def _add_descriptions(parser: Any, config_class: type) -> None:
 
 
 def run_script(
-    main: Callable[[], None], *, interrupted: str = "the same command continues from the last checkpoint"
+    main: Callable[[], None],
+    *,
+    interrupted: str | Callable[[], str] = "the same command continues where a checkpoint was kept",
 ) -> None:
     """Call `main`; print a ValueError that this project raises as a message instead of a traceback.
 
     Args:
         main: the script.
-        interrupted: what to say after Ctrl-C about the work so far.
+        interrupted: what to say after Ctrl-C about the work so far, or what finds out.
 
     Raises:
         SystemExit: with status 2 after such a message, 130 after Ctrl-C.
@@ -243,7 +245,7 @@ def run_script(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -180,7 +180,8 @@ class RLConfig:
     output_dir: str | None = None
     """The run's folder. None: runs/<algorithm>-<task>-seed<seed>-<hash of the settings>."""
     resume: str = "auto"
-    """"auto" continues the run in output_dir if there is one; "never" refuses an existing folder."""
+    """"auto" continues the run in output_dir if there is one; "never" refuses an existing folder; "extend" also takes
+    a larger num_steps where lr_scheduler is not constant: the schedule of the new length holds from there on."""
     save_every: int = 50
     """Steps between checkpoints; 0: only the final model."""
     save_total_limit: int = 2
@@ -324,7 +325,7 @@ class RLConfig:
             "average_over": AVERAGES,
             "offload": OFFLOADS,
             "dtype": DTYPES,
-            "resume": ("auto", "never"),
+            "resume": ("auto", "never", "extend"),
             "reward_format": ("auto", "text", "conversational"),
             "vllm_sleep_level": (0, 1, 2),
         }

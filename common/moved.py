@@ -49,7 +49,16 @@ MOVED: dict[str, dict[str, str]] = {
     "common.tiny": {"common.embedded.policy": ""},
     "common.cache": {"common.embedded.cache": ""},
     "common.run": {"common.runs.run": ""},
-    "common.checkpoints": {"common.runs.checkpoints": ""},
+    "common.checkpoints": {
+        "common.runs.folder": "CONFIG_FILE LOCK_FILE MAY_CHANGE MAY_GROW prepare_run_folder has_begun versions",
+        "common.runs.best": "better_checkpoint",
+        "common.runs.checkpoints": "",
+    },
+    "common.runs.checkpoints": {
+        "common.runs.folder": "CONFIG_FILE LOCK_FILE MAY_CHANGE MAY_GROW prepare_run_folder has_begun versions "
+        "PROMPTS_FILE",
+        "common.runs.best": "better_checkpoint",
+    },
     "common.metrics": {
         "common.runs.log": "",
         "common.runs.metrics": "GB Stopwatch memory_report",

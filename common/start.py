@@ -5,6 +5,7 @@ from typing import Any
 
 from common.cli import origins_in, parse_config, run_script
 from common.config import RLConfig
+from common.runs.run import algorithm_name, how_to_continue
 from common.trainer import OnPolicyTrainer
 
 
@@ -19,7 +20,10 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
     Raises:
         SystemExit: with status 2 after a message about a user's mistake.
     """
-    run_script(lambda: report(prepare(trainer, parse_config(settings, **reading))))
+    run_script(
+        lambda: report(prepare(trainer, parse_config(settings, **reading))),
+        interrupted=lambda: how_to_continue(parse_config(settings, **reading), algorithm_name(trainer)),
+    )
 
 
 def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer:
@@ -50,7 +54,9 @@ def report(trainer: OnPolicyTrainer) -> None:
         trainer: ready to train.
     """
     show = print if trainer.accelerator.is_main_process else _print_nothing
-    state = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
+    state = "new" if trainer.run.is_new else "begun again, since it had no checkpoint yet"
+    if trainer.run.checkpoint:
+        state = f"continued after step {trainer.run.first_step - 1}"
     show(f"run: {trainer.run.folder.resolve()} ({state})")
     if trainer.prompts.num_dropped:
         show(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")

@@ -42,7 +42,7 @@ from common.runs.measures import (
 )
 from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
 from common.runs.prompt_record import describe_prompts, start_time
-from common.runs.run import Run, run_folder
+from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import Task, check_rows, lenient_scorer, load_task, task_scorer
@@ -88,9 +88,9 @@ class OnPolicyTrainer(ABC):
         if unknown:
             settings = f"{cls.__name__.removesuffix('Trainer')}Config"
             raise TypeError(
-                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a task if "
-                f"prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
-                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
+                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a "
+                f"task if prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), "
+                "task=Task(train=..., rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
             )
         return super().__new__(cls)
 
@@ -106,7 +106,7 @@ class OnPolicyTrainer(ABC):
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
-        algorithm = type(self).__name__.removesuffix("Trainer")
+        algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
             check_folder(folder)

@@ -49,7 +49,7 @@ def finished(tiny_folder, tmp_path_factory, with_curves):
 def test_a_run_leaves_the_files_it_promises(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert names == {
+    assert names - {"best"} == {  # a link, if the untrained policy was not the best
         *("config.yaml", "prompts.json", "metrics.jsonl", "samples.jsonl", "curves.png"),
         *("checkpoint-2", "checkpoint-4", "final"),
     }
@@ -410,20 +410,6 @@ def test_the_kl_of_an_evaluation_is_that_of_the_policy(tiny_folder, tmp_path):
     rollouts = trainer.policy_sampler.sample_for_evaluation(trainer.eval_prompts.share())
     difference = trainer.logprobs("policy", rollouts) - trainer.logprobs("ref", rollouts)
     assert last["eval/kl"] == pytest.approx(float(difference[rollouts.completion_mask].double().mean()), rel=1e-4)
-
-
-def test_a_finished_run_can_be_made_longer(tiny_folder, tmp_path):
-    toy_trainer(tiny_folder, tmp_path / "short", num_steps=2, save_every=1).train()
-    toy_trainer(tiny_folder, tmp_path / "short", num_steps=4, save_every=1).train()
-    toy_trainer(tiny_folder, tmp_path / "long", num_steps=4, save_every=1).train()
-    assert metrics_of(tmp_path / "short") == metrics_of(tmp_path / "long")
-
-
-def test_a_run_whose_rate_falls_until_its_last_step_cannot_be_made_longer(tiny_folder, tmp_path):
-    falling = {"lr_scheduler": "linear", "save_every": 1}
-    toy_trainer(tiny_folder, tmp_path / "run", num_steps=1, **falling).train()
-    with pytest.raises(ValueError, match=r"num_steps \(stored 1, now 2\)"):
-        toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, **falling)
 
 
 def test_other_settings_in_the_same_folder_are_refused_before_a_model_is_loaded(tiny_folder, tmp_path):

@@ -28,7 +28,7 @@ from common.embedded import check_model, load_tokenizer, resolve_model
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
-from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, load
+from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
 from common.models.loading import compute_dtype, end_token_ids
 from common.models.pool import ModelPool
 from common.models.weights import policy_weights
@@ -37,7 +37,8 @@ from common.rewards.reports import TrainerState
 from common.rewards.reward_model import RewardModel
 from common.rewards.scorer import RewardFunction
 from common.rollouts import Rollouts
-from common.runs.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
+from common.runs.checkpoints import STATE_FILE, write_file
+from common.runs.folder import CONFIG_FILE, versions
 from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently, mean_interval
 from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.prompt_record import time_of_run
@@ -257,7 +258,8 @@ def _find_model(model: str, adapter: str | None) -> Source:
     """The complete model, or the base and its adapter, that two names mean; checked but not loaded."""
     folder = Path(model)
     parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
-    if adapter is None and ((folder / CONFIG_NAME).is_file() or not any(part.is_file() for part in parts)):
+    is_of_run = any(part.is_file() for part in parts) or is_best_of_run(folder)
+    if adapter is None and ((folder / CONFIG_NAME).is_file() or not is_of_run):
         check_model(model)
         return Source(base=model, what=model)
     source = find_source(model, adapter)

@@ -1,6 +1,7 @@
 """Where a run writes its metrics: metrics.jsonl, samples.jsonl, trackers, and the progress line."""
 
 import json
+import logging
 import math
 import netrc
 import os
@@ -15,6 +16,8 @@ from common.runs.checkpoints import write_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger("nanorlhf")
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 LEADING_KEYS = ("episodes", "tokens", "score")  # first in a line of metrics.jsonl after the step, for human readers
@@ -111,6 +114,16 @@ class RunLog:
             if path.exists():
                 lines = path.read_bytes().split(b"\n")
                 write_file(path, b"".join(line + b"\n" for line in lines if _belongs_before(line, step)))
+        kept = {line["step"] for line in read_metrics(self.folder)}
+        if missing := [number for number in range(1, step + 1) if number not in kept]:
+            logger.warning(
+                "%s has no line of %d of the %d steps before the checkpoint, the first of them step %d: somebody "
+                "changed the file. The run goes on, and its curves lack these steps.",
+                self.folder / METRICS_FILE,
+                len(missing),
+                step,
+                missing[0],
+            )
 
     def close(self) -> None:
         """Ends the trackers' runs; the files need no closing."""
@@ -141,11 +154,25 @@ def _finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _belongs_before(line: bytes, step: int) -> bool:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that can be read; none if there is no such file."""
+    path = Path(folder) / METRICS_FILE
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line; None for an empty line, one that a kill cut off, and one that no run has written."""
     try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # empty, or cut off by a kill, perhaps within a character
-        return False
+        row = json.loads(line)
+    except ValueError:  # cut off perhaps within a character
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _belongs_before(line: bytes, step: int) -> bool:
+    row = _row(line)
+    return row is not None and row["step"] <= step
 
 
 class Progress:

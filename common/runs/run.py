@@ -6,14 +6,16 @@ log.py, checkpoints.py and plots.py say what the files contain; this module deci
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +23,8 @@ from common.config import RLConfig
 from common.models.loading import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
+from common.runs.best import better_checkpoint, describe_best, link_best, restore_best
+from common.runs.folder import MAY_CHANGE, has_begun, longer_command, prepare_run_folder, stored_settings
 from common.runs.log import METRICS_FILE, Progress, RunLog
 from common.runs.plots import CURVES_FILE, draw_curves
 from common.runs.prompt_record import Record, check_processes_agree, check_record
@@ -43,6 +47,7 @@ class Run:
     Attributes:
         folder: path of the folder.
         checkpoint: what to continue from, None at the beginning.
+        is_new: nothing of it was there before.
         first_step: the next step to do, from 1.
         stopped_early: early stopping has ended the run.
 
@@ -54,15 +59,10 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self.folder = run_folder(config, algorithm)
-        self._is_new = not checkpoints.has_begun(self.folder)
-        if accelerator.is_main_process:
-            # If the schedule depends on num_steps, a longer run differs from the first step on.
-            may_grow = checkpoints.MAY_GROW if config.lr_scheduler == "constant" else ()
-            notes = {"may_grow": may_grow, "notes": config.notes}
-            checkpoints.prepare_run_folder(self.folder, asdict(config), config.resume, **notes)
-        accelerator.wait_for_everyone()
-        self.checkpoint = checkpoints.latest_checkpoint(self.folder)
-        state = checkpoints.load_state(self.checkpoint) if self.checkpoint else {"step": 0}
+        self.is_new = not has_begun(self.folder)
+        # Only the main process decides, since a damaged file could be seen by one process and not by another.
+        found = [self._prepare() if accelerator.is_main_process else None]
+        self.checkpoint, state = broadcast_object_list(found)[0]
         self.first_step = state["step"] + 1
         self.best: dict | None = state.get("best")
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
@@ -71,6 +71,28 @@ class Run:
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
         self._progress: Progress | None = None
+
+    def _prepare(self) -> tuple[Path | None, dict]:
+        """Make the folder, or find the checkpoint to continue from and its state, with a best that is there."""
+        config, folder = self.config, self.folder
+        before = stored_settings(folder).get("num_steps", config.num_steps)
+        options = {"length_matters": _length_matters(config), "notes": config.notes}
+        checkpoint = prepare_run_folder(folder, asdict(config), config.resume, **options)
+        state = checkpoints.load_state(checkpoint) if checkpoint else {"step": 0}
+        state["best"], said = restore_best(folder, state.get("best"), state["step"])
+        link_best(folder, state["best"])
+        if said:
+            logger.warning("%s: %s", folder, said)
+        if checkpoint and before < config.num_steps and _length_matters(config):
+            step = state["step"]
+            rates = [replace(config, num_steps=before).scheduled_rate(step)]
+            rates += [config.scheduled_rate(each) for each in (step + 1, config.num_steps)]
+            logger.info(
+                "extended from %d to %d steps: the learning rate was %.3g at step %d; it goes on with %.3g and "
+                "reaches %.3g at step %d, as lr_scheduler=%s has it in a run of that length",
+                *(before, config.num_steps, rates[0], step, rates[1], rates[2], config.num_steps, config.lr_scheduler),
+            )
+        return checkpoint, state
 
     def check_prompts(self, record: Record) -> None:
         """Keep the record of a new run's prompts; refuse to continue a run with others.
@@ -83,7 +105,7 @@ class Run:
         """
         check_processes_agree(record, self.accelerator)
         if self.accelerator.is_main_process:
-            check_record(self.folder, record, is_new=self._is_new)
+            check_record(self.folder, record, is_new=self.is_new)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -182,7 +204,7 @@ class Run:
         self._progress.update(step, metrics)
         metric = "eval/accuracy" if "eval/accuracy" in metrics else "eval/score"
         if metric in metrics:
-            best = checkpoints.better_checkpoint(self.best, step, metric, metrics[metric])
+            best = better_checkpoint(self.best, step, metric, metrics[metric])
             self._evaluations_since_best = 0 if best != self.best else self._evaluations_since_best + 1
             self.best = best
             if self.accelerator.is_main_process:
@@ -201,11 +223,12 @@ class Run:
                 **self._counts,
             }
             checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
+            link_best(self.folder, self.best)
             checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
         self.accelerator.wait_for_everyone()
 
     def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        """Write final/, and send it to the hub if asked."""
+        """Write final/, the policy after the last step, and send it to the hub if asked."""
         if self.accelerator.is_main_process:
             policy = self._learners["policy"][1]
 
@@ -214,7 +237,9 @@ class Run:
                 for name, save in self._exports.items():
                     save(folder / f"{name}_model")
 
-            checkpoints.save_final(self.folder, step, fill=fill, stopped_early=self.stopped_early)
+            patience = self.config.early_stopping_patience
+            state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
+            checkpoints.save_final(self.folder, step, fill=fill, **state)
             if self.config.push_to_hub:
                 from huggingface_hub import HfApi
 
@@ -224,12 +249,22 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def outcome(self, num_eval_prompts: int) -> list[str]:
-        """Lines about a finished run: the held-out metric before and after, and where curves and model are."""
-        folder = self.folder.resolve()
+        """Lines about a finished run: the held-out metric before and after, where its models are, how to go on."""
+        folder, config = self.folder.resolve(), self.config
         lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
         name = "eval/accuracy" if any("eval/accuracy" in line for line in lines) else "eval/score"
         evaluations = [line for line in lines if name in line]
-        summary = [f"curves: {folder / CURVES_FILE}", f"model: {folder / checkpoints.FINAL_FOLDER}"]
+        last_step = checkpoints.load_state(folder / checkpoints.FINAL_FOLDER)["step"]
+        summary = [
+            f"curves: {folder / CURVES_FILE}",
+            *describe_best(folder, self.best, last_step, use_lora=config.use_lora),
+            f"model: {folder / checkpoints.FINAL_FOLDER} (the policy after the last step, {last_step})",
+        ]
+        if checkpoints.latest_checkpoint(folder) is not None:
+            longer = longer_command(folder, config.num_steps, _length_matters(config))
+            if self.stopped_early:
+                longer = f"--output_dir {shlex.quote(str(folder))} --early_stopping_patience 0"
+            summary.append(f"to train longer: the same command with {longer}")
         if len(evaluations) > 1:
             first, last = evaluations[0], evaluations[-1]
             before, after = f"{first[name]:.3f} before (step {first['step']})", f"{last[name]:.3f} after"
@@ -242,7 +277,7 @@ class Run:
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path
             )
-            if name == "policy":
+            if name == checkpoints.POLICY_FOLDER:
                 writers[name] = lambda path, module=module: _save_trainable(
                     module, tokenizer, path, use_lora=self.config.use_lora
                 )
@@ -253,14 +288,48 @@ class Run:
         return writers
 
 
+def algorithm_name(trainer: type) -> str:
+    """The algorithm's name, from that of its trainer."""
+    return trainer.__name__.removesuffix("Trainer")
+
+
 def run_folder(config: RLConfig, algorithm: str) -> Path:
     """The folder that the settings name, or one below runs/ with a name made of them."""
     return Path(config.output_dir or Path("runs") / default_name(config, algorithm))
 
 
+def how_to_continue(config: RLConfig, algorithm: str) -> str:
+    """What the same command does with the run that these settings name, after it was interrupted.
+
+    Args:
+        config: the run's settings.
+        algorithm: its name.
+    """
+    folder = run_folder(config, algorithm)
+    final = folder / checkpoints.FINAL_FOLDER
+    if final.is_dir() and not checkpoints.damage_of(final):
+        state = checkpoints.load_state(final)
+        if state["step"] >= config.num_steps or state["stopped_early"]:
+            return f"the run has finished, and its model is in {final}"
+    latest = checkpoints.latest_checkpoint(folder) if folder.is_dir() else None
+    if latest is not None:
+        return f"the same command continues from {latest.name}"
+    if not config.save_every:
+        return "save_every=0 keeps no checkpoint, so the same command starts again from the first step"
+    reason = f"there is no checkpoint yet (save_every={config.save_every})"
+    return f"{reason}, so the same command starts again from the first step"
+
+
+def _length_matters(config: RLConfig) -> str:
+    """What a larger num_steps changes besides the end of a run; empty: nothing."""
+    if config.lr_scheduler == "constant":
+        return ""
+    return f"with lr_scheduler={config.lr_scheduler} the learning rate falls until the last step"
+
+
 def default_name(config: RLConfig, algorithm: str) -> str:
     """Name of a run's folder: the same settings give the same folder, so the same command continues a run."""
-    compared = {name: value for name, value in asdict(config).items() if name not in checkpoints.MAY_CHANGE}
+    compared = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:6]
     return f"{algorithm.lower()}-{config.task}-seed{config.seed}-{digest}"
 
