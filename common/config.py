@@ -213,8 +213,9 @@ class RLConfig:
             ValueError: what was given, what is needed and why, what to do.
         """
         self.lora_target_modules = _module_names(self.lora_target_modules)
-        if self.report_to == ["none"]:  # as transformers has it
-            self.report_to = None
+        # As transformers has it: one tracker without a list, or the word none.
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        self.report_to = None if self.report_to == ["none"] else self.report_to
         self._check_types()
         self._check_ranges()
         self._check_choices()

@@ -90,9 +90,9 @@ class OnPolicyTrainer(ABC):
         if unknown:
             settings = f"{cls.__name__.removesuffix('Trainer')}Config"
             raise TypeError(
-                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes settings, and a task if "
-                f"prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
-                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
+                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a "
+                f"task if prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), "
+                "task=Task(train=..., rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
             )
         return super().__new__(cls)
 

@@ -321,6 +321,15 @@ def test_a_function_that_fails_on_the_batch_alone_is_named_too():
     assert "KeyError: 'gold'; no single row fails alone" in refused(broken)
 
 
+def test_a_function_that_raises_is_named_with_the_arguments_that_it_takes():
+    def broken(completion_ids):
+        return [1 / (len(ids) - 2) for ids in completion_ids]
+
+    scorer = Scorer({"mine": broken}, {"mine": 1.0})
+    with pytest.raises(ValueError, match=r"'mine' raised ZeroDivisionError.*row 1 of 3: completion_ids=\[5, 6\]\."):
+        scorer(PROMPTS, COMPLETIONS, {}, completion_ids=[[5], [5, 6], [5, 6, 7]])
+
+
 def test_a_column_the_function_needs_and_the_data_lack_is_named():
     def right(completions, answer, **rest):
         return [0.0] * len(completions)

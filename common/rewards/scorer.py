@@ -9,7 +9,6 @@ import logging
 import math
 import reprlib
 from collections.abc import Awaitable, Collection, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 from common.models.pool import ModelPool
+from common.rewards.batch import Batch
 from common.rewards.copies import Arguments, own_arguments
 from common.rewards.event_loop import EventLoop
-from common.rewards.forms import ANNOTATED, AUTO, CONVERSATIONAL, SHOWN, TEXT, expects_messages, form_of, in_form
+from common.rewards.forms import ANNOTATED, AUTO, CONVERSATIONAL, SHOWN, TEXT, expects_messages, form_of
 from common.rewards.reports import Reports, TrainerState
 from common.rewards.reward_model import RewardModel
 from common.rewards.rules import DEFAULT_LIMITS, Limits, RuleWorker, is_rule
-from common.rewards.signatures import PER_CALL, check_columns, check_signature, names, taken
+from common.rewards.signatures import PER_CALL, check_columns, check_signature
 from common.rewards.values import LARGEST, number_of, values_of
 
 logger = logging.getLogger("nanorlhf")
@@ -55,18 +55,6 @@ class RewardFunction(Protocol):
             One finite number per completion, or None where the function does not apply: a list, or a one-dimensional
             tensor, array or Series. The function may change its arguments; they are its own.
         """
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """What is scored: B completions, in every form that functions ask for."""
-
-    prompts: list[str]
-    completions: list[str]
-    columns: dict[str, list]
-    raw_prompts: list
-    completion_ids: list[list[int]] | None
-    state: TrainerState | None
 
 
 class _RowError(Exception):
@@ -175,7 +163,7 @@ class Scorer:
             ValueError: if a function raises, returns the wrong number of values or something that is not a number
                 (or too large), or if all functions return None for all completions.
         """
-        batch = _Batch(
+        batch = Batch(
             prompts=prompts,
             completions=completions,
             columns=columns,
@@ -206,34 +194,13 @@ class Scorer:
             )
         return scores, parts
 
-    # --------------------------------------------------------------------------------------------------- arguments
-
-    def _arguments(self, name: str, batch: _Batch, form: str) -> Arguments:
-        """The arguments that a function is called with, one value per row."""
-        function = self.functions[name]
-        given = {"prompts": batch.prompts, "completions": batch.completions, **batch.columns}
-        if isinstance(function, RewardModel):
-            return given | {"prompts": batch.raw_prompts}
-        given |= in_form(form, batch.prompts, batch.completions, batch.raw_prompts)
-        wants_ids = names(function, "completion_ids") or not (batch.completion_ids is None or is_rule(function))
-        return taken(function, given | ({"completion_ids": batch.completion_ids} if wants_ids else {}))
-
-    def _reporting(self, name: str, batch: _Batch, reports: Reports) -> dict[str, Any]:
-        """The arguments that are no columns; a rule can log nothing."""
-        if batch.state is None:
-            return {}
-        function = self.functions[name]
-        if is_rule(function):
-            return {"trainer_state": batch.state} if names(function, "trainer_state") else {}
-        return taken(function, reports.given(batch.state))
-
     # ----------------------------------------------------------------------------------------------------- calling
 
-    def _answers(self, batch: _Batch, forms: Mapping[str, str], reports: Reports) -> dict[str, object]:
+    def _answers(self, batch: Batch, forms: Mapping[str, str], reports: Reports) -> dict[str, object]:
         """What each function of `forms` returned or raised; asynchronous functions wait together."""
         answers, own_reports = {}, {}
         for name, form in forms.items():
-            own_reports[name] = Reports(num_rows=len(batch.completions))
+            own_reports[name] = Reports(num_rows=len(batch))
             answers[name] = self._answer(name, batch, form, own_reports[name])
         waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
         if waiting:
@@ -243,11 +210,11 @@ class Scorer:
                 reports.include(own_reports[name], name)
         return answers
 
-    def _answer(self, name: str, batch: _Batch, form: str, reports: Reports) -> object:
-        given = self._arguments(name, batch, form)
+    def _answer(self, name: str, batch: Batch, form: str, reports: Reports) -> object:
+        given = batch.arguments(self.functions[name], form)
         if isinstance(self.functions[name], RewardModel):
             return self.functions[name](**given)
-        extra = self._reporting(name, batch, reports)
+        extra = batch.extra(self.functions[name], reports)
         if name in self._rules:
             return self._rule_answers(name, given, extra)
         own = own_arguments(given)
@@ -264,7 +231,7 @@ class Scorer:
         self.over_limit[name] = torch.tensor([row.over_limit for row in rows], dtype=torch.bool)
         return [0.0 if row.over_limit else None if math.isnan(row.reward) else row.reward for row in rows]
 
-    def _settle_forms(self, batch: _Batch, answers: dict[str, object]) -> None:
+    def _settle_forms(self, batch: Batch, answers: dict[str, object]) -> None:
         """Decide the form of each "auto" function: messages if it fails on text as such functions do, else text."""
         for name in [name for name, form in self._forms.items() if form == AUTO]:
             if isinstance(answers[name], Exception) and expects_messages(_text_of(answers[name])):
@@ -280,15 +247,15 @@ class Scorer:
 
     # ---------------------------------------------------------------------------------------------------- checking
 
-    def _numbers(self, name: str, rewards: object, batch: _Batch) -> list[float]:
+    def _numbers(self, name: str, rewards: object, batch: Batch) -> list[float]:
         """A function's answer as one number per completion, NaN for None."""
         if isinstance(rewards, Exception):
             raise self._refusal(name, rewards, batch, self._forms[name]) from _cause(rewards)
         values = values_of(rewards)
-        if values is None or len(values) != len(batch.completions):
+        if values is None or len(values) != len(batch):
             given = _SHORTEN.repr(rewards) if values is None else f"{len(values)} values"
             raise ValueError(
-                f"reward {name!r} returned {given} for {len(batch.completions)} completions: need a list with one "
+                f"reward {name!r} returned {given} for {len(batch)} completions: need a list with one "
                 "number each, in the same order. Fix the function."
             )
         return [self._checked(name, reward, row, batch.completions[row]) for row, reward in enumerate(values)]
@@ -305,7 +272,7 @@ class Scorer:
             ) from error
 
     def _refusal(
-        self, name: str, error: Exception, batch: _Batch, form: str, with_text: str | None = None
+        self, name: str, error: Exception, batch: Batch, form: str, with_text: str | None = None
     ) -> ValueError:
         """The message about a function that raised.
 
@@ -316,9 +283,9 @@ class Scorer:
             form: the form that it got.
             with_text: what it raised before, when it got text.
         """
-        arguments = self._arguments(name, batch, form)
+        arguments = batch.arguments(self.functions[name], form)
         row = error.row if isinstance(error, _RowError) else self._failing_row(name, batch, form)
-        where = "no single row fails alone" if row is None else self._shown(arguments, row)
+        where = "no single row fails alone" if row is None else self._shown(arguments, row, len(batch))
         advice = "Fix the function, or return None where it does not apply."
         if with_text is not None:
             advice += f" (With text it raised {with_text}; --reward_format says what it expects.)"
@@ -330,33 +297,25 @@ class Scorer:
             f"model may write. {advice}"
         )
 
-    def _other_form(self, name: str, error: Exception, batch: _Batch, form: str) -> str | None:
+    def _other_form(self, name: str, error: Exception, batch: Batch, form: str) -> str | None:
         """The form on which a function does not fail; None if it fails on both, or for another reason."""
         other = TEXT if form == CONVERSATIONAL else CONVERSATIONAL
         if not _text_of(error).startswith(_WRONG_FORM):
             return None
-        answer = self._answers(batch, {name: other}, Reports(num_rows=len(batch.completions)))[name]
+        answer = self._answers(batch, {name: other}, Reports(num_rows=len(batch)))[name]
         return None if isinstance(answer, Exception) else other
 
-    def _failing_row(self, name: str, batch: _Batch, form: str) -> int | None:
+    def _failing_row(self, name: str, batch: Batch, form: str) -> int | None:
         """Call the function row by row to find the one it fails on."""
-        for row in range(len(batch.completions)):
-            single = _Batch(
-                prompts=[batch.prompts[row]],
-                completions=[batch.completions[row]],
-                columns={key: [values[row]] for key, values in batch.columns.items()},
-                raw_prompts=[batch.raw_prompts[row]],
-                completion_ids=batch.completion_ids and [batch.completion_ids[row]],
-                state=batch.state,
-            )
-            if isinstance(self._answers(single, {name: form}, Reports(num_rows=1))[name], Exception):
+        for row in range(len(batch)):
+            if isinstance(self._answers(batch.row(row), {name: form}, Reports(num_rows=1))[name], Exception):
                 return row
         return None
 
     @staticmethod
-    def _shown(arguments: Arguments, row: int) -> str:
+    def _shown(arguments: Arguments, row: int, num_rows: int) -> str:
         shown = ", ".join(f"{key}={_SHORTEN.repr(values[row])}" for key, values in arguments.items() if values)
-        return f"row {row} of {len(arguments['completions'])}: {shown}"
+        return f"row {row} of {num_rows}: {shown}"
 
 
 def _text_of(error: Exception) -> str:
