@@ -85,7 +85,8 @@ def parse_config(
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes, config.origins = tuple(preset.notes(name_of_script, written, replaced, kept)), origins
+    notes = preset.misfit(config.model) + preset.notes(name_of_script, written, replaced, kept)
+    config.notes, config.origins = tuple(notes), origins
     return config
 
 

@@ -151,7 +151,8 @@ class RLConfig:
     attn_implementation: str = "sdpa"
     """Attention of transformers: "sdpa", "eager", "flash_attention_2"."""
     vllm_memory_share: float = 0.4
-    """Share of the GPU's memory that vLLM may use for its weights and its cache."""
+    """Share of the GPU's memory that vLLM may use for its weights and its cache; on a CPU, share of the free memory
+    that its cache may take, which is no larger than the completions of the largest request need."""
     vllm_sleep_level: int = 1
     """What vLLM frees while models are in use: 0 nothing, 1 its cache (weights move to the CPU), 2 weights too."""
     vllm_enforce_eager: bool = False
@@ -223,6 +224,14 @@ class RLConfig:
     def completions_per_step(self) -> int:
         """Rows of a step over all processes."""
         return self.prompts_per_step * self.num_generations
+
+    @property
+    def completions_at_once(self) -> int:
+        """Completions of the largest request of a step, over all processes: on the CPU, vLLM has memory for these.
+
+        An algorithm that samples more at once, such as continuations, says here how many at most.
+        """
+        return self.completions_per_step
 
     @property
     def trains_on_policy(self) -> bool:

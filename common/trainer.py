@@ -8,12 +8,12 @@ import inspect
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, Self, TypeVar, final
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
-from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
+from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference, warn_of_slow_dtype
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
@@ -40,7 +40,8 @@ from common.runs.measures import (
     rollout_means,
     with_confidence_interval,
 )
-from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.writable import check_folder
@@ -56,6 +57,7 @@ logger = logging.getLogger("nanorlhf")
 LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Metric]]]
 TokenFunction = Callable[[nn.Module, Rollouts], Tensor]
 SaveModel = Callable[[Path], None]
+Step = TypeVar("Step")
 
 
 class OnPolicyTrainer(ABC):
@@ -88,9 +90,9 @@ class OnPolicyTrainer(ABC):
         if unknown:
             settings = f"{cls.__name__.removesuffix('Trainer')}Config"
             raise TypeError(
-                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a "
-                f"task if prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), "
-                "task=Task(train=..., rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
+                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes settings, and a task if "
+                f"prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
+                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
             )
         return super().__new__(cls)
 
@@ -122,10 +124,13 @@ class OnPolicyTrainer(ABC):
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
         self.dtype = compute_dtype(config, self.accelerator.device)
+        if self.accelerator.is_main_process:
+            warn_of_slow_dtype(self.dtype, self.accelerator.device)
         self.batches = Batches(config, self.accelerator, self.dtype)
         self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
+        self._signal = SignalCheck(config, self.run.folder)
         self.model_path = resolve_model(config.model)
         self._load_models()
 
@@ -272,7 +277,7 @@ class OnPolicyTrainer(ABC):
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
         """Record metrics and samples of scored rollouts, before any row is dropped; advantages: (B,) or (B, C)."""
-        rollout_means(rollouts, advantages, metrics=self.metrics)
+        rollout_means(rollouts, advantages, num_generations=self.config.num_generations, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
@@ -365,12 +370,29 @@ class OnPolicyTrainer(ABC):
         return learner
 
     @final
+    def with_progress(self, steps: Sequence[Step], name: str, unit: str) -> Iterator[Step]:
+        """Go through steps that may take minutes together, and show how many are done: see LongWork.
+
+        Args:
+            steps: what to go through.
+            name: what the whole is, such as "fit of the value model".
+            unit: what the steps are, in the plural.
+        """
+        with self._long_work(name, len(steps), unit) as work:
+            for step in steps:
+                yield step
+                work.advance()
+
+    @final
     def evaluate(self) -> None:
         """Record the held-out score, accuracy and length of the current policy; changes nothing else."""
         process, num_samples = self.accelerator.process_index, self.config.eval_num_samples
         prompts = self.eval_prompts.share(process=process, num_processes=self.accelerator.num_processes)
         with self.stopwatch("eval"):
-            rollouts = self.policy_sampler.sample_for_evaluation(prompts)
+            with self._long_work("evaluation", len(prompts) * num_samples, "completions") as work:
+                rollouts = self.policy_sampler.sample_for_evaluation(
+                    prompts, finished=lambda _, completions: work.advance(len(completions))
+                )
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
@@ -431,8 +453,10 @@ class OnPolicyTrainer(ABC):
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
+        rows = [config.completions_at_once, len(self.eval_prompts) * config.eval_num_samples if self._evaluates else 0]
+        most_rows = math.ceil(max(rows) / self.accelerator.num_processes)
         self.policy_sampler = PolicySampler(
-            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, **tokens
+            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=most_rows, **tokens
         )
         plan = self.models.plan(sampler_bytes=self.policy_sampler.sampler.resident_bytes)
         if self.models.device.type == "cuda":
@@ -457,6 +481,9 @@ class OnPolicyTrainer(ABC):
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores
 
+    def _long_work(self, name: str, total: int, unit: str) -> LongWork:
+        return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
+
     def _kl(self, rollouts: Rollouts) -> Tensor:
         """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts."""
         rollouts.old_logprobs = self.logprobs("policy", rollouts)
@@ -473,6 +500,7 @@ class OnPolicyTrainer(ABC):
         metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
             check_first_step(metrics, step=step, dtype=self.dtype)
+            self._signal.see(metrics, step=step)
         timings = self.stopwatch.read_and_reset()
         # Counted in the next step, because this step's line is being written.
         with self.stopwatch("save"):

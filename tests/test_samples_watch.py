@@ -142,7 +142,16 @@ def test_a_folder_without_completions_to_come_is_said_at_once(config, said, tmp_
         (tmp_path / "config.yaml").write_text(config)
     with pytest.raises(SystemExit) as status:
         run_script(lambda: main([str(tmp_path), "--watch"]))
-    assert status.value.code == 2 and said in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert status.value.code == 2 and said in err and out == ""
+
+
+def test_the_page_of_a_finished_run_is_written_once(tmp_path, capsys):
+    folder = write_run(tmp_path / "run", [row(1)])
+    finish(folder)
+    main([str(folder), "--watch"])
+    assert capsys.readouterr().out == f"{folder / 'samples.html'}\n"
+    assert data_of(folder / "samples.html")["refresh"] is None
 
 
 def test_a_page_that_may_not_be_written_is_said_before_waiting(tmp_path):

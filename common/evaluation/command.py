@@ -1,7 +1,8 @@
 """Evaluates models: ``python -m common.evaluation --model M --task math500 --num_samples 8 --temperature 0.6``.
 
 Completions come from the sampler that training uses, with the same seeds; scores and means come from the functions
-that training uses. Repeating a command shows the existing results and samples only what is missing.
+that training uses. Repeating a command shows the existing results and samples only what is missing: an interrupted
+evaluation goes on from the completions that it has.
 """
 
 from __future__ import annotations  # types whose import takes seconds are not loaded
@@ -28,19 +29,21 @@ from common.embedded import check_model, load_tokenizer, resolve_model
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
+from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
-from common.models.loading import compute_dtype, end_token_ids
+from common.models.loading import compute_dtype, end_token_ids, warn_of_slow_dtype
 from common.models.pool import ModelPool
 from common.models.weights import policy_weights
 from common.rewards.load import source_of
 from common.rewards.reports import TrainerState
 from common.rewards.reward_model import RewardModel
 from common.rewards.scorer import RewardFunction
-from common.rollouts import Rollouts
+from common.rollouts import Completion, Rollouts
 from common.runs.checkpoints import STATE_FILE, write_file
 from common.runs.folder import CONFIG_FILE, versions
 from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently, mean_interval
 from common.runs.metrics import StepMetrics, Stopwatch
+from common.runs.progress import LongWork
 from common.runs.prompt_record import time_of_run
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import lenient_scorer, task_scorer
@@ -102,7 +105,9 @@ class Evaluation:
         self.name = self._name()
         folder = settings.output_dir if parent is None else None
         self.folder = Path(folder or (parent or DEFAULT_PARENT) / self.name)
-        self.stored()
+        self.unfinished = Unfinished(self.folder, self.settings)
+        if self.stored() is None:
+            self.unfinished.check()
 
     def stored(self) -> Score | None:
         """The content of score.json; None if this evaluation is new.
@@ -113,7 +118,18 @@ class Evaluation:
         return stored_score(self.folder, self.settings)
 
     def run(self) -> None:
-        """Sample, score, and write the folder."""
+        """Sample what is missing, score, and write the folder."""
+        with self.unfinished as kept:
+            try:
+                self._run()
+            except KeyboardInterrupt:
+                if kept.completions:
+                    count = f"{len(kept.completions)} of {len(self.prompts)} problems"
+                    logger.info("\n%s: the completions of %s are kept in %s", self.model, count, kept.path)
+                raise
+        kept.remove()
+
+    def _run(self) -> None:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         stopwatch = Stopwatch(accelerator.device)
         # First, because a scorer forks, which is cheap while no model is loaded.
@@ -122,8 +138,7 @@ class Evaluation:
             generation = self._load(accelerator.device, stopwatch)
             scorer.load(ModelPool(accelerator.device, "never", stopwatch), self.now)
         num_samples = self.config.eval_num_samples
-        logger.info("%s: sampling %d x %d completions", self.model, len(self.prompts), num_samples)
-        rollouts = generation.sample_for_evaluation(self.prompts.share(), show_progress=sys.stderr.isatty())
+        rollouts = self._sample(generation)
         with stopwatch("score"):
             rollouts.scores = judge(rollouts, scorer, TrainerState())
             lenient = judge_leniently(rollouts, leniently)
@@ -165,17 +180,38 @@ class Evaluation:
     def _load(self, device: torch.device, stopwatch: Stopwatch) -> PolicySampler:
         """The model, ready to sample from."""
         dtype = compute_dtype(self.config, device)
+        warn_of_slow_dtype(dtype, device)
         model = _load_merged(self.source).to(dtype)
         # vLLM has its own weights and uses the device alone.
         models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
         models.add("policy", model)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
-        return PolicySampler(self.config, self.source.base, models=models, dtype=dtype, stopwatch=stopwatch, **tokens)
+        most_rows = len(self.prompts) * self.config.eval_num_samples
+        shared = {"models": models, "dtype": dtype, "stopwatch": stopwatch, "most_rows": most_rows}
+        return PolicySampler(self.config, self.source.base, **shared, **tokens)
+
+    def _sample(self, generation: PolicySampler) -> Rollouts:
+        """Completions of all problems; each is kept in a file from when it is there."""
+        num_samples, kept = self.config.eval_num_samples, self.unfinished
+        total, have = len(self.prompts) * num_samples, len(kept.completions) * num_samples
+        there = f", {have} of which are there" if have else ""
+        logger.info("%s: sampling %d x %d completions%s", self.model, len(self.prompts), num_samples, there)
+        kept.start_clock()
+        with LongWork("sampling", total, "completions", done=have) as work:
+
+            def finished(problem: int, completions: list[Completion]) -> None:
+                kept.add(problem, completions, generation.texts(completions))
+                work.advance(num_samples)
+
+            return generation.sample_for_evaluation(
+                self.prompts.share(), finished=finished, have=dict(kept.completions)
+            )
 
     def _score(self, rollouts: Rollouts, means: dict[str, float], timings: dict[str, float]) -> Score:
         means = {name.removeprefix("eval/"): value for name, value in means.items()}
         num_samples, parts = self.config.eval_num_samples, rollouts.parts
         seconds = {name: timings.get(f"time/{name}", 0.0) for name in ("load", "push", "sample", "score")}
+        seconds["sample"] += self.unfinished.seconds
         num_tokens = int(rollouts.lengths.sum())
         return {
             "model": self.model,
@@ -231,6 +267,7 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
     for evaluation in evaluations:
         if evaluation.stored():
+            evaluation.unfinished.remove()  # where a process ended just before it did so
             logger.info("%s: already evaluated, nothing is sampled again: %s", evaluation.model, evaluation.folder)
         elif several and settings.sampler == "vllm":
             _run_in_a_process(replace(settings, model=[evaluation.model], output_dir=str(evaluation.folder)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
+from common.environment import cpu_computes_bfloat16
 from common.logprobs import has_adapter
 from common.models.chat import turn_end_token
 from common.models.lora import targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.weights import policy_weights
 from common.seeds import hashed_seed
+
+logger = logging.getLogger("nanorlhf")
 
 # Of the memory that torch allocates on the CPU, in bytes.
 ALIGNMENT = 64
@@ -73,6 +77,21 @@ def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
     """Precision of forward passes: the setting `dtype`, "auto" resolved by the device."""
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Warn of bfloat16 on a CPU that only emulates it.
+
+    Args:
+        dtype: of forward passes.
+        device: where they run.
+    """
+    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_computes_bfloat16():
+        logger.warning(
+            "dtype=bfloat16 on a CPU without instructions for it (avx512_bf16 or amx_bf16): every product is "
+            "converted, which is slower than float32 and less exact. Leave out --dtype, unless float32 does not fit "
+            "into memory."
+        )
 
 
 def load_policy(

@@ -15,20 +15,29 @@ from common.rollouts import Rollouts
 from common.runs.metrics import StepMetrics
 
 
-def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetrics) -> None:
+def rollout_means(rollouts: Rollouts, advantages: Tensor, *, num_generations: int, metrics: StepMetrics) -> None:
     """Add this process's part of the means over the rollouts of a training step.
 
     Args:
         rollouts: B rows, scored.
         advantages: (B,) or (B, C) float.
-        metrics: gets score, length, truncated; reward/<name> (unweighted, over the rows to which that reward applies);
-            kl (k1, over all tokens) if both log-probs are known; and zero_advantage (share of the rows trained on
-            whose advantage is 0 everywhere). Only the last one leaves out rows that the loss mask leaves out.
+        num_generations: completions per prompt; adjacent rows.
+        metrics: gets score, score_min, score_max, length, truncated; equal_scores (where prompts have several
+            completions: share of the prompts whose completions all have the same score); reward/<name> (unweighted,
+            over the rows to which that reward applies); kl (k1, over all tokens) if both log-probs are known; and
+            zero_advantage (share of the rows trained on whose advantage is 0 everywhere). Only the last one leaves out
+            rows that the loss mask leaves out.
     """
     rows = len(rollouts)
     metrics.add("score", rollouts.scores.sum(), rows)
     metrics.add("length", rollouts.lengths.sum(), rows)
     metrics.add("truncated", rollouts.truncated.sum(), rows)
+    if rows:
+        metrics.add_min("score_min", rollouts.scores.min().item())
+        metrics.add_max("score_max", rollouts.scores.max().item())
+    if num_generations > 1 and rows % num_generations == 0:
+        groups = rollouts.scores.reshape(-1, num_generations)
+        metrics.add("equal_scores", (groups == groups[:, :1]).all(1).sum(), len(groups))
     trained = rollouts.loss_mask.any(1)  # (B,)
     metrics.add("zero_advantage", (trained & (advantages[..., None] == 0).flatten(1).all(1)).sum(), trained.sum())
     if rollouts.old_logprobs is not None and rollouts.ref_logprobs is not None:

@@ -25,8 +25,9 @@ from common.rollouts import Rollouts
 from common.runs import checkpoints
 from common.runs.best import better_checkpoint, describe_best, link_best, restore_best
 from common.runs.folder import MAY_CHANGE, has_begun, longer_command, prepare_run_folder, stored_settings
-from common.runs.log import METRICS_FILE, Progress, RunLog
+from common.runs.log import METRICS_FILE, RunLog
 from common.runs.plots import CURVES_FILE, draw_curves
+from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.update.learner import Learner
 
@@ -190,7 +191,7 @@ class Run:
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log.samples(step, rows)
+        self._log.samples(step, rows, table=f"samples/{split}")
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.

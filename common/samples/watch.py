@@ -8,7 +8,8 @@ import time
 from itertools import zip_longest
 from pathlib import Path
 
-from common.runs.checkpoints import CONFIG_FILE, FINAL_FOLDER, STATE_FILE, load_state
+from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, load_state
+from common.runs.folder import CONFIG_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE
 from common.samples.page import page_file, read_settings, write_page
 
@@ -36,7 +37,6 @@ def watch(folders: list[Path], output: Path | None = None) -> None:
     page = page_file(folders, output)
     try:
         _wait_for_entries(folders)
-        print(page.resolve(), flush=True)
         _follow(folders, page)
     except KeyboardInterrupt:  # the usual end
         if not any(map(_awaits_entries, folders)):
@@ -73,14 +73,15 @@ def _follow(folders: list[Path], page: Path) -> None:
         finished = all(map(is_finished, folders))  # before reading: its last lines are there then
         began = time.monotonic()
         entries = [_last_entry(folder, before) for folder, before in zip_longest(folders, shown)]
+        if shown and entries != shown:
+            refresh, changed = min(max(began - changed, SHORTEST), LONGEST), began
+        if finished or entries != shown:
+            write_page(folders, page, refresh=None if finished else refresh)
+        if not shown:
+            print(page.resolve(), flush=True)
         if finished:
-            write_page(folders, page)
             return
-        if entries != shown:
-            if shown:
-                refresh, changed = min(max(began - changed, SHORTEST), LONGEST), began
-            write_page(folders, page, refresh=refresh)
-            shown = entries
+        shown = entries
         time.sleep(max(POLL, IDLE_SHARE * (time.monotonic() - began)))
 
 
