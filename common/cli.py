@@ -22,7 +22,7 @@ import yaml
 
 from common.config import RLConfig
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import is_ours, script_name
+from common.mistakes import is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 
 Config = TypeVar("Config", bound=RLConfig)
@@ -80,12 +80,12 @@ def parse_config(
     if {"task", "rewards"} & typed.keys():  # and weights to one list of rewards
         defaults["reward_weights"] = None
     replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
-    name_of_script = script_name(script)
-    origins = dict.fromkeys(names, name_of_script) | dict.fromkeys(replaced, f"preset {preset.name}")
+    script_name = name_of_script(script)
+    origins = dict.fromkeys(names, script_name) | dict.fromkeys(replaced, f"preset {preset.name}")
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    notes = preset.misfit(config.model) + preset.notes(name_of_script, written, replaced, kept)
+    notes = preset.misfit(config.model) + preset.notes(script_name, written, replaced, kept)
     config.notes, config.origins = tuple(notes), origins
     return config
 
@@ -272,7 +272,17 @@ def _normalized(args: list[str], settings: RLConfig) -> list[str]:
             words += [switch, "false"]
         else:
             words += arg.split("=", 1) if arg.startswith("--") else [arg]
-    return words
+    return _joined(words, "lora_target_modules")
+
+
+def _joined(args: list[str], name: str) -> list[str]:
+    """Make one text, with commas, of the words after a setting: --name a b and --name a,b are the same."""
+    option = next((arg for arg in args if arg.replace("-", "_") == f"__{name}"), None)
+    if option is None:
+        return args
+    first = args.index(option) + 1
+    end = next((place for place in range(first, len(args)) if args[place].startswith("--")), len(args))
+    return [*args[:first], *([",".join(args[first:end])] if end > first else []), *args[end:]]
 
 
 def _gather_rewards(args: list[str]) -> list[str]:

@@ -56,7 +56,7 @@ class RLConfig:
     task: str = "countdown"
     """Module of common/tasks that gives prompts, answer columns and rewards."""
     dataset: str | None = None
-    """Hub id or local .jsonl, .json or .parquet file instead of the task's own data."""
+    """Hub id, or local .jsonl, .json, .csv, .tsv or .parquet file or folder, instead of the task's own data."""
     dataset_split: str = "train"
     """Split or slice of the data set, such as "train[:10%]"."""
     num_eval_prompts: int = 256
@@ -213,8 +213,9 @@ class RLConfig:
             ValueError: what was given, what is needed and why, what to do.
         """
         self.lora_target_modules = _module_names(self.lora_target_modules)
-        if self.report_to == ["none"]:  # as transformers has it
-            self.report_to = None
+        # As transformers has it: one tracker without a list, or the word none.
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        self.report_to = None if self.report_to == ["none"] else self.report_to
         self._check_types()
         self._check_ranges()
         self._check_choices()

@@ -18,7 +18,7 @@ def is_ours(raised_at: traceback.FrameSummary) -> bool:
     return is_in_project and (raised_at.line or "").startswith("raise ")
 
 
-def script_name(script: str | None) -> str:
+def name_of_script(script: str | None) -> str:
     """A script's name in messages: its path from the repository's root."""
     path = Path(script or "the script").resolve()
     return str(path.relative_to(ROOT)) if script and path.is_relative_to(ROOT) else (script or "the script")
@@ -37,7 +37,7 @@ def explain_mistakes() -> None:
         is_message = kind in (ValueError, TypeError) and is_script and is_ours(frames[-1])
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
-        print(f"error: {script_name(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
+        print(f"error: {name_of_script(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
         sys.exit(2)
 
     sys.excepthook = explain

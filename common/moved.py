@@ -47,7 +47,7 @@ MOVED: dict[str, dict[str, str]] = {
     "common.workers": {"common.rewards.rules": ""},
     "common.arithmetic": {"common.tasks._arithmetic": ""},
     "common.tiny": {"common.embedded.policy": ""},
-    "common.cache": {"common.embedded.cache": ""},
+    "common.cache": {"common.data.cache": ""},
     "common.run": {"common.runs.run": ""},
     "common.checkpoints": {
         "common.runs.folder": "CONFIG_FILE LOCK_FILE MAY_CHANGE MAY_GROW prepare_run_folder has_begun versions",

@@ -5,7 +5,8 @@ from typing import Any
 
 from common.cli import origins_in, parse_config, run_script
 from common.config import RLConfig
-from common.runs.run import algorithm_name, how_to_continue
+from common.runs.outcome import how_to_continue
+from common.runs.run import algorithm_name, run_folder
 from common.trainer import OnPolicyTrainer
 
 
@@ -22,7 +23,7 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
     """
     run_script(
         lambda: report(prepare(trainer, parse_config(settings, **reading))),
-        interrupted=lambda: how_to_continue(parse_config(settings, **reading), algorithm_name(trainer)),
+        interrupted=lambda: how_to_go_on(trainer, parse_config(settings, **reading)),
     )
 
 
@@ -45,6 +46,16 @@ def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer
         if not origins:
             raise
         raise ValueError(f"{error}{origins}") from error
+
+
+def how_to_go_on(trainer: type[OnPolicyTrainer], config: RLConfig) -> str:
+    """What the same command does after Ctrl-C.
+
+    Args:
+        trainer: the algorithm.
+        config: its settings.
+    """
+    return how_to_continue(run_folder(config, algorithm_name(trainer)), config)
 
 
 def report(trainer: OnPolicyTrainer) -> None:

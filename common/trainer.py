@@ -90,9 +90,9 @@ class OnPolicyTrainer(ABC):
         if unknown:
             settings = f"{cls.__name__.removesuffix('Trainer')}Config"
             raise TypeError(
-                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes settings, and a task if "
-                f"prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
-                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
+                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a "
+                f"task if prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), "
+                "task=Task(train=..., rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
             )
         return super().__new__(cls)
 
@@ -119,7 +119,7 @@ class OnPolicyTrainer(ABC):
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
-            said += describe_system(self.tokenizer, self.prompts.raw)
+            said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
@@ -411,9 +411,9 @@ class OnPolicyTrainer(ABC):
         self.eval_prompts = None
         if task.eval:
             self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)
-        self.scorer.check_columns(list(self.prompts.columns))
+        self.scorer.check_columns(self.prompts.column_names)
         if self.eval_prompts:
-            self.scorer.check_columns(list(self.eval_prompts.columns), "the held-out part")
+            self.scorer.check_columns(self.eval_prompts.column_names, "the held-out part")
         self._check_evaluation()
 
     @property

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from common.evaluation.command import Evaluation, evaluate
+from common.evaluation.settings import EvaluationSettings
 from common.merge import find_source
 from common.merge import main as merge_main
 from common.runs.best import BEST_LINK
@@ -99,6 +101,20 @@ def test_a_run_that_goes_back_has_the_best_of_where_it_goes_on(tiny_folder, tmp_
     assert best_step(run) == "checkpoint-3/policy" and damage_of(run / "checkpoint-3") is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_evaluation_takes_the_best_as_it_takes_any_folder(tiny_folder, tmp_path, lora):
+    run, settings = tmp_path / "run", LORA if lora else {}
+    scored_trainer(tiny_folder, run, [0.25, 0.5, 0.75, 0.5, 0.5], **settings).train()
+    options = {"task": "countdown", "sampler": "transformers", "num_problems": 2, "num_samples": 1}
+    options |= {"max_completion_length": 8, "output_dir": str(tmp_path / "evaluation")}
+    (score,) = evaluate(EvaluationSettings(model=[str(run / "best")], **options))
+    assert score["num_problems"] == 2 and score["model"] == str(run / "best")
+    (run / "best").unlink()
+    with pytest.raises(ValueError, match=r"best: this run has no such folder.*Pass --model"):
+        Evaluation(EvaluationSettings(model=[str(run / "best")], **options))
+
+
 def test_a_folder_that_a_user_calls_best_is_left_alone(tiny_folder, tmp_path, capsys):
     trainer = scored_trainer(tiny_folder, tmp_path / "run", [0.25, 0.5, 0.75, 0.5, 0.5])
     (tmp_path / "run" / "best").mkdir()
@@ -107,6 +123,7 @@ def test_a_folder_that_a_user_calls_best_is_left_alone(tiny_folder, tmp_path, ca
     assert f"best: {tmp_path / 'run' / 'checkpoint-2'} (step 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_with_lora_best_is_an_adapter_that_transformers_peft_and_merge_take(tiny_folder, tmp_path, capsys):
     run = tmp_path / "run"
     report(scored_trainer(tiny_folder, run, [0.25, 0.5, 0.75, 0.5, 0.5], **LORA))
@@ -115,6 +132,9 @@ def test_with_lora_best_is_an_adapter_that_transformers_peft_and_merge_take(tiny
     merge_main(["--model", str(run / "best"), "--output", str(tmp_path / "merged")])
     said = capsys.readouterr().out
     assert f"checkpoint-2 with eval/accuracy 0.750 of {run}, the best" in said
+    last = f"(the last policy of {run}, after step 4)"
+    assert last in find_source(None, str(run / "final" / "adapter")).what
+    assert f"(checkpoint-4 of {run}, the last checkpoint)" in find_source(None, str(run / "checkpoint-4/policy")).what
     loaded = AutoModelForCausalLM.from_pretrained(run / "best")  # transformers finds the base in the adapter
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = torch.arange(2, 22)[None]

@@ -209,7 +209,7 @@ def test_numbers_within_lists_are_read_like_numbers_alone():
         ("rewards", [3]),
         ("reward_weights", 0.5),
         ("seed", 1.5),
-        ("report_to", "wandb"),
+        ("report_to", 3),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_the_name_of_its_setting(name, value):
@@ -220,7 +220,8 @@ def test_a_value_of_another_type_is_refused_by_the_name_of_its_setting(name, val
 
 def test_trackers_may_be_none_and_a_hub_id_is_no_switch():
     """As users of transformers write them."""
-    assert RLConfig(report_to=["none"]).report_to is None
+    assert RLConfig(report_to=["none"]).report_to is RLConfig(report_to="none").report_to is None
+    assert RLConfig(report_to="wandb").report_to == ["wandb"]
     assert RLConfig(report_to=["wandb"]).report_to == ["wandb"]
     for value in ("true", "False"):
         message = refused(RLConfig, push_to_hub=value)

@@ -1,14 +1,178 @@
-"""Rows from a folder of `datasets`; files are in the tests of the tasks that read them."""
+"""Rows from files of every kind, from folders, and in place: as written, refused by line, kept for the next start."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import pickle
+from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from common.config import RLConfig
-from common.data.rows import read_rows
+from common.data import rows as data_rows
+from common.data.files import is_data_file
+from common.data.rows import read_rows, split_held_out
 from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
+from common.tasks.prompts import read_prompts
 
 ROWS = [{"question": f"What is {a} + 1?", "answer": f"#### {a + 1}"} for a in range(6)]
+TEXT = 'prompt,answer\nSay é.,007\n"a, b\n""c""",\nNA,1e3\n'
+TEXT_ROWS = [
+    {"prompt": "Say é.", "answer": "007"},
+    {"prompt": 'a, b\n"c"', "answer": None},
+    {"prompt": "NA", "answer": "1e3"},
+]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of data, into which every file goes."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_rows, "MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr(data_rows, "MIN_CACHED_ROWS", 0)
+    return tmp_path / "cache" / "nanorlhf"
+
+
+def lines(rows: list) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "ROWS.CSV", "rows.csv.gz", "rows.v2.csv"])
+def test_the_cells_of_a_csv_file_stay_text_and_empty_ones_are_missing(tmp_path, name):
+    content = TEXT.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_rows(str(tmp_path / name), "train", None) == TEXT_ROWS
+
+
+@pytest.mark.parametrize(("name", "sign"), [("a.tsv", "\t"), ("a.csv", ";"), ("a.csv", "\t")])
+def test_tabs_and_the_semicolons_of_spreadsheets_part_cells(tmp_path, name, sign):
+    (tmp_path / name).write_text(f'prompt{sign}answer\r\n"a, {sign}b"{sign}1\r\n\r\nc{sign}2\r\n', newline="")
+    assert read_rows(str(tmp_path / name), "train", None) == [
+        {"prompt": f"a, {sign}b", "answer": "1"},
+        {"prompt": "c", "answer": "2"},
+    ]
+
+
+def test_chat_messages_in_a_csv_cell_are_messages_if_they_are_json(tmp_path):
+    path, messages = tmp_path / "a.csv", [{"role": "user", "content": "Hi, you"}]
+    quoted = json.dumps(messages).replace('"', '""')
+    path.write_text(f'prompt,note\n"{quoted}","[1, 2]"\n"[{{""a"": 1}}]",[x]\n')
+    assert read_rows(str(path), "train", None) == [
+        {"prompt": messages, "note": "[1, 2]"},
+        {"prompt": '[{"a": 1}]', "note": "[x]"},
+    ]
+    path.write_text(f'prompt\n"{messages}"\n')
+    with pytest.raises(ValueError, match=r"line 2 has chat messages as Python prints them.*json\.dumps"):
+        read_rows(str(path), "train", None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n1,2,3\n", "ends in line 3 has 3 cells, but the first line names 2 columns: a, b"),
+        ("a,b\n1\n", "ends in line 2 has 1 cells"),
+        ("a,a\n1,2\n", "first line must name the columns, each differently; it has 'a', 'a'"),
+        ("a,\n1,2\n", "each differently; it has 'a', ''"),
+        ("", "each differently; it has nothing"),
+        ('a,b\n1,"2\n', "line 2 is not CSV"),
+        ("a,b\n", "it has no rows"),
+    ],
+)
+def test_a_csv_file_that_does_not_fit_its_header_is_refused_by_line(tmp_path, content, message):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_rows(str(tmp_path / "a.csv"), "train", None)
+
+
+def test_a_long_cell_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt\n" + "x" * 200_000 + "\n")
+    assert read_rows(str(tmp_path / "a.csv"), "train", None) == [{"prompt": "x" * 200_000}]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "A.JSONL", "a.Json", "a.ndjson", "a.json.gz", "a.jsonl.bz2", "a.JSONL.XZ", "a.jsonl.zst"]
+)
+def test_json_is_read_under_all_its_names(tmp_path, name):
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    pack[".zst"] = lambda content: bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    content = lines(ROWS).encode()
+    (tmp_path / name).write_bytes(pack.get(Path(name).suffix.lower(), bytes)(content))
+    assert is_data_file(name) and read_rows(str(tmp_path / name), "train", None) == ROWS
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", lines(TEXT_ROWS)), ("a.csv", TEXT), ("a.json", json.dumps(TEXT_ROWS))]
+)
+def test_a_byte_order_mark_says_the_encoding(tmp_path, name, content, encoding):
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    (tmp_path / name).write_bytes((mark + content).encode(encoding))
+    assert read_rows(str(tmp_path / name), "train", None) == TEXT_ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": "caf\xe9"}\n',
+            r"byte 11 of line 2 is 0xe9, which is not UTF-8: .*caf.*iconv -f latin1",
+        ),
+        ("a.csv", b"a\ncaf\xe9\n", r"byte 4 of line 2 is 0xe9.*iconv -f latin1 -t utf8 \S+a\.csv > new\.csv"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16-le"), r"zero bytes.*iconv -f utf-16le"),
+        ("a.jsonl", b'\xff\xfe{"a": 1}\n', "mark of UTF-16, but is not"),
+        (
+            "a.jsonl",
+            b'{"a": "\\u00e9"}\n{"a": "x \\ud83d y"}\n',
+            r"line 2 has the character '\\ud83d' in a: half of a pair",
+        ),
+        ("a.json", b'[{"a": ["\\uDE00"]}]', r"row 1 has the character '\\ude00' in a"),
+        ("a.jsonl.gz", b"nothing", "unreadable gzip file"),
+        ("a.jsonl.xz", b"nothing", "unreadable xz file"),
+        ("a.jsonl.bz2", b"nothing", "unreadable bzip2 file"),
+        ("a.jsonl.zst", b"nothing", "unreadable zstd file"),
+        ("a.txt", b"nothing", r"a file of another kind. What is read: \.jsonl .*\.csv, \.tsv .*\.parquet"),
+        ("a.parquet.gz", b"nothing", "a file of another kind"),
+        ("a.json", b'{"rows":\n []}', "holds one JSON dict; a list of rows"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_place_with_a_remedy(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_rows(str(tmp_path / name), "train", None)
+    assert str(refusal.value).count("\n") < 8 and len(str(refusal.value)) < 600
+
+
+def test_a_whole_pair_of_surrogates_is_a_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n')
+    assert read_rows(str(tmp_path / "a.jsonl"), "train", None) == [{"a": "\N{GRINNING FACE}"}]
+
+
+def test_values_stay_as_json_has_them(tmp_path, cache):
+    """Arrow would give a column one type, and every dict the keys of all."""
+    rows = [
+        {"prompt": "a", "x": 1, "y": {"k": None}},
+        {"prompt": "b", "x": [1.5, "s"], "y": {"other": 10**30}},
+        {"prompt": "c", "x": None, "y": True},
+    ]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.json"):
+        found = read_prompts(str(tmp_path / name), "train")
+        assert found == rows and type(found[1]["y"]["other"]) is int
+    assert len(list(cache.glob("rows-*/rows.arrow"))) == 2
+
+
+# Folders
 
 
 def test_a_saved_data_set_is_read_like_a_file(tmp_path):
@@ -26,7 +190,126 @@ def test_of_a_folder_with_splits_the_named_one_is_read(tmp_path):
         read_rows(str(tmp_path / "rows"), "validation", None)
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{}")
-    with pytest.raises(ValueError, match="a folder, but not one that datasets' save_to_disk wrote"):
-        read_rows(str(tmp_path), "train", None)
+@pytest.mark.parametrize("metadata", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
+def test_a_copy_of_a_hub_data_set_is_read_by_its_splits(tmp_path, kind, metadata):
+    parts = {"train-00000-of-00002": ROWS[:2], "train-00001-of-00002": ROWS[2:4], "test-00000-of-00001": ROWS[4:]}
+    (tmp_path / "data").mkdir()
+    for name, rows in parts.items():
+        write = {
+            "parquet": datasets.Dataset.to_parquet,
+            "csv": datasets.Dataset.to_csv,
+            "jsonl": datasets.Dataset.to_json,
+        }
+        write[kind](datasets.Dataset.from_list(rows), tmp_path / "data" / f"{name}.{kind}")
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/test-*.{kind}\n---\n"
+        * metadata
+    )
+    assert read_rows(str(tmp_path), "train", None) == (ROWS[4:] if metadata else ROWS[:4])
+    if not metadata:
+        assert read_rows(str(tmp_path), "test", ["question", "answer"]) == ROWS[4:]
+    with pytest.raises(ValueError, match="dataset_split=other: the folder has the splits train"):
+        read_rows(str(tmp_path), "other", None)
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "weights.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a folder without data.*\.jsonl.*save_to_disk"):
+        read_rows(str(tmp_path / "rows"), "train", None)
+
+
+def test_messages_from_arrow_have_only_the_keys_that_they_had(tmp_path):
+    chats = [
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b", "tool_calls": [{"name": "f", "n": 1}]},
+        ],
+        [
+            {"role": "user", "content": "c", "name": "me"},
+            {"role": "assistant", "content": "d", "tool_calls": [{"name": "g"}]},
+        ],
+    ]
+    rows = [{"prompt": chat, "extra": {"k": None}, "none": None} for chat in chats]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_prompts(str(tmp_path / "a.parquet"), "train") == rows
+
+
+# In place
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_large_file_is_read_once_and_then_in_place(tmp_path, cache, kind, monkeypatch):
+    rows = [{"prompt": f"p{i % 40}", "n": i, "odd": [i]} for i in range(2500)]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text(lines(rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    first = read_prompts(str(path), "train")
+    written = {file: file.stat().st_mtime_ns for file in cache.rglob("*")}
+    assert written and not list(cache.glob(".*"))  # nothing half made is left
+    monkeypatch.setattr(data_rows, "json_rows", None)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", None)
+    again = read_prompts(str(path), "train")
+    monkeypatch.undo()
+    assert first == again == rows and first.fingerprint == again.fingerprint
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+    train, held_out = split_held_out(again, 3)
+    assert (list(train), list(held_out)) == split_held_out(rows, 3)
+    assert pickle.loads(pickle.dumps(train)) == list(train) and len(pickle.dumps(again)) < 2000
+    assert train[5:9] == list(train)[5:9] and train[-1] == list(train)[-1]
+
+
+def test_a_file_that_has_changed_is_read_again_even_with_its_old_size_and_time(tmp_path, cache):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{"prompt": "one"}]))
+    status = path.stat()
+    assert read_prompts(str(path), "train") == [{"prompt": "one"}]
+    path.write_text(lines([{"prompt": "two"}]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert read_prompts(str(path), "train") == [{"prompt": "two"}]
+
+
+def test_a_run_keeps_its_rows_when_the_file_changes_under_it(tmp_path, cache):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{"prompt": f"p{i}"} for i in range(100)]))
+    found = read_prompts(str(path), "train")
+    path.write_text("")
+    assert found[99] == {"prompt": "p99"}
+
+
+def test_a_file_with_a_mistake_is_refused_again_and_leaves_nothing(tmp_path, cache):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{"prompt": "a"}, {"prompt": 5}]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 2 has prompt=5"):
+            read_prompts(str(path), "train")
+    assert [file.suffix for file in cache.iterdir()] == [".lock"]
+
+
+def test_a_damaged_or_half_made_folder_of_the_cache_is_made_anew(tmp_path, cache):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{"prompt": "a"}]))
+    read_prompts(str(path), "train")
+    (file,) = cache.glob("rows-*/rows.arrow")
+    file.write_bytes(file.read_bytes()[:-50])
+    (cache / f".{file.parent.name}-killed").mkdir()
+    assert read_prompts(str(path), "train") == [{"prompt": "a"}] and not list(cache.glob(".*"))
+
+
+@pytest.mark.parametrize("reason", ["a file is in the way", "no space"])
+def test_without_a_cache_that_can_be_written_rows_are_in_main_memory(tmp_path, cache, monkeypatch, caplog, reason):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{"prompt": "a"}]))
+    if reason == "no space":
+        cache.mkdir(parents=True)
+        (cache / "full").symlink_to("/dev/full")
+        real = pyarrow.OSFile
+        monkeypatch.setattr(pyarrow, "OSFile", lambda name, mode: real(str(cache / "full"), mode))
+    else:
+        cache.parent.write_text("")
+    assert read_prompts(str(path), "train") == read_prompts(str(path), "train") == [{"prompt": "a"}]
+    assert caplog.text.count("cannot be written") == 1 and "HF_DATASETS_CACHE" in caplog.text
+    assert reason != "no space" or not list(cache.glob("*rows-*/"))

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.embedded.cache import cached_folder
+from common.data.cache import cached_folder
 from common.embedded.policy import (
     TINY_POLICIES,
     TinySettings,

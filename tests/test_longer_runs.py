@@ -18,7 +18,9 @@ def said_by(caplog: pytest.LogCaptureFixture, make: Callable[[], object]) -> str
     return caplog.text
 
 
-@pytest.mark.parametrize("algorithm", algorithms())
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(name, marks=pytest.mark.slow if name != "GRPO" else []) for name in algorithms()]
+)
 def test_at_a_constant_rate_a_finished_run_is_made_longer_as_if_it_had_been_longer(tiny_folder, tmp_path, algorithm):
     settings = {"algorithm": algorithm, "save_every": 1, "warmup_steps": 3, "eval_every": 1}
     toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, **settings).train()
@@ -33,7 +35,7 @@ def test_at_a_constant_rate_a_finished_run_is_made_longer_as_if_it_had_been_long
     assert "num_steps 4, not 2" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
 def test_a_finished_run_says_what_to_type_to_train_longer(tiny_folder, tmp_path, monkeypatch, scheduler):
     settings = {"save_every": 1, "lr_scheduler": scheduler}
     toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, **settings).train()
@@ -44,6 +46,7 @@ def test_a_finished_run_says_what_to_type_to_train_longer(tiny_folder, tmp_path,
     assert f"pass {typed}" in str(refused.value) and str(tmp_path / "run" / "final") in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize(("algorithm", "scheduler"), [("GRPO", "linear"), ("PPO", "cosine")])
 def test_a_schedule_that_ends_is_made_longer_only_if_that_is_said(
@@ -93,6 +96,7 @@ def test_a_falling_rate_before_the_first_checkpoint_is_that_of_the_new_length(ti
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patience", [3, 0])
 def test_a_run_that_stopped_early_goes_on_with_more_patience(tiny_folder, tmp_path, patience):
     accuracies, run = [0.5, 0.25, 0.25, 0.75, 0.25, 0.25, 0.25], tmp_path / "run"

@@ -30,7 +30,7 @@ CHATS = [{"prompt": [{"role": "user", "content": f"Say {i}."}], "answer": i} for
 def test_prompts_and_all_columns_are_kept_as_they_are(tmp_path, rows):
     task = load(write(tmp_path / "rows.jsonl", rows))
     assert (len(task.train), len(task.eval)) == (7, 2)
-    assert sorted(task.train + task.eval, key=lambda row: row["answer"]) == rows
+    assert sorted([*task.train, *task.eval], key=lambda row: row["answer"]) == rows
     assert task.rewards == task.reward_weights == {} and task.accuracy is None
 
 

@@ -3,14 +3,19 @@
 The batch of a step is a pure function of (seed, step), so a resumed run needs no data cursor.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import transformers
 
 from common.config import RLConfig
-from common.models.chat import check_keeps, render_chat
+from common.data.encoding import Encoded, encode
+from common.models.chat import check_keeps, render_chat, render_chats
 from common.rollouts import PromptBatch
 from common.seeds import seeded_permutation
 
@@ -61,6 +66,18 @@ class PromptStyle:
         content = self.template.replace(PLACE, prompt[last]["content"])
         return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
 
+    def identity(self, tokenizer: transformers.PreTrainedTokenizerBase) -> list | None:
+        """All that the text of a prompt depends on besides the prompt and the tokenizer; None: on the clock."""
+        template = str(tokenizer.chat_template)
+        if "strftime_now" not in template:
+            return [self.template, self.enable_thinking]
+        if self.now is None:
+            return None
+        formats = re.findall(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""", template)
+        if len(formats) != template.count("strftime_now("):  # a format that the template computes
+            return [self.template, self.enable_thinking, self.now.isoformat()]
+        return [self.template, self.enable_thinking, [self.now.strftime(one or other) for one, other in formats]]
+
 
 AS_IT_IS = PromptStyle()
 
@@ -86,6 +103,41 @@ def render_prompt(
     prompt = style.around(prompt)
     if isinstance(prompt, str):
         return prompt
+    return render_chat(tokenizer, prompt, **_options(tokenizer, prompt, style))
+
+
+def render_prompts(
+    tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]], style: PromptStyle
+) -> list[str]:
+    """The texts that the policy continues, as `render_prompt` gives each; the template writes many at a time.
+
+    Raises:
+        ValueError: see render_prompt.
+    """
+    texts = [style.around(prompt) for prompt in prompts]
+    places: dict[bool, list[int]] = {}  # of chats, by whether they end with the beginning of an answer
+    for place, prompt in enumerate(texts):
+        if isinstance(prompt, list):
+            places.setdefault(prompt[-1]["role"] == "assistant", []).append(place)
+    for chosen in places.values():
+        written = _written_together(tokenizer, [texts[place] for place in chosen], style)
+        for place, text in zip(chosen, written, strict=True):
+            texts[place] = text
+    return texts
+
+
+def _written_together(
+    tokenizer: transformers.PreTrainedTokenizerBase, chats: list[list[dict]], style: PromptStyle
+) -> list[str]:
+    options = _options(tokenizer, chats[0], style)
+    try:
+        return render_chats(tokenizer, chats, **options)
+    except Exception:  # the template is a program, and may raise anything; one by one, the message says what
+        return [render_chat(tokenizer, chat, **options) for chat in chats]
+
+
+def _options(tokenizer: transformers.PreTrainedTokenizerBase, prompt: list[dict], style: PromptStyle) -> dict:
+    """How the chat template is called for a prompt."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{len(prompt)} chat messages for a tokenizer without a chat template, which turns messages into text. "
@@ -101,21 +153,24 @@ def render_prompt(
         switches = {"enable_thinking": style.enable_thinking}
     prefilled = prompt[-1]["role"] == "assistant"
     ends = {"add_generation_prompt": not prefilled, "continue_final_message": prefilled}
-    return render_chat(tokenizer, prompt, now=style.now, **ends, **switches)
+    return {"now": style.now, **ends, **switches}
 
 
 class PromptSet:
     """Prompts as token ids, in a random order that is a function of (seed, epoch).
 
     Args:
-        rows: {"prompt": text or chat messages, **columns}, all with the same columns.
+        rows: {"prompt": text or chat messages, **columns}, all with the same columns. A column `prompt_ids` has token
+            ids, which are taken as they are; `prompt`, if it is there too, is then what rewards see.
         tokenizer: the policy's.
         max_prompt_length: in tokens; longer prompts are dropped.
         seed: the run's seed.
         style: what is added to each prompt.
+        progress: show a bar, or a line in a file, while a large set is encoded for the first time.
 
     Attributes:
         num_dropped: number of prompts that were too long.
+        column_names: the other columns, which rewards get.
 
     Raises:
         ValueError: if a prompt is missing or empty, none is short enough, the chat template leaves out what a message
@@ -124,43 +179,62 @@ class PromptSet:
 
     def __init__(
         self,
-        rows: list[dict],
+        rows: Sequence[dict],
         tokenizer: transformers.PreTrainedTokenizerBase,
         *,
         max_prompt_length: int,
         seed: int,
         style: PromptStyle = AS_IT_IS,
+        progress: bool = True,
     ) -> None:
         self.seed = seed
-        texts, ids = _encode(rows, tokenizer, style)
-        if not all(ids):
-            raise ValueError(
-                f"row {ids.index([])} has a prompt without tokens: there is nothing to continue. Remove the row, or "
-                "give its prompt some text."
-            )
-        kept = [i for i in range(len(rows)) if len(ids[i]) <= max_prompt_length]
+        encoded = _encode(rows, tokenizer, style, progress)
+        kept = np.flatnonzero(encoded.lengths <= max_prompt_length)
         self.num_dropped = len(rows) - len(kept)
-        if not kept:
-            shortest = f", the shortest has {min(map(len, ids))} tokens" if ids else ""
+        if not len(kept):
+            shortest = f", the shortest has {encoded.lengths.min()} tokens" if len(rows) else ""
             raise ValueError(
                 f"max_prompt_length={max_prompt_length}: no prompt of {len(rows)} is short enough{shortest}. Pass "
                 "a larger --max_prompt_length, or other data."
             )
-        self.texts = [texts[i] for i in kept]
-        self.raw = [rows[i]["prompt"] for i in kept]
-        self.ids = [ids[i] for i in kept]
-        names = [name for name in rows[0] if name != "prompt"]
-        if taken := {"prompts", "completions"}.intersection(names):
+        self.column_names = [name for name in rows[0] if name not in ("prompt", "prompt_ids")]
+        if taken := {"prompts", "completions"}.intersection(self.column_names):
             raise ValueError(
                 f"columns {', '.join(sorted(taken))}: a reward function gets every column as an argument, and "
                 "its other arguments have these names. Rename the columns."
             )
-        self.columns = {name: [rows[i][name] for i in kept] for name in names}
+        self.encoded = encoded.select(kept)
+        self._rows, self._kept = rows, kept
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """What the policy continues, of each prompt; read when asked for."""
+        return self.encoded.texts
+
+    @property
+    def ids(self) -> Sequence[list[int]]:
+        """The token ids of each prompt; read when asked for."""
+        return self.encoded.ids
+
+    @property
+    def one_of_each_shape(self) -> list[str | list[dict]]:
+        """The first prompt of each sequence of roles, and the first text, as the data set has them."""
+        return self.select(0, [], self.encoded.one_of_each_shape).raw_prompts
+
+    @property
+    def raw(self) -> list[str | list[dict]]:
+        """All prompts as the data set has them."""
+        return self.select(0, [], range(len(self))).raw_prompts
+
+    @property
+    def columns(self) -> dict[str, list]:
+        """All values of the data set's other columns."""
+        return self.select(0, [], range(len(self))).columns
 
     @classmethod
     def of(
         cls,
-        rows: list[dict],
+        rows: Sequence[dict],
         tokenizer: transformers.PreTrainedTokenizerBase,
         config: RLConfig,
         now: datetime | None = None,
@@ -177,11 +251,11 @@ class PromptSet:
             ValueError: see PromptSet and PromptStyle.
         """
         limits = {"max_prompt_length": config.max_prompt_length, "seed": config.seed}
-        return cls(rows, tokenizer, **limits, style=PromptStyle.of(config, now))
+        return cls(rows, tokenizer, **limits, style=PromptStyle.of(config, now), progress=config.progress)
 
     def __len__(self) -> int:
         """Number of prompts that are short enough."""
-        return len(self.ids)
+        return len(self._kept)
 
     def batch(
         self, step: int, *, num_prompts: int, refill: int = 0, process: int = 0, num_processes: int = 1
@@ -222,7 +296,7 @@ class PromptSet:
         chosen = list(range(process, len(self), num_processes))
         return self.select(0, chosen, chosen)
 
-    def select(self, step: int, rows: list[int], chosen: list[int], *, refill: int = 0) -> PromptBatch:
+    def select(self, step: int, rows: list[int], chosen: Sequence[int], *, refill: int = 0) -> PromptBatch:
         """Chosen prompts as a batch.
 
         Args:
@@ -231,42 +305,41 @@ class PromptSet:
             chosen: index of each prompt among all prompts.
             refill: as in `batch`.
         """
+        found = [self._rows[int(self._kept[i])] for i in chosen]
+        prompts = [self.texts[i] for i in chosen]
         return PromptBatch(
             step=step,
             rows=rows,
             refill=refill,
             prompt_ids=[self.ids[i] for i in chosen],
-            prompts=[self.texts[i] for i in chosen],
-            columns={name: [values[i] for i in chosen] for name, values in self.columns.items()},
-            raw_prompts=[self.raw[i] for i in chosen],
+            prompts=prompts,
+            columns={name: [row[name] for row in found] for name in self.column_names},
+            raw_prompts=[_raw(row, text) for row, text in zip(found, prompts, strict=True)],
         )
 
 
+def _raw(row: dict, text: str) -> str | list[dict]:
+    """The prompt as the data set has it; the text of its token ids if it has only these."""
+    return text if row.get("prompt") is None else row["prompt"]
+
+
 def _encode(
-    rows: list[dict], tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle
-) -> tuple[list[str], list[list[int]]]:
-    """Texts and token ids of all rows, tokenized together to use several cores."""
-    for number, row in enumerate(rows):
-        if "prompt" not in row:
-            raise ValueError(f"row {number} has the columns {', '.join(row)}: need a column `prompt`. Rename one.")
-    if style.enable_thinking is not None and not any(isinstance(row["prompt"], list) for row in rows):
+    rows: Sequence[dict], tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle, progress: bool
+) -> Encoded:
+    render = partial(render_prompts, tokenizer, style=style)
+
+    def check(messages: list[dict]) -> None:
+        check_keeps(lambda messages: render_prompt(tokenizer, messages, style), messages)
+
+    encoded = encode(rows, tokenizer, render, check=check, identity=style.identity(tokenizer), progress=progress)
+    if style.enable_thinking is not None and not encoded.has("chat"):
         raise ValueError(
             f"enable_thinking={style.enable_thinking} with prompts that are plain text: it is a switch of chat "
             "templates, so it would have no effect. Leave the setting out, or use chat messages."
         )
-    texts = [render_prompt(tokenizer, row["prompt"], style) for row in rows]
-    shapes: dict[tuple, list[dict]] = {}  # the first prompt of each sequence of roles
-    for row in rows:
-        if isinstance(row["prompt"], list):
-            shapes.setdefault(tuple(message["role"] for message in row["prompt"]), row["prompt"])
-    for messages in shapes.values():
-        check_keeps(lambda messages: render_prompt(tokenizer, messages, style), messages)
-    # A chat template writes the first special token itself; for plain text the tokenizer adds it.
-    ids: list[list[int]] = [[] for _ in rows]
-    for chat in (False, True):
-        numbers = [i for i, row in enumerate(rows) if isinstance(row["prompt"], list) is chat]
-        if numbers:
-            encoded = tokenizer([texts[i] for i in numbers], add_special_tokens=not chat)["input_ids"]
-            for i, sequence in zip(numbers, encoded, strict=True):
-                ids[i] = sequence
-    return texts, ids
+    if style.template != PLACE and encoded.has("ids"):
+        raise ValueError(
+            "prompt_file with a column prompt_ids: token ids are taken as they are, and no text can be put around "
+            "them. Leave prompt_file out, or give a column `prompt`."
+        )
+    return encoded

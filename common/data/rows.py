@@ -1,30 +1,48 @@
-"""Reads a task's data from a local file, a folder of `datasets` or the hub, and holds rows out.
+"""Reads a task's data from files, folders or the hub, and holds rows out.
 
 Each task decides what the columns mean.
 """
 
-import gzip
+from __future__ import annotations  # for type hints whose import would take seconds
+
+import hashlib
 import json
-import zlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from common.data.cache import code_digest, data_folder, digest_of
+from common.data.files import READABLE, format_of, json_rows, unreadable
+from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, table_digest
+from common.data.table import KEY, KEY_BYTES, ROW, Rows, mapped_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 SPLIT_SEED = 42  # used by published results on Countdown and others; independent of the run's seed
 
+# Files from this size on, and rows from this number on, are kept in the cache in the form that is read in place.
+MIN_CACHED_BYTES, MIN_CACHED_ROWS = 4 * 2**20, 20_000
 
-def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
+# Called with a row and its place for messages; raises ValueError, or gives the key under which the row is held out.
+Examine = Callable[[dict, str], str]
+
+
+def read_rows(source: str, split: str, columns: list[str] | None, *, examine: Examine | None = None) -> Rows:
     """Read the named columns of all rows, or all columns.
 
+    The rows of a large file are kept in the cache of the `datasets` library, and read from there when asked for.
+
     Args:
-        source: path of a .jsonl or .jsonl.gz (one row per line), .json (a list of rows) or .parquet file, of a folder
-            that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote, or a hub id, with a configuration as
-            `owner/name:config`.
-        split: split of a hub data set, or a slice such as ``train[:1000]``; split of a folder that has several; local
+        source: path of a file (`common.data.files.READABLE`); of a folder that `Dataset.save_to_disk` or
+            `DatasetDict.save_to_disk` wrote, or of one with such files, whose splits are found as `load_dataset` finds
+            them, such as a copy of a hub data set; or a hub id, with a configuration as `owner/name:config`.
+        split: split of a hub data set, or a slice such as ``train[:1000]``; split of a folder that has several; single
             files have none.
         columns: the columns that the task needs, others are dropped; None: all columns.
+        examine: checks each row and gives the key that `split_held_out` needs.
 
     Returns:
         The rows, at least one.
@@ -32,33 +50,28 @@ def read_rows(source: str, split: str, columns: list[str] | None) -> list[dict]:
     Raises:
         ValueError: the source is missing, unreadable or empty, or a row lacks a column.
     """
-    readers = {".jsonl": _read_jsonl, ".gz": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-    reader = readers.get(Path(source).suffix)
-    if Path(source).is_dir():
-        rows = _read_folder(source, split)
-    elif reader is None:
-        rows = _read_hub(source, split)
-    elif Path(source).is_file():
-        rows = reader(source)
-    else:
+    path, file_format = Path(source), format_of(source)
+    if path.is_dir():
+        files = files_of_folder(source, split)
+        if files is None:
+            rows = _table_rows(saved_table(source, split), source=source)
+        else:
+            rows = _file_rows(files, source, examine, columns)
+    elif path.is_file() and file_format is not None:
+        rows = _file_rows([source], source, examine, columns)
+    elif path.is_file():
+        raise ValueError(f"dataset={source}: a file of another kind. What is read: {READABLE}. Convert or rename it.")
+    elif file_format is not None or path.is_symlink():
         raise ValueError(f"dataset={source}: there is no such file. Pass --dataset with an existing one.")
+    else:
+        rows = _table_rows(hub_table(source, split), source=source)
     if not rows:
         raise ValueError(f"dataset={source}: it has no rows; at least one is needed. Pass --dataset with other data.")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"dataset={source}: row {number} holds a {type(row).__name__}; a row must be an object that maps "
-                "column names to values. Correct or remove the row."
-            )
-        missing = [column for column in columns or [] if column not in row]
-        if missing:
-            raise ValueError(
-                f"dataset={source}: row {number} holds {', '.join(row) or 'nothing'}; the task needs the columns "
-                f"{', '.join(columns)}. Add or rename {', '.join(missing)}."
-            )
-    if columns is None:
-        return rows
-    return [{column: row[column] for column in columns} for row in rows]
+    if missing := [name for name in columns or [] if name not in rows.columns]:
+        raise ValueError(_lacking(f"dataset={source}: row 1", rows.columns, missing, columns))
+    if columns is not None:
+        rows = rows.with_names(columns)
+    return rows if examine is None or rows.has_keys else _with_keys(rows, examine)
 
 
 def prompt_key(row: dict) -> str:
@@ -67,8 +80,8 @@ def prompt_key(row: dict) -> str:
 
 
 def split_held_out(
-    rows: list[dict], num_held_out: int, *, key: Callable[[dict], Hashable] = prompt_key
-) -> tuple[list[dict], list[dict]]:
+    rows: Sequence[dict], num_held_out: int, *, key: Callable[[dict], Hashable] = prompt_key
+) -> tuple[Sequence[dict], Sequence[dict]]:
     """Shuffle rows and hold some out; training rows with the key of a held-out row are dropped.
 
     The shuffle is that of `datasets.Dataset.train_test_split(seed=42)`, so results can be compared with published ones
@@ -77,7 +90,7 @@ def split_held_out(
     Args:
         rows: each with `prompt`, or what `key` needs, and any other columns.
         num_held_out: number of rows to hold out; 0 keeps all rows in their order.
-        key: equal for rows that are the same problem.
+        key: equal for rows that are the same problem; not used for rows that have been read with their keys.
 
     Returns:
         Training rows and held-out rows.
@@ -86,20 +99,20 @@ def split_held_out(
         ValueError: no row would be left to train on.
     """
     if num_held_out == 0:
-        return rows, []
+        return rows, rows[:0]
     order = np.random.default_rng(SPLIT_SEED).permutation(len(rows)).tolist()
-    held_out = [rows[index] for index in order[:num_held_out]]
-    seen = {key(row) for row in held_out}
-    train = [rows[index] for index in order[num_held_out:] if key(rows[index]) not in seen]
+    keys = rows.keys if isinstance(rows, Rows) and rows.has_keys else [key(row) for row in rows]
+    seen = {keys[index] for index in order[:num_held_out]}
+    train = [index for index in order[num_held_out:] if keys[index] not in seen]
     if not train:
         raise ValueError(
             f"num_eval_prompts={num_held_out}: the data has {len(rows)} rows, and none would be left to train on "
             f"without the held-out ones and their copies. Pass a smaller --num_eval_prompts or more data."
         )
-    return train, held_out
+    return _chosen(rows, train), _chosen(rows, order[:num_held_out])
 
 
-def take_held_out(rows: list[dict], num_held_out: int) -> list[dict]:
+def take_held_out(rows: Sequence[dict], num_held_out: int) -> Sequence[dict]:
     """The first rows of a split for evaluation.
 
     Args:
@@ -117,82 +130,136 @@ def take_held_out(rows: list[dict], num_held_out: int) -> list[dict]:
     return rows[:num_held_out]
 
 
-def _read_jsonl(source: str) -> list[Any]:
-    open_text = gzip.open if source.endswith(".gz") else open
+def _chosen(rows: Sequence[dict], indices: list[int]) -> Sequence[dict]:
+    return rows.select(indices) if isinstance(rows, Rows) else [rows[index] for index in indices]
+
+
+# Rows of files
+
+
+def _file_rows(files: list[str], source: str, examine: Examine | None, columns: list[str] | None) -> Rows:
+    """The rows of files of one kind, one after the other."""
+    content = digest_of(*map(_content_digest, files), *map(format_of, files))
+    is_large = sum(Path(file).stat().st_size for file in files) >= MIN_CACHED_BYTES
+    if format_of(files[0]) == "parquet":
+        return _table_rows(*parquet_table(files, source, content if is_large else None), source=source)
+    checks = _name_of(examine) if examine else None
+    code = code_digest(__name__, "common.data.files", *([examine.__module__] if examine else ()))
+    fingerprint = digest_of("text", content, columns, checks, code)
+    scan = _Scan(files, source, columns, examine)
+    folder = data_folder(f"rows-{fingerprint}", scan.write) if is_large else None
+    if folder is None:
+        scan, mapped = _Scan(files, source, columns, examine), None
+        table = scan.table()
+    else:
+        mapped = [folder / "rows.arrow"]
+        table = mapped_table(mapped)
+        scan.columns = json.loads((folder / "columns.json").read_text())
+    return Rows(table, is_json=True, source=source, fingerprint=fingerprint, columns=list(scan.columns), files=mapped)
+
+
+class _Scan:
+    """One pass over text files: checks every row and gives record batches with its JSON text and its key."""
+
+    def __init__(self, files: list[str], source: str, columns: list[str] | None, examine: Examine | None) -> None:
+        self.files, self.source, self.needed, self.examine = files, source, columns, examine
+        self.columns: dict[str, None] = {}
+
+    def write(self, folder: Path) -> None:
+        import pyarrow as pa
+
+        with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, self._schema()) as stream:
+            for batch in self._batches():
+                stream.write_batch(batch)
+        (folder / "columns.json").write_text(json.dumps(list(self.columns)))
+
+    def table(self) -> pa.Table:
+        import pyarrow as pa
+
+        return pa.Table.from_batches(self._batches(), schema=self._schema())
+
+    def _schema(self) -> pa.Schema:
+        import pyarrow as pa
+
+        return pa.schema([(ROW, pa.large_binary())] + [(KEY, pa.binary(KEY_BYTES))] * (self.examine is not None))
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        import pyarrow as pa
+
+        parts: list[tuple] = []
+        for part in self._rows():
+            parts.append(part)
+            if len(parts) == 1000:
+                yield pa.record_batch(list(zip(*parts, strict=True)), schema=self._schema())
+                parts = []
+        if parts:
+            yield pa.record_batch(list(zip(*parts, strict=True)), schema=self._schema())
+
+    def _rows(self) -> Iterator[tuple]:
+        number = 0
+        for file in self.files:
+            for _, text, row in json_rows(file):
+                number += 1
+                where = f"dataset={self.source}: row {number}"
+                if not isinstance(row, dict):
+                    raise ValueError(
+                        f"{where} holds a {type(row).__name__}; a row must be an object that maps column names to "
+                        "values. Correct or remove the row."
+                    )
+                if missing := [name for name in self.needed or [] if name not in row]:
+                    raise ValueError(_lacking(where, row, missing, self.needed))
+                self.columns.update(dict.fromkeys(row))
+                yield (text.encode(),) if self.examine is None else (text.encode(), _digest(self.examine(row, where)))
+
+
+def _lacking(where: str, row: Sequence[str] | dict, missing: list[str], columns: list[str]) -> str:
+    return (
+        f"{where} holds {', '.join(row) or 'nothing'}; the task needs the columns {', '.join(columns)}. Add or rename "
+        f"{', '.join(missing)}."
+    )
+
+
+# Rows of Arrow tables
+
+
+def _table_rows(
+    table: pa.Table, fingerprint: str | None = None, files: list[Path] | None = None, *, source: str
+) -> Rows:
+    fingerprint = fingerprint or digest_of("table", table_digest(table))
+    names = table.column_names
+    return Rows(table, is_json=False, source=source, fingerprint=fingerprint, columns=names, files=files)
+
+
+def _with_keys(rows: Rows, examine: Examine) -> Rows:
+    """Check each row of a table, and add its key."""
+    import pyarrow as pa
+
+    def keys() -> pa.Table:
+        digests = [_digest(examine(row, rows.where(index))) for index, row in enumerate(rows)]
+        return pa.table({KEY: pa.array(digests, pa.binary(KEY_BYTES))})
+
+    def write(folder: Path) -> None:
+        table = keys()
+        with pa.OSFile(str(folder / "keys.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(table)
+
+    name = digest_of(rows.fingerprint, _name_of(examine), code_digest(__name__, examine.__module__))
+    folder = data_folder(f"keys-{name}", write) if len(rows) >= MIN_CACHED_ROWS else None
+    table = keys() if folder is None else mapped_table([folder / "keys.arrow"])
+    return rows.with_keys(table[KEY])
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest()
+
+
+def _name_of(function: Callable) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _content_digest(file: str) -> str:
     try:
-        with open_text(source, "rt", encoding="utf-8") as file:
-            lines = list(file)
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"dataset={source}: unreadable gzip file ({error}). Write or fetch it again.") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"dataset={source}: line {number} is not JSON ({error.msg}); every line must be one row. "
-                f"Correct or remove the line."
-            ) from error
-    return rows
-
-
-def _read_json(source: str) -> list[Any]:
-    try:
-        rows = json.loads(Path(source).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"dataset={source}: not JSON (line {error.lineno}: {error.msg}); a list of rows is needed. "
-            f"Correct the file, or name it .jsonl if each of its lines is a row."
-        ) from error
-    if not isinstance(rows, list):
-        raise ValueError(
-            f"dataset={source}: holds one JSON {type(rows).__name__}; a list of rows is needed. "
-            f"Put the rows in [...], or name the file .jsonl if each of its lines is a row."
-        )
-    return rows
-
-
-def _read_parquet(source: str) -> list[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(source).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"dataset={source}: unreadable parquet file ({error}). Write or fetch it again.") from error
-
-
-def _read_folder(source: str, split: str) -> list[dict]:
-    import datasets
-    import pyarrow
-
-    try:
-        data = datasets.load_from_disk(source)
-    except (FileNotFoundError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"dataset={source}: a folder, but not one that datasets' save_to_disk wrote ({error}). Pass --dataset "
-            "with a file, or with such a folder."
-        ) from error
-    if isinstance(data, datasets.DatasetDict):
-        if split not in data:
-            raise ValueError(
-                f"dataset={source}, dataset_split={split}: the folder has the splits {', '.join(data)}. Pass "
-                "--dataset_split with one of these."
-            )
-        data = data[split]
-    return data.to_list()
-
-
-def _read_hub(source: str, split: str) -> list[dict]:
-    import datasets
-
-    try:
-        name, *config = source.split(":")
-        return datasets.load_dataset(name, *config, split=split).to_list()
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
-        raise ValueError(
-            f"dataset={source}, dataset_split={split}: neither a local .jsonl(.gz), .json or .parquet file nor a "
-            f"data set that the hub can load ({error}). Check the name, the split and the network."
-        ) from error
+        with open(file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(file, error) from error

@@ -21,8 +21,8 @@ from tokenizers import AddedToken, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from common.data.cache import cached_folder
 from common.data.texts import completion_texts
-from common.embedded.cache import cached_folder
 from common.tasks.countdown import (
     NUMBERS,
     OPERATORS,

@@ -99,7 +99,7 @@ class Evaluation:
             "model": self.model,
             "max_completion_length": config.max_completion_length,
             "weights": _fingerprint(self.source),
-            "problems": digest(self.prompts.texts, self.prompts.columns),
+            "problems": digest(list(self.prompts.texts), self.prompts.columns),
             "reward_sources": [_reward_fingerprint(name) for name in settings.rewards or ()],
         }
         self.name = self._name()

@@ -10,12 +10,11 @@ from pathlib import Path
 import transformers
 
 from common.config import RLConfig
+from common.data.files import READABLE, is_data_file
 from common.data.rows import read_rows
 from common.tasks import Task, load_task
 from common.tasks.countdown import GENERATED, problems
 from common.tasks.math import ANSWER_COLUMNS, QUESTION_COLUMNS
-
-ENDINGS = (".jsonl", ".gz", ".json", ".parquet")  # that `read_rows` reads as files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ def find_set(name: str, dataset: str | None, split: str | None = None, *, is_cha
     """The set that the settings `task`, `dataset` and `dataset_split` mean.
 
     Args:
-        name: a named set, a local .jsonl, .jsonl.gz, .json or .parquet file, or "prompts".
+        name: a named set, a local file of data (`common.data.files.READABLE`), or "prompts".
         dataset: a local file, or another hub id, in place of the named set's data; the data of "prompts".
         split: of `dataset` on the hub; None: the named set's.
         is_chat: the model has a chat template; without one, Countdown problems are generated.
@@ -104,11 +103,10 @@ def num_left_out(found: EvaluationSet, task: Task) -> int:
 
 def _task_of_file(path: str, dataset: str | None) -> str:
     """The task whose columns a file has."""
-    if not path.endswith(ENDINGS):
+    if not is_data_file(path):
         raise ValueError(
             f"task={path!r}: neither a set of problems nor a file of them. Pass --task with one of "
-            f"{', '.join(NAMED_SETS)}, with a .jsonl, .jsonl.gz, .json or .parquet file, or with {OWN_PROMPTS} for "
-            "prompts of your own."
+            f"{', '.join(NAMED_SETS)}, with a file ({READABLE}), or with {OWN_PROMPTS} for prompts of your own."
         )
     if dataset is not None:
         raise ValueError(

@@ -19,7 +19,7 @@ class EvaluationSettings:
     model: list[str]
     """Hub id, folder, or "tiny"; also a run's folder or a checkpoint. Several give one table."""
     task: str
-    """math500, aime24, gsm8k, countdown, or a .jsonl, .json or .parquet file with the columns of one of these; prompts
+    """math500, aime24, gsm8k, countdown, or a .jsonl, .csv or .parquet file with the columns of one of these; prompts
     for prompts of your own, in --dataset, with your own --reward."""
     adapter: str | None = None
     """Folder of a LoRA adapter of the model."""

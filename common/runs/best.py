@@ -6,8 +6,6 @@ a run never promises a best that nobody can load. Step 0, the untrained policy, 
 
 import math
 import os
-import shlex
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,23 +89,3 @@ def link_best(folder: Path, best: Best | None) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target)
         os.replace(temporary, link)
-
-
-def describe_best(folder: Path, best: Best | None, last_step: int, *, use_lora: bool) -> Iterable[str]:
-    """Lines for the end of a run: which policy was the best, and where it is."""
-    if best is None:
-        return
-    step, value = step_of(best["checkpoint"]), f"{best['metric']} {best['value']:.3f}"
-    if step == 0:
-        yield f"best: the untrained policy (step 0, {value}); no evaluation after it was better, so there is no best/"
-        return
-    link, checkpoint = folder / BEST_LINK, folder / best["checkpoint"]
-    place = link if link.is_symlink() and link.is_dir() else checkpoint
-    if not place.is_dir():
-        where = "which is in final/" if step == last_step else "of which there is no checkpoint"
-        yield f"best: the policy of step {step} ({value}), {where}"
-        return
-    yield f"best: {place} (step {step}, {value})"
-    if use_lora:
-        command = f"python -m common.merge --model {shlex.quote(str(place))} --output FOLDER"
-        yield f"  an adapter; a complete model: {command}"

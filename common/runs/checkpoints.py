@@ -6,6 +6,7 @@ per part) and when to save. Only the main process calls these functions.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,11 @@ from typing import Any
 from common.runs.manifest import MANIFEST_FILE, find_damage, note_damage, write_manifest
 
 FINAL_FOLDER, POLICY_FOLDER, STATE_FILE = "final", "policy", "trainer_state.json"
+
+logger = logging.getLogger("nanorlhf")
+
+# A checkpoint that takes more than some seconds to read.
+_MANY_BYTES = 4 * 10**9
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 _LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|best|[a-z]+\.(yaml|jsonl?|png|html))\.tmp-.*")
@@ -69,11 +75,11 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, or a link and not what it points to.
+    """Removes a folder or a file, or a link and not what it points to.
 
     A folder is renamed before it is emptied, so that a half-deleted one never has a valid name.
     """
-    if path.is_symlink():
+    if path.is_symlink() or path.is_file():
         path.unlink()
         return
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-deleted")
@@ -192,6 +198,9 @@ def find_whole_checkpoint(folder: Path) -> tuple[Path | None, dict[str, str]]:
     """
     damaged = {}
     for checkpoint in reversed(_named_checkpoints(folder)):
+        num_bytes = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+        if num_bytes > _MANY_BYTES:  # tells why the next seconds are silent
+            logger.info("comparing %s (%.1f GB) with its manifest ...", checkpoint.name, num_bytes / 1e9)
         damage = damage_of(checkpoint, read="")
         if checkpoint.is_dir():
             with suppress(OSError):  # a folder that cannot be written to is read anew the next time
@@ -226,14 +235,11 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
         best: name of a checkpoint that stays in any case, for example "checkpoint-40", or None.
     """
     assert keep >= 1, "a run needs its latest checkpoint to be resumed"
-    whole = list_checkpoints(folder)
-    kept = whole[-keep:]
+    kept = list_checkpoints(folder)[-keep:]
     for checkpoint in _named_checkpoints(folder):
         passed = bool(kept) and step_of(checkpoint) < step_of(kept[-1])
-        written_here = checkpoint in whole or any(
-            (checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST_FILE)
-        )
-        if passed and written_here and checkpoint not in kept and checkpoint.name != best:
+        is_ours = any((checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST_FILE))
+        if passed and is_ours and checkpoint not in kept and checkpoint.name != best:
             _remove(checkpoint)
 
 

@@ -1,7 +1,6 @@
 """The folder of a run: new, or that of the same run, which is continued; refused otherwise, and never deleted.
 
-It decides which checkpoint a run continues from, and whether it may be made longer. Only the main process calls these
-functions.
+It decides which checkpoint a run continues from. Only the main process calls these functions.
 """
 
 import errno
@@ -9,7 +8,6 @@ import fcntl
 import logging
 import os
 import platform
-import shlex
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import cache
@@ -20,17 +18,14 @@ from typing import Any, Literal
 import yaml
 
 from common.runs.checkpoints import (
-    FINAL_FOLDER,
-    damage_of,
     find_whole_checkpoint,
     is_leftover,
-    latest_checkpoint,
-    load_state,
     remove_leftovers,
     step_of,
     write_file,
 )
 from common.runs.log import METRICS_FILE, read_metrics
+from common.runs.longer import check_length, check_unfinished, grows
 from common.runs.writable import make_folder
 
 logger = logging.getLogger("nanorlhf")
@@ -102,13 +97,13 @@ def prepare_run_folder(
             "Pass --resume auto to continue it, or another --output_dir."
         )
     header, stored = _read_config(folder)
-    grown = {name for name in may_grow if name in stored and name in settings and _grows(name, stored, settings)}
+    grown = {name for name in may_grow if name in stored and name in settings and grows(name, stored, settings)}
     _check_same_run(folder, stored, settings, grown.union(may_change))
     if length_matters and resume != "extend":
-        _check_length(folder, stored, settings, length_matters)
+        check_length(folder, stored, settings, length_matters)
     _lock(folder)
     remove_leftovers(folder)
-    _check_unfinished(folder, stored, settings, length_matters)
+    check_unfinished(folder, stored, settings, length_matters)
     checkpoint = _choose_checkpoint(folder, stored, in_place=in_place)
     step = step_of(checkpoint) if checkpoint else 0
     changes = [name for name in sorted(grown) if settings[name] != stored[name]]
@@ -185,86 +180,6 @@ def _check_same_run(folder: Path, stored: dict[str, Any], now: dict[str, Any], m
         )
 
 
-def _grows(name: str, stored: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether a setting of MAY_GROW is at least what it was; a patience of 0 never ends the run."""
-    if name == "early_stopping_patience":
-        return now[name] == 0 or 0 < stored[name] <= now[name]
-    return now[name] >= stored[name]
-
-
-def _check_length(folder: Path, stored: dict[str, Any], now: dict[str, Any], matters: str) -> None:
-    """Refuse to make a run longer without a word, if every later step differs from what it would have been."""
-    latest, old, new = latest_checkpoint(folder), stored.get("num_steps"), now["num_steps"]
-    if old is None or new <= old or latest is None:  # without a checkpoint it begins anew, with the new length
-        return
-    raise ValueError(
-        f"output_dir={folder}: num_steps (stored {old}, now {new}): {matters}, so the steps from here on would not be "
-        f"those that the run was begun with. To train longer all the same, pass --num_steps {new} --resume extend: it "
-        f"continues from {latest.name}, and the rates after it are those of a run of {new} steps. Pass --num_steps "
-        f"{old} to end the run as it was begun, or another --output_dir for a new run."
-    )
-
-
-def _check_unfinished(folder: Path, stored: dict[str, Any], now: dict[str, Any], length_matters: str) -> None:
-    """Refuse a finished run with what would make it longer; a damaged final/ is said, and written again."""
-    final, latest, num_steps = folder / FINAL_FOLDER, latest_checkpoint(folder), now["num_steps"]
-    if not final.exists():
-        return
-    if final.is_file():
-        raise ValueError(
-            f"output_dir={folder}: {FINAL_FOLDER} is a file, and the trained model goes into a folder of that name. "
-            "Move the file away, or pass another --output_dir."
-        )
-    if damage := damage_of(final):
-        if latest is None:
-            raise ValueError(
-                f"output_dir={folder}: {FINAL_FOLDER}/ is damaged ({damage}), and the run kept no checkpoint to "
-                f"continue from. Delete {final} to run it again from its beginning, or pass another --output_dir."
-            )
-        logger.warning("%s is damaged: %s. It is written again at the end of the run.", final, damage)
-        return
-    state, patience = load_state(final), now.get("early_stopping_patience", 0)
-    old_patience = state.get("early_stopping_patience", stored.get("early_stopping_patience", 0))
-    stopped_early = state.get("stopped_early", False)
-    early = stopped_early and ("early_stopping_patience" not in now or 0 < patience <= old_patience)
-    longer = state["step"] < num_steps and not early
-    if longer and latest is not None:
-        return
-    what = f"{'early, ' if stopped_early else ''}after step {state['step']} of {num_steps}"
-    if latest is None:
-        how = (
-            "It kept no checkpoint to continue from, so it cannot be made longer. To train its model further, begin "
-            f"a new run: --model {shlex.quote(str(final))} with another --output_dir. Checkpoints are kept with "
-            "--save_every 50"
-        )
-    elif early:
-        how = (
-            f"{old_patience} evaluations brought no new best (early_stopping_patience). To continue from "
-            f"{latest.name}, pass --output_dir {shlex.quote(str(folder))} --early_stopping_patience with more than "
-            f"{old_patience}, or with 0 for all steps"
-        )
-    else:
-        how = f"To continue from {latest.name}, pass {longer_command(folder, num_steps, length_matters)}"
-        if length_matters:
-            how += f": {length_matters}, and with extend it falls until the new one"
-    raise ValueError(
-        f"output_dir={folder}: the run there has finished ({what}); its model is in {final}. {how}. Pass another "
-        "--output_dir for a new run."
-    )
-
-
-def longer_command(folder: Path, num_steps: int, length_matters: str) -> str:
-    """What to add to a run's command to train longer.
-
-    Args:
-        folder: the run's.
-        num_steps: its steps; twice as many are proposed.
-        length_matters: as in `prepare_run_folder`.
-    """
-    extend = " --resume extend" if length_matters else ""
-    return f"--output_dir {shlex.quote(str(folder))} --num_steps {2 * num_steps}{extend}"
-
-
 def _choose_checkpoint(folder: Path, stored: dict[str, Any], *, in_place: bool) -> Path | None:
     """The newest whole checkpoint; damaged ones after it are said, in one message."""
     checkpoint, damaged = find_whole_checkpoint(folder)
@@ -272,12 +187,8 @@ def _choose_checkpoint(folder: Path, stored: dict[str, Any], *, in_place: bool) 
     names = "; ".join([*said[:_MOST_NAMED], *([f"and {len(said) - _MOST_NAMED} more"] if said[_MOST_NAMED:] else [])])
     if checkpoint is not None:
         if damaged:
-            logger.warning(
-                "%s has damaged checkpoints. %s. The run continues from %s instead, and does the steps after it again",
-                folder,
-                names,
-                checkpoint.name,
-            )
+            message = "%s has damaged checkpoints. %s. The run continues from %s, and does the steps after it again."
+            logger.warning(message, folder, names, checkpoint.name)
         return checkpoint
     last = max((line["step"] for line in read_metrics(folder)), default=0)
     lost = last > (stored.get("save_every") or last)  # the line of a step is written before its checkpoint

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # Token ids are compared in about this many rows: they follow from the text, and only another tokenizer changes them.
 _ROWS_OF_TOKENS = 4096
 
+VERSION = 2  # of a record; the digests of text and columns of an older one were made in another way
+
 Record = dict[str, Any]
 
 
@@ -100,7 +102,8 @@ def describe_examples(
 def check_record(folder: Path, record: Record, *, is_new: bool) -> None:
     """Write the record of a new run; compare that of a run which is continued. Only the main process calls this.
 
-    A run from before there were records gets one.
+    A run from before there were records gets one. In a record of an older version, number and token ids are compared;
+    the rest is then recorded in the present form.
 
     Args:
         folder: the run's folder.
@@ -111,15 +114,7 @@ def check_record(folder: Path, record: Record, *, is_new: bool) -> None:
         ValueError: says what differs.
     """
     stored = None if is_new else _read(folder)
-    if stored is None:
-        write_file(folder / PROMPTS_FILE, (json.dumps(record, indent=2) + "\n").encode())
-        return
-    changed = []
-    for part in ("training", "held-out"):
-        old, new = (side[part] or {} for side in (stored, record))
-        differences = [name for name in new.keys() | old.keys() if old.get(name) != new.get(name)]
-        names = [name for name in ("number", "text", "token ids", "columns") if name in differences]
-        changed += [(name, f"the {name} of the {part} prompts") for name in names[:1]]
+    changed = [] if stored is None else _changed(stored, record)
     if changed:
         what, cause = " and ".join(text for _, text in changed), _cause(stored, record, {name for name, _ in changed})
         raise ValueError(
@@ -128,6 +123,21 @@ def check_record(folder: Path, record: Record, *, is_new: bool) -> None:
             "--output_dir for a new run. To continue with the new prompts all the same, delete "
             f"{folder / PROMPTS_FILE}."
         )
+    if stored is None or stored.get("version") != VERSION:
+        write_file(folder / PROMPTS_FILE, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def _changed(stored: Record, record: Record) -> list[tuple[str, str]]:
+    """What differs first in each part, and its description."""
+    compared = ["number", "text", "token ids", "columns"]
+    if stored.get("version") != VERSION:
+        compared = ["number", "token ids"]
+    changed = []
+    for part in ("training", "held-out"):
+        old, new = (side[part] or {} for side in (stored, record))
+        names = [name for name in compared if old.get(name) != new.get(name)]
+        changed += [(name, f"the {name} of the {part} prompts") for name in names[:1]]
+    return changed
 
 
 def check_processes_agree(record: Record, accelerator: Accelerator) -> None:
@@ -181,6 +191,7 @@ def _read(folder: Path) -> Record | None:
 
 def _origins(tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle, now: datetime) -> Record:
     return {
+        "version": VERSION,
         "now": now.isoformat(timespec="seconds"),
         "chat_template": _digest([tokenizer.chat_template]),
         "prompt_file": _digest([style.template]),
@@ -188,12 +199,13 @@ def _origins(tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle
 
 
 def _digests(prompts: PromptSet) -> dict[str, int | str]:
-    columns = ([name, values] for name, values in prompts.columns.items())
+    """What is compared; the digests of rows were made with their token ids, and are kept with these."""
+    encoded = prompts.encoded
     return {
         "number": len(prompts),
-        "text": _digest(prompts.texts),
+        "text": hashlib.sha256(encoded.text_digests.tobytes()).hexdigest()[:16],
         "token ids": _digest(prompts.ids[_few(prompts)]),
-        "columns": _digest(columns),
+        "columns": hashlib.sha256(encoded.value_digests.tobytes()).hexdigest()[:16],
     }
 
 
@@ -204,10 +216,5 @@ def _few(rows: Sized) -> slice:
 def _digest(parts: Iterable) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(json.dumps(part, default=_kind, skipkeys=True).encode() + b"\n")
+        digest.update(json.dumps(part).encode() + b"\n")
     return digest.hexdigest()[:16]
-
-
-def _kind(value: object) -> str:
-    """Stands for a value that JSON cannot hold, whose text may differ from process to process."""
-    return type(value).__name__

@@ -6,7 +6,6 @@ log.py, checkpoints.py and plots.py say what the files contain; this module deci
 import hashlib
 import json
 import logging
-import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,10 +22,11 @@ from common.config import RLConfig
 from common.models.loading import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
-from common.runs.best import better_checkpoint, describe_best, link_best, restore_best
-from common.runs.folder import MAY_CHANGE, has_begun, longer_command, prepare_run_folder, stored_settings
-from common.runs.log import METRICS_FILE, RunLog
-from common.runs.plots import CURVES_FILE, draw_curves
+from common.runs.best import better_checkpoint, link_best, restore_best
+from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
+from common.runs.log import RunLog
+from common.runs.outcome import describe_outcome, length_matters
+from common.runs.plots import draw_curves
 from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.update.learner import Learner
@@ -77,14 +77,14 @@ class Run:
         """Make the folder, or find the checkpoint to continue from and its state, with a best that is there."""
         config, folder = self.config, self.folder
         before = stored_settings(folder).get("num_steps", config.num_steps)
-        options = {"length_matters": _length_matters(config), "notes": config.notes}
+        options = {"length_matters": length_matters(config), "notes": config.notes}
         checkpoint = prepare_run_folder(folder, asdict(config), config.resume, **options)
         state = checkpoints.load_state(checkpoint) if checkpoint else {"step": 0}
         state["best"], said = restore_best(folder, state.get("best"), state["step"])
         link_best(folder, state["best"])
         if said:
             logger.warning("%s: %s", folder, said)
-        if checkpoint and before < config.num_steps and _length_matters(config):
+        if checkpoint and before < config.num_steps and length_matters(config):
             step = state["step"]
             rates = [replace(config, num_steps=before).scheduled_rate(step)]
             rates += [config.scheduled_rate(each) for each in (step + 1, config.num_steps)]
@@ -251,26 +251,7 @@ class Run:
 
     def outcome(self, num_eval_prompts: int) -> list[str]:
         """Lines about a finished run: the held-out metric before and after, where its models are, how to go on."""
-        folder, config = self.folder.resolve(), self.config
-        lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-        name = "eval/accuracy" if any("eval/accuracy" in line for line in lines) else "eval/score"
-        evaluations = [line for line in lines if name in line]
-        last_step = checkpoints.load_state(folder / checkpoints.FINAL_FOLDER)["step"]
-        summary = [
-            f"curves: {folder / CURVES_FILE}",
-            *describe_best(folder, self.best, last_step, use_lora=config.use_lora),
-            f"model: {folder / checkpoints.FINAL_FOLDER} (the policy after the last step, {last_step})",
-        ]
-        if checkpoints.latest_checkpoint(folder) is not None:
-            longer = longer_command(folder, config.num_steps, _length_matters(config))
-            if self.stopped_early:
-                longer = f"--output_dir {shlex.quote(str(folder))} --early_stopping_patience 0"
-            summary.append(f"to train longer: the same command with {longer}")
-        if len(evaluations) > 1:
-            first, last = evaluations[0], evaluations[-1]
-            before, after = f"{first[name]:.3f} before (step {first['step']})", f"{last[name]:.3f} after"
-            summary.insert(0, f"{name} on {num_eval_prompts} held-out prompts: {before}, {after} step {last['step']}")
-        return summary
+        return describe_outcome(self.folder, self.config, self.best, num_eval_prompts)
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
         writers = {}
@@ -297,35 +278,6 @@ def algorithm_name(trainer: type) -> str:
 def run_folder(config: RLConfig, algorithm: str) -> Path:
     """The folder that the settings name, or one below runs/ with a name made of them."""
     return Path(config.output_dir or Path("runs") / default_name(config, algorithm))
-
-
-def how_to_continue(config: RLConfig, algorithm: str) -> str:
-    """What the same command does with the run that these settings name, after it was interrupted.
-
-    Args:
-        config: the run's settings.
-        algorithm: its name.
-    """
-    folder = run_folder(config, algorithm)
-    final = folder / checkpoints.FINAL_FOLDER
-    if final.is_dir() and not checkpoints.damage_of(final):
-        state = checkpoints.load_state(final)
-        if state["step"] >= config.num_steps or state["stopped_early"]:
-            return f"the run has finished, and its model is in {final}"
-    latest = checkpoints.latest_checkpoint(folder) if folder.is_dir() else None
-    if latest is not None:
-        return f"the same command continues from {latest.name}"
-    if not config.save_every:
-        return "save_every=0 keeps no checkpoint, so the same command starts again from the first step"
-    reason = f"there is no checkpoint yet (save_every={config.save_every})"
-    return f"{reason}, so the same command starts again from the first step"
-
-
-def _length_matters(config: RLConfig) -> str:
-    """What a larger num_steps changes besides the end of a run; empty: nothing."""
-    if config.lr_scheduler == "constant":
-        return ""
-    return f"with lr_scheduler={config.lr_scheduler} the learning rate falls until the last step"
 
 
 def default_name(config: RLConfig, algorithm: str) -> str:

@@ -4,7 +4,7 @@ import difflib
 import importlib
 import math
 import pkgutil
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Self
@@ -37,8 +37,8 @@ class Task:
             it is made, since its settings may name other rewards.
     """
 
-    train: list[dict]
-    eval: list[dict] = field(default_factory=list)
+    train: Sequence[dict]
+    eval: Sequence[dict] = field(default_factory=list)
     rewards: dict[str, RewardFunction] = field(default_factory=dict)
     reward_weights: dict[str, float] | None = None
     accuracy: str | None = None

@@ -1,4 +1,4 @@
-"""Any data set with a column `prompt`: text, or chat messages in the conversational form of trl.
+"""Any data set with a column `prompt`: text, or chat messages in the conversational form of trl; or `prompt_ids`.
 
 This task has no rewards of its own: the settings name them, and they get every other column of the data set.
 """
@@ -7,6 +7,7 @@ import transformers
 
 from common.config import RLConfig
 from common.data.rows import read_rows, split_held_out
+from common.data.table import Rows
 from common.tasks import Task
 
 
@@ -34,22 +35,43 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
     return Task(train=train, eval=held_out, rewards={}, reward_weights={}, accuracy=None)
 
 
-def read_prompts(source: str, split: str) -> list[dict]:
+def read_prompts(source: str, split: str) -> Rows:
     """Read all columns of every row and check its prompt; all rows get the same columns.
 
     Raises:
         ValueError: the source cannot be read (see `read_rows`), or a prompt is missing, empty or of another type.
     """
-    rows = read_rows(source, split, None)
-    for number, row in enumerate(rows, start=1):
-        if not _is_prompt(row.get("prompt")):
-            found = f"prompt={row['prompt']!r:.80}" if "prompt" in row else f"the columns {', '.join(row)}"
-            raise ValueError(
-                f"dataset={source}: row {number} has {found}; a prompt must be text or a list of messages, "
-                'each with a "role" and a "content" that are text. Rename a column, or correct or remove the row.'
-            )
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return [{column: row.get(column) for column in columns} for row in rows]
+    rows = read_rows(source, split, None, examine=examine)
+    return rows.with_names(rows.columns)
+
+
+def examine(row: dict, where: str) -> str:
+    """Check the prompt of a row, and give the key that rows with the same prompt share.
+
+    Args:
+        row: with `prompt`, or with `prompt_ids`, which are used as they are.
+        where: the row, for messages.
+
+    Raises:
+        ValueError: it has no prompt, or one of another type.
+    """
+    prompt, prompt_ids = row.get("prompt"), row.get("prompt_ids")
+    if prompt_ids is not None and not _are_ids(prompt_ids):
+        raise ValueError(
+            f"{where} has prompt_ids={prompt_ids!r:.80}; a list of token ids is needed, at least one, which are used "
+            "as they are. Correct or remove the row, or leave the column out."
+        )
+    if not _is_prompt(prompt) and (prompt_ids is None or prompt is not None):
+        found = f"prompt={prompt!r:.80}" if "prompt" in row else f"the columns {', '.join(row)}"
+        raise ValueError(
+            f"{where} has {found}; a prompt must be text or a list of messages, "
+            'each with a "role" and a "content" that are text. Rename a column, or correct or remove the row.'
+        )
+    return str(prompt_ids if prompt is None else prompt)
+
+
+def _are_ids(prompt_ids: object) -> bool:
+    return isinstance(prompt_ids, list) and bool(prompt_ids) and all(type(token) is int for token in prompt_ids)
 
 
 def _is_prompt(prompt: object) -> bool:

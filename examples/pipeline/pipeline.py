@@ -25,6 +25,7 @@ from transformers.utils import CONFIG_NAME
 from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, write_file
 from common.mistakes import ROOT
 from common.cli import as_arguments, parse_config, parse_settings, read_yaml, run_script
+from common.data.files import is_data_file
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
 from common.runs.writable import make_folder
@@ -44,7 +45,6 @@ RESERVED = {
 }
 Product = tuple[Stage, str]  # a stage and a path in its folder
 FIX_NAME = "A recipe names YAML files in its own folder; fix the name."
-FILES = (".jsonl", ".gz", ".json", ".parquet")
 
 
 @dataclass(kw_only=True)
@@ -207,7 +207,7 @@ def check_parts(settings: PipelineSettings, script: Path) -> None:
                 "and the model of an earlier stage. Leave it out."
             )
         source = str((parts[part] or {}).get("dataset", ""))
-        if source.endswith(FILES) and not Path(source).is_file():
+        if is_data_file(source) and not Path(source).is_file():
             raise ValueError(f"{part}: dataset={source}: there is no such file. Give an existing one, or a hub id.")
     if parts["records"] is not None:
         parse_settings(RecordSettings, as_arguments(parts["records"]))

@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from r1_figure import FIGURE_FILE, write_figure
 
 from common.cli import parse_config, run_script
-from common.runs.run import algorithm_name, how_to_continue
-from common.start import prepare, report
+from common.start import how_to_go_on, prepare, report
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 SETTINGS = GRPOConfig(
@@ -163,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, interrupted=lambda: how_to_continue(parse(), algorithm_name(GRPOTrainer)))
+    run_script(main, interrupted=lambda: how_to_go_on(GRPOTrainer, parse()))

@@ -1,0 +1,116 @@
+"""Folders that are expensive to make, kept in a cache: complete or absent, never half written.
+
+Those made of data are in the cache of the `datasets` library. They can be deleted at any time.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub.constants import HF_HOME
+
+logger = logging.getLogger("nanorlhf")
+
+DIGESTS = "digests.json"
+
+
+def cached_folder(
+    name: str, make: Callable[[Path], None], cache_dir: str | Path | None = None, *, by_content: bool = True
+) -> Path:
+    """Return a folder of the cache; make it first if it is missing or its files have changed.
+
+    It is written under a temporary name and renamed when complete, with a digest of each file. A second process waits
+    for the first.
+
+    Args:
+        name: of the folder; must change whenever the content changes.
+        make: writes the files into the empty folder it is given.
+        cache_dir: parent folder; None: ``nanorlhf`` in the user's cache folder.
+        by_content: notice every changed byte; False: only another size, which costs nothing for large files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    parent = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = parent / name
+    with FileLock(f"{folder}.lock"):
+        if not _is_intact(folder, by_content):
+            for leftover in [folder, *parent.glob(f".{name}-*")]:  # those of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
+            try:
+                make(temporary)
+                (temporary / DIGESTS).write_text(json.dumps(_digests(temporary, by_content)))
+                os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def default_cache_dir() -> Path:
+    """Return ``nanorlhf`` in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanorlhf"
+
+
+def data_folder(name: str, make: Callable[[Path], None]) -> Path | None:
+    """A folder as `cached_folder` gives it, in the cache of data; None, said once, if that cannot be written."""
+    parent = data_cache_dir()
+    try:
+        return cached_folder(name, make, parent, by_content=False)
+    except OSError as error:
+        if parent not in _said:
+            logger.warning(
+                "%s cannot be written (%s): data are prepared anew at every start, in main memory. Set "
+                "HF_DATASETS_CACHE to a folder with space.",
+                parent,
+                error.strerror or error,
+            )
+        _said.add(parent)
+        return None
+
+
+_said: set[Path] = set()
+
+
+def data_cache_dir() -> Path:
+    """Return ``nanorlhf`` in $HF_DATASETS_CACHE, or in the folder that the `datasets` library uses without it."""
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "nanorlhf"
+
+
+def digest_of(*content: object) -> str:
+    """Sixteen hexadecimal digits that change when any of the content, which JSON can write, does."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@cache
+def code_digest(*modules: str) -> str:
+    """Changes with the source of modules: what other code has made is not used again."""
+    files = [Path(sys.modules[name].__file__) for name in modules]
+    return digest_of(*(file.read_text(encoding="utf-8") for file in files))
+
+
+def _is_intact(folder: Path, by_content: bool) -> bool:
+    digests = folder / DIGESTS
+    return digests.is_file() and digests.read_text() == json.dumps(_digests(folder, by_content))
+
+
+def _digests(folder: Path, by_content: bool) -> dict[str, str]:
+    files = sorted(path for path in folder.iterdir() if path.name != DIGESTS)
+    return {path.name: _content_digest(path) if by_content else str(path.stat().st_size) for path in files}
+
+
+def _content_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,262 @@
+"""Reads rows from files: JSON lines, JSON and CSV, compressed or not, in UTF-8 or marked as UTF-16.
+
+A row comes out as JSON text, with every value exactly as it was written. The cells of a CSV file stay text.
+"""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
+COMPRESSIONS = ("gz", "bz2", "xz", "zst")
+READABLE = (
+    ".jsonl (one row per line), .json (a list of rows), .csv, .tsv (the first line names the columns), each also "
+    "with .gz, .bz2, .xz or .zst, and .parquet"
+)
+
+_MARKS = {  # byte order marks; the longer ones first, since one begins with the other
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_UTF8_MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+
+
+def format_of(name: str) -> str | None:
+    """The format that a file's name says, in any case: one of FORMATS; None if it says none."""
+    suffixes = [suffix.lower().removeprefix(".") for suffix in Path(name).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+        if suffixes and suffixes[-1] == "parquet":
+            return None
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a name is that of a file which `read_rows` reads, by its ending."""
+    return format_of(name) is not None
+
+
+def json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
+    """Read a file row by row.
+
+    Args:
+        source: path of a file of any format but parquet.
+
+    Yields:
+        For each row the place in the file, for messages, its JSON text and its value.
+
+    Raises:
+        ValueError: the file cannot be read; says where.
+    """
+    read = {"json": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}.get(format_of(source), _jsonl_rows)
+    try:
+        for where, text, value in read(source):
+            _refuse_surrogates(source, where, text, value)
+            yield where, text, value
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(source, error) from error
+    except OSError as error:
+        if error.errno is None:  # from a decompressor
+            raise _damaged(source, error) from error
+        raise unreadable(source, error) from error
+
+
+def _jsonl_rows(source: str) -> Iterator[tuple[str, str, Any]]:
+    for number, line in enumerate(_lines(source), start=1):
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"dataset={source}: line {number} is not JSON ({error.msg}); every line must be one row. "
+                "Correct or remove the line."
+            ) from error
+        yield f"line {number}", text, value
+
+
+def _json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
+    text = "".join(_lines(source))
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        if _is_object(text.lstrip().partition("\n")[0]):  # JSON lines under this name, as many have them
+            yield from _jsonl_rows(source)
+            return
+        raise ValueError(
+            f"dataset={source}: not JSON (line {error.lineno}: {error.msg}); a list of rows is needed. "
+            "Correct the file, or name it .jsonl if each of its lines is a row."
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(
+            f"dataset={source}: holds one JSON {type(rows).__name__}; a list of rows is needed. "
+            "Put the rows in [...], or name the file .jsonl if each of its lines is a row."
+        )
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", json.dumps(row), row
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _csv_rows(source: str) -> Iterator[tuple[str, str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # its own limit, 128 KiB, is less than a long prompt
+    lines = _lines(source)
+    first = next(lines, "")
+    delimiter = "\t" if format_of(source) == "tsv" else _delimiter(first)
+    reader = csv.reader(_joined(first, lines), delimiter=delimiter, strict=True)
+    try:
+        columns = next(reader, [])
+        _check_header(source, columns)
+        for cells in reader:
+            if not cells:
+                continue
+            where = f"line {reader.line_num}"
+            if len(cells) != len(columns):
+                raise ValueError(
+                    f"dataset={source}: the row that ends in {where} has {len(cells)} cells, but the first line "
+                    f"names {len(columns)} columns: {', '.join(columns)[:200]}. Put cells with commas, quotes or line "
+                    'breaks in "...", with quotes inside doubled.'
+                )
+            row = {name: _cell(source, where, cell) for name, cell in zip(columns, cells, strict=True)}
+            yield where, json.dumps(row), row
+    except csv.Error as error:
+        raise ValueError(
+            f"dataset={source}: line {reader.line_num} is not CSV ({error}). Put cells with commas, quotes or line "
+            'breaks in "...", with quotes inside doubled.'
+        ) from error
+
+
+def _delimiter(header: str) -> str:
+    """The comma, unless the header has none: spreadsheets of many countries write semicolons."""
+    return next((sign for sign in (",", ";", "\t") if sign in header), ",")
+
+
+def _joined(first: str, rest: Iterable[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _check_header(source: str, columns: list[str]) -> None:
+    odd = [name for name in columns if not name.strip() or columns.count(name) > 1]
+    if odd or not columns:
+        raise ValueError(
+            f"dataset={source}: the first line must name the columns, each differently; it has "
+            f"{', '.join(map(repr, columns))[:200] or 'nothing'}. Write the names, such as prompt,answer."
+        )
+
+
+def _cell(source: str, where: str, cell: str) -> Any:
+    """Text as it stands; None if it is empty; chat messages if it is JSON of such."""
+    start = cell.lstrip()[:40]
+    if not re.match(r"\[\s*\{\s*['\"]", start):
+        return cell or None
+    try:
+        value = json.loads(cell)
+    except json.JSONDecodeError:
+        if re.match(r"\[\s*\{\s*'(role|content)'", start):
+            raise ValueError(
+                f"dataset={source}: {where} has chat messages as Python prints them ({start!r}...), which only Python "
+                "reads. Write them as JSON, with json.dumps(messages), or save the data as .jsonl or .parquet."
+            ) from None
+        return cell
+    is_chat = all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in value)
+    return value if is_chat else cell
+
+
+# Bytes and characters
+
+
+def _lines(source: str) -> Iterator[str]:
+    """The lines of a file with their line breaks; a byte order mark says the encoding and is left out."""
+    with _opened(source) as file:
+        start = file.read(4)
+        encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
+        file.seek(0)
+        if encoding is not None:
+            yield from _decoded_stream(source, file, encoding)
+            return
+        for number, line in enumerate(file, start=1):
+            content = line.removeprefix(_UTF8_MARK) if number == 1 else line
+            try:
+                text = content.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = error.start + len(line) - len(content)
+                raise ValueError(
+                    f"dataset={source}: byte {place + 1} of line {number} is {line[place]:#04x}, which is not UTF-8: "
+                    f"{_around(content, error.start)}. Rows are read as UTF-8, or as UTF-16 with a byte order mark. "
+                    f"Convert the file, such as: iconv -f latin1 -t utf8 {source} > new{Path(source).suffix}"
+                ) from None
+            if "\0" in text:
+                raise ValueError(
+                    f"dataset={source}: line {number} has zero bytes, as UTF-16 without a byte order mark does. "
+                    f"Convert the file, such as: iconv -f utf-16le -t utf8 {source} > new{Path(source).suffix}"
+                )
+            yield text
+
+
+def _decoded_stream(source: str, file: IO[bytes], encoding: str) -> Iterator[str]:
+    try:
+        yield from io.TextIOWrapper(file, encoding=encoding, newline="\n")
+    except UnicodeError as error:
+        raise ValueError(
+            f"dataset={source}: it begins with the mark of {encoding.upper()}, but is not: {error}. Write it as UTF-8."
+        ) from None
+
+
+def _around(line: bytes, place: int) -> str:
+    """The characters before a byte, and the byte as a mark."""
+    return repr(line[max(0, place - 30) : place].decode("utf-8", "replace") + "\N{REPLACEMENT CHARACTER}")
+
+
+def _opened(source: str) -> IO[bytes]:
+    suffix = Path(source).suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(source, compression="zstd") as stream:
+            return io.BytesIO(stream.read())
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(source, "rb")
+
+
+def unreadable(source: str, error: OSError) -> ValueError:
+    """What to say of a file that the system does not let us read."""
+    return ValueError(f"dataset={source}: cannot be read ({error.strerror}). Check the file and its rights.")
+
+
+def _damaged(source: str, error: Exception) -> ValueError:
+    kind = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}.get(Path(source).suffix.lower(), "")
+    return ValueError(f"dataset={source}: unreadable {kind} file ({error}). Write or fetch it again.")
+
+
+def _refuse_surrogates(source: str, where: str, text: str, row: Any) -> None:
+    """Half of a pair, as JSON can write it, is no character: neither tokenizers nor Arrow take it."""
+    if not _SURROGATE.search(text):
+        return
+    columns = row.items() if isinstance(row, dict) else [("the row", row)]
+    for name, value in columns:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"dataset={source}: {where} has the character {error.object[error.start]!r} in {name}: half of a pair "
+                "of surrogates, which is no text that a tokenizer can read, such as an emoji that was cut in two. "
+                "Remove it, or write the whole pair."
+            ) from None

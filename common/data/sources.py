@@ -1,0 +1,162 @@
+"""Arrow tables of data: parquet files, what `datasets` has saved, the hub; and which files of a folder are a split."""
+
+from __future__ import annotations  # for type hints whose import would take seconds
+
+import hashlib
+import io
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.data.cache import data_folder, digest_of
+from common.data.files import READABLE, format_of
+from common.data.table import mapped_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def parquet_table(
+    files: list[str], source: str, content: str | None
+) -> tuple[pa.Table, str | None, list[Path] | None]:
+    """The rows of parquet files.
+
+    Args:
+        files: their paths.
+        source: what to call them in messages.
+        content: a digest of what is in them, under which the rows are kept in the cache, decompressed; None: not kept.
+
+    Returns:
+        The table, its fingerprint if there is one, and its files in the cache if it is there.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    def write(folder: Path) -> None:
+        for number, file in enumerate(files):
+            with (
+                pa.parquet.ParquetFile(file) as rows,
+                pa.OSFile(str(folder / f"{number:05d}.arrow"), "wb") as copy,
+                pa.ipc.new_stream(copy, rows.schema_arrow) as stream,
+            ):
+                for batch in rows.iter_batches(1000):
+                    stream.write_batch(batch)
+
+    try:
+        folder = None if content is None else data_folder(f"parquet-{content}", write)
+        if folder is None:
+            tables = [pa.parquet.read_table(file, partitioning=None) for file in files]
+            return pa.concat_tables(tables, promote_options="permissive"), None, None
+    except pa.ArrowException as error:
+        raise ValueError(f"dataset={source}: unreadable parquet file ({error}). Write or fetch it again.") from error
+    copies = sorted(folder.glob("*.arrow"))
+    return mapped_table(copies), digest_of("parquet", content), copies
+
+
+def saved_table(source: str, split: str) -> pa.Table:
+    """The rows of a folder that `save_to_disk` wrote.
+
+    Raises:
+        ValueError: it is damaged, or has no such split.
+    """
+    import datasets
+    import pyarrow as pa
+
+    try:
+        data = datasets.load_from_disk(source)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise ValueError(
+            f"dataset={source}: unreadable folder of datasets ({error}). Write or fetch it again."
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        data = data[_checked_split(source, split, list(data))]
+    return data.with_format("arrow")[:]
+
+
+def hub_table(source: str, split: str) -> pa.Table:
+    """The rows of a split of a hub data set, `owner/name` or `owner/name:config`.
+
+    Raises:
+        ValueError: there is no such data set, configuration or split, or it cannot be fetched.
+    """
+    import datasets
+
+    try:
+        name, *config = source.split(":")
+        return datasets.load_dataset(name, *config, split=split).with_format("arrow")[:]
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError) as error:
+        raise ValueError(
+            f"dataset={source}, dataset_split={split}: neither a local file or folder nor a data set that the hub can "
+            f"load ({error}). Check the name, the split and the network. Local files: {READABLE}."
+        ) from error
+
+
+def files_of_folder(source: str, split: str) -> list[str] | None:
+    """The files of a split in a folder, found as `load_dataset` finds them; None if `save_to_disk` wrote the folder.
+
+    Raises:
+        ValueError: it has no such split, no files that are read, or files of different kinds.
+    """
+    if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    found = _data_files(source)
+    files = list(map(str, found[_checked_split(source, split, list(found))]))
+    kinds = {format_of(file) == "parquet" if format_of(file) else None for file in files}
+    if None in kinds or len(kinds) > 1:
+        shown = ", ".join(sorted({Path(file).name for file in files})[:5])
+        raise ValueError(
+            f"dataset={source}, dataset_split={split}: the split has the files {shown}. What is read: {READABLE}; not "
+            "parquet and others together. Pass --dataset with one file, or move the others away."
+        )
+    return files
+
+
+def _data_files(folder: str) -> dict[str, list[str]]:
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:  # nothing is built there
+        try:
+            return datasets.load_dataset_builder(folder, cache_dir=cache).config.data_files
+        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"dataset={folder}: a folder without data that can be read ({reason}). Pass --dataset with a file, "
+                f"with a folder of files ({READABLE}), or with one that datasets' save_to_disk wrote."
+            ) from error
+
+
+def _checked_split(source: str, split: str, splits: list[Any]) -> str:
+    names = list(map(str, splits))
+    if split not in names:
+        raise ValueError(
+            f"dataset={source}, dataset_split={split}: the folder has the splits {', '.join(names)}. Pass "
+            "--dataset_split with one of these."
+        )
+    return split
+
+
+def table_digest(table: pa.Table) -> str:
+    """A digest of the rows of a table."""
+    import pyarrow as pa
+
+    sink = _Digest()
+    with pa.PythonFile(sink, mode="w") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return sink.digest.hexdigest()
+
+
+class _Digest(io.RawIOBase):
+    """A file that keeps only the digest of what is written into it."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: bytes) -> int:
+        self.digest.update(content)
+        return len(content)
