@@ -75,11 +75,11 @@ def test_so_does_a_rule_in_its_own_process(tmp_path):
 
 
 def test_the_neighbour_comes_before_an_installed_module_of_its_name(tmp_path):
-    write(tmp_path / "tools.py", "one = 1.0\n")  # the project has a package tools
-    file = write(tmp_path / "mine.py", "from tools import one\n" + FUNCTION.format(name="f", value="one"))
-    sys.modules.pop("tools", None)
+    write(tmp_path / "installed" / "both_have.py", "one = 2.0\n")
+    sys.path.insert(0, str(tmp_path / "installed"))
+    write(tmp_path / "both_have.py", "one = 1.0\n")
+    file = write(tmp_path / "mine.py", "from both_have import one\n" + FUNCTION.format(name="f", value="one"))
     assert value(f"{file}:f") == 1.0
-    sys.modules.pop("tools")
 
 
 def test_two_neighbours_of_one_name_are_refused_since_python_knows_one(tmp_path):

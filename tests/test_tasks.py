@@ -59,6 +59,7 @@ def test_an_unknown_field_is_answered_with_the_nearest():
     [
         ({"rewards": {}, "accuracy": None}, {}, r"the task has no rewards.*rewards=\[\"my_rewards\.py:right\"\]"),
         ({"reward_weights": {"q": 1.0}}, {}, r"no reward 'q', no weight for 'right'\. The rewards are right\."),
+        ({"reward_weights": {"right": 1.0, "q": 1.0}}, {}, r"\): no reward 'q'\. The rewards are right\."),
         ({"reward_weights": {}}, {}, r"no weight for 'right'"),
         ({"reward_weights": {"right": float("nan")}}, {}, r"nan is no finite number"),
         ({"reward_weights": {"right": 10**400}}, {}, r"10000.* is no finite number"),
