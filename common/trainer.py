@@ -22,11 +22,19 @@ from torch import Tensor, nn
 from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet, PromptStyle
+from common.data.vocabulary import check_vocabulary, describe_unknown
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
-from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference, warn_of_slow_dtype
+from common.models.loading import (
+    compute_dtype,
+    end_token_ids,
+    load_policy,
+    load_reference,
+    num_tokens,
+    warn_of_slow_dtype,
+)
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
@@ -120,6 +128,7 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
+            said += describe_unknown(self.prompts.encoded)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
@@ -132,6 +141,8 @@ class OnPolicyTrainer(ABC):
         self._used_settings: set[str] = set()
         self._signal = SignalCheck(config, self.run.folder)
         self.model_path = resolve_model(config.model)
+        for prompts in filter(None, (self.prompts, self.eval_prompts)):
+            check_vocabulary(prompts.encoded, num_tokens(self.model_path))
         self._load_models()
 
     # ------------------------------------------------------------------------------------------------ the algorithm

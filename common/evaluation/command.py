@@ -25,14 +25,16 @@ from transformers.utils import CONFIG_NAME
 from common.cli import as_arguments, parse_settings
 from common.config import RLConfig
 from common.data.prompts import PromptSet
+from common.data.vocabulary import check_vocabulary, describe_unknown
 from common.embedded import check_model, load_tokenizer, resolve_model
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
-from common.models.loading import compute_dtype, end_token_ids, warn_of_slow_dtype
+from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
 from common.models.pool import ModelPool
+from common.models.system_role import describe_system
 from common.models.weights import policy_weights
 from common.rewards.load import source_of
 from common.rewards.reports import TrainerState
@@ -90,6 +92,7 @@ class Evaluation:
         self.num_left_out = num_left_out(found, self.task)
         self.now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
         self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, self.now)
+        check_vocabulary(self.prompts.encoded, num_tokens(self.source.base))
         functions = self._check_rewards(config, settings.accuracy)
         # vLLM has done its part when a reward model needs the GPU.
         level = 2 if any(isinstance(function, RewardModel) for function in functions.values()) else 0
@@ -195,7 +198,9 @@ class Evaluation:
         num_samples, kept = self.config.eval_num_samples, self.unfinished
         total, have = len(self.prompts) * num_samples, len(kept.completions) * num_samples
         there = f", {have} of which are there" if have else ""
-        logger.info("%s: sampling %d x %d completions%s", self.model, len(self.prompts), num_samples, there)
+        said = describe_system(self.tokenizer, self.prompts.one_of_each_shape) + describe_unknown(self.prompts.encoded)
+        said.append(f"sampling {len(self.prompts)} x {num_samples} completions{there}")
+        logger.info("%s", "\n".join(f"{self.model}: {line}" for line in said))
         kept.start_clock()
         with LongWork("sampling", total, "completions", done=have) as work:
 

@@ -69,8 +69,16 @@ def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase)
         path: hub id or folder of the model.
         tokenizer: its tokenizer.
     """
-    known = max(tokenizer.get_vocab().values()) + 1
-    return range(known, transformers.AutoConfig.from_pretrained(path).get_text_config().vocab_size)
+    return range(max(tokenizer.get_vocab().values()) + 1, num_tokens(path))
+
+
+def num_tokens(path: str) -> int:
+    """How many tokens a model has an embedding for; its tokenizer may have fewer or more.
+
+    Args:
+        path: hub id or folder of the model.
+    """
+    return transformers.AutoConfig.from_pretrained(path).get_text_config().vocab_size
 
 
 def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
