@@ -152,6 +152,14 @@ def test_what_cannot_be_read_is_refused_by_place_with_a_remedy(tmp_path, name, c
     assert str(refusal.value).count("\n") < 8 and len(str(refusal.value)) < 600
 
 
+@pytest.mark.parametrize(
+    "name", ["/gone/data", "./gone", "a/b/c", "gone.txt", "Gone.XLSX", "gone.csv", "gone.parquet"]
+)
+def test_a_missing_file_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match="there is no such file"):
+        read_rows(name, "train", None)
+
+
 def test_a_whole_pair_of_surrogates_is_a_character(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n')
     assert read_rows(str(tmp_path / "a.jsonl"), "train", None) == [{"a": "\N{GRINNING FACE}"}]

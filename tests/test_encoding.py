@@ -253,5 +253,5 @@ def test_nothing_can_be_put_around_prompt_ids():
 
 def test_of_many_chats_the_one_that_the_template_refuses_is_shown(cache):
     refusing = CHAT_TEMPLATE + "{% if 'w37' in messages[0].content %}{{ raise_exception('no w37') }}{% endif %}"
-    with pytest.raises(ValueError, match=r"does not write the messages \(user: 'w37 .*\): no w37\. Use a model"):
+    with pytest.raises(ValueError, match=r"does not write the messages \(system: 'w37 .*\): no w37\. Use a model"):
         prompt_set(ROWS[::-1], word_tokenizer(refusing))

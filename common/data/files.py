@@ -48,6 +48,12 @@ def is_data_file(name: str) -> bool:
     return format_of(name) is not None
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be that of a file or folder, not of a data set on the hub."""
+    other = (".txt", ".xlsx", ".xls", ".ods", ".arrow", ".feather", ".pkl", ".yaml", ".yml", ".zip", ".tar")
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or name.lower().endswith(other)
+
+
 def json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
     """Read a file row by row.
 

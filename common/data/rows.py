@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.data.cache import code_digest, data_folder, digest_of
-from common.data.files import READABLE, format_of, json_rows, unreadable
+from common.data.files import READABLE, format_of, is_path, json_rows, unreadable
 from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, table_digest
 from common.data.table import KEY, KEY_BYTES, ROW, Rows, mapped_table
 
@@ -61,7 +61,7 @@ def read_rows(source: str, split: str, columns: list[str] | None, *, examine: Ex
         rows = _file_rows([source], source, examine, columns)
     elif path.is_file():
         raise ValueError(f"dataset={source}: a file of another kind. What is read: {READABLE}. Convert or rename it.")
-    elif file_format is not None or path.is_symlink():
+    elif file_format is not None or is_path(source):
         raise ValueError(f"dataset={source}: there is no such file. Pass --dataset with an existing one.")
     else:
         rows = _table_rows(hub_table(source, split), source=source)

@@ -52,7 +52,7 @@ class RewardModelSettings:
     model: str
     """Hub id or folder of any model; "tiny" is made here, with a tokenizer learned from the pairs."""
     dataset: str
-    """Hub id or local .jsonl, .jsonl.gz, .json or .parquet file with the columns `chosen` and `rejected`."""
+    """Hub id, or local .jsonl, .json, .csv or .parquet file or folder, with the columns `chosen` and `rejected`."""
     dataset_split: str
     """Split or slice of a hub data set, such as "train[:10%]"."""
     num_eval_pairs: int

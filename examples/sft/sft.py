@@ -47,7 +47,7 @@ class SFTSettings:
     model: str = "Qwen/Qwen3-0.6B-Base"
     """Hub id or folder; "tiny" is made here, untrained, with a tokenizer learned from the data."""
     dataset: str = "AI-MO/NuminaMath-CoT"
-    """Hub id or local .jsonl, .jsonl.gz, .json or .parquet file."""
+    """Hub id, or local .jsonl, .json, .csv, .tsv or .parquet file or folder."""
     dataset_split: str = "train[:20%]"
     """Split or slice of a hub data set."""
     form: str = "auto"
