@@ -38,7 +38,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def unknown_in(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    return Characters(tokenizer).unknown_in(text, tokenizer(text)["input_ids"])
+    return Characters(tokenizer).unknown_in([text], [tokenizer(text)["input_ids"]])[0]
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", None])
@@ -46,8 +46,8 @@ def test_a_character_that_no_token_stands_for_is_unknown(unknown):
     tokenizer = letters(unknown=unknown)
     assert unknown_in(tokenizer, "abe dace") == unknown_in(tokenizer, "") == ""
     assert unknown_in(tokenizer, "zabe 三z?") == "?z三"
-    characters = Characters(tokenizer)
-    assert [characters.unknown_in("z", tokenizer("z")["input_ids"]) for _ in range(2)] == ["z", "z"]
+    texts = ["z", "a", "bz三"]
+    assert Characters(tokenizer).unknown_in(texts, tokenizer(texts)["input_ids"]) == ["z", "", "z三"]
 
 
 def test_a_character_that_becomes_another_or_is_cleaned_away_is_known():
@@ -77,7 +77,7 @@ def test_a_run_says_once_how_many_of_its_prompts_have_unknown_characters():
     ]
     assert describe_unknown(prompts_of(letters(unknown=None), "abe").encoded) == []
     with_ids = PromptSet([{"prompt_ids": [0, 1]}], letters(unknown="<unk>"), max_prompt_length=4, seed=0)
-    assert describe_unknown(with_ids.encoded) == []  # they are meant as they are
+    assert describe_unknown(with_ids.encoded) == []  # the token was asked for
 
 
 def test_a_token_beyond_the_embedding_is_refused_with_its_prompt():

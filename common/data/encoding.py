@@ -209,10 +209,7 @@ class _Batch:
         ]
         digests = [_digest(text.encode()) for text in texts]
         values = [_digest(_json({name: row[name] for name in sorted(row) if name != "prompt"})) for row in rows]
-        unknown = [
-            "" if kind == "ids" else self._characters.unknown_in(text, sequence)
-            for kind, text, sequence in zip(kinds, texts, ids, strict=True)
-        ]
+        unknown = self._characters.unknown_in(texts, ids)
         return pa.record_batch([texts, ids, kinds, shapes, unknown, digests, values], schema=_schema())
 
     def _kind(self, number: int, row: dict) -> str:

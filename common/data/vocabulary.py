@@ -25,37 +25,44 @@ class Characters:
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._unknown_id = tokenizer, tokenizer.unk_token_id
         self._is_known: dict[str, bool] = {}
 
-    def unknown_in(self, text: str, ids: list[int]) -> str:
-        """The unknown characters of a text, each once, sorted; usually none.
+    def unknown_in(self, texts: list[str], ids: list[list[int]]) -> list[str]:
+        """The unknown characters of each text, each once, sorted; usually none.
 
         Args:
-            text: of a prompt.
-            ids: its token ids. Where the tokenizer has an unknown token, they say whether to look any further.
+            texts: of prompts.
+            ids: their token ids. Where the tokenizer has an unknown token, they say whether to look any further.
         """
-        if self._tokenizer.unk_token_id is not None and self._tokenizer.unk_token_id not in ids:
-            return ""
-        characters = self._replaced(text)
+        if self._unknown_id is not None:
+            return [
+                self._unknown(self._replaced(text)) if self._unknown_id in sequence else ""
+                for text, sequence in zip(texts, ids, strict=True)
+            ]
+        if not self._unknown(set("".join(texts))):
+            return [""] * len(texts)
+        return [self._unknown(set(text)) for text in texts]
+
+    def _unknown(self, characters: set[str]) -> str:
         for character in characters - self._is_known.keys():
             self._is_known[character] = self._try(character)
         return "".join(sorted(character for character in characters if not self._is_known[character]))
 
     def _replaced(self, text: str) -> set[str]:
-        """The characters in whose place the unknown token stands; all, if there is no such token."""
-        unknown = self._tokenizer.unk_token_id
-        if unknown is None or not self._tokenizer.is_fast:
+        """The characters in whose place the unknown token stands."""
+        if not self._tokenizer.is_fast:
             return set(text)
         encoded = self._tokenizer(text, return_offsets_mapping=True)
         places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return {character for token, (start, end) in places if token == unknown for character in text[start:end]}
+        replaced = {text[start:end] for token, (start, end) in places if token == self._unknown_id}
+        return set("".join(replaced - {self._tokenizer.unk_token}))  # which can also be written out
 
     def _try(self, character: str) -> bool:
         if unicodedata.category(character).startswith(_CLEANED):
             return True
         ids = self._tokenizer(character, add_special_tokens=False)["input_ids"]
-        return bool(ids) and (self._tokenizer.unk_token_id not in ids or character == self._tokenizer.unk_token)
+        return bool(ids) and self._unknown_id not in ids
 
 
 def describe_unknown(prompts: Encoded) -> list[str]:
