@@ -87,6 +87,14 @@ class PPOConfig(PlacedKLConfig):
                 "Pass --value_init_prompts 640."
             )
 
+    @property
+    def completions_at_once(self) -> int:
+        """Those of a step, or of a part of what the value model is fitted to."""
+        if self.value_init in ("none", "zero_head"):
+            return super().completions_at_once
+        of_fit = math.ceil(self.value_init_prompts / NUM_PARTS) * self.value_init_generations
+        return max(super().completions_at_once, of_fit)
+
     def idle_settings(self) -> dict[str, str]:
         """Those of a clip and a KL, the clip of values where it cannot act, and the fit's if there is none."""
         idle = super().idle_settings()

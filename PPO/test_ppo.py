@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import AutoModelForTokenClassification
 
 from common.advantages import generalized_advantages
 from common.rollouts import Rollouts
+from common.runs.progress import LongWork
 from common.tasks import Task
 from common.update.learner import Learner
 from PPO import value_initializer
@@ -563,3 +565,16 @@ def test_a_model_with_a_score_is_scaled_and_shifted_to_the_returns(toy_folder, t
     np.testing.assert_allclose(ours, scale * before + shift, atol=1e-4)
     assert ((ours - returns) ** 2).mean() < ((before - returns) ** 2).mean()
     trainer.train()
+
+
+def test_the_fit_and_evaluations_say_how_far_they_are_where_nobody_watches(toy_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(LongWork, "SECONDS_BETWEEN_LINES", 1e-3)
+    settings = FIT | {"eval_every": 1, "num_steps": 1, "progress": True}
+    toy_trainer(toy_folder, tmp_path / "run", algorithm="PPO", **settings).train()
+    said = capsys.readouterr().err
+    for pattern in (
+        r"completions for the value model: [1-4] of 5 parts after 00:0\d, 00:0\d left\n",
+        r"fit of the value model: [12] of 3 passes after 00:0\d, 00:0\d left\n",
+        r"evaluation: 0 of 4 completions after 00:0\d\n",
+    ):
+        assert re.search(pattern, said), pattern

@@ -73,7 +73,8 @@ def initialize_values(trainer: OnPolicyTrainer, model: ValueModel, in_pool: dict
     if config.value_init in ("none", "zero_head"):
         return
     with trainer.stopwatch("value_init"):
-        held_out, *fitted = [_returns(trainer, part) for part in range(1, NUM_PARTS + 1)]
+        parts = trainer.with_progress(range(1, NUM_PARTS + 1), "completions for the value model", "parts")
+        held_out, *fitted = [_returns(trainer, part) for part in parts]
         learner = trainer.add_learner("value", model, config, **in_pool)  # PPO's own replaces it afterwards
         explained = {"before": _explained(trainer, held_out)}
         if not _num_rows([held_out]) or not _num_rows(fitted):
@@ -161,7 +162,7 @@ def _fit(trainer: OnPolicyTrainer, learner: Learner, fitted: list[Rollouts], hel
     config, epochs = trainer.config, trainer.config.value_init_epochs
     parts = _parts_of_a_pass(fitted, config.value_init_minibatches)
     best, best_weights, since_best = _error(trainer, held_out), _copy(learner.parameters), 0
-    for epoch in range(epochs):
+    for epoch in trainer.with_progress(range(epochs), "fit of the value model", "passes"):
         with trainer.models.use("value", train=True) as model:
             for part, (rollouts, num_minibatches) in enumerate(parts):
                 # The rate falls to 0: at the end, small mini-batches would add more noise than they teach.

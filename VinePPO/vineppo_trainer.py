@@ -1,5 +1,6 @@
 """VinePPO: PPO whose values are mean scores of continuations (huggingface.co/papers/2410.01679)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,12 @@ class VinePPOConfig(PlacedKLConfig):
                 "chunk ends with, or leave --chunk_separator out for chunks of equal length."
             )
         check_whiten_rewards(self, "whiten_advantages")
+
+    @property
+    def completions_at_once(self) -> int:
+        """vine_k continuations of each chunk, if every completion is as long as it may be."""
+        chunks = math.ceil(self.max_completion_length / self.chunk_length)
+        return super().completions_at_once * max(chunks * self.vine_k, 1)
 
     def idle_settings(self) -> dict[str, str]:
         """Those of a clip and a KL, and the continuations and chunks where completions are not cut."""

@@ -22,7 +22,7 @@ import yaml
 
 from common.config import RLConfig
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import is_ours, script_name
+from common.mistakes import is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 
 Config = TypeVar("Config", bound=RLConfig)
@@ -80,12 +80,13 @@ def parse_config(
     if {"task", "rewards"} & typed.keys():  # and weights to one list of rewards
         defaults["reward_weights"] = None
     replaced = {name: value for name, value in replaced.items() if defaults[name] is value}
-    name_of_script = script_name(script)
-    origins = dict.fromkeys(names, name_of_script) | dict.fromkeys(replaced, f"preset {preset.name}")
+    script_name = name_of_script(script)
+    origins = dict.fromkeys(names, script_name) | dict.fromkeys(replaced, f"preset {preset.name}")
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    config.notes, config.origins = tuple(preset.notes(name_of_script, written, replaced, kept)), origins
+    notes = preset.misfit(config.model) + preset.notes(script_name, written, replaced, kept)
+    config.notes, config.origins = tuple(notes), origins
     return config
 
 
@@ -105,6 +106,8 @@ def parse_settings(
     args = sys.argv[1:] if args is None else args
     names = [field.name for field in fields(settings_class)]
     split = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    if "rewards" in names:
+        args = split = _gather_rewards(split)
     owner = settings_class.__name__
     _refuse_unknown(_typed(split), [*names, "config", "help"], "on the command line", ON_COMMAND_LINE, owner)
     args, path, yaml_settings = _take_yaml(args, names, owner)
@@ -216,13 +219,15 @@ def _add_descriptions(parser: Any, config_class: type) -> None:
 
 
 def run_script(
-    main: Callable[[], None], *, interrupted: str = "the same command continues from the last checkpoint"
+    main: Callable[[], None],
+    *,
+    interrupted: str | Callable[[], str] = "the same command continues where a checkpoint was kept",
 ) -> None:
     """Call `main`; print a ValueError that this project raises as a message instead of a traceback.
 
     Args:
         main: the script.
-        interrupted: what to say after Ctrl-C about the work so far.
+        interrupted: what to say after Ctrl-C about the work so far, or what finds out.
 
     Raises:
         SystemExit: with status 2 after such a message, 130 after Ctrl-C.
@@ -241,7 +246,7 @@ def run_script(
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -267,7 +272,17 @@ def _normalized(args: list[str], settings: RLConfig) -> list[str]:
             words += [switch, "false"]
         else:
             words += arg.split("=", 1) if arg.startswith("--") else [arg]
-    return words
+    return _joined(words, "lora_target_modules")
+
+
+def _joined(args: list[str], name: str) -> list[str]:
+    """Make one text, with commas, of the words after a setting: --name a b and --name a,b are the same."""
+    option = next((arg for arg in args if arg.replace("-", "_") == f"__{name}"), None)
+    if option is None:
+        return args
+    first = args.index(option) + 1
+    end = next((place for place in range(first, len(args)) if args[place].startswith("--")), len(args))
+    return [*args[:first], *([",".join(args[first:end])] if end > first else []), *args[end:]]
 
 
 def _gather_rewards(args: list[str]) -> list[str]:
@@ -286,7 +301,9 @@ def _gather_rewards(args: list[str]) -> list[str]:
     if not rewards:
         return others
     if not all(rewards):
-        raise ValueError("--reward without a name: need a reward of the task, a reward model or file.py:function.")
+        raise ValueError(
+            "--reward without a name: need a reward of the task, a reward model, file.py:function or module:function."
+        )
     others += ["--rewards", *(reward[0] for reward in rewards)]
     if any(len(reward) == 2 for reward in rewards):
         others += ["--reward_weights", *([*reward, "1.0"][1] for reward in rewards)]

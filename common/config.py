@@ -62,12 +62,13 @@ class RLConfig:
     num_eval_prompts: int = 256
     """Prompts held out for evaluation, never trained on."""
     rewards: list[str] | None = None
-    """Rewards of the task by name, reward models (hub id or folder), or file.py:function; on the command line also
-    `--reward NAME WEIGHT`, as often as needed. None: the task's own."""
+    """Rewards of the task by name, reward models (hub id or folder), file.py:function or module:function; on the
+    command line also `--reward NAME WEIGHT`, as often as needed. None: the task's own."""
     reward_weights: list[float] | None = None
     """One weight per reward; the score is their weighted sum. None: the task's weights."""
-    reward_format: str = "text"
-    """What reward functions from files get: "text", or "conversational" (chat messages, with trl's signature)."""
+    reward_format: str = "auto"
+    """What reward functions from files and modules get: "text", "conversational" (chat messages, as trl gives them for
+    chat data), or "auto": what their annotations name, else text, and messages if they fail on text."""
     reward_time_limit: float = 1.0
     """Seconds of processor time a rule may take for one completion before it scores 0; ten times that on the clock.
     0: no worker process and no limits."""
@@ -150,7 +151,8 @@ class RLConfig:
     attn_implementation: str = "sdpa"
     """Attention of transformers: "sdpa", "eager", "flash_attention_2"."""
     vllm_memory_share: float = 0.4
-    """Share of the GPU's memory that vLLM may use for its weights and its cache."""
+    """Share of the GPU's memory that vLLM may use for its weights and its cache; on a CPU, share of the free memory
+    that its cache may take, which is no larger than the completions of the largest request need."""
     vllm_sleep_level: int = 1
     """What vLLM frees while models are in use: 0 nothing, 1 its cache (weights move to the CPU), 2 weights too."""
     vllm_enforce_eager: bool = False
@@ -179,7 +181,8 @@ class RLConfig:
     output_dir: str | None = None
     """The run's folder. None: runs/<algorithm>-<task>-seed<seed>-<hash of the settings>."""
     resume: str = "auto"
-    """"auto" continues the run in output_dir if there is one; "never" refuses an existing folder."""
+    """"auto" continues the run in output_dir if there is one; "never" refuses an existing folder; "extend" also takes
+    a larger num_steps where lr_scheduler is not constant: the schedule of the new length holds from there on."""
     save_every: int = 50
     """Steps between checkpoints; 0: only the final model."""
     save_total_limit: int = 2
@@ -210,8 +213,9 @@ class RLConfig:
             ValueError: what was given, what is needed and why, what to do.
         """
         self.lora_target_modules = _module_names(self.lora_target_modules)
-        if self.report_to == ["none"]:  # as transformers has it
-            self.report_to = None
+        # As transformers has it: one tracker without a list, or the word none.
+        self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        self.report_to = None if self.report_to == ["none"] else self.report_to
         self._check_types()
         self._check_ranges()
         self._check_choices()
@@ -221,6 +225,14 @@ class RLConfig:
     def completions_per_step(self) -> int:
         """Rows of a step over all processes."""
         return self.prompts_per_step * self.num_generations
+
+    @property
+    def completions_at_once(self) -> int:
+        """Completions of the largest request of a step, over all processes: on the CPU, vLLM has memory for these.
+
+        An algorithm that samples more at once, such as continuations, says here how many at most.
+        """
+        return self.completions_per_step
 
     @property
     def trains_on_policy(self) -> bool:
@@ -250,8 +262,8 @@ class RLConfig:
             idle |= dict.fromkeys(names, f"sampler is {self.sampler}")
         if self.lr_scheduler == "constant":
             idle["min_lr_ratio"] = "lr_scheduler is constant"
-        if not any(".py:" in name for name in self.rewards or ()):
-            idle["reward_format"] = "no reward is a function from a file"
+        if not any(":" in name for name in self.rewards or ()):
+            idle["reward_format"] = "no reward is a function from a file or module"
         if not self.reward_time_limit:
             idle["reward_memory_limit"] = "reward_time_limit is 0, which switches both limits off"
         if not self.save_every:
@@ -323,8 +335,8 @@ class RLConfig:
             "average_over": AVERAGES,
             "offload": OFFLOADS,
             "dtype": DTYPES,
-            "resume": ("auto", "never"),
-            "reward_format": ("text", "conversational"),
+            "resume": ("auto", "never", "extend"),
+            "reward_format": ("auto", "text", "conversational"),
             "vllm_sleep_level": (0, 1, 2),
         }
         for name, allowed in choices.items():
@@ -612,5 +624,5 @@ def as_declared(name: str, value: object, declared: type | types.UnionType) -> o
 def _number(name: str, value: str | int) -> float:
     try:
         return float(value)
-    except ValueError:
-        raise ValueError(f"{name}={value!r}: need a number. Pass --{name} 1e-6, for example.") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"{name}={value!r:.80}: need a number. Pass --{name} 1e-6, for example.") from None

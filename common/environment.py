@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On shared cores, two threads are then up to 25 times slower than one.
@@ -63,6 +64,16 @@ def check_launch() -> None:
             f"--nproc_per_node {number} {script}` or `accelerate launch`, which set all of them; or a single one with "
             f"`env {' '.join(f'-u {name}' for name in given)} python {script}`."
         )
+
+
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+def cpu_computes_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies in bfloat16; True where it does not say what it can do."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
+    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags))  # bf16: ARM
 
 
 @contextmanager

@@ -22,13 +22,22 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 from common.cli import parse_settings, run_script
 from common.embedded import check_model, resolve_model
 from common.models.weights import checkpoint_shapes, policy_weights
-from common.runs.checkpoints import CONFIG_FILE, FINAL_FOLDER, STATE_FILE, latest_checkpoint, load_state
+from common.runs.best import BEST_LINK, in_words
+from common.runs.checkpoints import (
+    FINAL_FOLDER,
+    POLICY_FOLDER,
+    STATE_FILE,
+    damage_of,
+    latest_checkpoint,
+    load_state,
+    step_of,
+)
+from common.runs.folder import CONFIG_FILE
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-POLICY_FOLDER = "policy"  # of a run's checkpoint
 
 _SIZE = re.compile(r"\d+(KB|MB|GB|KiB|MiB|GiB)")
 _ADAPTER_TENSOR = re.compile(
@@ -126,16 +135,18 @@ def find_source(model: str | None, adapter: str | None) -> Source:
     if adapter is not None:
         recorded = _recorded_base(Path(adapter))
         base = resolve_model(model) if model is not None else recorded
-        return Source(base=base, adapter=Path(adapter), what=f"adapter {adapter} and its base {base}")
+        return Source(base=base, adapter=Path(adapter), what=f"{_adapter_in_words(Path(adapter))} and its base {base}")
     if model is None:
         raise ValueError("neither model nor adapter: there is nothing to merge. Pass --model, --adapter or both.")
     folder = Path(model)
     if (folder / CONFIG_FILE).is_file():
         return _part_of_run(*_best_of_run(folder))
+    if is_best_of_run(folder):
+        return _part_of_run(*_linked_best(folder))
     if (folder / STATE_FILE).is_file() and folder.name != FINAL_FOLDER:
-        return _part_of_run(folder, f"checkpoint {folder}")
+        return _part_of_run(folder, _checkpoint_in_words(folder))
     if (folder / ADAPTER_CONFIG).is_file():
-        return _part_of_run(folder, f"adapter {folder}")
+        return _part_of_run(folder, _adapter_in_words(folder))
     if any(_shards(folder)):
         return Source(base=model, what=f"the shards of {model}")
     if not folder.is_dir():
@@ -150,29 +161,79 @@ def find_source(model: str | None, adapter: str | None) -> Source:
 
 
 def _part_of_run(folder: Path, what: str) -> Source:
-    """A model or an adapter, in the folder itself or, in a checkpoint, in the policy's folder."""
+    """A model or an adapter, in the folder itself or, in a checkpoint, in the policy's folder.
+
+    Raises:
+        ValueError: if a file of it is not as it was saved.
+    """
+    if (folder / STATE_FILE).is_file() and (damage := damage_of(folder, read="")):
+        raise ValueError(
+            f"model={folder}: it is damaged: {damage}. What is merged must be what was trained. Pass another "
+            "checkpoint of the run, or bring the file back."
+        )
     if (folder / POLICY_FOLDER).is_dir():
         folder = folder / POLICY_FOLDER
     if not (folder / ADAPTER_CONFIG).is_file():
         list(_shards(folder))
         return Source(base=str(folder), what=what)
     base = _recorded_base(folder)
-    return Source(base=base, adapter=folder, what=f"{what}, an adapter, and its base {base}")
+    what = what if what.startswith("adapter ") else f"{what}, an adapter,"
+    return Source(base=base, adapter=folder, what=f"{what} and its base {base}")
 
 
 def _best_of_run(folder: Path) -> tuple[Path, str]:
     """The checkpoint with the best held-out metric if the run kept it; else the final or the last model."""
     latest, final = latest_checkpoint(folder), folder / FINAL_FOLDER
-    best = load_state(latest).get("best") if latest else None
-    if best and (folder / best["checkpoint"]).is_dir():
-        return folder / best["checkpoint"], f"{best['checkpoint']} of {folder}, the best by {best['metric']}"
+    best, other = load_state(latest).get("best") if latest else None, ""
+    if best:
+        checkpoint = folder / best["checkpoint"]
+        if damage_of(checkpoint) is None:
+            return checkpoint, _checkpoint_in_words(checkpoint)
+        lost = "which is gone or damaged" if step_of(best["checkpoint"]) else "of which there is no checkpoint"
+        other = f" (its best was {in_words(best)}, {lost})"
     if final.is_dir():
-        return final, f"the final model of {folder}"
+        return final, f"the last policy of {folder}, after step {load_state(final).get('step')}{other}"
     if latest:
-        return latest, f"{latest.name} of {folder}, its last"
+        return latest, f"{latest.name} of {folder}, its last{other}"
     raise ValueError(
         f"model={folder}: this run has neither a checkpoint nor a final model yet. Wait for it, or pass another run."
     )
+
+
+def is_best_of_run(folder: Path) -> bool:
+    """Whether a path is that of a run's link to its best policy, which need not exist."""
+    return folder.name == BEST_LINK and (folder.parent / CONFIG_FILE).is_file()
+
+
+def _linked_best(link: Path) -> tuple[Path, str]:
+    """The checkpoint that a run's link `best` points to."""
+    policy = link.resolve()
+    if not policy.is_dir():
+        raise ValueError(
+            f"model={link}: this run has no such folder: its best policy is the untrained one, or the checkpoint is "
+            f"gone. Pass --model {link.parent} for the best that there is, or {link.parent / FINAL_FOLDER}."
+        )
+    return policy.parent, _checkpoint_in_words(policy.parent)
+
+
+def _checkpoint_in_words(checkpoint: Path) -> str:
+    """Which checkpoint it is of its run: the best, the last, or another."""
+    run = checkpoint.parent
+    latest = latest_checkpoint(run)
+    best = load_state(latest).get("best") if latest else None
+    is_best = bool(best) and best["checkpoint"] == checkpoint.name
+    places = ["the best"] * is_best + ["the last checkpoint"] * (checkpoint == latest)
+    return f"{in_words(best) if is_best else checkpoint.name} of {run}{''.join(f', {each}' for each in places)}"
+
+
+def _adapter_in_words(folder: Path) -> str:
+    """An adapter, and if it is a run's, the checkpoint or the final model that it belongs to."""
+    whole = folder.resolve().parent
+    if folder.resolve().name == POLICY_FOLDER and (whole / STATE_FILE).is_file():
+        return f"adapter {folder} ({_checkpoint_in_words(whole)})"
+    if whole.name == FINAL_FOLDER and (whole / STATE_FILE).is_file():
+        return f"adapter {folder} (the last policy of {whole.parent}, after step {load_state(whole).get('step')})"
+    return f"adapter {folder}"
 
 
 def _recorded_base(adapter: Path) -> str:

@@ -18,7 +18,7 @@ def is_ours(raised_at: traceback.FrameSummary) -> bool:
     return is_in_project and (raised_at.line or "").startswith("raise ")
 
 
-def script_name(script: str | None) -> str:
+def name_of_script(script: str | None) -> str:
     """A script's name in messages: its path from the repository's root."""
     path = Path(script or "the script").resolve()
     return str(path.relative_to(ROOT)) if script and path.is_relative_to(ROOT) else (script or "the script")
@@ -27,16 +27,17 @@ def script_name(script: str | None) -> str:
 def explain_mistakes() -> None:
     """Make an error of ours that ends a program a message with the program's line, and exit status 2.
 
-    Every other error, and every error at Python's prompt or in a notebook, keeps its traceback.
+    Every other error, and every error at Python's prompt, in a notebook or with `python -X dev`, keeps its traceback.
     """
     others = sys.excepthook
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         frames = traceback.extract_tb(trace)
         is_script = len(frames) > 1 and frames[0].name == "<module>" and Path(frames[0].filename).is_file()
-        if kind not in (ValueError, TypeError) or not is_script or not is_ours(frames[-1]):
+        is_message = kind in (ValueError, TypeError) and is_script and is_ours(frames[-1])
+        if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
-        print(f"error: {script_name(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
+        print(f"error: {name_of_script(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
         sys.exit(2)
 
     sys.excepthook = explain

@@ -49,11 +49,21 @@ MOVED: dict[str, dict[str, str]] = {
     "common.tiny": {"common.embedded.policy": ""},
     "common.cache": {"common.data.cache": ""},
     "common.run": {"common.runs.run": ""},
-    "common.checkpoints": {"common.runs.checkpoints": ""},
+    "common.checkpoints": {
+        "common.runs.folder": "CONFIG_FILE LOCK_FILE MAY_CHANGE MAY_GROW prepare_run_folder has_begun versions",
+        "common.runs.best": "better_checkpoint",
+        "common.runs.checkpoints": "",
+    },
+    "common.runs.checkpoints": {
+        "common.runs.folder": "CONFIG_FILE LOCK_FILE MAY_CHANGE MAY_GROW prepare_run_folder has_begun versions "
+        "PROMPTS_FILE",
+        "common.runs.best": "better_checkpoint",
+    },
     "common.metrics": {
         "common.runs.log": "",
         "common.runs.metrics": "GB Stopwatch memory_report",
         "common.runs.metrics.StepMetrics": "MetricShares",
+        "common.runs.progress": "Progress",
     },
     "common.plots": {"common.runs.plots": ""},
     "common.sanity": {"common.runs.metrics": ""},
@@ -65,6 +75,7 @@ MOVED: dict[str, dict[str, str]] = {
         "common.runs.measures.evaluation_means": "evaluation_shares",
     },
     "common.samples": {"common.samples.page": ""},
+    "common.runs.log": {"common.runs.progress": "Progress"},
     "common.losses": {"RLOO.rloo_trainer": "RATIO_LEVELS", "PPO.value_model": "clipped_value_loss"},
     "common.advantages": {"RAFT.raft_trainer": "best_of_group", "VinePPO.chunks": "chunk_advantages"},
     "common.cli": {"common.start": "report"},

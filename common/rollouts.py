@@ -85,6 +85,7 @@ class Rollouts:
         raw_prompts: B prompts as the data set has them, text or chat messages; empty: as `prompts`.
         scores: (B,) float32, one number per completion.
         parts: (B,) float32 for each reward by name, unweighted; NaN where it does not apply.
+        extra: what reward functions logged of each completion, a list of B values by column.
         old_logprobs: (B, C) float32 under the policy that sampled; None when that policy is the one being updated.
         ref_logprobs: (B, C) float32 under the reference; None without a reference.
         values: (B, C) float32; column t is the value of the state in which completion token t was chosen.
@@ -111,6 +112,7 @@ class Rollouts:
     raw_prompts: list[str | list[dict]] = field(default_factory=list)
     scores: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, list] = field(default_factory=dict)
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
@@ -204,6 +206,11 @@ class Rollouts:
                 joined[name] = _stacked(values, left=name.startswith("prompt"))
             elif name == "parts":
                 joined[name] = {part: torch.cat([value[part] for value in values]) for part in values[0]}
+            elif name == "extra":  # a function may log a column in one part only
+                keys = dict.fromkeys(key for value in values for key in value)
+                absent = [[None] * len(part) for part in parts]
+                pairs = [*zip(values, absent, strict=True)]
+                joined[name] = {key: [item for value, no in pairs for item in value.get(key, no)] for key in keys}
             elif isinstance(values[0], dict):
                 joined[name] = {key: [item for value in values for item in value[key]] for key in values[0]}
             else:

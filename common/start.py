@@ -5,6 +5,8 @@ from typing import Any
 
 from common.cli import origins_in, parse_config, run_script
 from common.config import RLConfig
+from common.runs.outcome import how_to_continue
+from common.runs.run import algorithm_name, run_folder
 from common.trainer import OnPolicyTrainer
 
 
@@ -19,7 +21,10 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
     Raises:
         SystemExit: with status 2 after a message about a user's mistake.
     """
-    run_script(lambda: report(prepare(trainer, parse_config(settings, **reading))))
+    run_script(
+        lambda: report(prepare(trainer, parse_config(settings, **reading))),
+        interrupted=lambda: how_to_go_on(trainer, parse_config(settings, **reading)),
+    )
 
 
 def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer:
@@ -43,6 +48,16 @@ def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer
         raise ValueError(f"{error}{origins}") from error
 
 
+def how_to_go_on(trainer: type[OnPolicyTrainer], config: RLConfig) -> str:
+    """What the same command does after Ctrl-C.
+
+    Args:
+        trainer: the algorithm.
+        config: its settings.
+    """
+    return how_to_continue(run_folder(config, algorithm_name(trainer)), config)
+
+
 def report(trainer: OnPolicyTrainer) -> None:
     """Train, and print the run's folder, how good the policy was before and after, and the path of its curves.
 
@@ -50,7 +65,9 @@ def report(trainer: OnPolicyTrainer) -> None:
         trainer: ready to train.
     """
     show = print if trainer.accelerator.is_main_process else _print_nothing
-    state = f"continued after step {trainer.run.first_step - 1}" if trainer.run.checkpoint else "new"
+    state = "new" if trainer.run.is_new else "begun again, since it had no checkpoint yet"
+    if trainer.run.checkpoint:
+        state = f"continued after step {trainer.run.first_step - 1}"
     show(f"run: {trainer.run.folder.resolve()} ({state})")
     if trainer.prompts.num_dropped:
         show(f"{trainer.prompts.num_dropped} prompts are longer than max_prompt_length and were dropped")

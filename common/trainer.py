@@ -6,13 +6,14 @@ differs between algorithms is in the algorithm's file, everything else is here. 
 
 import inspect
 import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Any, Self, TypeVar, final
 
 import torch
 from accelerate import Accelerator
@@ -21,14 +22,23 @@ from torch import Tensor, nn
 from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig, remarks
 from common.data.prompts import PromptSet, PromptStyle
+from common.data.vocabulary import check_vocabulary, describe_unknown
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
-from common.models.loading import compute_dtype, end_token_ids, load_policy, load_reference
+from common.models.loading import (
+    compute_dtype,
+    end_token_ids,
+    load_policy,
+    load_reference,
+    num_tokens,
+    warn_of_slow_dtype,
+)
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
+from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers
 from common.runs.measures import (
@@ -38,12 +48,13 @@ from common.runs.measures import (
     rollout_means,
     with_confidence_interval,
 )
-from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
-from common.runs.run import Run, run_folder
+from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
-from common.tasks import Task, lenient_scorer, load_task, task_scorer
+from common.tasks import Task, check_rows, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
 from common.update.rows import keep_one_per_group
@@ -54,6 +65,7 @@ logger = logging.getLogger("nanorlhf")
 LossFunction = Callable[[nn.Module, Rollouts], tuple[Tensor, dict[str, Metric]]]
 TokenFunction = Callable[[nn.Module, Rollouts], Tensor]
 SaveModel = Callable[[Path], None]
+Step = TypeVar("Step")
 
 
 class OnPolicyTrainer(ABC):
@@ -72,20 +84,23 @@ class OnPolicyTrainer(ABC):
         stopwatch: seconds by phase.
 
     Raises:
-        ValueError: for a mistake in settings, data, model or folder, if possible before a model is loaded.
+        TypeError: for other arguments, such as those of trl's trainers.
+        ValueError: for a mistake in settings, data, rewards, model or folder, if possible before a model is loaded.
     """
 
-    def __new__(cls, *_: object, **arguments: object) -> Self:
+    def __new__(cls, *args: object, **arguments: object) -> Self:
         """Say what a trainer takes to those who pass what TRL's take; Python itself would not."""
         known = inspect.signature(cls.__init__).parameters
         has_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        if not has_any and (unknown := [name for name in arguments if name not in known]):
+        unknown = [f"{name}=..." for name in arguments if name not in known and not has_any]
+        # Where settings would be, a name or a model; behind them, rewards.
+        unknown += [type(each).__name__ for each in args if not isinstance(each, RLConfig)]
+        if unknown:
             settings = f"{cls.__name__.removesuffix('Trainer')}Config"
-            given = ", ".join(f"{name}=..." for name in unknown)
             raise TypeError(
-                f"{cls.__name__}({given}): nothing reads that. A trainer takes its settings, and a task if prompts or "
-                f"rewards are made in Python: {cls.__name__}({settings}(model=...), task=Task(train=..., "
-                "rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
+                f"{cls.__name__}({', '.join(unknown)}): nothing reads that. A trainer takes its settings, and a "
+                f"task if prompts or rewards are made in Python: {cls.__name__}({settings}(model=...), "
+                "task=Task(train=..., rewards=...)). docs/from-trl.md says where the arguments of TRL's trainers are."
             )
         return super().__new__(cls)
 
@@ -101,7 +116,7 @@ class OnPolicyTrainer(ABC):
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
         self.tokenizer = load_tokenizer(config.model)
-        algorithm = type(self).__name__.removesuffix("Trainer")
+        algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
             check_folder(folder)
@@ -113,15 +128,21 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
+            said += describe_unknown(self.prompts.encoded)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
         self.dtype = compute_dtype(config, self.accelerator.device)
+        if self.accelerator.is_main_process:
+            warn_of_slow_dtype(self.dtype, self.accelerator.device)
         self.batches = Batches(config, self.accelerator, self.dtype)
         self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
+        self._signal = SignalCheck(config, self.run.folder)
         self.model_path = resolve_model(config.model)
+        for prompts in filter(None, (self.prompts, self.eval_prompts)):
+            check_vocabulary(prompts.encoded, num_tokens(self.model_path))
         self._load_models()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
@@ -225,7 +246,8 @@ class OnPolicyTrainer(ABC):
     @final
     def score(self, rollouts: Rollouts) -> Tensor:
         """(B,) float32: the weighted sum of the rewards, minus missing_eos_penalty where there is no end token."""
-        return self._rewards(rollouts) - self.config.missing_eos_penalty * rollouts.truncated
+        scores = self._rewards(rollouts, max(self.current_step - 1, 0), prefix="logged")
+        return scores - self.config.missing_eos_penalty * rollouts.truncated
 
     @final
     def token_rewards(
@@ -266,7 +288,7 @@ class OnPolicyTrainer(ABC):
     @final
     def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
         """Record metrics and samples of scored rollouts, before any row is dropped; advantages: (B,) or (B, C)."""
-        rollout_means(rollouts, advantages, metrics=self.metrics)
+        rollout_means(rollouts, advantages, num_generations=self.config.num_generations, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
@@ -359,13 +381,30 @@ class OnPolicyTrainer(ABC):
         return learner
 
     @final
+    def with_progress(self, steps: Sequence[Step], name: str, unit: str) -> Iterator[Step]:
+        """Go through steps that may take minutes together, and show how many are done: see LongWork.
+
+        Args:
+            steps: what to go through.
+            name: what the whole is, such as "fit of the value model".
+            unit: what the steps are, in the plural.
+        """
+        with self._long_work(name, len(steps), unit) as work:
+            for step in steps:
+                yield step
+                work.advance()
+
+    @final
     def evaluate(self) -> None:
         """Record the held-out score, accuracy and length of the current policy; changes nothing else."""
         process, num_samples = self.accelerator.process_index, self.config.eval_num_samples
         prompts = self.eval_prompts.share(process=process, num_processes=self.accelerator.num_processes)
         with self.stopwatch("eval"):
-            rollouts = self.policy_sampler.sample_for_evaluation(prompts)
-            rollouts.scores = self._rewards(rollouts)
+            with self._long_work("evaluation", len(prompts) * num_samples, "completions") as work:
+                rollouts = self.policy_sampler.sample_for_evaluation(
+                    prompts, finished=lambda _, completions: work.advance(len(completions))
+                )
+            rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
@@ -375,6 +414,7 @@ class OnPolicyTrainer(ABC):
     # ----------------------------------------------------------------------------------------------------- private
 
     def _load_data(self, task: Task) -> None:
+        check_rows(task)
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, self.config)
         self.lenient_scorer = lenient_scorer(task, self.config)
@@ -383,6 +423,8 @@ class OnPolicyTrainer(ABC):
         if task.eval:
             self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)
         self.scorer.check_columns(self.prompts.column_names)
+        if self.eval_prompts:
+            self.scorer.check_columns(self.eval_prompts.column_names, "the held-out part")
         self._check_evaluation()
 
     @property
@@ -422,20 +464,36 @@ class OnPolicyTrainer(ABC):
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
+        rows = [config.completions_at_once, len(self.eval_prompts) * config.eval_num_samples if self._evaluates else 0]
+        most_rows = math.ceil(max(rows) / self.accelerator.num_processes)
         self.policy_sampler = PolicySampler(
-            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, **tokens
+            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=most_rows, **tokens
         )
         plan = self.models.plan(sampler_bytes=self.policy_sampler.sampler.resident_bytes)
         if self.models.device.type == "cuda":
             logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
-    def _rewards(self, rollouts: Rollouts) -> Tensor:
-        """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts."""
+    def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:
+        """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts.
+
+        Args:
+            rollouts: B rows.
+            finished_steps: what functions see as trainer_state.global_step.
+            prefix: of the metrics that functions log.
+        """
+        config = self.config
+        epoch = finished_steps * config.prompts_per_step / len(self.prompts)
+        state = TrainerState(global_step=finished_steps, max_steps=config.num_steps, epoch=epoch)
         with self.stopwatch("score"):
-            scores = judge(rollouts, self.scorer)
+            scores = judge(rollouts, self.scorer, state)
+        for name, values in self.scorer.reports.metrics.items():
+            self.metrics.add(f"{prefix}/{name}", math.fsum(values), len(values))
         for name, rows in self.scorer.over_limit.items():
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores
+
+    def _long_work(self, name: str, total: int, unit: str) -> LongWork:
+        return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
 
     def _kl(self, rollouts: Rollouts) -> Tensor:
         """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts."""
@@ -453,6 +511,7 @@ class OnPolicyTrainer(ABC):
         metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
             check_first_step(metrics, step=step, dtype=self.dtype)
+            self._signal.see(metrics, step=step)
         timings = self.stopwatch.read_and_reset()
         # Counted in the next step, because this step's line is being written.
         with self.stopwatch("save"):

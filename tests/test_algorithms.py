@@ -242,7 +242,8 @@ def test_the_score_of_a_step_has_the_penalty_once_and_that_of_the_evaluation_has
 def test_every_algorithm_reports_the_same_names(busy_run, name):
     line = metrics_of(busy_run(name)[0])[2]
     expected = """step episodes tokens score reward/digits reward/sum kl entropy length truncated zero_advantage
-        policy/loss policy/grad_norm policy/tokens lr sampler/logprob_diff eval/score eval/accuracy eval/length"""
+        score_min score_max policy/loss policy/grad_norm policy/tokens lr sampler/logprob_diff
+        eval/score eval/accuracy eval/length"""
     assert set(expected.split()) <= set(line)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.cli import parse_config
+from common.embedded.policy import build_tokenizer
 from tests.test_reward_model import save_decoder
 from tests.toy import algorithms, metrics_of, save_toy_policy
 
@@ -110,3 +111,69 @@ def test_a_reward_may_ask_for_the_sampled_tokens(folder, tmp_path):
     algorithms()["GRPO"].trainer(parse_config(settings, args=args)).train()
     last = metrics_of(tmp_path / "run")[-1]
     assert last["reward/length"] == last["length"] > 0
+
+
+# Rewards of trl
+
+
+@pytest.fixture(scope="module")
+def chat(folder) -> Path:
+    """A policy with a chat template, and chat prompts with solutions."""
+    save_toy_policy(folder / "chat")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "chat")
+    rows = [{"prompt": [{"role": "user", "content": f"say {a}"}], "solution": f"${a}$"} for a in range(8)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def chat_run(chat: Path, output_dir: Path, *rewards: str) -> list[dict]:
+    args = arguments(chat, "prompts", output_dir)
+    args = args[: args.index("--reward")]
+    args[args.index("--dataset") + 1], args[args.index("--model") + 1] = str(chat / "chat.jsonl"), str(chat / "chat")
+    args += [word for reward in rewards for word in ("--reward", reward)]
+    algorithms()["GRPO"].trainer(
+        parse_config(vars(importlib.import_module("GRPO.grpo"))["SETTINGS"], args=args)
+    ).train()
+    return metrics_of(output_dir)
+
+
+OF_TRL = {
+    "accuracy_reward": "",
+    "reasoning_accuracy_reward": "",
+    "think_format_reward": "",
+    "get_soft_overlong_punishment": "(max_completion_len=6, soft_punish_cache=4)",
+    "get_cosine_scaled_reward": "(max_len=6)",
+    "get_repetition_penalty_reward": "(ngram_size=2)",
+}
+
+
+def test_every_reward_of_trl_trains_on_chat_data_as_it_is(chat, tmp_path):
+    import trl.rewards
+
+    assert {name for name in trl.rewards.__all__ if callable(getattr(trl.rewards, name))} == set(OF_TRL)
+    first, last = chat_run(chat, tmp_path / "run", *(f"trl.rewards:{name}{call}" for name, call in OF_TRL.items()))
+    assert {name.removeprefix("reward/") for name in last if name.startswith("reward/")} == set(OF_TRL)
+    assert last["reward/think_format_reward"] == 0.0 and -1 <= last["reward/get_soft_overlong_punishment"] < 0
+    assert "eval/score" in first
+    sample = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[-1])
+    assert (
+        sample["extra"]["gold_parsed"].startswith("[") and "reasoning_accuracy_reward/gold_parsed" in sample["extra"]
+    )
+
+
+FORMS = """
+def text(prompts, completions):
+    return [float(prompt.startswith("<user>say")) for prompt, text in zip(prompts, completions)]
+
+def messages(prompts, completions):
+    said = [prompt[-1]["content"].startswith("say") for prompt in prompts]
+    return [float(ok and completion[0]["role"] == "assistant") for ok, completion in zip(said, completions)]
+"""
+
+
+def test_on_chat_data_functions_of_text_get_text_and_functions_of_messages_get_messages(chat, tmp_path):
+    (tmp_path / "forms.py").write_text(FORMS)
+    _, last = chat_run(chat, tmp_path / "run", *(f"{tmp_path / 'forms.py'}:{name}" for name in ("text", "messages")))
+    assert last["reward/text"] == last["reward/messages"] == 1.0

@@ -119,7 +119,7 @@ def test_a_package_begins_with_its_public_names_and_nothing_else(package):
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import common.samples.page, common.cli", "torch transformers accelerate trl"),
+        ("import common.samples.command, common.cli", "torch transformers accelerate trl"),
         ("import common.merge", "accelerate peft trl vllm datasets transformers.models.auto"),
         ("import GRPO.grpo", "peft trl vllm datasets matplotlib transformers.models.auto sympy pyarrow"),
     ],

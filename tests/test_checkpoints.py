@@ -16,19 +16,18 @@ import yaml
 from trl import TrlParser
 
 from common.config import RLConfig
+from common.runs.best import better_checkpoint
 from common.runs.checkpoints import (
-    MAY_CHANGE,
-    better_checkpoint,
     latest_checkpoint,
     list_checkpoints,
     load_state,
     load_tensors,
-    prepare_run_folder,
     rotate,
     save_checkpoint,
     save_final,
     save_tensors,
 )
+from common.runs.folder import MAY_CHANGE, prepare_run_folder
 
 SETTINGS = {"learning_rate": 1e-6, "num_steps": 100, "seed": 0, "rewards": ["format", "equation"], "dataset": None}
 
@@ -56,7 +55,7 @@ def test_a_checkpoint_holds_what_the_writers_wrote_and_the_state_bit_for_bit(tmp
     state = {"best": {"value": 0.1 + 0.2}, "episodes": 2**60, "stopped_early": False}
     path = save_checkpoint(tmp_path, 7, writers={"policy": write_model, "optimizer": write_part("o")}, state=state)
     assert path == tmp_path / "checkpoint-7" == latest_checkpoint(tmp_path)
-    assert names(path) == ["optimizer", "policy", "trainer_state.json"]
+    assert names(path) == ["manifest.json", "optimizer", "policy", "trainer_state.json"]
     assert (path / "policy" / "weights").read_text() == "w"
     assert load_state(path) == {"step": 7, **state}
     assert names(tmp_path) == ["checkpoint-7"]
@@ -410,6 +409,25 @@ def test_of_what_decides_the_result_only_the_number_of_steps_may_grow(tmp_path):
             settings = settings | {name: more}  # as stored from now on
     learns = {"model", "seed", "learning_rate", "prompts_per_step", "num_generations", "warmup_steps", "kl_coef"}
     assert taken == MAY_CHANGE | {"num_steps"} and not taken & learns
+
+
+def test_patience_may_grow_and_no_end_is_the_most_of_it(tmp_path):
+    run = tmp_path / "run"
+    prepare_run_folder(run, SETTINGS | {"early_stopping_patience": 2})
+    save(run, 4)
+    for patience in (3, 0):
+        prepare_run_folder(run, SETTINGS | {"early_stopping_patience": patience})
+        with pytest.raises(ValueError, match="early_stopping_patience"):
+            prepare_run_folder(run, SETTINGS | {"early_stopping_patience": 2})
+
+
+def test_checkpoints_that_are_written_in_place_can_be_half_there_and_the_run_begins_again(tmp_path):
+    run = tmp_path / "run"
+    prepare_run_folder(run, SETTINGS)
+    (run / "checkpoint-4").mkdir()
+    with pytest.raises(ValueError, match="none of its checkpoints is whole"):
+        prepare_run_folder(run, SETTINGS)
+    assert prepare_run_folder(run, SETTINGS, in_place=True) is None
 
 
 def test_a_resume_under_other_versions_is_noted_with_its_step(tmp_path):

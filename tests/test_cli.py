@@ -109,6 +109,18 @@ def test_a_preset_can_be_named_anywhere(write_yaml, where):
     assert config.num_steps == 200  # what an algorithm wants embedded concerns the preset cpu alone
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_preset_for_a_gpu_on_a_machine_without_one_is_said_first(monkeypatch, has_gpu):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    for name in ("gpu-24gb", "gpu-80gb"):
+        first = parse("--preset", name).notes[0]
+        assert first.startswith(f"warning: preset {name} is for a GPU, and this machine has no CUDA GPU") != has_gpu
+        assert ("Qwen/Qwen2.5-1.5B-Instruct" in first and "hours a step" in first) != has_gpu
+    assert not any("warning" in note for name in ("cpu", "none", "auto") for note in parse("--preset", name).notes)
+    tiny = parse("--preset", "gpu-24gb", "--model", "tiny").notes
+    assert ("this machine has no CUDA GPU. Leave" in tiny[0]) != has_gpu
+
+
 def test_the_last_preset_on_the_command_line_counts_like_the_last_of_any_setting(write_yaml):
     assert parse(*write_yaml("preset: cpu\n"), "--preset", "gpu-40gb").preset == "gpu-40gb"
     config = parse("--num_steps", "1", "--num_steps", "2", "--preset", "cpu", "--preset", "gpu-24gb")
@@ -284,6 +296,9 @@ def test_a_preset_that_is_not_there_is_answered_with_those_that_are():
         (["--rewards", "a", "b", "--reward_weights", "0.5", "-1"], "reward_weights", [0.5, -1.0]),
         (["--dataset_split", "train[:10%]"], "dataset_split", "train[:10%]"),
         (["--output_dir=runs/a=b"], "output_dir", "runs/a=b"),
+        (["--lora_target_modules", "q_proj", "v_proj", "--seed", "1"], "lora_target_modules", "q_proj,v_proj"),
+        (["--lora-target-modules=q_proj, v_proj"], "lora_target_modules", "q_proj,v_proj"),
+        (["--report_to", "none"], "report_to", None),
         (["--clip_range_high", "0.28"], "clip_range_high", 0.28),
         (["--kl_coef", "1"], "kl_coef", 1.0),
     ],

@@ -209,7 +209,7 @@ def test_numbers_within_lists_are_read_like_numbers_alone():
         ("rewards", [3]),
         ("reward_weights", 0.5),
         ("seed", 1.5),
-        ("report_to", "wandb"),
+        ("report_to", 3),
     ],
 )
 def test_a_value_of_another_type_is_refused_by_the_name_of_its_setting(name, value):
@@ -220,7 +220,8 @@ def test_a_value_of_another_type_is_refused_by_the_name_of_its_setting(name, val
 
 def test_trackers_may_be_none_and_a_hub_id_is_no_switch():
     """As users of transformers write them."""
-    assert RLConfig(report_to=["none"]).report_to is None
+    assert RLConfig(report_to=["none"]).report_to is RLConfig(report_to="none").report_to is None
+    assert RLConfig(report_to="wandb").report_to == ["wandb"]
     assert RLConfig(report_to=["wandb"]).report_to == ["wandb"]
     for value in ("true", "False"):
         message = refused(RLConfig, push_to_hub=value)
@@ -307,6 +308,7 @@ def test_several_greedy_samples_per_prompt_are_refused():
         (RLConfig(num_eval_prompts=0, eval_num_samples=4), ["eval_num_samples=4"]),
         (RLConfig(reward_format="conversational"), ["reward_format=conversational"]),
         (RLConfig(reward_format="conversational", rewards=["mine.py:polite"]), []),
+        (RLConfig(reward_format="text", rewards=["mine.rewards:polite"]), []),
         (PPOConfig(value_clip_range=0.5), ["value_clip_range=0.5"]),
         (PPOConfig(value_clip_range=0.5, num_update_epochs=2), []),
         (PPOConfig(value_init="none", value_init_epochs=2), ["value_init_epochs=2", "value_init is none"]),

@@ -182,7 +182,7 @@ def test_messages_are_the_functions_own_in_prompts_in_completions_and_in_columns
         "    return [float(texts == [['hello']] * 2 + [['c']] * 2 + [['hello']] * 2)] * 2\n"
     )
     names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("rude", "sees")]
-    scorer = make_scorer({}, {}, names=names, weights=None, settings=ScoringSettings(conversational=True))
+    scorer = make_scorer({}, {}, names=names, weights=None, settings=ScoringSettings(reward_format="conversational"))
     messages = [{"role": "user", "content": "hello"}]
     for _ in range(2):
         _, parts = scorer(["r"] * 2, ["c"] * 2, {"examples": [messages] * 2}, raw_prompts=[messages] * 2)

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 
@@ -21,7 +25,9 @@ from common.evaluation.command import Evaluation, evaluate
 from common.evaluation.results import table
 from common.evaluation.sets import NAMED_SETS, find_set, load_problems
 from common.evaluation.settings import EvaluationSettings
+from common.evaluation.unfinished import Unfinished
 from common.merge import MergeSettings, merge
+from common.sampling.torch_sampler import TransformersSampler
 from common.tasks import math
 from common.tasks.countdown import problems
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
@@ -34,6 +40,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% en
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 # Heads of 32, which vLLM on the CPU asks for.
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+RESULT = ("outputs.jsonl", "score.json", "table.md")
 
 
 @pytest.fixture(scope="module")
@@ -212,14 +219,154 @@ def test_a_folder_with_something_else_is_not_touched(tiny_folder, loads, tmp_pat
     assert "empty/score.json" in files()
 
 
-def test_what_ends_midway_leaves_nothing_behind(tiny_folder, monkeypatch):
+def test_what_ends_midway_leaves_no_part_of_a_result(tiny_folder, monkeypatch):
     def full(scores):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(results, "table", full)
     with pytest.raises(OSError, match="no space"):
         evaluate(settings(tiny_folder))
-    assert not files() and not list(Path("evaluations").iterdir())
+    assert [name.endswith(".unfinished.jsonl") for name in files()] == [True]  # the completions are kept
+    assert len(list(Path("evaluations").iterdir())) == 1
+
+
+# Interrupted
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list[int]:
+    """How many prompts each call of the sampler was asked to complete."""
+    counts, generate = [], TransformersSampler.generate
+
+    def counted(self, prompt_ids, *args, **kwargs):
+        counts.append(len(prompt_ids))
+        return generate(self, prompt_ids, *args, **kwargs)
+
+    monkeypatch.setattr(TransformersSampler, "generate", counted)
+    return counts
+
+
+@pytest.fixture
+def interrupted_after(monkeypatch):
+    """A function: evaluate, and press Ctrl-C when the completions of so many problems are there."""
+    add = Unfinished.add
+
+    def interrupt(number: int, chosen: EvaluationSettings) -> Path:
+        def stop(self, *args):
+            if len(self.completions) == number:
+                raise KeyboardInterrupt
+            add(self, *args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Unfinished, "add", stop)
+            evaluate(chosen)
+        (path,) = Path.cwd().rglob("*.unfinished.jsonl")
+        return path
+
+    return interrupt
+
+
+def without_times(score: dict) -> dict:
+    return {name: value for name, value in score.items() if name not in ("seconds", "tokens_per_second")}
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_missing_problems_and_ends_as_if_it_had_not_been(
+    model, interrupted_after, sampled, caplog
+):
+    chosen = settings(model, num_problems=40, num_samples=4, max_completion_length=60)
+    (whole,) = evaluate(replace(chosen, output_dir="whole"))
+    with caplog.at_level("INFO", "nanorlhf"):
+        path = interrupted_after(15, chosen)
+    assert f"the completions of 15 of 40 problems are kept in {path.relative_to(Path.cwd())}" in caplog.text
+    assert len(files()) == 1 + 3 and not list(Path("evaluations").glob("*/"))
+    interrupted_after(17, chosen)
+    (score,) = evaluate(chosen)
+    assert sampled == [40, 40, 25, 23]
+    (folder,) = Path("evaluations").iterdir()
+    assert (folder / "outputs.jsonl").read_bytes() == Path("whole/outputs.jsonl").read_bytes()
+    assert without_times(score) == without_times(whole) and score["accuracy"] > 0
+
+
+def test_what_a_reader_of_the_kept_completions_sees(tiny_folder, interrupted_after):
+    lines = [json.loads(line) for line in interrupted_after(2, settings(tiny_folder)).read_text().splitlines()]
+    assert lines[0]["task"] == "countdown" and lines[0]["temperature"] == 0.6
+    assert [line["problem"] for line in lines[1:]] == [0, 1]
+    evaluate(settings(tiny_folder))
+    (folder,) = Path("evaluations").iterdir()
+    texts = [[each["text"] for each in row["completions"]] for row in result_of(folder)[1]]
+    assert [[each["text"] for each in line["completions"]] for line in lines[1:]] == texts[:2]
+
+
+def test_a_line_that_a_kill_cut_off_is_sampled_again(tiny_folder, interrupted_after, sampled):
+    path = interrupted_after(3, settings(tiny_folder))
+    path.write_bytes(path.read_bytes()[:-40])
+    interrupted_after(5, settings(tiny_folder))
+    evaluate(settings(tiny_folder))
+    assert sampled == [6, 4, 1]
+
+
+def test_when_all_is_sampled_only_the_scores_are_missing(tiny_folder, monkeypatch, sampled):
+    def broken(*args):
+        raise OSError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="out of memory"):
+        patch.setattr(command, "judge", broken)
+        evaluate(settings(tiny_folder))
+    (score,) = evaluate(settings(tiny_folder))
+    assert sampled == [6] and score["tokens_per_second"] > 0
+
+
+def test_another_evaluation_does_not_take_the_completions_of_this_one(tiny_folder, interrupted_after, loads):
+    path = interrupted_after(3, settings(tiny_folder, output_dir="here"))
+    before = path.read_bytes()
+    for changes in ({"temperature": 0.7}, {"seed": 1}, {"num_problems": 5}, {"max_completion_length": 25}):
+        name = next(iter(changes))
+        with pytest.raises(ValueError, match=rf"unfinished evaluation that differs from this one in .*{name}.*delete"):
+            evaluate(settings(tiny_folder, output_dir="here", **changes))
+    assert path.read_bytes() == before and len(loads) == 1
+    evaluate(settings(tiny_folder, output_dir="here", vllm_memory_share=0.2))
+    assert not path.exists()
+
+
+def test_an_evaluation_that_another_process_is_working_on_is_refused(tiny_folder):
+    evaluation = Evaluation(settings(tiny_folder, output_dir="here"))
+    hold = (
+        "import pathlib, sys; from common.evaluation.unfinished import Unfinished\n"
+        "with Unfinished(pathlib.Path('here'), {}): print('held', flush=True); sys.stdin.read()"
+    )
+    command_line = [sys.executable, "-c", hold]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command_line, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="another process is working on this evaluation"):
+            evaluation.run()
+        process.stdin.close()
+    evaluation.run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sign", "status"), [("SIGINT", 130), ("SIGTERM", 130), ("SIGKILL", -9)])
+def test_a_killed_command_goes_on_when_it_is_typed_again(model, sign, status):
+    arguments = ["--task", "countdown", "--sampler", "transformers", "--max_completion_length", "120"]
+    command_line = [sys.executable, "-m", "common.evaluation", "--model", str(model), *arguments, "--output_dir"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    kept = Path("killed.unfinished.jsonl")
+    with subprocess.Popen([*command_line, "killed"], **options) as process:
+        while not kept.is_file() or len(kept.read_bytes().splitlines()) < 40:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, sign))
+        said = process.communicate()[1]
+    assert process.returncode == status and not Path("killed").exists()
+    if sign != "SIGKILL":
+        assert re.search(r"completions of \d+ of 256 problems are kept in killed.unfinished.jsonl\n", said)
+        assert said.endswith("interrupted: the same command continues with what is missing\n")
+    again = subprocess.run([*command_line, "killed"], **options)
+    assert re.search(r"sampling 256 x 8 completions, \d+ of which are there", again.stderr)
+    assert subprocess.run([*command_line, "whole"], **options).returncode == again.returncode == 0
+    assert Path("killed/outputs.jsonl").read_bytes() == Path("whole/outputs.jsonl").read_bytes()
+    assert files() == [f"{folder}/{name}" for folder in ("killed", "whole") for name in sorted(RESULT)]
 
 
 # The table

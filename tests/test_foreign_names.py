@@ -206,6 +206,12 @@ def test_what_the_page_shows_is_what_is_said():
     assert f"error: {answer(GRPOConfig, *command.split())}" == said
 
 
+def test_the_command_that_the_page_shows_is_read():
+    shown = PAGE.read_text().partition("    python GRPO/grpo.py ")[2].partition("\n\n")[0].replace("\\\n", "")
+    config = parse_config(GRPOConfig(preset="none"), args=shown.split())
+    assert (config.rewards, config.prompts_per_step, config.kl_coef) == (["rewards.py:my_reward"], 8, 0.04)
+
+
 def test_the_file_is_installed_with_the_package():
     assert NAMES_FILE.name == "foreign_names.yaml"
     assert '"*.yaml"' in (PAGE.parent.parent / "pyproject.toml").read_text().partition("package-data")[2]

@@ -10,13 +10,16 @@ import re
 import socket
 import struct
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from common.runs.log import Progress, RunLog, choose_trackers
-from common.runs.metrics import StepMetrics, Stopwatch, check_first_step, memory_report
+from common.config import RLConfig
+from common.runs.log import RunLog, choose_trackers
+from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, check_first_step, memory_report
+from common.runs.progress import LongWork, Progress
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +83,13 @@ def test_a_share_keeps_no_graph_and_no_later_change_of_the_tensor(accelerator):
     assert shares.reduce(accelerator) == {"policy/loss": 3.0}
 
 
-def test_sums_are_added_and_of_peaks_the_highest_counts(accelerator):
+def test_sums_are_added_and_of_peaks_the_highest_or_lowest_counts(accelerator):
     shares = StepMetrics()
     for tokens, peak in ((7, 1.5), (5, 2.5), (1, 0.5)):
         shares.add_sum("tokens", tokens)
         shares.add_max("memory/peak_gb", peak)
-    assert shares.reduce(accelerator) == {"tokens": 13, "memory/peak_gb": 2.5}
+        shares.add_min("score_min", peak)
+    assert shares.reduce(accelerator) == {"tokens": 13, "memory/peak_gb": 2.5, "score_min": 0.5}
 
 
 def reduce_in_process(rank, port, answers):
@@ -101,6 +105,7 @@ def reduce_in_process(rank, port, answers):
         shares.add("score", 10.0, torch.tensor(1))
     shares.add_sum("tokens", 5 + rank)
     shares.add_max("memory/peak_gb", float(rank))
+    shares.add_min("score_min", float(rank))
     first = shares.reduce(accelerator)
     if rank == 1:  # a process that was left without rows
         shares.add("kl", torch.tensor(0.75), torch.tensor(3))
@@ -121,7 +126,7 @@ def test_two_processes_with_unequal_rows_and_names_get_the_same_exact_means():
     for process in processes:
         process.join(timeout=60)
     assert [process.exitcode for process in processes] == [0, 0]
-    expected = {"score": 4.0, "only_here": 4.0, "tokens": 11, "memory/peak_gb": 1.0}
+    expected = {"score": 4.0, "only_here": 4.0, "tokens": 11, "memory/peak_gb": 1.0, "score_min": 0.0}
     for first, second in (answers.get(), answers.get()):
         assert first == expected
         assert second == {"kl": 0.25}
@@ -406,7 +411,7 @@ def test_a_file_gets_a_few_whole_lines_without_control_characters():
 
 def test_the_time_left_of_a_resumed_run_is_told_by_its_own_steps(monkeypatch):
     now = iter([100.0, 106.0])  # seconds: one step took six, and one is left
-    monkeypatch.setattr("common.runs.log.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("common.runs.progress.time.monotonic", lambda: next(now))
     file = io.StringIO()
     Progress(10, start=8, file=file).update(9, {"score": 1.0})
     assert file.getvalue() == "step 9/10: score 1.000, 00:06 left\n"
@@ -414,6 +419,57 @@ def test_the_time_left_of_a_resumed_run_is_told_by_its_own_steps(monkeypatch):
 
 def test_progress_switched_off_shows_nothing():
     assert run_progress(Terminal(), 5, enabled=False) == run_progress(io.StringIO(), 5, enabled=False) == ""
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Lines come every hundredth of a second, not every minute."""
+    monkeypatch.setattr(LongWork, "SECONDS_BETWEEN_LINES", 0.01)
+
+
+def lines_of(file, number):
+    """At least so many lines, as soon as they are there."""
+    end = time.monotonic() + 10
+    while file.getvalue().count("\n") < number and time.monotonic() < end:
+        time.sleep(0.005)
+    return file.getvalue().splitlines()
+
+
+def test_long_work_writes_lines_to_a_file_also_while_nothing_is_done(impatient):
+    file = io.StringIO()
+    with LongWork("evaluation", 8, "completions", file=file) as work:
+        assert set(lines_of(file, 2)) == {"evaluation: 0 of 8 completions after 00:00"}
+        work.advance(3)
+        assert lines_of(file, file.getvalue().count("\n") + 2)[-1] == (
+            "evaluation: 3 of 8 completions after 00:00, 00:00 left"
+        )
+    written = file.getvalue()
+    time.sleep(0.05)
+    assert file.getvalue() == written
+
+
+def test_long_work_that_is_over_within_a_minute_leaves_no_line():
+    file = io.StringIO()
+    with LongWork("evaluation", 8, "completions", file=file) as work:
+        work.advance(8)
+    assert LongWork.SECONDS_BETWEEN_LINES == 60 and file.getvalue() == ""
+
+
+def test_the_time_left_is_told_by_what_was_done_since_the_start():
+    with LongWork("sampling", 10, "completions", done=6, file=io.StringIO()) as work:
+        assert work.line(90) == "sampling: 6 of 10 completions after 01:30"
+        work.advance(3)
+        assert work.line(90) == "sampling: 9 of 10 completions after 01:30, 00:30 left"
+
+
+def test_long_work_is_a_bar_on_a_terminal_and_nothing_where_it_is_switched_off(impatient):
+    terminal, off = Terminal(), Terminal()
+    for file, enabled in ((terminal, True), (off, False), (quiet := io.StringIO(), False)):
+        with LongWork("evaluation", 8, "completions", file=file, enabled=enabled) as work:
+            work.advance(8)
+            time.sleep(0.03)
+    assert "evaluation: 100%" in terminal.getvalue() and "\n" not in terminal.getvalue()
+    assert off.getvalue() == quiet.getvalue() == ""
 
 
 # What every run is checked for
@@ -437,3 +493,47 @@ def test_a_policy_that_is_not_the_one_that_sampled_is_warned_of(metrics, dtype, 
         check_first_step(metrics, step=3, dtype=dtype)
     assert len(caplog.messages) == (said is not None)
     assert all(re.match(said, message) for message in caplog.messages)
+
+
+def silent(**metrics):
+    return {"score": 0.5, "score_min": 0.0, "score_max": 1.0, "equal_scores": 1.0, "zero_advantage": 1.0} | metrics
+
+
+HEARD = silent(equal_scores=0.9, zero_advantage=0.9)
+ALONE = {"score": 1.0, "score_min": 1.0, "score_max": 1.0, "zero_advantage": 0.0}  # one completion per prompt
+ALL_MASKED = {"score": 0.0, "score_min": 0.0, "score_max": 1.0, "equal_scores": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "metrics", "said"),
+    [
+        ({}, silent(), "all completions of a prompt had the same score (0.5 on average over prompts), so"),
+        # As with a KL in the reward.
+        ({}, silent(zero_advantage=0.2), "all completions of a prompt had the same score"),
+        ({}, silent(score=0.0, score_max=0.0), "all completions had the score 0, so"),
+        ({"num_generations": 1}, ALONE, "all completions had the score 1, so"),
+        ({}, silent(equal_scores=0.5), "no completion was better or worse than what it is compared with"),
+        ({}, ALL_MASKED, "the length limit cut off all completions, and mask_truncated leaves them out"),
+        ({}, silent(truncated=0.75), "75% of the completions were cut off: pass a larger --max_completion_length"),
+        ({"num_generations": 4}, silent(), "more than --num_generations 4"),
+        ({"temperature": 0.3}, silent(), "a higher --temperature than 0.3"),
+    ],
+)
+def test_three_steps_without_anything_to_learn_are_warned_of_once(settings, metrics, said, caplog):
+    check = SignalCheck(RLConfig(max_completion_length=9, **settings), Path("runs/x"))
+    for step, seen in enumerate([metrics, metrics, HEARD, metrics, metrics], 1):
+        check.see(seen, step=step)
+        check.see({"eval/score": 0.0}, step=step)
+    assert not caplog.messages
+    for step in range(6, 20):
+        check.see(metrics, step=step)
+    (message,) = caplog.messages
+    assert message.startswith("steps 4 to 6: ") and said in message and len(message.splitlines()) <= 6
+    assert "python -m common.samples runs/x" in message
+
+
+def test_a_single_completion_is_no_reason_to_warn(caplog):
+    check = SignalCheck(RLConfig(prompts_per_step=1, num_generations=1), Path("runs/x"))
+    for step in range(1, 6):
+        check.see(ALONE, step=step)
+    assert not caplog.messages

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from common.embedded.policy import build_tokenizer
 from common.models.loading import unused_token_ids
 from common.rollouts import Completion
-from tests.toy import metrics_of, save_toy_policy, toy_trainer
+from common.sampling.torch_sampler import TransformersSampler
+from tests.toy import algorithms, facts, metrics_of, save_toy_policy, toy_config, toy_trainer
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,36 @@ def recorded(toy_folder, tmp_path):
     trainer = toy_trainer(toy_folder, tmp_path / "run", eval_every=1, **settings)
     trainer.policy_sampler.sampler = Recorder()
     return trainer, trainer.policy_sampler.sampler.asked
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(name, settings) for name in algorithms() for settings in ({}, *facts(name).get("VARIANTS", {}).values())],
+)
+def test_no_request_of_a_run_is_larger_than_what_its_settings_say(toy_folder, tmp_path, monkeypatch, name, settings):
+    sizes, generate = [], TransformersSampler.generate
+
+    def counted(self, prompt_ids, *args, num_generations=1, **kwargs):
+        sizes.append(len(prompt_ids) * num_generations)
+        return generate(self, prompt_ids, *args, num_generations=num_generations, **kwargs)
+
+    monkeypatch.setattr(TransformersSampler, "generate", counted)
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **{"num_steps": 1} | settings)
+    trainer.train()
+    assert 0 < max(sizes) <= trainer.config.completions_at_once
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "most"),
+    [
+        ("GRPO", {}, 16),
+        ("PPO", {"value_init": "zero_head"}, 16),
+        ("PPO", {"value_init": "fit", "value_init_prompts": 21, "value_init_generations": 4}, 20),
+        ("VinePPO", {"max_completion_length": 12, "chunk_length": 5, "vine_k": 2}, 96),
+    ],
+)
+def test_the_largest_request_by_hand(toy_folder, tmp_path, name, settings, most):
+    assert toy_config(toy_folder, tmp_path, algorithm=name, **settings).completions_at_once == most
 
 
 def test_weights_are_pushed_once_for_each_change_of_the_policy_and_again_when_the_sampler_lost_them(recorded):

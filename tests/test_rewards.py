@@ -11,7 +11,7 @@ from common.rewards.choose import ScoringSettings, load_reward, make_scorer
 from common.rewards.scorer import RewardModel, Scorer
 from tests.test_reward_model import save_pair_encoder
 
-MESSAGES = ScoringSettings(conversational=True)
+MESSAGES = ScoringSettings(reward_format="conversational")
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["a", "bb", "ccc"]
 
 
@@ -139,7 +139,7 @@ def test_functions_from_files_get_messages_if_asked_for_and_the_tasks_own_never(
 
 
 @pytest.mark.parametrize("conversational", [True, False])
-def test_rewards_of_trl_run_unchanged(tmp_path, conversational):
+def test_rewards_of_trl_run_unchanged_in_a_file(tmp_path, conversational):
     (tmp_path / "mine.py").write_text(
         "from trl.rewards import get_soft_overlong_punishment, think_format_reward\n"
         "punish = get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=2)\n"
@@ -149,7 +149,13 @@ def test_rewards_of_trl_run_unchanged(tmp_path, conversational):
         "    return think_format_reward(completions, **kwargs)\n"
     )
     names = [f"{tmp_path / 'mine.py'}:{name}" for name in ("think", "punish")]
-    scorer = make_scorer({}, {}, names=names, weights=None, settings=ScoringSettings(conversational=conversational))
+    scorer = make_scorer(
+        {},
+        {},
+        names=names,
+        weights=None,
+        settings=ScoringSettings(reward_format="conversational" if conversational else "text"),
+    )
     scorer.check_columns([])
     completions = ["<think>\nyes\n</think>\nso", "so"]
     _, parts = scorer(["p", "p"], completions, {"answer": [1, 2]}, completion_ids=[[1] * 3, [1] * 9])
@@ -315,6 +321,15 @@ def test_a_function_that_fails_on_the_batch_alone_is_named_too():
     assert "KeyError: 'gold'; no single row fails alone" in refused(broken)
 
 
+def test_a_function_that_raises_is_named_with_the_arguments_that_it_takes():
+    def broken(completion_ids):
+        return [1 / (len(ids) - 2) for ids in completion_ids]
+
+    scorer = Scorer({"mine": broken}, {"mine": 1.0})
+    with pytest.raises(ValueError, match=r"'mine' raised ZeroDivisionError.*row 1 of 3: completion_ids=\[5, 6\]\."):
+        scorer(PROMPTS, COMPLETIONS, {}, completion_ids=[[5], [5, 6], [5, 6, 7]])
+
+
 def test_a_column_the_function_needs_and_the_data_lack_is_named():
     def right(completions, answer, **rest):
         return [0.0] * len(completions)
@@ -342,12 +357,23 @@ def test_what_is_no_list_is_refused(rewards):
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, math.inf, -math.inf, "good", [1.0], 1j, 1e39, 10**400],
-    ids=["nan", "inf", "-inf", "text", "list", "complex", "above float32", "above float64"],
+    [math.nan, math.inf, -math.inf, "good", [1.0], 1j, 3e38, -3e38, 1.1e15, 1e39, 10**400],
+    ids=["nan", "inf", "-inf", "text", "list", "complex", "huge", "-huge", "large", "over float32", "over float64"],
 )
 def test_a_value_that_is_no_finite_number_is_refused_with_its_row(value):
     message = refused(returning([0.0, value, 0.0]))
     assert "reward 'mine' returned" in message and "in row 1 for 'bb'" in message and "return None there" in message
+
+
+def test_the_largest_size_of_a_reward_is_said_and_allowed():
+    assert "need a finite number of at most 1e+15 in size" in refused(returning([0.0, 3e38, 0.0]))
+    assert score({"mine": returning([1e15, -1e15, 0.0])})[0].tolist() == torch.tensor([1e15, -1e15, 0.0]).tolist()
+
+
+@pytest.mark.parametrize("weights", [{"a": 1e30, "b": 1.0}, {"a": 1e14, "b": 1e15}], ids=str)
+def test_weights_that_make_a_score_too_large_are_named_with_their_rewards(weights):
+    with pytest.raises(ValueError, match=r"the score of row 1 is .* x 1 \(a\) \+ .* x 1 \(b\): .*--reward_weights"):
+        score({"a": returning([0.0, 1.0, 0.0]), "b": returning([0.0, 1.0, None])}, weights)
 
 
 def test_a_tensor_of_two_numbers_per_completion_is_refused():

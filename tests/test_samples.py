@@ -1,10 +1,8 @@
 """The page of a run shows what the run's files hold, as text whatever it is, and needs nothing but itself."""
 
-import html
 import json
 import re
 import shutil
-import subprocess
 import tomllib
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -13,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from common.cli import run_script
-from common.samples.page import MAX_TEXT, PAGE_PARTS, _hash, main, read_run, spread_evenly, write_page
+from common.samples.command import main
+from common.samples.page import MAX_TEXT, PAGE_PARTS, _hash, read_run, spread_evenly, write_page
 from tests.toy import samples_of, toy_trainer
 
 HOSTILE = [
@@ -23,8 +22,8 @@ HOSTILE = [
     "]]>&lt;b&gt;$title ${script}",
     "\u2028\u202e\x00\ud800 half a pair",
     "<svg/onload=\"document.title='broken'\">",
+    "\x1b[31m\x1b]0;title\x07\x08\x7f\u009b a terminal's escapes",
 ]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 class Outline(HTMLParser):
@@ -112,7 +111,7 @@ def test_the_page_needs_no_other_file_and_allows_no_script_but_its_own(finished)
     page = write_page([finished]).read_text("utf-8")
     outline = Outline(page)
     assert not {"src", "action", "style", "onclick", "onload"} & set(outline.attributes)
-    assert outline.attributes["href"] == ["#completions"]
+    assert outline.attributes["href"] == ["#curves-section"]
     assert not {"link", "img", "iframe", "base", "object"} & set(outline.tags)
     style, _, script = outline.scripts
     (policy,) = [value for value in outline.attributes["content"] if "default-src" in value]
@@ -204,6 +203,38 @@ def test_numbers_that_are_not_finite_and_columns_of_other_versions_do_no_harm(tm
 
 
 @pytest.mark.parametrize(
+    "values",
+    [
+        {"score": "high", "parts": {"sum": "1", "digits": [1]}, "length": {}},
+        {"score": 10**400, "parts": [1, 2], "length": None},
+        {"score": -1e308, "parts": "sum", "length": float("inf")},
+        {"split": ["eval"], "truncated": "yes"},
+        {"split": {"a": 1}, "parts": None},
+    ],
+)
+def test_values_of_another_kind_than_a_run_writes_become_none(values, tmp_path):
+    rows = [row(1), row(2) | values]
+    (run,) = data_of(write_page([write_run(tmp_path, rows)]))["runs"]
+    shown = run["samples"][1]
+    assert {shown["score"], shown["length"], *shown["parts"].values()} <= {None, 0.5, 3, 1.0}
+    assert shown["split"] in ("eval", None) and shown["completion"] == "1+2"
+
+
+def test_settings_that_grow_when_they_are_read_are_shown_by_their_beginning(tmp_path):
+    levels = [f"k{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    config = "\n".join(["k0: &a0 [x, x, x, x, x, x, x, x, x]", *levels, "num_steps: 9", f"long: {'y' * 100_000}"])
+    settings = read_run(write_run(tmp_path, [row()], config=config))["settings"]
+    assert len(settings["k9"]) < MAX_TEXT + 100 and settings["k0"] == str(["x"] * 9)
+    assert settings["num_steps"] == "9" and len(settings["long"]) < MAX_TEXT + 100
+
+
+def test_a_few_steps_of_very_many_rows_are_thinned_out(tmp_path):
+    rows = [row(step, completion=f"{step} {number}") for step in (1, 2) for number in range(30_000)]
+    kept = spread_evenly(rows)
+    assert 5_000 < len(kept) <= 10_000 and {one["step"] for one in kept} == {1, 2}
+
+
+@pytest.mark.parametrize(
     ("split", "config", "said"),
     [
         ("eval", "samples_every: 0", ["samples_every=0", "--samples_every 5"]),
@@ -225,6 +256,12 @@ def test_the_page_says_what_a_run_did_not_keep_and_how_to_keep_it(split, config,
         (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1}\n[1]\n\n'), ["metrics.jsonl: line 2 "]),
         (lambda folder: (folder / "samples.jsonl").write_bytes(b'"\xff"\n'), ["samples.jsonl: line 1 "]),
         (lambda folder: (folder / "config.yaml").write_text("a: [1"), ["config.yaml", "YAML mapping"]),
+        (lambda folder: (folder / "config.yaml").write_bytes(b"a: \xff"), ["config.yaml", "YAML mapping"]),
+        (lambda folder: (folder / "config.yaml").write_text("a: 2026-99-99"), ["config.yaml", "YAML mapping"]),
+        (lambda folder: (folder / "config.yaml").write_text("[" * 9_000), ["config.yaml", "YAML mapping"]),
+        (lambda folder: (folder / "samples.jsonl").write_text("[" * 200_000 + "\n"), ["samples.jsonl: line 1 "]),
+        (lambda folder: (folder / "metrics.jsonl").write_text('{"step": -1}\n'), ["metrics.jsonl: line 1 "]),
+        (lambda folder: (folder / "metrics.jsonl").write_text('{"step": 1' + "0" * 400 + "}\n"), ["line 1 "]),
         (
             lambda folder: (folder / "samples.html").write_text("mine"),
             ["samples.html", "overwrites nothing", "--output"],
@@ -256,81 +293,10 @@ def test_the_page_is_part_of_an_installation():
     assert set(PAGE_PARTS.iterdir()) <= installed
 
 
-VERBS = """
-const said = [], say = (value) => said.push(value), one = (query) => document.querySelector(query);
-const all = (query) => [...document.querySelectorAll(query)], count = () => say(one("#count").value);
-const set = (id, value) => {
-  document.getElementById(id).value = value;
-  document.getElementById(id).dispatchEvent(new Event("input", { bubbles: true }));
-  return new Promise((go) => setTimeout(go, 300));
-};
-const end = () => document.body.append(el("pre", { id: "said" }, JSON.stringify(said)));
-"""
-
-
-def in_browser(path, code, folder):
-    """Let `code` act on the page as a reader does, and give back what it says with say(...)."""
-    script = f"{VERBS} (async () => {{ {code} }})().catch((error) => say(error.stack)).finally(end);"
-    page = path.read_text("utf-8").replace("script-src ", f"script-src '{_hash(script)}' ", 1)
-    (folder / "acted.html").write_text(page.replace("</body>", f"<script>{script}</script></body>"), "utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=9000"]
-    command = [CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", f"file://{folder}/acted.html"]
-    dumped = subprocess.run(command, capture_output=True, timeout=120).stdout.decode()
-    return json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', dumped, re.S)[1]))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_in_a_browser_hostile_text_stays_text(tmp_path):
-    rows = [row(step, completion=text, prompt=text) for step in (0, 5) for text in HOSTILE]
-    path = write_page([write_run(tmp_path / "run", rows, config="task: <img src=x>")])
-    title, elements, texts = in_browser(
-        path,
-        "all('input[name=view]')[1].click(); await set('sort', 'step'); say(document.title);"
-        "say(all('img, main script, svg[onload]').length);"
-        "say(all('.card .text:not(.prompt)').map((text) => text.textContent));",
-        tmp_path,
-    )
-    assert title == "run" and elements == 0
-    assert texts == [one["completion"].replace("\ud800", "\ufffd") for one in rows]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_in_a_browser_the_completions_of_a_real_run_can_be_filtered_and_followed(finished, tmp_path):
-    rows = samples_of(finished)
-    first = next(one for one in rows if one["split"] == "eval")
-    answers = in_browser(
-        write_page([finished], tmp_path / "page.html"),
-        """
-        count(); say(all(".panel").length); say(all(".strip .card h4").map((step) => step.textContent));
-        say(one(".strip .text").textContent); say(all(".matrix tbody button").length);
-        await set("split", "train"); count(); await set("split", "");
-        await set("part", "part:sum"); await set("condition", "less"); count(); await set("condition", "");
-        await set("from", 2); count(); await set("from", "");
-        await set("text", "4 4 MAKE"); count(); await set("text", "");
-        all(".matrix tbody button")[4].click();
-        say(document.activeElement.dataset.step); say(one(".prompt").textContent);
-        one(".panel svg").dispatchEvent(new KeyboardEvent("keydown", { key: "Home", bubbles: true }));
-        say(one(".readout").textContent);
-        """,
-        tmp_path,
-    )
-    total = len(rows)
-
-    def count(wanted):
-        return f"{sum(map(wanted, rows))} of {total} completions"
-
-    score = json.loads((finished / "metrics.jsonl").read_text().splitlines()[1])["score"]
-    assert answers[0] == f"{total} of {total} completions"
-    assert answers[1] == 8  # score, accuracy, length, KL, entropy, parts, seconds, another
-    assert answers[2] == ["step 0", "step 1", "step 2"]
-    assert answers[3] == (first["completion"] or "(empty)")
-    assert answers[4] == 4 * 3  # held-out prompts x evaluations
-    assert answers[5] == count(lambda one: one["split"] == "train")
-    assert answers[6] == count(lambda one: one["parts"]["sum"] < 1)
-    assert answers[7] == count(lambda one: one["step"] >= 2)
-    assert answers[8] == count(lambda one: one["prompt"].startswith("4 4 make"))
-    assert answers[9] == "1" and answers[10] != first["prompt"]
-    assert answers[11] == f"step 1{float(f'{score:.3g}'):g}"
+@pytest.mark.parametrize("output", ["file/page.html", "page.html/"], ids=["below a file", "a folder"])
+def test_a_page_that_cannot_be_written_is_said(output, tmp_path):
+    folder = write_run(tmp_path / "run", [row()])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(ValueError, match=r"output=.*Pass --output with a"):
+        write_page([folder], tmp_path / output)

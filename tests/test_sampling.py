@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from common.models.weights import policy_weights
 from common.sampling.protocol import SamplingSettings, sampling_seed
@@ -108,6 +109,19 @@ def test_the_policy_is_sampled_in_the_precision_of_its_passes():
         ]
     ).abs()
     assert 1e-4 < errors.mean() < 0.1
+
+
+@pytest.mark.parametrize("num_generations", [1, 3])
+def test_each_prompt_is_reported_once_with_its_own_completions_and_later_calls_are_not(sampler, num_generations):
+    reported = {}
+    request = {"num_generations": num_generations, "seeds": seeds_of(0, len(PROMPTS))}
+    for _ in range(2):  # the second request is numbered from 0 again
+        reported.clear()
+        completions = sampler.generate(PROMPTS, SAMPLED, **request, finished=reported.__setitem__)
+        assert sorted(reported) == list(range(len(PROMPTS)))
+        assert [each for i in range(len(PROMPTS)) for each in reported[i]] == completions
+    reported.clear()
+    assert sampler.generate(PROMPTS, SAMPLED, **request) == completions and not reported
 
 
 @pytest.mark.parametrize("kept", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 20, "top_p": 0.8}])
@@ -292,6 +306,42 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_vllm_refuses_a_prompt_that_leaves_no_room_for_the_completion(vllm_sampler):
     with pytest.raises(ValueError, match="max_model_len=512"):
         vllm_sampler.generate([[5] * 500], GREEDY)
+
+
+def test_on_the_cpu_vllm_has_memory_for_the_largest_request_and_gives_the_same_completions(
+    vllm_sampler, model_folders, caplog
+):
+    request = {"num_generations": 2, "seeds": seeds_of(0, len(PROMPTS))}
+    expected = vllm_sampler.generate(PROMPTS, SAMPLED, **request)
+    small = VLLMSampler(model_folders[True], dtype="float32", max_model_len=120, max_num_seqs=64, most_rows=8)
+    small.push(policy_weights(untrained_model(0)))
+    config = small._engine.llm.llm_engine.vllm_config
+    # 120 tokens are four blocks of 32, for each of eight sequences; one more block is vLLM's own.
+    assert config.cache_config.num_gpu_blocks == 33 and config.scheduler_config.max_num_seqs == 8
+    assert small.generate(PROMPTS, SAMPLED, **request) == expected
+    assert not caplog.messages
+    for _ in range(2):
+        larger = small.generate(PROMPTS * 2, SAMPLED, num_generations=2, seeds=seeds_of(0, 2 * len(PROMPTS)))
+    assert larger[:8] == expected
+    assert len(caplog.messages) == 1 and "a request of 16 completions: vLLM has memory for 8" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most_rows", [1, 3])
+def test_on_the_cpu_layers_with_a_window_get_the_memory_that_they_need(tmp_path, most_rows):
+    torch.manual_seed(0)
+    kinds = ["sliding_attention"] * 4 + ["full_attention"] * 3
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 7, "sliding_window": 64}
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(**sizes, **heads, layer_types=kinds, max_position_embeddings=512)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    sampler = VLLMSampler(str(tmp_path), dtype="float32", max_model_len=160, max_num_seqs=64, most_rows=most_rows)
+    sampler.push(policy_weights(model))
+    prompts = [[5 + i] * 100 for i in range(most_rows)]
+    expected = [greedy_by_full_passes(model, prompt, 16) for prompt in prompts]
+    assert tokens(sampler.generate(prompts, GREEDY)) == expected
 
 
 def test_vllm_does_not_sample_while_it_sleeps(vllm_sampler):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.embedded.policy import build_tokenizer as byte_tokenizer
 from common.models.loading import end_token_ids
+from common.runs.checkpoints import latest_checkpoint
+from common.runs.manifest import MANIFEST_FILE, find_damage
 from common.tasks import load_task
 from common.tasks.gsm8k import correct_reward, strict_format_reward, tags_reward
 from examples.sft.conversations import IGNORED, encode, end_of_turn, read_examples
@@ -322,8 +325,14 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(sums, tmp_path
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "final").exists()
-    for name in ("killed", "whole"):
-        subprocess.run(command(name), check=True, **quiet)
+    subprocess.run(command("whole"), check=True, **quiet)
+    last = latest_checkpoint(tmp_path / "whole")
+    assert (last / MANIFEST_FILE).is_file() and find_damage(last, read="") is None
+    # A later checkpoint that is cut off counts for nothing, and is written again.
+    damaged = shutil.copytree(last, tmp_path / "killed" / last.name)
+    os.truncate(damaged / "model.safetensors", 999)
+    subprocess.run(command("killed"), check=True, **quiet)
+    assert find_damage(damaged, read="") is None
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("killed", "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     losses = [json.loads((tmp_path / name / "loss.json").read_text()) for name in ("killed", "whole")]

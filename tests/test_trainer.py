@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
 from common.rollouts import Rollouts
+from common.tasks import Task
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.toy import (
+    algorithms,
     described_by,
     metrics_of,
     shift_weights,
@@ -49,7 +51,7 @@ def finished(tiny_folder, tmp_path_factory, with_curves):
 def test_a_run_leaves_the_files_it_promises(finished):
     folder, _ = finished
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert names == {
+    assert names - {"best"} == {  # a link, if the untrained policy was not the best
         *("config.yaml", "prompts.json", "metrics.jsonl", "samples.jsonl", "curves.png"),
         *("checkpoint-2", "checkpoint-4", "final"),
     }
@@ -61,6 +63,7 @@ def test_every_step_reports_the_same_names(finished):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     step = lines[1]
     expected = """step episodes tokens score reward/digits reward/sum kl entropy length truncated zero_advantage
+        score_min score_max equal_scores
         policy/loss policy/grad_norm policy/clip_fraction policy/ratio policy/first_ratio lr sampler/logprob_diff
         time/sample time/score time/logprobs time/update time/offload time/step memory/peak_gb memory/host_gb"""
     assert set(expected.split()) <= set(step)
@@ -412,20 +415,6 @@ def test_the_kl_of_an_evaluation_is_that_of_the_policy(tiny_folder, tmp_path):
     assert last["eval/kl"] == pytest.approx(float(difference[rollouts.completion_mask].double().mean()), rel=1e-4)
 
 
-def test_a_finished_run_can_be_made_longer(tiny_folder, tmp_path):
-    toy_trainer(tiny_folder, tmp_path / "short", num_steps=2, save_every=1).train()
-    toy_trainer(tiny_folder, tmp_path / "short", num_steps=4, save_every=1).train()
-    toy_trainer(tiny_folder, tmp_path / "long", num_steps=4, save_every=1).train()
-    assert metrics_of(tmp_path / "short") == metrics_of(tmp_path / "long")
-
-
-def test_a_run_whose_rate_falls_until_its_last_step_cannot_be_made_longer(tiny_folder, tmp_path):
-    falling = {"lr_scheduler": "linear", "save_every": 1}
-    toy_trainer(tiny_folder, tmp_path / "run", num_steps=1, **falling).train()
-    with pytest.raises(ValueError, match=r"num_steps \(stored 1, now 2\)"):
-        toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, **falling)
-
-
 def test_other_settings_in_the_same_folder_are_refused_before_a_model_is_loaded(tiny_folder, tmp_path):
     toy_trainer(tiny_folder, tmp_path / "run", save_every=1).train()
     with pytest.raises(ValueError, match="learning_rate"):
@@ -527,3 +516,48 @@ def test_what_does_nothing_is_said_once_at_the_start_of_a_run(toy_folder, tmp_pa
         train_until(trainer, 1)
         toy_trainer(toy_folder, tmp_path / "run", **settings)
     assert caplog.text.count("kl_place=reward: it does nothing, since kl_coef is 0") == 1
+
+
+@pytest.mark.parametrize("name", algorithms())
+def test_a_reward_that_never_differs_is_warned_of_in_every_algorithm(toy_folder, tmp_path, caplog, name):
+    config = toy_config(toy_folder, tmp_path / "run", algorithm=name, num_steps=4, prompts_per_step=4)
+    rewards = {"rewards": {"same": constant_score}, "reward_weights": {"same": 1.0}, "accuracy": None}
+    constant = Task(train=toy_task().train, eval=[], **rewards)
+    with caplog.at_level("WARNING", logger="nanorlhf"):
+        algorithms()[name].trainer(config, task=constant).train()
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        "steps 1 to 3: all completions had the score 0.5"
+    ]
+
+
+FLAGS = "processor\t: 0\nflags\t\t: fpu sse avx2 avx512f {}\nbugs\t\t: none\nprocessor\t: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "dtype", "warned"),
+    [
+        (FLAGS.format("avx512_vnni"), "bfloat16", True),
+        (FLAGS.format("avx512_vnni"), "float32", False),
+        (FLAGS.format("avx512_bf16"), "bfloat16", False),
+        (FLAGS.format("amx_tile amx_bf16"), "bfloat16", False),
+        ("processor\t: 0\nFeatures\t: fp asimd sve\n", "bfloat16", True),
+        ("processor\t: 0\nFeatures\t: fp asimd sve bf16\n", "bfloat16", False),
+        ("processor\t: 0\ncpu\t\t: POWER10\n", "bfloat16", False),  # it does not say
+    ],
+)
+def test_bfloat16_on_a_cpu_without_it_is_warned_of_once(toy_folder, tmp_path, monkeypatch, caplog, cpu, dtype, warned):
+    (tmp_path / "cpuinfo").write_text(cpu)
+    monkeypatch.setattr("common.environment.CPU_INFO", tmp_path / "cpuinfo")
+    with caplog.at_level("WARNING", logger="nanorlhf"):
+        toy_trainer(toy_folder, tmp_path / "run", dtype=dtype, num_steps=1).train()
+    assert [message.split(" on a CPU")[0] for message in caplog.messages] == ["dtype=bfloat16"] * warned
+
+
+def constant_score(prompts, completions, **columns):
+    return [0.5] * len(completions)
+
+
+def test_a_run_with_something_to_learn_is_not_warned(toy_folder, tmp_path, caplog):
+    with caplog.at_level("WARNING", logger="nanorlhf"):
+        toy_trainer(toy_folder, tmp_path / "run", num_steps=4).train()
+    assert not caplog.messages

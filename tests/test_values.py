@@ -13,6 +13,9 @@ import torch
 
 from common.rewards.rules import rule
 from common.rewards.scorer import Scorer
+from common.rewards.values import LARGEST
+from common.tasks import Task
+from tests.toy import algorithms, toy_config, toy_task
 
 NUMBERS = {
     "bool": True,
@@ -142,3 +145,17 @@ def test_a_masked_value_is_neither_the_number_below_the_mask_nor_zero(is_rule):
     rows = 1 if is_rule else 2  # a rule answers one row
     with pytest.raises(ValueError, match=r"'mine' .*returned masked"):
         score(np.ma.array([1, 2], mask=[0, 1])[2 - rows :], num_rows=rows, is_rule=is_rule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", algorithms())
+def test_every_algorithm_computes_with_the_largest_rewards(name, toy_folder, tmp_path):
+    """No square, sum or deviation of them is beyond float32."""
+
+    def extreme(completions, **columns):
+        return [LARGEST * (-1) ** row for row in range(len(completions))]
+
+    task = Task(train=toy_task().train, rewards={"extreme": extreme})
+    config = toy_config(toy_folder, tmp_path / "run", algorithm=name)
+    metrics = algorithms()[name].trainer(config, task=task).train()
+    assert metrics["policy/grad_norm"] > 0 and all(map(math.isfinite, metrics.values()))

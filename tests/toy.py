@@ -157,6 +157,22 @@ def trained_weights(trainer: OnPolicyTrainer) -> torch.Tensor:
     return weights_of(trainer)
 
 
+def scored_trainer(model: Path, output_dir: Path, accuracies: list[float], **settings: object) -> OnPolicyTrainer:
+    """A toy GRPO run whose evaluation at step N gives accuracies[N], a multiple of 1/4, whatever was trained."""
+    holder: list = []
+
+    def scripted(prompts: list[str], completions: list[str], **columns: list) -> list[float]:
+        if len(completions) != 4:  # a training batch
+            return [0.0] * len(completions)
+        return [float(row < round(4 * accuracies[holder[0].current_step])) for row in range(4)]
+
+    task = toy_task()
+    task.rewards["sum"] = scripted
+    config = toy_config(model, output_dir, **({"num_steps": 4, "save_every": 1, "eval_every": 1} | settings))
+    holder.append(algorithms()["GRPO"].trainer(config, task=task))
+    return holder[0]
+
+
 class Killed(BaseException):
     """What no part of a run catches."""
 

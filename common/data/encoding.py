@@ -25,6 +25,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from common.data.cache import code_digest, data_folder, digest_of
 from common.data.table import Rows, mapped_table
+from common.data.vocabulary import Characters
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,6 +49,7 @@ class Encoded:
     Attributes:
         texts: N strings, what the policy continues.
         ids: N lists of token ids.
+        unknown: N strings, the characters that the tokenizer does not know.
         lengths: (N,) int64, in tokens.
         text_digests, value_digests: (N,) uint64, of the text, and of the row's other columns.
     """
@@ -56,6 +58,7 @@ class Encoded:
         import pyarrow.compute as pc
 
         self.texts, self.ids = Column(table["text"], places), Column(table["ids"], places)
+        self.unknown = Column(table["unknown"], places)
         self.lengths = pc.list_value_length(table["ids"]).to_numpy().astype(np.int64)[places]
         self.text_digests, self.value_digests = (
             table[name].to_numpy()[places] for name in ("text_digest", "value_digest")
@@ -71,6 +74,26 @@ class Encoded:
         """The first row of each sequence of roles, and of prompts that are no chat."""
         _, first = np.unique(self._table["shape"].to_numpy()[self._places], return_index=True)
         return np.sort(first)
+
+    @property
+    def rows_with_unknown(self) -> np.ndarray:
+        """The rows with characters that the tokenizer does not know."""
+        import pyarrow.compute as pc
+
+        return np.flatnonzero(pc.not_equal(self._table["unknown"], "").to_numpy()[self._places])
+
+    @property
+    def row_of_largest_id(self) -> int:
+        """The row with the largest token id."""
+        import pyarrow.compute as pc
+
+        lengths = pc.list_value_length(self._table["ids"]).to_numpy()
+        starts = np.cumsum(lengths) - lengths  # no row is empty
+        return int(np.maximum.reduceat(pc.list_flatten(self._table["ids"]).to_numpy(), starts)[self._places].argmax())
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self._places)
 
     def select(self, indices: np.ndarray) -> Encoded:
         """Some of the rows."""
@@ -162,6 +185,10 @@ class _Batch:
     tokenizer: transformers.PreTrainedTokenizerBase
     render: Render
 
+    def __post_init__(self) -> None:
+        """Know no character yet."""
+        self._characters = Characters(self.tokenizer)
+
     def __call__(self, numbers: Sequence[int]) -> pa.RecordBatch:
         import pyarrow as pa
 
@@ -182,7 +209,11 @@ class _Batch:
         ]
         digests = [_digest(text.encode()) for text in texts]
         values = [_digest(_json({name: row[name] for name in sorted(row) if name != "prompt"})) for row in rows]
-        return pa.record_batch([texts, ids, kinds, shapes, digests, values], schema=_schema())
+        unknown = [
+            "" if kind == "ids" else self._characters.unknown_in(text, sequence)
+            for kind, text, sequence in zip(kinds, texts, ids, strict=True)
+        ]
+        return pa.record_batch([texts, ids, kinds, shapes, unknown, digests, values], schema=_schema())
 
     def _kind(self, number: int, row: dict) -> str:
         if row.get("prompt_ids") is not None:
@@ -255,7 +286,7 @@ def _schema() -> pa.Schema:
     import pyarrow as pa
 
     digests = [("text_digest", pa.uint64()), ("value_digest", pa.uint64())]
-    names = [("kind", pa.string()), ("shape", pa.string())]
+    names = [("kind", pa.string()), ("shape", pa.string()), ("unknown", pa.string())]
     return pa.schema([("text", pa.large_string()), ("ids", pa.list_(pa.int32())), *names, *digests])
 
 
@@ -351,7 +382,8 @@ def _fingerprint(rows: Sequence[dict], tokenizer: Any, identity: Sequence) -> st
     if content is None:
         return None
     names = ("transformers", "tokenizers", "jinja2")
-    modules = (__name__, "common.data.prompts", "common.data.table", "common.models.chat", "common.models.system_role")
+    modules = (__name__, "common.data.prompts", "common.data.table", "common.data.vocabulary", "common.models.chat")
+    modules += ("common.models.system_role",)
     state = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
     state += [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
     return digest_of(content, _json(state).decode(), list(identity), list(map(version, names)), code_digest(*modules))

@@ -1,7 +1,8 @@
 """Evaluates models: ``python -m common.evaluation --model M --task math500 --num_samples 8 --temperature 0.6``.
 
 Completions come from the sampler that training uses, with the same seeds; scores and means come from the functions
-that training uses. Repeating a command shows the existing results and samples only what is missing.
+that training uses. Repeating a command shows the existing results and samples only what is missing: an interrupted
+evaluation goes on from the completions that it has.
 """
 
 from __future__ import annotations  # types whose import takes seconds are not loaded
@@ -18,22 +19,33 @@ import torch
 import transformers
 from accelerate import Accelerator
 from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from common.cli import as_arguments, parse_settings
+from common.config import RLConfig
 from common.data.prompts import PromptSet
+from common.data.vocabulary import check_vocabulary, describe_unknown
 from common.embedded import check_model, load_tokenizer, resolve_model
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
-from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, load
-from common.models.loading import compute_dtype, end_token_ids
+from common.evaluation.unfinished import Unfinished
+from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
+from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
 from common.models.pool import ModelPool
+from common.models.system_role import describe_system
 from common.models.weights import policy_weights
-from common.rollouts import Rollouts
-from common.runs.checkpoints import CONFIG_FILE, STATE_FILE, versions, write_file
-from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently
+from common.rewards.load import source_of
+from common.rewards.reports import TrainerState
+from common.rewards.reward_model import RewardModel
+from common.rewards.scorer import RewardFunction
+from common.rollouts import Completion, Rollouts
+from common.runs.checkpoints import STATE_FILE, write_file
+from common.runs.folder import CONFIG_FILE, versions
+from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently, mean_interval
 from common.runs.metrics import StepMetrics, Stopwatch
+from common.runs.progress import LongWork
 from common.runs.prompt_record import time_of_run
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import lenient_scorer, task_scorer
@@ -68,7 +80,8 @@ class Evaluation:
         (self.model,) = settings.model
         source = _find_model(self.model, settings.adapter)
         self.tokenizer = _load_tokenizer(source)
-        found = find_set(settings.task, settings.dataset, is_chat=self.tokenizer.chat_template is not None)
+        is_chat = self.tokenizer.chat_template is not None
+        found = find_set(settings.task, settings.dataset, settings.dataset_split, is_chat=is_chat)
         config = as_run_settings(settings, source.base)
         check_sampler(config)
         self.source = replace(source, base=resolve_model(source.base))
@@ -77,20 +90,27 @@ class Evaluation:
             config = replace(config, max_completion_length=min(MOST_TOKENS, (context or NO_LIMIT) // 2))
         self.task = load_problems(found, config, self.tokenizer)
         self.num_left_out = num_left_out(found, self.task)
-        now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
-        self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, now)
-        self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)))
+        self.now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
+        self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, self.now)
+        check_vocabulary(self.prompts.encoded, num_tokens(self.source.base))
+        functions = self._check_rewards(config, settings.accuracy)
+        # vLLM has done its part when a reward model needs the GPU.
+        level = 2 if any(isinstance(function, RewardModel) for function in functions.values()) else 0
+        self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)), vllm_sleep_level=level)
         self._check_room(context)
         self.settings = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT} | {
             "model": self.model,
             "max_completion_length": config.max_completion_length,
             "weights": _fingerprint(self.source),
             "problems": digest(list(self.prompts.texts), self.prompts.columns),
+            "reward_sources": [_reward_fingerprint(name) for name in settings.rewards or ()],
         }
         self.name = self._name()
         folder = settings.output_dir if parent is None else None
         self.folder = Path(folder or (parent or DEFAULT_PARENT) / self.name)
-        self.stored()
+        self.unfinished = Unfinished(self.folder, self.settings)
+        if self.stored() is None:
+            self.unfinished.check()
 
     def stored(self) -> Score | None:
         """The content of score.json; None if this evaluation is new.
@@ -101,26 +121,50 @@ class Evaluation:
         return stored_score(self.folder, self.settings)
 
     def run(self) -> None:
-        """Sample, score, and write the folder."""
+        """Sample what is missing, score, and write the folder."""
+        with self.unfinished as kept:
+            try:
+                self._run()
+            except KeyboardInterrupt:
+                if kept.completions:
+                    count = f"{len(kept.completions)} of {len(self.prompts)} problems"
+                    logger.info("\n%s: the completions of %s are kept in %s", self.model, count, kept.path)
+                raise
+        kept.remove()
+
+    def _run(self) -> None:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         stopwatch = Stopwatch(accelerator.device)
         # First, because a scorer forks, which is cheap while no model is loaded.
         scorer, leniently = task_scorer(self.task, self.config), lenient_scorer(self.task, self.config)
         with stopwatch("load"):
             generation = self._load(accelerator.device, stopwatch)
+            scorer.load(ModelPool(accelerator.device, "never", stopwatch), self.now)
         num_samples = self.config.eval_num_samples
-        logger.info("%s: sampling %d x %d completions", self.model, len(self.prompts), num_samples)
-        rollouts = generation.sample_for_evaluation(self.prompts.share(), show_progress=sys.stderr.isatty())
+        rollouts = self._sample(generation)
         with stopwatch("score"):
-            rollouts.scores = judge(rollouts, scorer)
+            rollouts.scores = judge(rollouts, scorer, TrainerState())
             lenient = judge_leniently(rollouts, leniently)
         metrics = StepMetrics()
         judged_by = {"accuracy": self.task.accuracy, "format": self.task.format, "lenient": lenient}
         evaluation_means(rollouts, **judged_by, num_samples=num_samples, metrics=metrics)
         score = self._score(rollouts, metrics.reduce(accelerator), stopwatch.read_and_reset())
         score["over_limit"] = {name: int(rows.sum()) for name, rows in scorer.over_limit.items()}
+        score["logged"] = {name: sum(values) / len(values) for name, values in scorer.reports.metrics.items()}
         score["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         write_result(self.folder, score, rollouts, accuracy=self.task.accuracy, lenient=lenient)
+
+    def _check_rewards(self, config: RLConfig, accuracy: str | None) -> dict[str, RewardFunction]:
+        """The rewards, which can be called; the task learns which of them is the accuracy."""
+        scorer = task_scorer(self.task, config)
+        scorer.check_columns(list(self.prompts.columns))
+        if accuracy is not None and accuracy not in scorer.functions:
+            raise ValueError(
+                f"accuracy={accuracy!r}: no reward has this name; there are {', '.join(scorer.functions)}. Pass "
+                "--accuracy with the one whose value 1 means a right answer, or leave it out."
+            )
+        self.task = replace(self.task, accuracy=accuracy or self.task.accuracy)
+        return scorer.functions
 
     def _name(self) -> str:
         names = filter(None, (self.model, self.settings["adapter"]))
@@ -139,17 +183,40 @@ class Evaluation:
     def _load(self, device: torch.device, stopwatch: Stopwatch) -> PolicySampler:
         """The model, ready to sample from."""
         dtype = compute_dtype(self.config, device)
+        warn_of_slow_dtype(dtype, device)
         model = _load_merged(self.source).to(dtype)
         # vLLM has its own weights and uses the device alone.
         models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
         models.add("policy", model)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
-        return PolicySampler(self.config, self.source.base, models=models, dtype=dtype, stopwatch=stopwatch, **tokens)
+        most_rows = len(self.prompts) * self.config.eval_num_samples
+        shared = {"models": models, "dtype": dtype, "stopwatch": stopwatch, "most_rows": most_rows}
+        return PolicySampler(self.config, self.source.base, **shared, **tokens)
+
+    def _sample(self, generation: PolicySampler) -> Rollouts:
+        """Completions of all problems; each is kept in a file from when it is there."""
+        num_samples, kept = self.config.eval_num_samples, self.unfinished
+        total, have = len(self.prompts) * num_samples, len(kept.completions) * num_samples
+        there = f", {have} of which are there" if have else ""
+        said = describe_system(self.tokenizer, self.prompts.one_of_each_shape) + describe_unknown(self.prompts.encoded)
+        said.append(f"sampling {len(self.prompts)} x {num_samples} completions{there}")
+        logger.info("%s", "\n".join(f"{self.model}: {line}" for line in said))
+        kept.start_clock()
+        with LongWork("sampling", total, "completions", done=have) as work:
+
+            def finished(problem: int, completions: list[Completion]) -> None:
+                kept.add(problem, completions, generation.texts(completions))
+                work.advance(num_samples)
+
+            return generation.sample_for_evaluation(
+                self.prompts.share(), finished=finished, have=dict(kept.completions)
+            )
 
     def _score(self, rollouts: Rollouts, means: dict[str, float], timings: dict[str, float]) -> Score:
         means = {name.removeprefix("eval/"): value for name, value in means.items()}
-        middle, half = confidence_interval(means["accuracy"], means.pop("accuracy_square"), len(self.prompts))
+        num_samples, parts = self.config.eval_num_samples, rollouts.parts
         seconds = {name: timings.get(f"time/{name}", 0.0) for name in ("load", "push", "sample", "score")}
+        seconds["sample"] += self.unfinished.seconds
         num_tokens = int(rollouts.lengths.sum())
         return {
             "model": self.model,
@@ -158,17 +225,26 @@ class Evaluation:
             "num_problems": len(self.prompts),
             "num_too_long": self.prompts.num_dropped,
             "num_left_out": self.num_left_out,
-            "num_samples": self.config.eval_num_samples,
-            "accuracy": means.pop("accuracy"),
-            "accuracy_ci95": [max(middle - half, 0.0), min(middle + half, 1.0)],
+            "num_samples": num_samples,
+            **self._accuracy(means),
             **means,
-            "rewards": {name: part.nanmean().item() for name, part in rollouts.parts.items()},
+            "score_ci95": mean_interval(rollouts.scores, num_samples),
+            "rewards": {name: _mean(part) for name, part in parts.items()},
+            "rewards_ci95": {name: mean_interval(part, num_samples) for name, part in parts.items()},
             "tokens": num_tokens,
             "tokens_per_second": num_tokens / seconds["sample"],
             "seconds": seconds,
             "settings": self.settings,
             "versions": versions(),
         }
+
+    def _accuracy(self, means: dict[str, float]) -> Score:
+        """The accuracy and its interval, taken out of the means; nothing if no reward is one."""
+        if "accuracy" not in means:
+            return {}
+        accuracy = means.pop("accuracy")
+        middle, half = confidence_interval(accuracy, means.pop("accuracy_square"), len(self.prompts))
+        return {"accuracy": accuracy, "accuracy_ci95": [max(middle - half, 0.0), min(middle + half, 1.0)]}
 
 
 def evaluate(settings: EvaluationSettings) -> list[Score]:
@@ -196,6 +272,7 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
     for evaluation in evaluations:
         if evaluation.stored():
+            evaluation.unfinished.remove()  # where a process ended just before it did so
             logger.info("%s: already evaluated, nothing is sampled again: %s", evaluation.model, evaluation.folder)
         elif several and settings.sampler == "vllm":
             _run_in_a_process(replace(settings, model=[evaluation.model], output_dir=str(evaluation.folder)))
@@ -223,7 +300,8 @@ def _find_model(model: str, adapter: str | None) -> Source:
     """The complete model, or the base and its adapter, that two names mean; checked but not loaded."""
     folder = Path(model)
     parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
-    if adapter is None and ((folder / CONFIG_NAME).is_file() or not any(part.is_file() for part in parts)):
+    is_of_run = any(part.is_file() for part in parts) or is_best_of_run(folder)
+    if adapter is None and ((folder / CONFIG_NAME).is_file() or not is_of_run):
         check_model(model)
         return Source(base=model, what=model)
     source = find_source(model, adapter)
@@ -297,6 +375,19 @@ def _first(rows: list[dict], count: int | None) -> list[dict]:
 
 def _task_name(task: str) -> str:
     return Path(task).name.partition(".")[0]
+
+
+def _mean(part: Tensor) -> float | None:
+    """Over the rows in which a reward has a say; None if there are none."""
+    return None if part.isnan().all() else part.nanmean().item()
+
+
+def _reward_fingerprint(name: str) -> str | None:
+    """A digest that changes with the file of a function, or with a reward model; None for a reward of the task."""
+    if ":" in name:
+        file = source_of(name)
+        return file and digest(file.read_bytes().hex())
+    return _fingerprint(Source(base=name, what=name)) if Path(name).is_dir() or "/" in name else None
 
 
 def _run_in_a_process(settings: EvaluationSettings) -> None:

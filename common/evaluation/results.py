@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
 
 
 def write_result(
-    folder: Path, score: Score, rollouts: Rollouts, *, accuracy: str, lenient: Tensor | None = None
+    folder: Path, score: Score, rollouts: Rollouts, *, accuracy: str | None, lenient: Tensor | None = None
 ) -> None:
     """Write score.json, outputs.jsonl and table.md into a temporary folder, then rename it.
 
@@ -64,7 +66,7 @@ def write_result(
         folder: new or empty.
         score: the content of score.json.
         rollouts: scored completions, score["num_samples"] adjacent rows per problem.
-        accuracy: the reward that gives 1 for a right answer.
+        accuracy: the reward that gives 1 for a right answer; None if there is none.
         lenient: (B,) bool, the answer is right in any form; None if that was not judged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,9 @@ def write_result(
         raise
 
 
-def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str, lenient: Tensor | None) -> Iterator[dict[str, Any]]:
+def _outputs(
+    rollouts: Rollouts, num_samples: int, accuracy: str | None, lenient: Tensor | None
+) -> Iterator[dict[str, Any]]:
     """One row per problem."""
     correct = is_one(rollouts.parts, accuracy)
     for start in range(0, len(rollouts), num_samples):
@@ -90,16 +94,49 @@ def _outputs(rollouts: Rollouts, num_samples: int, accuracy: str, lenient: Tenso
                 "text": rollouts.completions[row],
                 "score": float(rollouts.scores[row]),
                 "parts": {name: float(part[row]) for name, part in rollouts.parts.items()},
-                "correct": bool(correct[row]),
+                **({} if correct is None else {"correct": bool(correct[row])}),
                 **({} if lenient is None else {"lenient": bool(lenient[row])}),
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
             }
+            | ({"extra": {name: values[row] for name, values in rollouts.extra.items()}} if rollouts.extra else {})
             for row in range(start, start + num_samples)
         ]
         columns = {name: values[start] for name, values in rollouts.columns.items()}
         problem = {"problem": start // num_samples, "prompt": rollouts.prompts[start]}
         yield problem | columns | {"completions": completions}
+
+
+def _columns(score: Score) -> dict[str, Callable[[Score], str]]:
+    """Heads of the table, and how each of their cells is written."""
+    columns: dict[str, Callable[[Score], str]] = {}
+    has_accuracy, own_rewards = "accuracy" in score, score["settings"].get("rewards") or []
+    if has_accuracy:
+        columns["accuracy"] = partial(_number, path=("accuracy",))
+        columns["95 % interval"] = partial(_interval, path=("accuracy_ci95",))
+        ks = [f"pass@{k}" for k in sizes_of_k(score["num_samples"])[1:]]
+        names = ks + ["lenient_accuracy"] * ("lenient_accuracy" in score)
+        columns |= {name.replace("_", " "): partial(_number, path=(name,)) for name in names}
+    if own_rewards or not has_accuracy:
+        columns["score"] = partial(_number, path=("score",))
+        columns["95 % of scores" if has_accuracy else "95 % interval"] = partial(_interval, path=("score_ci95",))
+        several = score["rewards"] if len(score["rewards"]) > 1 else ()
+        columns |= {f"reward {name}": partial(_number, path=("rewards", name)) for name in several}
+    if "format" in score:
+        columns["format"] = partial(_number, path=("format",))
+    columns["length"] = partial(_number, path=("length",), digits=1)
+    columns["truncated"] = partial(_number, path=("truncated",))
+    return columns
+
+
+def _number(score: Score, *, path: tuple[str, ...], digits: int = 3) -> str:
+    value = reduce(getitem, path, score)
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(score: Score, *, path: tuple[str, ...]) -> str:
+    ends = reduce(getitem, path, score)
+    return "-" if ends is None else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def table(scores: list[Score]) -> str:
@@ -109,16 +146,12 @@ def table(scores: list[Score]) -> str:
         scores: the content of each score.json.
     """
     first, settings = scores[0], scores[0]["settings"]
-    ks = [f"pass@{k}" for k in sizes_of_k(first["num_samples"])[1:]]
-    measured = ks + ["lenient accuracy"] * ("lenient_accuracy" in first)
-    heads = ["model", "accuracy", "95 % interval", *measured, "format", "length", "truncated", "limit", "tokens/s"]
-    rows = [heads, ["---"] * len(heads)]
+    columns = _columns(first)
+    rows = [["model", *columns, "limit", "tokens/s"]]
+    rows.append(["---"] * len(rows[0]))
     for score in scores:
-        low, high = score["accuracy_ci95"]
         row = [" + ".join(filter(None, (score["model"], score["adapter"])))]
-        row += [f"{score['accuracy']:.3f}", f"{low:.3f} to {high:.3f}"]
-        row += [f"{score[name.replace(' ', '_')]:.3f}" for name in measured]
-        row += [f"{score['format']:.3f}", f"{score['length']:.1f}", f"{score['truncated']:.3f}"]
+        row += [cell(score) for cell in columns.values()]
         rows.append([*row, str(score["settings"]["max_completion_length"]), f"{score['tokens_per_second']:.0f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]

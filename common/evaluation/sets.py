@@ -40,31 +40,40 @@ NAMED_SETS = {
     "gsm8k": EvaluationSet(task="gsm8k", dataset="openai/gsm8k:main", split="test"),
     "countdown": EvaluationSet(task="countdown"),
 }
+OWN_PROMPTS = "prompts"  # any rows with a prompt; the settings name their rewards
 # For models with a chat template; published results hold out the same 500 rows.
 COUNTDOWN_HELD_OUT = EvaluationSet(
     task="countdown", dataset="Jiayi-Pan/Countdown-Tasks-3to4", split="train", num_held_out=500
 )
 
 
-def find_set(name: str, dataset: str | None, *, is_chat: bool) -> EvaluationSet:
-    """The set that the settings `task` and `dataset` mean.
+def find_set(name: str, dataset: str | None, split: str | None = None, *, is_chat: bool) -> EvaluationSet:
+    """The set that the settings `task`, `dataset` and `dataset_split` mean.
 
     Args:
-        name: a named set, or a local file of data (`common.data.files.READABLE`).
-        dataset: a local file, or another hub id, in place of the named set's data.
+        name: a named set, a local file of data (`common.data.files.READABLE`), or "prompts".
+        dataset: a local file, or another hub id, in place of the named set's data; the data of "prompts".
+        split: of `dataset` on the hub; None: the named set's.
         is_chat: the model has a chat template; without one, Countdown problems are generated.
 
     Raises:
         ValueError: there is no such set or file, the file cannot be read, or no task has its columns.
     """
+    if name == OWN_PROMPTS:
+        return EvaluationSet(task=OWN_PROMPTS, dataset=dataset, split=split or "train")
     if name not in NAMED_SETS:
         return EvaluationSet(task=_task_of_file(name, dataset), dataset=name)
+    if split is not None and dataset is None:
+        raise ValueError(
+            f"dataset_split={split} without dataset: {name} has a split of its own. Pass --dataset too, or leave out "
+            "--dataset_split."
+        )
     named = NAMED_SETS[name]
     if name == "countdown" and dataset in GENERATED:
         if is_chat and dataset is None:
             return COUNTDOWN_HELD_OUT
         return replace(named, dataset=dataset, num_held_out=len(problems(GENERATED[dataset])[1]))
-    return named if dataset is None else replace(named, dataset=dataset)
+    return named if dataset is None else replace(named, dataset=dataset, split=split or named.split)
 
 
 def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
@@ -97,7 +106,7 @@ def _task_of_file(path: str, dataset: str | None) -> str:
     if not is_data_file(path):
         raise ValueError(
             f"task={path!r}: neither a set of problems nor a file of them. Pass --task with one of "
-            f"{', '.join(NAMED_SETS)}, or with a file: {READABLE}."
+            f"{', '.join(NAMED_SETS)}, with a file ({READABLE}), or with {OWN_PROMPTS} for prompts of your own."
         )
     if dataset is not None:
         raise ValueError(
@@ -113,8 +122,11 @@ def _task_of_file(path: str, dataset: str | None) -> str:
         return "gsm8k"
     if not row.keys().isdisjoint(QUESTION_COLUMNS) and not row.keys().isdisjoint(ANSWER_COLUMNS):
         return "math"
+    if "prompt" in row:
+        return OWN_PROMPTS
     raise ValueError(
         f"task={path}: its rows have the columns {', '.join(row)}, which fit no task. Needed are nums and "
         "target (Countdown), a question and an answer that ends in #### 42 (GSM8K), or a problem "
-        f"({', '.join(QUESTION_COLUMNS)}) and its answer ({', '.join(ANSWER_COLUMNS)}). Rename the columns."
+        f"({', '.join(QUESTION_COLUMNS)}) and its answer ({', '.join(ANSWER_COLUMNS)}), or a prompt for rewards of "
+        "your own. Rename the columns."
     )

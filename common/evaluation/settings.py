@@ -19,17 +19,33 @@ class EvaluationSettings:
     model: list[str]
     """Hub id, folder, or "tiny"; also a run's folder or a checkpoint. Several give one table."""
     task: str
-    """math500, aime24, gsm8k, countdown, or a .jsonl, .csv or .parquet file with the columns of one of these."""
+    """math500, aime24, gsm8k, countdown, or a .jsonl, .csv or .parquet file with the columns of one of these; prompts
+    for prompts of your own, in --dataset, with your own --reward."""
     adapter: str | None = None
     """Folder of a LoRA adapter of the model."""
     dataset: str | None = None
-    """Local file, or another hub id, in place of the data of a named task."""
+    """Local file, or another hub id, in place of the data of a named task; the data of the task prompts."""
+    dataset_split: str | None = None
+    """Split or slice of a hub data set; None: that of the named task, else train."""
     num_problems: int | None = None
     """Evaluate only the first num_problems; None: all."""
     prompt_file: str | None = None
     """Text file with {prompt} in it, put around every prompt, as in training."""
     enable_thinking: bool | None = None
     """Passed to the chat template, as in training; None: its default."""
+    rewards: list[str] | None = None
+    """As in training: rewards of the task by name, reward models, file.py:function or module:function; also
+    `--reward NAME WEIGHT`, as often as needed. None: the task's own."""
+    reward_weights: list[float] | None = None
+    """One weight per reward, of its share in the score; None: the task's, else 1."""
+    reward_format: str = "auto"
+    """"text", "conversational" or "auto", as in training."""
+    reward_time_limit: float = 1.0
+    """Seconds a rule may take for one completion; 0: no limits."""
+    reward_memory_limit: float = 2.0
+    """Gigabytes a rule may use."""
+    accuracy: str | None = None
+    """The reward whose value 1 means a right answer; it gives accuracy and pass@k. None: the task's, if it has one."""
     date: str | None = None
     """What chat templates that write the date take for today, such as 2026-11-27; None: the start of the run that a
     model comes from, else today."""
@@ -101,6 +117,7 @@ def _is_date(text: str) -> bool:
 def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:
     """The settings as an RLConfig, which checks them; without a limit, texts of any length fit."""
     names = ("prompt_file", "enable_thinking", "seed", "sampler", "dtype", "vllm_memory_share", "vllm_max_num_seqs")
+    names += ("rewards", "reward_weights", "reward_format", "reward_time_limit", "reward_memory_limit")
     shared = {name: vars(settings)[name] for name in names}
     sampled = {f"eval_{name}": vars(settings)[name] for name in ("num_samples", "temperature", "top_p", "top_k")}
     lengths = {

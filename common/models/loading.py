@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import logging
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,15 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
+from common.environment import cpu_computes_bfloat16
 from common.logprobs import has_adapter
 from common.models.chat import turn_end_token
 from common.models.lora import targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.weights import policy_weights
 from common.seeds import hashed_seed
+
+logger = logging.getLogger("nanorlhf")
 
 # Of the memory that torch allocates on the CPU, in bytes.
 ALIGNMENT = 64
@@ -65,14 +69,37 @@ def unused_token_ids(path: str, tokenizer: transformers.PreTrainedTokenizerBase)
         path: hub id or folder of the model.
         tokenizer: its tokenizer.
     """
-    known = max(tokenizer.get_vocab().values()) + 1
-    return range(known, transformers.AutoConfig.from_pretrained(path).get_text_config().vocab_size)
+    return range(max(tokenizer.get_vocab().values()) + 1, num_tokens(path))
+
+
+def num_tokens(path: str) -> int:
+    """How many tokens a model has an embedding for; its tokenizer may have fewer or more.
+
+    Args:
+        path: hub id or folder of the model.
+    """
+    return transformers.AutoConfig.from_pretrained(path).get_text_config().vocab_size
 
 
 def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
     """Precision of forward passes: the setting `dtype`, "auto" resolved by the device."""
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Warn of bfloat16 on a CPU that only emulates it.
+
+    Args:
+        dtype: of forward passes.
+        device: where they run.
+    """
+    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_computes_bfloat16():
+        logger.warning(
+            "dtype=bfloat16 on a CPU without instructions for it (avx512_bf16 or amx_bf16): every product is "
+            "converted, which is slower than float32 and less exact. Leave out --dtype, unless float32 does not fit "
+            "into memory."
+        )
 
 
 def load_policy(

@@ -84,6 +84,22 @@ class Preset:
     def _differs(self, name: str, written: dict[str, Any]) -> bool:
         return written[name] != self.pairs[name][1]
 
+    def misfit(self, model: str) -> list[str]:
+        """A line that says so, if this preset is for a GPU and there is none.
+
+        Args:
+            model: what the run trains.
+        """
+        import torch
+
+        if not self.name.startswith("gpu-") or torch.cuda.is_available():
+            return []
+        hours = "" if is_embedded(model) else f", where {model} and the settings of the script may take hours a step"
+        return [
+            f"warning: preset {self.name} is for a GPU, and this machine has no CUDA GPU{hours}. Leave --preset out "
+            "for the tiny policy that learns on a CPU in minutes, or start this on a machine with a GPU."
+        ]
+
     def notes(self, script: str, written: dict[str, Any], replaced: dict[str, Any], kept: list[str]) -> list[str]:
         """Lines about what was replaced, with old and new values, and what stays; none if nothing changed."""
         changed = [name for name in replaced if self._differs(name, written)]

@@ -1,10 +1,10 @@
-"""Which rewards a run has: the task's by name, functions from files, and reward models."""
+"""Which rewards a run has: the task's by name, functions from files and modules, and reward models."""
 
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.rewards.forms import AUTO
+from common.rewards.load import load_reward, reward_name
 from common.rewards.reward_model import RewardModel
 from common.rewards.rules import DEFAULT_LIMITS, Limits
 from common.rewards.scorer import RewardFunction, Scorer
@@ -15,12 +15,13 @@ class ScoringSettings:
     """How rewards are computed.
 
     Attributes:
-        conversational: functions from files get chat messages, not text.
+        reward_format: what functions from files and modules get: "text", "conversational" (chat messages), or "auto",
+            which the function decides; see forms.py.
         max_tokens_per_microbatch: padded tokens per forward pass of a reward model.
         limits: time and memory that a rule may use per row; None: no limits.
     """
 
-    conversational: bool = False
+    reward_format: str = AUTO
     max_tokens_per_microbatch: int = 16384
     limits: Limits | None = DEFAULT_LIMITS
 
@@ -36,13 +37,13 @@ def make_scorer(
     weights: list[float] | None,
     settings: ScoringSettings = DEFAULTS,
 ) -> Scorer:
-    """Choose rewards: the task's by name, functions from files, and reward models.
+    """Choose rewards: the task's by name, functions from files and modules, and reward models.
 
     Args:
         available: the task's reward functions.
         default_weights: the task's weights.
-        names: the setting `rewards`: names of the task's functions, file.py:function, folders or hub ids of reward
-            models; None: all rewards of the task.
+        names: the setting `rewards`: names of the task's functions, file.py:function, module:function, folders or
+            hub ids of reward models; None: all rewards of the task.
         weights: the setting `reward_weights`; None: the task's weights, and 1 for other rewards.
         settings: how rewards are computed.
 
@@ -50,71 +51,38 @@ def make_scorer(
         The scorer; its reward models are not loaded yet.
 
     Raises:
-        ValueError: for an unknown name, a missing file or function, or a model that does not give a single score.
+        ValueError: for an unknown name, a missing file, module or function, or a model that does not give a single
+            score.
     """
     if names is None:
         return Scorer(available, default_weights, limits=settings.limits)
-    functions, from_files = {}, set()
+    functions, forms = {}, {}
     for name in names:
         if name in available:
             functions[name] = available[name]
         elif ":" in name:
-            from_files.add(name.rpartition(":")[2])
-            functions[name.rpartition(":")[2]] = load_reward(name)
+            function = load_reward(name)
+            functions[reward_name(name)], forms[reward_name(name)] = function, settings.reward_format
         elif Path(name).is_dir() or ("/" in name and not name.endswith(".py")):
             model = RewardModel(name, max_tokens_per_microbatch=settings.max_tokens_per_microbatch)
             functions[model.name] = model
         else:
             raise ValueError(
-                f"rewards={name!r}: the task has {', '.join(available)}. Pass --rewards with one of these, with "
-                "file.py:function for your own function, or with the folder or hub id of a reward model."
+                f"rewards={name!r}: {_has(available)}. Pass --rewards with {'one of these, with ' * bool(available)}"
+                "file.py:function or module:function for a function, or with the folder or hub id of a reward model."
+                f"{_dotted(name)}"
             )
     if len(functions) != len(names):
         raise ValueError(f"rewards={names}: two rewards have the same name. Pass --rewards with distinct names.")
     chosen = weights or [default_weights.get(name, 1.0) for name in functions]
-    conversational = from_files if settings.conversational else ()
-    weights = dict(zip(functions, chosen, strict=True))
-    return Scorer(functions, weights, conversational=conversational, limits=settings.limits)
+    return Scorer(functions, dict(zip(functions, chosen, strict=True)), forms=forms, limits=settings.limits)
 
 
-def load_reward(where: str) -> RewardFunction:
-    """Load a user's reward function.
+def _has(available: dict[str, RewardFunction]) -> str:
+    return f"the task has {', '.join(available)}" if available else "the task has no rewards of its own"
 
-    Args:
-        where: file.py:function.
 
-    Returns:
-        The function.
-
-    Raises:
-        ValueError: if there is no such file, or no such function in it, or if it is a class.
-    """
-    file, _, name = where.rpartition(":")
-    path = Path(file)
-    if not path.is_file() or path.suffix != ".py":
-        raise ValueError(
-            f"rewards={where!r}: there is no file {file}, or it does not end in .py. Pass --rewards "
-            "path/to/file.py:function."
-        )
-    # A dataclass in the file looks up its own module, so register it; the path as name cannot hide another module.
-    spec = importlib.util.spec_from_file_location(str(path.resolve()), path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # the user's file may raise anything
-        raise ValueError(
-            f"rewards={where!r}: {file} cannot be imported: {type(error).__name__}: {error}. Fix the file."
-        ) from error
-    found = vars(module).get(name)
-    if isinstance(found, type):
-        raise ValueError(
-            f"rewards={where!r}: {name} is a class, and a reward is one of its objects. Write `judge = {name}(...)` "
-            f"into the file and pass {file}:judge."
-        )
-    if not callable(found):
-        raise ValueError(
-            f"rewards={where!r}: {file} defines no function {name!r}. Pass the name of a function in it: "
-            f"{', '.join(key for key, value in vars(module).items() if callable(value) and not key.startswith('_'))}."
-        )
-    return found
+def _dotted(name: str) -> str:
+    """For a function that is written as Python imports it."""
+    module, _, function = name.rpartition(".")
+    return f" Did you mean {module}:{function}?" if module and function.isidentifier() and function != "py" else ""

@@ -240,12 +240,13 @@ class RuleWorker:
         self._limits = limits
         self._start()
 
-    def __call__(self, name: str, arguments: Arguments) -> list[RowAnswer]:
+    def __call__(self, name: str, arguments: Arguments, extra: dict[str, Any] | None = None) -> list[RowAnswer]:
         """Score rows.
 
         Args:
             name: of the function.
             arguments: the function's arguments, each a list of B values or None; it is called with one row at a time.
+            extra: arguments that are the same for every row.
 
         Returns:
             B answers; fewer if a row raises, which is then the last.
@@ -255,7 +256,7 @@ class RuleWorker:
             RuntimeError: if the keeper is killed twice, for example because the machine is out of memory.
         """
         try:
-            request = pickle.dumps((name, arguments))
+            request = pickle.dumps((name, arguments, extra or {}))
         except Exception as error:  # an object may raise anything
             refuse_unpickled(arguments, error)
         for _ in range(2):
@@ -311,18 +312,18 @@ def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits
     worker = _Worker(functions, limits)
     while True:
         try:
-            name, arguments = _receive(connection)
+            name, arguments, extra = _receive(connection)
         except (EOFError, ConnectionError):
             return
         except Exception as error:  # an object may be pickled, and raise anything when it is read
             _send(connection, _as_text(error))
             continue
-        num_rows = len(arguments["completions"])
+        num_rows = max((len(values) for values in arguments.values() if values), default=0)
         answers: list[RowAnswer] = []
         while len(answers) < num_rows and not (answers and answers[-1].error):
             if not worker.alive:
                 worker = _Worker(functions, limits)
-            answers += worker.answers(name, arguments, range(len(answers), num_rows))
+            answers += worker.answers(name, (arguments, extra), range(len(answers), num_rows))
         _send(connection, answers)
 
 
@@ -349,9 +350,9 @@ class _Worker:
         child_end.close()
         self._clock = _processor_clock(self._pid)
 
-    def answers(self, name: str, arguments: Arguments, rows: range) -> Iterator[RowAnswer]:
+    def answers(self, name: str, arguments: tuple[Arguments, dict], rows: range) -> Iterator[RowAnswer]:
         """Score rows until one raises or kills the worker."""
-        _send(self._connection, (name, arguments, rows))
+        _send(self._connection, (name, *arguments, rows))
         for _ in rows:
             try:
                 answer = _receive(self._connection) if self._in_time() else RowAnswer(over_limit=True)
@@ -400,10 +401,10 @@ def _work(connection: Connection, functions: dict[str, Callable], limits: Limits
         _die_with_parent()
         _limit_memory(limits.gigabytes)
         while True:
-            name, arguments, rows = _receive(connection)
+            name, arguments, extra, rows = _receive(connection)
             for row in rows:
                 single = {key: values and [values[row]] for key, values in arguments.items()}
-                answer = _answer(functions[name], single)
+                answer = _answer(functions[name], single, extra)
                 _send(connection, answer)
                 if answer.error:
                     break
@@ -411,10 +412,10 @@ def _work(connection: Connection, functions: dict[str, Callable], limits: Limits
         os._exit(0)
 
 
-def _answer(function: Callable, arguments: Arguments) -> RowAnswer:
+def _answer(function: Callable, arguments: Arguments, extra: dict[str, Any]) -> RowAnswer:
     try:
         # Its own copy: the rows of a group arrive as references to one object.
-        return _as_answer(function(**own_arguments(arguments)))
+        return _as_answer(function(**own_arguments(arguments), **extra))
     except MemoryError:
         raise
     except BaseException as error:  # a function may raise anything, such as SystemExit

@@ -4,30 +4,36 @@ A reward is a function of the task, a function from a file, or a `RewardModel`. 
 worker process with limits (rules.py); the others run in the training process without limits.
 """
 
-import asyncio
 import inspect
+import logging
 import math
 import reprlib
-import weakref
 from collections.abc import Awaitable, Collection, Mapping
 from datetime import datetime
-from typing import NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from common.models.pool import ModelPool
+from common.rewards.batch import Batch
 from common.rewards.copies import Arguments, own_arguments
-from common.rewards.reward_model import RewardModel, as_messages
+from common.rewards.event_loop import EventLoop
+from common.rewards.forms import ANNOTATED, AUTO, CONVERSATIONAL, SHOWN, TEXT, expects_messages, form_of
+from common.rewards.reports import Reports, TrainerState
+from common.rewards.reward_model import RewardModel
 from common.rewards.rules import DEFAULT_LIMITS, Limits, RuleWorker, is_rule
-from common.rewards.values import number_of, values_of
+from common.rewards.signatures import PER_CALL, check_columns, check_signature
+from common.rewards.values import LARGEST, number_of, values_of
+
+logger = logging.getLogger("nanorlhf")
 
 # Long enough to recognise a prompt, short enough for an error message.
 _SHORTEN = reprlib.Repr()
 _SHORTEN.maxstring = _SHORTEN.maxother = 120
 
-# Arguments of reward functions that are not columns of the data set.
-_GIVEN = {"prompts", "completions", "completion_ids"}
+# What a function raises that was given text for messages, or messages for text.
+_WRONG_FORM = ("TypeError", "AttributeError", "KeyError", "IndexError")
 
 
 class RewardFunction(Protocol):
@@ -41,13 +47,22 @@ class RewardFunction(Protocol):
         Args:
             prompts: the text each completion continues; chat messages in trl's conversational form.
             completions: the completions without their end token; in the conversational form a list with one message.
-            columns: every other column of the data set, one value per completion. A function with a parameter
-                `completion_ids` also gets the token ids of the completions.
+            columns: every other column of the data set, one value per completion; and, in a run, what trl passes:
+                completion_ids (the token ids of the completions), trainer_state, log_metric and log_extra. Rules get
+                of these what they name. A function without `**columns` gets only what it has parameters for.
 
         Returns:
             One finite number per completion, or None where the function does not apply: a list, or a one-dimensional
             tensor, array or Series. The function may change its arguments; they are its own.
         """
+
+
+class _RowError(Exception):
+    """A rule's exception as text, and the row that raised it."""
+
+    def __init__(self, text: str, row: int) -> None:
+        super().__init__(text)
+        self.text, self.row = text, row
 
 
 class Scorer:
@@ -56,14 +71,16 @@ class Scorer:
     Args:
         functions: reward functions by name.
         weights: weight of each, by the same names.
-        conversational: names of the functions that get chat messages, not text.
+        forms: by name, what functions get: "text", "conversational" (chat messages) or "auto", which is what others
+            get; see forms.py.
         limits: time and memory that a rule may use per row; None: rules run in the training process like the others.
 
     Attributes:
         over_limit: for each rule, (B,) bool: the rows of the last call that scored 0 because they were over a limit.
+        reports: what functions logged in the last call.
 
     Raises:
-        ValueError: if something that cannot be called is given as a function.
+        ValueError: if something that cannot score completions is given as a function.
     """
 
     def __init__(
@@ -71,24 +88,20 @@ class Scorer:
         functions: dict[str, RewardFunction],
         weights: dict[str, float],
         *,
-        conversational: Collection[str] = (),
+        forms: Mapping[str, str] | None = None,
         limits: Limits | None = DEFAULT_LIMITS,
     ) -> None:
         for name, function in functions.items():
-            if not callable(function):
-                raise ValueError(
-                    f"reward {name!r} is a {type(function).__name__}, which cannot be called. Need a function with "
-                    "the parameters prompts, completions and columns of the data; pass one."
-                )
+            check_signature(name, function)
         self.functions = functions
         self.weights = weights
-        self.conversational = conversational
         self.over_limit: dict[str, Tensor] = {}
+        self.reports = Reports()
+        chosen = {name: (forms or {}).get(name, AUTO) for name in functions}
+        self._forms = {name: form_of(functions[name]) if form == AUTO else form for name, form in chosen.items()}
         self._rules = {name: function for name, function in functions.items() if limits and is_rule(function)}
         self._worker = RuleWorker(self._rules, limits) if self._rules else None
-        # One event loop for the whole run: a client that a function keeps open belongs to the loop that opened it.
-        self._loop = asyncio.Runner()
-        weakref.finalize(self, self._loop.close)
+        self._loop = EventLoop()
 
     def load(self, models: ModelPool, now: datetime | None = None) -> None:
         """Load the weights of every reward model.
@@ -104,23 +117,23 @@ class Scorer:
             if isinstance(function, RewardModel):
                 function.load(models, now)
 
-    def check_columns(self, columns: Collection[str]) -> None:
-        """Refuse data without a column that a reward function needs.
+    def check_columns(self, columns: Collection[str], rows: str = "the data set") -> None:
+        """Refuse data without a column that a reward function needs, or with one whose name is taken.
 
         Args:
-            columns: names of the data set's columns.
+            columns: names of the data's columns.
+            rows: what the data are, for the message.
 
         Raises:
             ValueError: names the reward, the missing columns and the existing ones.
         """
+        if taken_names := {"completion_ids", *PER_CALL}.intersection(columns):
+            raise ValueError(
+                f"columns {', '.join(sorted(taken_names))}: {rows} has them, and a reward function gets something "
+                "else under these names. Rename the columns."
+            )
         for name, function in self.functions.items():
-            missing = [column for column in _required(function) if column not in _GIVEN.union(columns)]
-            if missing:
-                raise ValueError(
-                    f"reward {name!r} needs the columns {', '.join(missing)}; the data set has "
-                    f"{', '.join(columns) or 'only the prompt'}. Pass data with these columns, or give the "
-                    "function's parameters default values."
-                )
+            check_columns(name, function, columns, rows)
 
     def __call__(
         self,
@@ -130,6 +143,7 @@ class Scorer:
         *,
         raw_prompts: list[str | list[dict]] | None = None,
         completion_ids: list[list[int]] | None = None,
+        state: TrainerState | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Score completions.
 
@@ -138,22 +152,30 @@ class Scorer:
             completions: B strings.
             columns: a list of B values each.
             raw_prompts: B prompts as the data set has them, text or chat messages; None or empty: `prompts`.
-            completion_ids: token ids of the B completions, for functions that name this parameter.
+            completion_ids: token ids of the B completions.
+            state: how far the run is. None: there is no run; functions get no trainer_state, log_metric, log_extra.
 
         Returns:
             scores: (B,) float32, the weighted sum of the rewards that are not None; 0 where all are None.
             parts: for each function (B,) float32, raw; NaN where it returned None.
 
         Raises:
-            ValueError: if a function raises, returns the wrong number of values or something that is not a number,
-                or if all functions return None for all completions.
+            ValueError: if a function raises, returns the wrong number of values or something that is not a number
+                (or too large), or if all functions return None for all completions.
         """
-        text = {"prompts": prompts, "completions": completions, **columns}
-        raw = raw_prompts or prompts
-        arguments = {name: self._arguments(name, text, raw, completion_ids) for name in self.functions}
-        answers = self._answers(arguments)
+        batch = Batch(
+            prompts=prompts,
+            completions=completions,
+            columns=columns,
+            raw_prompts=raw_prompts or prompts,
+            completion_ids=completion_ids,
+            state=state,
+        )
+        self.reports = Reports(num_rows=len(completions))
+        answers = self._answers(batch, dict(self._forms), self.reports)
+        self._settle_forms(batch, answers)
         parts = {
-            name: torch.tensor(self._numbers(name, answers[name], arguments[name], completions), dtype=torch.float32)
+            name: torch.tensor(self._numbers(name, answers[name], batch), dtype=torch.float32)
             for name in self.functions
         }
         if completions and all(part.isnan().all() for part in parts.values()):
@@ -161,74 +183,82 @@ class Scorer:
                 f"{', '.join(parts)}: every reward is None for all {len(completions)} completions. Need a number for "
                 "some of them, or there is nothing to learn from. Fix the functions so that None is the exception."
             )
-        weighted = [self.weights[name] * torch.nan_to_num(part, nan=0.0) for name, part in parts.items()]
-        return torch.stack(weighted).sum(0), parts
+        weighted = {name: self.weights[name] * torch.nan_to_num(part, nan=0.0) for name, part in parts.items()}
+        scores = torch.stack([*weighted.values()]).sum(0)
+        if not (scores.abs() <= LARGEST).all():
+            row = int((~(scores.abs() <= LARGEST)).nonzero()[0])
+            terms = " + ".join(f"{self.weights[name]:g} x {parts[name][row]:g} ({name})" for name in parts)
+            raise ValueError(
+                f"the score of row {row} is {terms}: need at most {LARGEST:g} in size, or sums of squares over a "
+                "batch overflow float32. Pass smaller --reward_weights, or scale the rewards."
+            )
+        return scores, parts
 
-    def _arguments(
-        self, name: str, text: dict[str, list], raw_prompts: list, completion_ids: list[list[int]] | None
-    ) -> Arguments:
-        """The arguments that a function is called with."""
-        arguments = dict(text)
-        if isinstance(self.functions[name], RewardModel):
-            arguments["prompts"] = raw_prompts
-        elif name in self.conversational:
-            arguments["prompts"] = [as_messages(prompt) for prompt in raw_prompts]
-            arguments["completions"] = [[{"role": "assistant", "content": c}] for c in text["completions"]]
-        if "completion_ids" in _parameters(self.functions[name]):
-            arguments["completion_ids"] = completion_ids
-        return arguments
+    # ----------------------------------------------------------------------------------------------------- calling
 
-    def _answers(self, arguments: dict[str, Arguments]) -> dict[str, object]:
-        """What each function returned or raised; asynchronous functions run concurrently."""
-        answers = {}
-        for name, given in arguments.items():
-            if name in self._rules:
-                answers[name] = self._rule_answers(name, given)
-                continue
-            if isinstance(self.functions[name], RewardModel):
-                answers[name] = self.functions[name](**given)
-                continue
-            own = own_arguments(given)
-            try:
-                answers[name] = self.functions[name](**own)
-            except Exception as error:  # the user's function may raise anything
-                answers[name] = error
+    def _answers(self, batch: Batch, forms: Mapping[str, str], reports: Reports) -> dict[str, object]:
+        """What each function of `forms` returned or raised; asynchronous functions wait together."""
+        answers, own_reports = {}, {}
+        for name, form in forms.items():
+            own_reports[name] = Reports(num_rows=len(batch))
+            answers[name] = self._answer(name, batch, form, own_reports[name])
         waiting = {name: answer for name, answer in answers.items() if inspect.isawaitable(answer)}
-
-        async def together() -> list[object]:
-            return await asyncio.gather(*waiting.values(), return_exceptions=True)
-
         if waiting:
-            answers |= zip(waiting, self._loop.run(together()), strict=True)
+            answers |= zip(waiting, self._loop.outcomes([*waiting.values()]), strict=True)
+        for name, answer in answers.items():
+            if not isinstance(answer, Exception):
+                reports.include(own_reports[name], name)
         return answers
 
-    def _rule_answers(self, name: str, arguments: Arguments) -> list:
-        """A rule's reward for each row, 0 where it was over a limit."""
-        rows = self._worker(name, arguments)
+    def _answer(self, name: str, batch: Batch, form: str, reports: Reports) -> object:
+        given = batch.arguments(self.functions[name], form)
+        if isinstance(self.functions[name], RewardModel):
+            return self.functions[name](**given)
+        extra = batch.extra(self.functions[name], reports)
+        if name in self._rules:
+            return self._rule_answers(name, given, extra)
+        own = own_arguments(given)
+        try:
+            return self.functions[name](**own, **extra)
+        except Exception as error:  # the user's function may raise anything
+            return error
+
+    def _rule_answers(self, name: str, arguments: Arguments, extra: dict[str, Any]) -> list | _RowError:
+        """A rule's reward for each row, 0 where it was over a limit; or what a row raised."""
+        rows = self._worker(name, arguments, extra)
         if rows and rows[-1].error:
-            self._refuse(name, rows[-1].error, self._shown(arguments, len(rows) - 1))
+            return _RowError(rows[-1].error, len(rows) - 1)
         self.over_limit[name] = torch.tensor([row.over_limit for row in rows], dtype=torch.bool)
         return [0.0 if row.over_limit else None if math.isnan(row.reward) else row.reward for row in rows]
 
-    def _numbers(self, name: str, rewards: object, arguments: dict[str, list], completions: list[str]) -> list[float]:
+    def _settle_forms(self, batch: Batch, answers: dict[str, object]) -> None:
+        """Decide the form of each "auto" function: messages if it fails on text as such functions do, else text."""
+        for name in [name for name, form in self._forms.items() if form == AUTO]:
+            if isinstance(answers[name], Exception) and expects_messages(_text_of(answers[name])):
+                again = self._answers(batch, {name: CONVERSATIONAL}, self.reports)[name]
+                if isinstance(again, Exception):
+                    raise self._refusal(name, again, batch, CONVERSATIONAL, _text_of(answers[name])) from _cause(again)
+                self._forms[name], answers[name] = CONVERSATIONAL, again
+                logger.info(
+                    "reward %r fails on text and gets chat messages, as with --reward_format conversational", name
+                )
+            elif any(batch.completions):
+                self._forms[name] = TEXT
+
+    # ---------------------------------------------------------------------------------------------------- checking
+
+    def _numbers(self, name: str, rewards: object, batch: Batch) -> list[float]:
         """A function's answer as one number per completion, NaN for None."""
         if isinstance(rewards, Exception):
-            self._refuse(name, f"{type(rewards).__name__}: {rewards}", self._failing_row(name, arguments), rewards)
+            raise self._refusal(name, rewards, batch, self._forms[name]) from _cause(rewards)
         values = values_of(rewards)
-        if values is None or len(values) != len(completions):
+        if values is None or len(values) != len(batch):
             given = _SHORTEN.repr(rewards) if values is None else f"{len(values)} values"
             raise ValueError(
-                f"reward {name!r} returned {given} for {len(completions)} completions: need a list with one number "
-                "each, in the same order. Fix the function."
+                f"reward {name!r} returned {given} for {len(batch)} completions: need a list with one "
+                "number each, in the same order. Fix the function."
             )
-        return [self._checked(name, reward, row, completions[row]) for row, reward in enumerate(values)]
-
-    @staticmethod
-    def _refuse(name: str, error: str, where: str, cause: Exception | None = None) -> NoReturn:
-        raise ValueError(
-            f"reward {name!r} raised {error}; {where}. A reward function must give a number for any text a model may "
-            "write. Fix the function, or return None where it does not apply."
-        ) from cause
+        return [self._checked(name, reward, row, batch.completions[row]) for row, reward in enumerate(values)]
 
     @staticmethod
     def _checked(name: str, reward: object, row: int, completion: str) -> float:
@@ -237,35 +267,61 @@ class Scorer:
         except TypeError as error:
             raise ValueError(
                 f"reward {name!r} returned {_SHORTEN.repr(reward)} in row {row} for {_SHORTEN.repr(completion)}: need "
-                "a finite float32 number, not text, since one such value would spoil the whole batch. Fix the "
-                "function, or return None there."
+                f"a finite number of at most {LARGEST:g} in size, not text, since one such value would spoil the "
+                "whole batch. Fix the function, or return None there."
             ) from error
 
-    def _failing_row(self, name: str, arguments: dict[str, list]) -> str:
-        """Call the function row by row to find the one it fails on, with its arguments shortened."""
-        num_rows = len(arguments["completions"])
-        for row in range(num_rows):
-            # A whole column may be None: token ids that were not passed.
-            single = {key: values and [values[row]] for key, values in arguments.items()}
-            if isinstance(self._answers({name: single})[name], Exception):
-                return self._shown(arguments, row)
-        return "no single row fails alone"
+    def _refusal(
+        self, name: str, error: Exception, batch: Batch, form: str, with_text: str | None = None
+    ) -> ValueError:
+        """The message about a function that raised.
+
+        Args:
+            name: of the reward.
+            error: what it raised.
+            batch: what it was called with.
+            form: the form that it got.
+            with_text: what it raised before, when it got text.
+        """
+        arguments = batch.arguments(self.functions[name], form)
+        row = error.row if isinstance(error, _RowError) else self._failing_row(name, batch, form)
+        where = "no single row fails alone" if row is None else self._shown(arguments, row, len(batch))
+        advice = "Fix the function, or return None where it does not apply."
+        if with_text is not None:
+            advice += f" (With text it raised {with_text}; --reward_format says what it expects.)"
+        elif other := self._other_form(name, error, batch, form):
+            advice = f"It got {SHOWN[form if form != AUTO else TEXT]}, and does not fail on {SHOWN[other]}: pass "
+            advice += f"--reward_format {other}, or annotate `completions: {ANNOTATED[other]}`."
+        return ValueError(
+            f"reward {name!r} raised {_text_of(error)}; {where}. A reward function must give a number for any text a "
+            f"model may write. {advice}"
+        )
+
+    def _other_form(self, name: str, error: Exception, batch: Batch, form: str) -> str | None:
+        """The form on which a function does not fail; None if it fails on both, or for another reason."""
+        other = TEXT if form == CONVERSATIONAL else CONVERSATIONAL
+        if not _text_of(error).startswith(_WRONG_FORM):
+            return None
+        answer = self._answers(batch, {name: other}, Reports(num_rows=len(batch)))[name]
+        return None if isinstance(answer, Exception) else other
+
+    def _failing_row(self, name: str, batch: Batch, form: str) -> int | None:
+        """Call the function row by row to find the one it fails on."""
+        for row in range(len(batch)):
+            if isinstance(self._answers(batch.row(row), {name: form}, Reports(num_rows=1))[name], Exception):
+                return row
+        return None
 
     @staticmethod
-    def _shown(arguments: Arguments, row: int) -> str:
+    def _shown(arguments: Arguments, row: int, num_rows: int) -> str:
         shown = ", ".join(f"{key}={_SHORTEN.repr(values[row])}" for key, values in arguments.items() if values)
-        return f"row {row} of {len(arguments['completions'])}: {shown}"
+        return f"row {row} of {num_rows}: {shown}"
 
 
-def _required(function: RewardFunction) -> list[str]:
-    """Parameters without a default that are passed by name."""
-    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in _parameters(function).values() if p.kind in by_name and p.default is p.empty]
+def _text_of(error: Exception) -> str:
+    return error.text if isinstance(error, _RowError) else f"{type(error).__name__}: {error}"
 
 
-def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
-    """Parameters by name; none if Python cannot tell, as for some functions of C libraries."""
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return {}
+def _cause(error: Exception) -> Exception | None:
+    """What keeps the way to the user's line; a rule's stays in its process."""
+    return None if isinstance(error, _RowError) else error

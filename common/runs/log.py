@@ -1,22 +1,22 @@
-"""Where a run writes its metrics: metrics.jsonl, samples.jsonl, trackers, and the progress line."""
+"""Where a run writes its metrics: metrics.jsonl, samples.jsonl and trackers."""
 
 import json
+import logging
 import math
 import netrc
 import os
-import sys
-import time
+import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from common.runs.checkpoints import write_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+logger = logging.getLogger("nanorlhf")
+
+METRICS_FILE, SAMPLES_FILE, WANDB_FILE = "metrics.jsonl", "samples.jsonl", "wandb.json"
 LEADING_KEYS = ("episodes", "tokens", "score")  # first in a line of metrics.jsonl after the step, for human readers
 
 
@@ -54,6 +54,41 @@ def _has_wandb_account() -> bool:
         return False
 
 
+class WandbRun:
+    """The run of Weights & Biases that belongs to a run's folder; a continued run goes on in it.
+
+    W&B cannot take back a step. So steps that a continued run does again, because they came after its checkpoint, are
+    not sent again: their values are those that are there.
+
+    Args:
+        folder: the run's folder.
+        write: whether this process keeps the file; the others never send anything.
+    """
+
+    def __init__(self, folder: Path, *, write: bool) -> None:
+        self._path, self._write = folder / WANDB_FILE, write
+        known = json.loads(self._path.read_text()) if self._path.is_file() else {}
+        self.id = os.environ.get("WANDB_RUN_ID") or known.get("id") or secrets.token_hex(4)
+        self._last_step = known["last_step"] if known.get("id") == self.id else -1  # sent by earlier processes
+        self._keep(self._last_step)
+
+    def arguments(self) -> dict[str, str]:
+        """Of wandb.init. Offline, the folders of one run carry the same id, and `wandb sync` joins them."""
+        return {"id": self.id, "resume": "allow"}
+
+    def takes(self, step: int) -> bool:
+        """Whether this step has not been sent yet by an earlier process."""
+        return step > self._last_step
+
+    def sent(self, step: int) -> None:
+        """All of this step is sent."""
+        self._keep(step)
+
+    def _keep(self, step: int) -> None:
+        if self._write:
+            write_file(self._path, json_line({"id": self.id, "last_step": step}))
+
+
 class RunLog:
     """metrics.jsonl and samples.jsonl of a run, and the trackers it reports to; only the main process writes.
 
@@ -66,9 +101,15 @@ class RunLog:
     def __init__(self, folder: Path, accelerator: "Accelerator", settings: dict[str, Any]) -> None:
         self.folder = Path(folder)
         self._accelerator = accelerator
+        self._wandb: WandbRun | None = None
+        self._tables: dict[str, list[dict[str, Any]]] = {}  # of the step whose metrics have not come yet
         if accelerator.log_with:
             shown = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
-            options = {"wandb": {"name": self.folder.name, "dir": str(self.folder)}}
+            options = {}
+            if "wandb" in map(str, accelerator.log_with):
+                self._wandb = WandbRun(self.folder, write=accelerator.is_main_process)
+                place = {"name": self.folder.name, "dir": str(self.folder)}
+                options["wandb"] = place | self._wandb.arguments()
             accelerator.project_configuration.logging_dir = str(self.folder)
             accelerator.init_trackers("nanoRLHF", config=shown, init_kwargs=options)
 
@@ -83,21 +124,29 @@ class RunLog:
         leading = {name: values[name] for name in LEADING_KEYS if name in values}
         values = {"step": step} | leading | dict(sorted(values.items()))
         self._append(METRICS_FILE, [values])
-        if self._accelerator.trackers:
-            self._accelerator.log(values, step=step)
+        for tracker in self._accelerator.trackers:
+            if tracker.name != "wandb":
+                tracker.log(values, step=step)
+            elif self._wandb.takes(step):
+                # Tables and metrics at once: a kill between them would leave a step that W&B lets nobody complete.
+                for name, rows in self._tables.items():
+                    cells = [[str(value) for value in row.values()] for row in rows]
+                    tracker.log_table(name, columns=list(rows[0]), data=cells, step=step)
+                tracker.log(values, step=step, commit=True)
+                self._wandb.sent(step)
+        self._tables.clear()
 
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Writes a line of samples.jsonl for each row, and the rows as a table to wandb.
+    def samples(self, step: int, rows: list[dict[str, Any]], *, table: str = "samples") -> None:
+        """Writes a line of samples.jsonl for each row; wandb gets the rows as a table, with the step's metrics.
 
         Args:
-            step: number of finished steps.
+            step: number of finished steps; its metrics are logged afterwards.
             rows: prompt, completion, score, parts; all with the same keys.
+            table: name of the table; of two tables with one name in one step, wandb keeps the second.
         """
         self._append(SAMPLES_FILE, [{"step": step, **row} for row in rows])
-        for tracker in self._accelerator.trackers:
-            if tracker.name == "wandb" and rows:
-                cells = [[str(value) for value in row.values()] for row in rows]
-                tracker.log_table("samples", columns=list(rows[0]), data=cells, step=step)
+        if rows:
+            self._tables[table] = rows
 
     def rewind(self, step: int) -> None:
         """Drops lines after `step`, and a line that a kill cut off; the resumed run writes them again.
@@ -111,6 +160,16 @@ class RunLog:
             if path.exists():
                 lines = path.read_bytes().split(b"\n")
                 write_file(path, b"".join(line + b"\n" for line in lines if _belongs_before(line, step)))
+        kept = {line["step"] for line in read_metrics(self.folder)}
+        if missing := [number for number in range(1, step + 1) if number not in kept]:
+            logger.warning(
+                "%s has no line of %d of the %d steps before the checkpoint, the first of them step %d: somebody "
+                "changed the file. The run goes on, and its curves lack these steps.",
+                self.folder / METRICS_FILE,
+                len(missing),
+                step,
+                missing[0],
+            )
 
     def close(self) -> None:
         """Ends the trackers' runs; the files need no closing."""
@@ -141,56 +200,22 @@ def _finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _belongs_before(line: bytes, step: int) -> bool:
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl that can be read; none if there is no such file."""
+    path = Path(folder) / METRICS_FILE
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row in a line; None for an empty line, one that a kill cut off, and one that no run has written."""
     try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # empty, or cut off by a kill, perhaps within a character
-        return False
+        row = json.loads(line)
+    except ValueError:  # cut off perhaps within a character
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-class Progress:
-    """One line with step, score, last evaluation and time left; in a file or pipe, a few plain lines instead.
-
-    Args:
-        num_steps: steps of the whole run.
-        start: steps finished before this process began.
-        enabled: False shows nothing, as on all processes but the main one.
-        file: the output; None is standard error.
-    """
-
-    MAX_PLAIN_LINES = 40
-
-    def __init__(self, num_steps: int, *, start: int = 0, enabled: bool = True, file: TextIO | None = None) -> None:
-        self._num_steps, self._start = num_steps, start
-        self._file = file or sys.stderr
-        self._plain = enabled and not self._file.isatty()
-        self._every = math.ceil(num_steps / self.MAX_PLAIN_LINES)
-        self._began = time.monotonic()
-        self._evaluation: list[str] = []
-        self._bar = tqdm(
-            total=num_steps,
-            initial=start,
-            file=self._file,
-            disable=not enabled or self._plain,
-            dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} |{bar:12}| {remaining} left, {desc}",
-        )
-
-    def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows the metrics of a finished step; step 0 is an evaluation before training."""
-        evaluations = [f"{name} {metrics[name]:.3f}" for name in ("eval/accuracy", "eval/score") if name in metrics]
-        self._evaluation = evaluations[:1] or self._evaluation
-        score = [f"score {metrics['score']:.3f}"] if "score" in metrics else []
-        text = ", ".join(score + self._evaluation)
-        if self._plain and (step % self._every == 0 or step == self._num_steps):
-            left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self._num_steps - step)
-            remaining = f", {tqdm.format_interval(left)} left" if step > self._start else ""
-            self._file.write(f"step {step}/{self._num_steps}: {text}{remaining}\n")
-            self._file.flush()
-        self._bar.set_description_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """Ends the line."""
-        self._bar.close()
+def _belongs_before(line: bytes, step: int) -> bool:
+    row = _row(line)
+    return row is not None and row["step"] <= step

@@ -9,25 +9,35 @@ import torch
 from torch import Tensor
 
 from common.losses import kl_estimate
+from common.rewards.reports import TrainerState
 from common.rewards.scorer import Scorer
 from common.rollouts import Rollouts
 from common.runs.metrics import StepMetrics
 
 
-def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetrics) -> None:
+def rollout_means(rollouts: Rollouts, advantages: Tensor, *, num_generations: int, metrics: StepMetrics) -> None:
     """Add this process's part of the means over the rollouts of a training step.
 
     Args:
         rollouts: B rows, scored.
         advantages: (B,) or (B, C) float.
-        metrics: gets score, length, truncated; reward/<name> (unweighted, over the rows to which that reward applies);
-            kl (k1, over all tokens) if both log-probs are known; and zero_advantage (share of the rows trained on
-            whose advantage is 0 everywhere). Only the last one leaves out rows that the loss mask leaves out.
+        num_generations: completions per prompt; adjacent rows.
+        metrics: gets score, score_min, score_max, length, truncated; equal_scores (where prompts have several
+            completions: share of the prompts whose completions all have the same score); reward/<name> (unweighted,
+            over the rows to which that reward applies); kl (k1, over all tokens) if both log-probs are known; and
+            zero_advantage (share of the rows trained on whose advantage is 0 everywhere). Only the last one leaves out
+            rows that the loss mask leaves out.
     """
     rows = len(rollouts)
     metrics.add("score", rollouts.scores.sum(), rows)
     metrics.add("length", rollouts.lengths.sum(), rows)
     metrics.add("truncated", rollouts.truncated.sum(), rows)
+    if rows:
+        metrics.add_min("score_min", rollouts.scores.min().item())
+        metrics.add_max("score_max", rollouts.scores.max().item())
+    if num_generations > 1 and rows % num_generations == 0:
+        groups = rollouts.scores.reshape(-1, num_generations)
+        metrics.add("equal_scores", (groups == groups[:, :1]).all(1).sum(), len(groups))
     trained = rollouts.loss_mask.any(1)  # (B,)
     metrics.add("zero_advantage", (trained & (advantages[..., None] == 0).flatten(1).all(1)).sum(), trained.sum())
     if rollouts.old_logprobs is not None and rollouts.ref_logprobs is not None:
@@ -37,11 +47,20 @@ def rollout_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetric
         metrics.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
 
 
-def judge(rollouts: Rollouts, scorer: Scorer) -> Tensor:
-    """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts."""
+def judge(rollouts: Rollouts, scorer: Scorer, state: TrainerState | None = None) -> Tensor:
+    """(B,) float32: the weighted sum of the rewards.
+
+    Each reward is kept in rollouts.parts, and the columns that reward functions logged in rollouts.extra.
+
+    Args:
+        rollouts: B completions.
+        scorer: of the rewards.
+        state: how far the run is, for functions that ask.
+    """
     texts = (rollouts.prompts, rollouts.completions, rollouts.columns)
-    ids = rollouts.completion_tokens
-    scores, rollouts.parts = scorer(*texts, completion_ids=ids, raw_prompts=rollouts.raw_prompts)
+    more = {"completion_ids": rollouts.completion_tokens, "raw_prompts": rollouts.raw_prompts, "state": state}
+    scores, rollouts.parts = scorer(*texts, **more)
+    rollouts.extra = scorer.reports.columns
     return scores
 
 
@@ -147,6 +166,27 @@ def confidence_interval(mean: float, mean_square: float, num_prompts: int) -> tu
     centre = (num_prompts * mean + 2) / count
     variance = (num_prompts * mean_square + 2) / count - centre**2
     return centre, 1.96 * math.sqrt(max(variance, 0.0) / count)
+
+
+def mean_interval(values: Tensor, num_samples: int) -> list[float] | None:
+    """The 95 % confidence interval of a mean of any numbers, such as scores: 1.96 standard errors to each side.
+
+    The independent samples are prompts, as for accuracy. But for few prompts it is too narrow, since nothing is known
+    of the numbers' distribution.
+
+    Args:
+        values: (B,) float, num_samples adjacent rows per prompt; NaN where a reward has no say.
+        num_samples: completions per prompt.
+
+    Returns:
+        Its two ends; None with fewer than two prompts.
+    """
+    per_prompt = values.double().reshape(-1, num_samples).nanmean(1)  # (prompts,)
+    per_prompt = per_prompt[~per_prompt.isnan()]
+    if len(per_prompt) < 2:
+        return None
+    half = 1.96 * float(per_prompt.std()) / math.sqrt(len(per_prompt))
+    return [float(per_prompt.mean()) - half, float(per_prompt.mean()) + half]
 
 
 def with_confidence_interval(metrics: dict[str, float], num_prompts: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ The trainer and the algorithms decide which quantities exist; log.py writes them
 """
 
 import logging
+import math
 import operator
 import time
 from collections import defaultdict
@@ -39,6 +40,7 @@ class StepMetrics:
         self._counts: dict[str, Number] = {}
         self._sums: dict[str, Number] = {}
         self._maxima: dict[str, float] = {}
+        self._minima: dict[str, float] = {}
 
     def add(self, name: str, total: Number, count: Number) -> None:
         """Adds this process's part of a mean: the sum over `count` real rows or tokens, never over padding."""
@@ -58,18 +60,24 @@ class StepMetrics:
         """Adds a value of a quantity whose global value is the maximum, such as a memory peak."""
         self._maxima[name] = max(self._maxima.get(name, value), value)
 
+    def add_min(self, name: str, value: float) -> None:
+        """Adds a value of a quantity whose global value is the minimum."""
+        self._minima[name] = min(self._minima.get(name, value), value)
+
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The global values of everything added since the last call, in float64; every process gets the same.
 
         All processes must call it; the names they added may differ. A mean with count 0 is left out.
         """
-        own = [_as_numbers(part) for part in (self._totals, self._counts, self._sums, self._maxima)]
-        self._totals, self._counts, self._sums, self._maxima = {}, {}, {}, {}
+        parts = (self._totals, self._counts, self._sums, self._maxima, self._minima)
+        own = [_as_numbers(part) for part in parts]
+        self._totals, self._counts, self._sums, self._maxima, self._minima = {}, {}, {}, {}, {}
         everyone = gather_object([own]) if accelerator.num_processes > 1 else [own]
         totals, counts, sums = (_merge([parts[kind] for parts in everyone], operator.add) for kind in range(3))
         maxima = _merge([parts[3] for parts in everyone], max)
+        minima = _merge([parts[4] for parts in everyone], min)
         means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
-        return means | sums | maxima
+        return means | sums | maxima | minima
 
 
 def _as_scalar(value: Number) -> Number:
@@ -231,3 +239,61 @@ def check_first_step(metrics: dict[str, float], *, step: int, dtype: torch.dtype
             difference,
             bound,
         )
+
+
+class SignalCheck:
+    """Warns once, when the rewards of several steps in a row had nothing to teach.
+
+    Args:
+        config: the run's.
+        folder: the run's, for the message.
+    """
+
+    STEPS = 3
+    FEW_GENERATIONS = 8  # with fewer, the completions of a hard or easy prompt often all have the same score
+    LOW_TEMPERATURE = 0.5
+
+    def __init__(self, config: RLConfig, folder: Path) -> None:
+        self._config, self._folder = config, folder
+        self._in_a_row = 0
+
+    def see(self, metrics: dict[str, float], *, step: int) -> None:
+        """Take note of a finished step; the metrics of `rollout_means` are read, if they are there."""
+        if "score_min" not in metrics:  # such as an evaluation before training
+            return
+        # Without zero_advantage, no completion is trained on.
+        is_silent = self._all_equal(metrics) or metrics.get("zero_advantage", 1) == 1
+        self._in_a_row = self._in_a_row + 1 if is_silent else 0
+        if self._in_a_row == self.STEPS:
+            self._in_a_row = -math.inf  # once is enough
+            logger.warning(
+                "steps %d to %d: %s, so there was nothing to learn from the rewards. Likely causes:\n%s",
+                *(step - self.STEPS + 1, step, self._finding(metrics), "\n".join(self._causes(metrics))),
+            )
+
+    def _all_equal(self, metrics: dict[str, float]) -> bool:
+        """True if no prompt's completions differ in score, or no completions do."""
+        several = self._config.completions_per_step > 1
+        return metrics.get("equal_scores") == 1 or (several and metrics["score_min"] == metrics["score_max"])
+
+    def _finding(self, metrics: dict[str, float]) -> str:
+        if "zero_advantage" not in metrics:
+            return "the length limit cut off all completions, and mask_truncated leaves them out"
+        if metrics["score_min"] == metrics["score_max"]:
+            return f"all completions had the score {metrics['score']:g}"
+        if self._all_equal(metrics):
+            return f"all completions of a prompt had the same score ({metrics['score']:g} on average over prompts)"
+        return "no completion was better or worse than what it is compared with"
+
+    def _causes(self, metrics: dict[str, float]) -> list[str]:
+        config, causes = self._config, []
+        if metrics.get("truncated", 0) > 0.5:
+            share = f"{metrics['truncated']:.0%} of the completions were cut off"
+            causes.append(f"* {share}: pass a larger --max_completion_length than {config.max_completion_length}")
+        causes.append("* the prompts are too hard or too easy for this model: take others, or a stronger model")
+        causes.append(f"* a reward that is constant: read some completions: python -m common.samples {self._folder}")
+        if 1 < config.num_generations < self.FEW_GENERATIONS:
+            causes.append(f"* few completions to compare: more than --num_generations {config.num_generations}")
+        if config.temperature < self.LOW_TEMPERATURE:
+            causes.append(f"* completions that are alike: a higher --temperature than {config.temperature:g}")
+        return causes

@@ -18,7 +18,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from common.data.prompts import PromptSet, PromptStyle
-from common.runs.checkpoints import CONFIG_FILE, PROMPTS_FILE, has_begun, write_file
+from common.runs.checkpoints import write_file
+from common.runs.folder import CONFIG_FILE, PROMPTS_FILE, has_begun
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,13 +7,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,8 +22,12 @@ from common.config import RLConfig
 from common.models.loading import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
-from common.runs.log import METRICS_FILE, Progress, RunLog
-from common.runs.plots import CURVES_FILE, draw_curves
+from common.runs.best import better_checkpoint, link_best, restore_best
+from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
+from common.runs.log import RunLog
+from common.runs.outcome import describe_outcome, length_matters
+from common.runs.plots import draw_curves
+from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.update.learner import Learner
 
@@ -43,6 +48,7 @@ class Run:
     Attributes:
         folder: path of the folder.
         checkpoint: what to continue from, None at the beginning.
+        is_new: nothing of it was there before.
         first_step: the next step to do, from 1.
         stopped_early: early stopping has ended the run.
 
@@ -54,15 +60,10 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self.folder = run_folder(config, algorithm)
-        self._is_new = not checkpoints.has_begun(self.folder)
-        if accelerator.is_main_process:
-            # If the schedule depends on num_steps, a longer run differs from the first step on.
-            may_grow = checkpoints.MAY_GROW if config.lr_scheduler == "constant" else ()
-            notes = {"may_grow": may_grow, "notes": config.notes}
-            checkpoints.prepare_run_folder(self.folder, asdict(config), config.resume, **notes)
-        accelerator.wait_for_everyone()
-        self.checkpoint = checkpoints.latest_checkpoint(self.folder)
-        state = checkpoints.load_state(self.checkpoint) if self.checkpoint else {"step": 0}
+        self.is_new = not has_begun(self.folder)
+        # Only the main process decides, since a damaged file could be seen by one process and not by another.
+        found = [self._prepare() if accelerator.is_main_process else None]
+        self.checkpoint, state = broadcast_object_list(found)[0]
         self.first_step = state["step"] + 1
         self.best: dict | None = state.get("best")
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
@@ -71,6 +72,28 @@ class Run:
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
         self._progress: Progress | None = None
+
+    def _prepare(self) -> tuple[Path | None, dict]:
+        """Make the folder, or find the checkpoint to continue from and its state, with a best that is there."""
+        config, folder = self.config, self.folder
+        before = stored_settings(folder).get("num_steps", config.num_steps)
+        options = {"length_matters": length_matters(config), "notes": config.notes}
+        checkpoint = prepare_run_folder(folder, asdict(config), config.resume, **options)
+        state = checkpoints.load_state(checkpoint) if checkpoint else {"step": 0}
+        state["best"], said = restore_best(folder, state.get("best"), state["step"])
+        link_best(folder, state["best"])
+        if said:
+            logger.warning("%s: %s", folder, said)
+        if checkpoint and before < config.num_steps and length_matters(config):
+            step = state["step"]
+            rates = [replace(config, num_steps=before).scheduled_rate(step)]
+            rates += [config.scheduled_rate(each) for each in (step + 1, config.num_steps)]
+            logger.info(
+                "extended from %d to %d steps: the learning rate was %.3g at step %d; it goes on with %.3g and "
+                "reaches %.3g at step %d, as lr_scheduler=%s has it in a run of that length",
+                *(before, config.num_steps, rates[0], step, rates[1], rates[2], config.num_steps, config.lr_scheduler),
+            )
+        return checkpoint, state
 
     def check_prompts(self, record: Record) -> None:
         """Keep the record of a new run's prompts; refuse to continue a run with others.
@@ -83,7 +106,7 @@ class Run:
         """
         check_processes_agree(record, self.accelerator)
         if self.accelerator.is_main_process:
-            check_record(self.folder, record, is_new=self._is_new)
+            check_record(self.folder, record, is_new=self.is_new)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -162,10 +185,13 @@ class Run:
                 "parts": {name: float(part[row]) for name, part in parts.items()},
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
+                **(
+                    {"extra": {name: values[row] for name, values in rollouts.extra.items()}} if rollouts.extra else {}
+                ),
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log.samples(step, rows)
+        self._log.samples(step, rows, table=f"samples/{split}")
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.
@@ -179,7 +205,7 @@ class Run:
         self._progress.update(step, metrics)
         metric = "eval/accuracy" if "eval/accuracy" in metrics else "eval/score"
         if metric in metrics:
-            best = checkpoints.better_checkpoint(self.best, step, metric, metrics[metric])
+            best = better_checkpoint(self.best, step, metric, metrics[metric])
             self._evaluations_since_best = 0 if best != self.best else self._evaluations_since_best + 1
             self.best = best
             if self.accelerator.is_main_process:
@@ -198,11 +224,12 @@ class Run:
                 **self._counts,
             }
             checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
+            link_best(self.folder, self.best)
             checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
         self.accelerator.wait_for_everyone()
 
     def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-        """Write final/, and send it to the hub if asked."""
+        """Write final/, the policy after the last step, and send it to the hub if asked."""
         if self.accelerator.is_main_process:
             policy = self._learners["policy"][1]
 
@@ -211,7 +238,9 @@ class Run:
                 for name, save in self._exports.items():
                     save(folder / f"{name}_model")
 
-            checkpoints.save_final(self.folder, step, fill=fill, stopped_early=self.stopped_early)
+            patience = self.config.early_stopping_patience
+            state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
+            checkpoints.save_final(self.folder, step, fill=fill, **state)
             if self.config.push_to_hub:
                 from huggingface_hub import HfApi
 
@@ -221,17 +250,8 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def outcome(self, num_eval_prompts: int) -> list[str]:
-        """Lines about a finished run: the held-out metric before and after, and where curves and model are."""
-        folder = self.folder.resolve()
-        lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
-        name = "eval/accuracy" if any("eval/accuracy" in line for line in lines) else "eval/score"
-        evaluations = [line for line in lines if name in line]
-        summary = [f"curves: {folder / CURVES_FILE}", f"model: {folder / checkpoints.FINAL_FOLDER}"]
-        if len(evaluations) > 1:
-            first, last = evaluations[0], evaluations[-1]
-            before, after = f"{first[name]:.3f} before (step {first['step']})", f"{last[name]:.3f} after"
-            summary.insert(0, f"{name} on {num_eval_prompts} held-out prompts: {before}, {after} step {last['step']}")
-        return summary
+        """Lines about a finished run: the held-out metric before and after, where its models are, how to go on."""
+        return describe_outcome(self.folder, self.config, self.best, num_eval_prompts)
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
         writers = {}
@@ -239,7 +259,7 @@ class Run:
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path
             )
-            if name == "policy":
+            if name == checkpoints.POLICY_FOLDER:
                 writers[name] = lambda path, module=module: _save_trainable(
                     module, tokenizer, path, use_lora=self.config.use_lora
                 )
@@ -250,6 +270,11 @@ class Run:
         return writers
 
 
+def algorithm_name(trainer: type) -> str:
+    """The algorithm's name, from that of its trainer."""
+    return trainer.__name__.removesuffix("Trainer")
+
+
 def run_folder(config: RLConfig, algorithm: str) -> Path:
     """The folder that the settings name, or one below runs/ with a name made of them."""
     return Path(config.output_dir or Path("runs") / default_name(config, algorithm))
@@ -257,7 +282,7 @@ def run_folder(config: RLConfig, algorithm: str) -> Path:
 
 def default_name(config: RLConfig, algorithm: str) -> str:
     """Name of a run's folder: the same settings give the same folder, so the same command continues a run."""
-    compared = {name: value for name, value in asdict(config).items() if name not in checkpoints.MAY_CHANGE}
+    compared = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:6]
     return f"{algorithm.lower()}-{config.task}-seed{config.seed}-{digest}"
 

@@ -1,6 +1,6 @@
 """``python -m common.samples``."""
 
 from common.cli import run_script
-from common.samples.page import main
+from common.samples.command import main
 
-run_script(main)
+run_script(main, interrupted="nothing was written")

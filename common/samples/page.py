@@ -1,78 +1,104 @@
-"""Writes an HTML page to read a run's completions through training: ``python -m common.samples RUN [RUN ...]``.
+"""An HTML page to read a run's completions through training.
 
 The page needs no network and no other file, so it can be sent by mail. What a model wrote is data, never markup: the
 page stores it as JSON without a "<", its script turns it into text, and no other script is allowed.
 """
 
-import argparse
 import base64
 import hashlib
 import html
 import json
 import math
 import re
+import reprlib
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import yaml
 
-from common.runs.checkpoints import CONFIG_FILE, write_file
+from common.runs.checkpoints import write_file
+from common.runs.folder import CONFIG_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE, json_line
 from common.runs.plots import PHASE_COLORS
 
 PAGE_FILE = "samples.html"
 PAGE_PARTS = Path(__file__).parent / "assets"
-SCRIPTS = ("page.js", "curves.js", "completions.js", "start.js")
+SCRIPTS = ("page.js", "curves.js", "filters.js", "completions.js", "cards.js", "live.js", "start.js")
 
 # A browser opens this much in a second or two; of a longer run the page shows fewer steps, evenly spread.
 MAX_ROWS = 10_000
 MAX_CHARACTERS = 20_000_000
 # Of one text. Longer ones are usually degenerate, which their beginning and end show.
 MAX_TEXT = 20_000
+# Of a page that is reloaded while the run goes on, so that each reload takes a fraction of a second.
+LIVE_SHARE = 0.2
 DIGITS = 6  # significant digits of a metric
+MAX_NUMBER = 1e300  # differences of larger ones are not finite
+MAX_STEP = 2**53  # a browser cannot tell larger ones apart
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
+# A settings file of a few lines can say a list of lists of lists ... with billions of entries.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxlist, _BRIEF.maxdict, _BRIEF.maxstring, _BRIEF.maxother = 3, 30, 30, 200, 200
 
 Row = dict[str, Any]
 
 
-def write_page(folders: list[Path], output: Path | None = None) -> Path:
+def write_page(folders: list[Path], output: Path | None = None, *, refresh: float | None = None) -> Path:
     """Write the page of a run, or of several runs side by side.
 
     Args:
         folders: the runs' folders; a run may still be running.
         output: the page's file; None: samples.html in the folder of the single run.
+        refresh: an open page reloads itself every so many seconds, since it is to be written again; None: never.
 
     Returns:
         The page's file.
 
     Raises:
-        ValueError: a folder is not a run or has no samples, a line is broken, or `output` is another file.
+        ValueError: a folder is not a run or has no samples, a line is broken, `output` is another file or cannot be
+            written.
+    """
+    output = page_file(folders, output)
+    share = (1 if refresh is None else LIVE_SHARE) / len(folders)
+    runs = [read_run(folder, share=share) for folder in folders]
+    if len({run["name"] for run in runs}) < len(runs):
+        runs = [run | {"name": str(folder)} for run, folder in zip(runs, folders, strict=True)]
+    page = make_page(runs, refresh=refresh)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_file(output, page.encode())
+    except OSError as error:
+        raise ValueError(
+            f"output={output}: the page cannot be written there ({error.strerror}). Pass --output with a file in a "
+            "folder where you may write."
+        ) from None
+    return output
+
+
+def page_file(folders: list[Path], output: Path | None) -> Path:
+    """The page's file, which is new or an earlier page.
+
+    Args:
+        folders: the runs' folders.
+        output: None: samples.html in the folder of the single run.
+
+    Raises:
+        ValueError: it is another file, or there are several runs and no `output`.
     """
     if output is None and len(folders) > 1:
         raise ValueError(
             f"{len(folders)} runs without --output: a page of several belongs in no run's folder. Pass --output FILE."
         )
     output = Path(output or folders[0] / PAGE_FILE)
-    _check_free(output)
-    runs = [read_run(folder, share=1 / len(folders)) for folder in folders]
-    if len({run["name"] for run in runs}) < len(runs):
-        runs = [run | {"name": str(folder)} for run, folder in zip(runs, folders, strict=True)]
-    page = make_page(runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_file(output, page.encode())
-    return output
-
-
-def _check_free(output: Path) -> None:
-    """Refuse to overwrite anything but an earlier page."""
     marker = _part("page.html").split("<html")[0].encode()
     if output.is_dir() or (output.is_file() and not output.read_bytes().startswith(marker)):
         raise ValueError(
             f"output={output}: it exists and is not a page of this command, which overwrites nothing else. "
             "Pass --output with a new file."
         )
+    return output
 
 
 def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
@@ -83,7 +109,8 @@ def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
         share: of MAX_ROWS and MAX_CHARACTERS that this run may use.
 
     Returns:
-        name, settings (as text), versions, facts, notes, metrics (a list per name, in order of "step") and samples.
+        name, settings (as text), versions, facts, notes, metrics (a list per name, in order of "step"), samples, and
+        the time of the last entry in seconds since 1970.
 
     Raises:
         ValueError: the folder is not a run or has no samples, or a line is broken.
@@ -108,12 +135,13 @@ def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
     facts.append(f"step {steps} of {settings['num_steps']}" if "num_steps" in settings else f"step {steps}")
     return {
         "name": folder.resolve().name,
-        "settings": {name: str(value) for name, value in settings.items()},
+        "settings": {str(name): _setting(value) for name, value in settings.items()},
         "versions": versions,
         "facts": " · ".join(str(fact) for fact in facts if fact is not None),
         "notes": notes(settings, samples, len(shown)),
         "metrics": columns(metrics),
         "samples": shown,
+        "written": (folder / SAMPLES_FILE).stat().st_mtime,
     }
 
 
@@ -123,11 +151,12 @@ def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ValueError: the file is not a YAML mapping.
     """
-    text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+    text, settings = "", None
     try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
         settings = yaml.safe_load(text)
-    except yaml.YAMLError:
-        settings = None
+    except (yaml.YAMLError, ValueError, RecursionError):  # not YAML, not UTF-8 or no date, nested too deeply
+        pass
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: not the settings of a run, which are a YAML mapping. Restore or remove the file.")
     return settings, [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# From step")]
@@ -138,7 +167,7 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[Row]:
 
     Args:
         path: the file.
-        keys: required in each object: an integer under "step", text under any other.
+        keys: required in each object: a number of steps under "step", text under any other.
 
     Raises:
         ValueError: a line is broken.
@@ -148,10 +177,9 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line, parse_constant=lambda name: None)
-        except ValueError:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
             row = None
-        kinds = {key: int if key == "step" else str for key in keys}
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in kinds.items()):
+        if not isinstance(row, dict) or not all(_fits(key, row.get(key)) for key in keys):
             raise ValueError(
                 f"{path}: line {number} is not one JSON object with {', '.join(keys)}, as a run writes them. Correct "
                 "or remove the line."
@@ -160,18 +188,35 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[Row]:
     return rows
 
 
+def _fits(key: str, value: Any) -> bool:
+    if key == "step":
+        return type(value) is int and 0 <= value <= MAX_STEP
+    return isinstance(value, str)
+
+
 def _sample(row: Row) -> Row:
     """A row of samples.jsonl for the page; values that another version of the project did not write are null."""
+    parts = row.get("parts")
     return {
         "step": row["step"],
-        "split": row.get("split"),
+        "split": row["split"] if isinstance(row.get("split"), str) else None,
         "prompt": _readable(row["prompt"]),
         "completion": _readable(row["completion"]),
-        "score": row.get("score"),
-        "parts": row.get("parts") or {},
-        "length": row.get("length"),
+        "score": _number(row.get("score")),
+        "parts": {name: _number(value) for name, value in parts.items()} if isinstance(parts, dict) else {},
+        "length": _number(row.get("length")),
         "truncated": bool(row.get("truncated")),
     }
+
+
+def _number(value: Any) -> float | int | None:
+    """The value if a browser can calculate with it."""
+    return value if isinstance(value, int | float) and abs(value) <= MAX_NUMBER else None
+
+
+def _setting(value: Any) -> str:
+    """A setting as text; of one that is nested or long, the beginning."""
+    return _readable(value if isinstance(value, str) else _BRIEF.repr(value))
 
 
 def _readable(text: str) -> str:
@@ -190,8 +235,7 @@ def spread_evenly(samples: list[Row], share: float = 1.0) -> list[Row]:
         samples: rows with step, split, prompt and completion.
         share: of MAX_ROWS and MAX_CHARACTERS that they may use.
     """
-    size = sum(len(row["completion"]) for row in samples) + sum(map(len, {row["prompt"] for row in samples}))
-    excess = max(len(samples) / MAX_ROWS, size / MAX_CHARACTERS) / share
+    excess = _excess(samples, share)
     if excess <= 1:
         return samples
     kept = set()
@@ -200,7 +244,16 @@ def spread_evenly(samples: list[Row], share: float = 1.0) -> list[Row]:
         number = max(int(len(steps) / excess), 2)
         chosen = {steps[round(index * (len(steps) - 1) / (number - 1))] for index in range(number)}
         kept |= {(split, step) for step in chosen}
-    return [row for row in samples if (row["split"], row["step"]) in kept]
+    shown = [row for row in samples if (row["split"], row["step"]) in kept]
+    excess = _excess(shown, share)
+    # Where a few steps have thousands of rows, as in no run of this project, rows are left out too.
+    return shown if excess < 2 else shown[:: math.ceil(excess)]
+
+
+def _excess(samples: list[Row], share: float) -> float:
+    """How many times as much as the page can hold."""
+    size = sum(len(row["completion"]) for row in samples) + sum(map(len, {row["prompt"] for row in samples}))
+    return max(len(samples) / MAX_ROWS, size / MAX_CHARACTERS) / share
 
 
 def notes(settings: dict[str, Any], samples: list[Row], num_shown: int) -> list[str]:
@@ -232,21 +285,21 @@ def columns(metrics: list[Row]) -> dict[str, list[float | None]]:
 
 
 def _rounded(value: Any) -> float | int | None:
-    if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.{DIGITS}g}")
-    return value if isinstance(value, int) else None
+    value = _number(value)
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def make_page(runs: list[dict[str, Any]]) -> str:
+def make_page(runs: list[dict[str, Any]], *, refresh: float | None = None) -> str:
     """The page as text; the same runs make the same page.
 
     Args:
         runs: from `read_run`.
+        refresh: seconds after which an open page reloads itself; None: never.
     """
     prompts = list(dict.fromkeys(row["prompt"] for run in runs for row in run["samples"]))
     number = {prompt: index for index, prompt in enumerate(prompts)}
     shown = [run | {"samples": [row | {"prompt": number[row["prompt"]]} for row in run["samples"]]} for run in runs]
-    data = json_line({"runs": shown, "prompts": prompts, "phases": PHASE_COLORS}).decode()
+    data = json_line({"runs": shown, "prompts": prompts, "phases": PHASE_COLORS, "refresh": refresh}).decode()
     style, script = _part("page.css"), "".join(map(_part, SCRIPTS))
     return Template(_part("page.html")).substitute(
         title=html.escape(" and ".join(run["name"] for run in runs)),
@@ -266,12 +319,3 @@ def _part(name: str) -> str:
 def _hash(text: str) -> str:
     """The hash by which the page's Content-Security-Policy allows a script or style; it forbids all others."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def main(args: list[str] | None = None) -> None:
-    """Write the page of the runs on the command line and print its path."""
-    parser = argparse.ArgumentParser(prog="python -m common.samples", description=__doc__.partition(":")[0] + ".")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; several are compared")
-    parser.add_argument("--output", type=Path, metavar="FILE", help=f"the page; default for one run: RUN/{PAGE_FILE}")
-    given = parser.parse_args(args)
-    print(write_page(given.runs, given.output).resolve())

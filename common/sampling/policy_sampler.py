@@ -4,9 +4,10 @@ Ids beyond the tokenizer's vocabulary, which a model with a larger vocabulary ca
 length limit does: it counts as truncated. No id is masked, so training uses the distribution that was sampled from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from common.models.weights import policy_weights
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.sampling import vllm_engine
 from common.sampling.prefixes import PrefixSampler, states
-from common.sampling.protocol import Sampler, SamplingSettings, sampling_seed
+from common.sampling.protocol import Finished, Sampler, SamplingSettings, sampling_seed
 from common.sampling.torch_sampler import TransformersSampler
 from common.sampling.vllm_sampler import VLLMSampler
 
@@ -35,7 +36,15 @@ def check_sampler(config: RLConfig) -> None:
         vllm_engine.check_installed()
 
 
-def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: torch.device, pool: ModelPool) -> Sampler:
+def make_sampler(
+    config: RLConfig,
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    pool: ModelPool,
+    most_rows: int | None = None,
+) -> Sampler:
     """The sampler the settings name.
 
     Args:
@@ -44,6 +53,7 @@ def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: tor
         dtype: of forward passes.
         device: where models are used.
         pool: lends the model "policy" to a sampler without weights of its own.
+        most_rows: completions of the largest request on this process; None: not known.
     """
     if config.sampler == "transformers":
         return TransformersSampler(lambda: pool.use("policy"), device=device, dtype=dtype)
@@ -53,6 +63,7 @@ def make_sampler(config: RLConfig, path: str, *, dtype: torch.dtype, device: tor
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=config.max_prompt_length + config.max_completion_length,
         max_num_seqs=config.vllm_max_num_seqs,
+        most_rows=most_rows,
         memory_share=config.vllm_memory_share,
         enforce_eager=config.vllm_enforce_eager,
     )
@@ -69,6 +80,7 @@ class PolicySampler:
         end_token_ids: a completion ends with any of them.
         dtype: of forward passes.
         stopwatch: counts time as "push", "sample" or "values".
+        most_rows: as in make_sampler.
 
     Attributes:
         sampler: what samples.
@@ -84,6 +96,7 @@ class PolicySampler:
         end_token_ids: tuple[int, ...],
         dtype: torch.dtype,
         stopwatch: Callable[[str], AbstractContextManager],
+        most_rows: int | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -91,7 +104,7 @@ class PolicySampler:
         self.end_token_ids = end_token_ids
         self._unused_token_ids = unused_token_ids(path, tokenizer)
         self.stopwatch = stopwatch
-        self.sampler = make_sampler(config, path, dtype=dtype, device=models.device, pool=models)
+        self.sampler = make_sampler(config, path, dtype=dtype, device=models.device, pool=models, most_rows=most_rows)
         self._is_stale = True
 
     def policy_has_changed(self) -> None:
@@ -137,12 +150,39 @@ class PolicySampler:
         request = {"num_generations": num_generations, "purpose": purpose, "phase": "values"}
         return self._generate(prompts, self._settings(self.config.temperature), draw=sampler.generate, **request)
 
-    def sample_for_evaluation(self, prompts: PromptBatch, *, show_progress: bool = False) -> Rollouts:
-        """Complete held-out prompts as the eval_* settings say; eval_num_samples rows per prompt."""
+    def sample_for_evaluation(
+        self,
+        prompts: PromptBatch,
+        *,
+        finished: Finished | None = None,
+        have: Mapping[int, list[Completion]] = MappingProxyType({}),
+    ) -> Rollouts:
+        """Complete held-out prompts as the eval_* settings say; eval_num_samples rows per prompt.
+
+        Args:
+            prompts: this process's prompts.
+            finished: called with the position in `prompts` and the completions of each prompt that is sampled, as soon
+                as they are there.
+            have: completions that an interrupted evaluation has sampled, by position; these are not sampled again.
+        """
         config = self.config
-        options = {"top_p": config.eval_top_p, "top_k": config.eval_top_k, "show_progress": show_progress}
-        settings = self._settings(config.eval_temperature, **options)
-        return self._generate(prompts, settings, num_generations=config.eval_num_samples, purpose="eval")
+        missing = [i for i in range(len(prompts)) if i not in have]
+
+        def draw(
+            prompt_ids: list[list[int]], settings: SamplingSettings, *, num_generations: int, seeds: list[int] | None
+        ) -> list[Completion]:
+            drawn = dict(have)
+            request = {"num_generations": num_generations, "seeds": seeds and [seeds[i] for i in missing]}
+            if finished is not None:
+                request["finished"] = lambda i, completions: finished(missing[i], completions)
+            if missing:
+                new = self.sampler.generate([prompt_ids[i] for i in missing], settings, **request)
+                parts = (new[at : at + num_generations] for at in range(0, len(new), num_generations))
+                drawn |= zip(missing, parts, strict=True)
+            return [completion for i in range(len(prompt_ids)) for completion in drawn[i]]
+
+        settings = self._settings(config.eval_temperature, top_p=config.eval_top_p, top_k=config.eval_top_k)
+        return self._generate(prompts, settings, num_generations=config.eval_num_samples, purpose="eval", draw=draw)
 
     def _settings(self, temperature: float, **options: float) -> SamplingSettings:
         stops = (*self.end_token_ids, *self._unused_token_ids)
@@ -171,8 +211,13 @@ class PolicySampler:
                 )
             self.sampler.sleep()
             completions = [replace(c, truncated=c.truncated or self._ends_with_unused_id(c)) for c in completions]
-            texts = completion_texts(self.tokenizer, [c.token_ids for c in completions], self.end_token_ids)
-            return Rollouts.from_completions(prompts, completions, texts, num_generations=num_generations)
+            return Rollouts.from_completions(
+                prompts, completions, self.texts(completions), num_generations=num_generations
+            )
+
+    def texts(self, completions: list[Completion]) -> list[str]:
+        """The text of each completion, as rewards see it."""
+        return completion_texts(self.tokenizer, [each.token_ids for each in completions], self.end_token_ids)
 
     def _ends_with_unused_id(self, completion: Completion) -> bool:
         return bool(completion.token_ids) and completion.token_ids[-1] in self._unused_token_ids

@@ -5,7 +5,7 @@ the other rows of the batch, up to rounding. vllm_sampler.py and torch_sampler.p
 makes their completions begin with given tokens, policy_sampler.py gives a sampler the policy's weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -40,7 +40,6 @@ class SamplingSettings:
         top_k: keeps this many most likely tokens; 0 keeps all.
         max_tokens: completions are cut off at this length.
         stop_token_ids: a completion ends with the first of these, and includes it.
-        show_progress: show a progress bar.
     """
 
     temperature: float
@@ -48,7 +47,6 @@ class SamplingSettings:
     top_k: int = 0
     max_tokens: int
     stop_token_ids: tuple[int, ...]
-    show_progress: bool = False
 
     def __post_init__(self) -> None:
         # vLLM raises lower temperatures to 0.01, and refuses those above 2.
@@ -64,6 +62,10 @@ class SamplingSettings:
             )
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens}: a completion has at least one token. Pass 1 or more.")
+
+
+# Called with the position of a prompt in the request, and all of its completions.
+Finished = Callable[[int, list[Completion]], None]
 
 
 class Sampler(Protocol):
@@ -86,6 +88,7 @@ class Sampler(Protocol):
         *,
         num_generations: int = 1,
         seeds: list[int] | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         """Draw completions.
 
@@ -95,6 +98,7 @@ class Sampler(Protocol):
             num_generations: completions per prompt; 1 if greedy.
             seeds: one per prompt, at least num_generations apart: completion i of a prompt draws from its seed plus i.
                 None if greedy.
+            finished: called once for each prompt, in any order, as soon as its completions are there.
 
         Returns:
             len(prompt_ids) x num_generations completions, rows of one prompt adjacent.

@@ -10,10 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 import transformers
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common.rollouts import Completion
-from common.sampling.protocol import SamplingSettings, check_request
+from common.sampling.protocol import Finished, SamplingSettings, check_request
 
 
 class TransformersSampler:
@@ -50,22 +49,25 @@ class TransformersSampler:
         *,
         num_generations: int = 1,
         seeds: list[int] | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         """See Sampler."""
         check_request(prompt_ids, settings, num_generations, seeds)
         at_once = max(self._max_rows // num_generations, 1)
         autocast = torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
-        completions = []
+        completions: list[Completion] = []
         with self._use_policy() as policy, _evaluation_mode(policy), torch.no_grad(), autocast:
-            starts = range(0, len(prompt_ids), at_once)
-            for start in tqdm(starts, desc="sampling", disable=not settings.show_progress):
+            for start in range(0, len(prompt_ids), at_once):
                 prompts = prompt_ids[start : start + at_once]
                 noise = None
                 if seeds is not None:
                     row_seeds = [seed + i for seed in seeds[start : start + at_once] for i in range(num_generations)]
                     noise = torch.stack([_uniform(seed, settings.max_tokens) for seed in row_seeds])
                     noise = noise.to(self._device)  # (rows, C)
-                completions += decode(policy, prompts, settings, num_generations, noise)
+                drawn = decode(policy, prompts, settings, num_generations, noise)
+                completions += drawn
+                for i in range(len(prompts) if finished else 0):
+                    finished(start + i, drawn[i * num_generations : (i + 1) * num_generations])
         return completions
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from common.environment import num_threads, preserved_random_state, process_unchanged
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
-from common.sampling.protocol import SamplingSettings
+from common.sampling.protocol import Finished, SamplingSettings
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
 # vLLM's default of 128, shorter prompts would be computed once per completion.
@@ -50,6 +51,7 @@ class EngineSettings:
         dtype: "float32", "bfloat16" or "float16".
         max_model_len: tokens of the longest prompt and its completion.
         max_num_seqs: completions sampled at the same time.
+        most_rows: completions of the largest request, if that is known; on the CPU there is memory for no more.
         memory_share: share of the GPU's memory for weights, cache and activations; on the CPU, share of the free
             memory, at most what the cache can use.
         enforce_eager: do not capture CUDA graphs.
@@ -60,9 +62,15 @@ class EngineSettings:
     dtype: str
     max_model_len: int
     max_num_seqs: int = 256
+    most_rows: int | None = None
     memory_share: float = 0.4
     enforce_eager: bool = False
     can_sleep: bool = False
+
+    @property
+    def num_seqs_on_cpu(self) -> int:
+        """Completions that the CPU samples at the same time; the memory for all of them is allocated at once."""
+        return min(self.max_num_seqs, self.most_rows or self.max_num_seqs)
 
 
 class Engine:
@@ -116,6 +124,7 @@ def generate(
     *,
     num_generations: int,
     seeds: Sequence[int | None],
+    finished: Finished | None = None,
 ) -> list[Completion]:
     """Sample completions without changing the random state of the process.
 
@@ -125,6 +134,7 @@ def generate(
         settings: shared by all prompts.
         num_generations: completions per prompt; completion i of a prompt has the seed of the prompt plus i.
         seeds: one per prompt; None: greedy.
+        finished: as in Sampler.generate.
 
     Returns:
         len(prompt_ids) x num_generations completions, rows of one prompt adjacent.
@@ -151,15 +161,42 @@ def generate(
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
     small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
-        with preserved_random_state(), num_threads(1 if small else None):
-            outputs = engine.llm.generate(prompts, params, use_tqdm=settings.show_progress)
+        with preserved_random_state(), num_threads(1 if small else None), _reporting(engine, finished):
+            outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
         abort_requests(engine)
         raise
-    samples = [sample for output in outputs for sample in output.outputs]
+    return [completion for output in outputs for completion in _completions(output)]
+
+
+def _completions(output: Any) -> list[Completion]:
+    """The completions of a finished request."""
+    samples = output.outputs
     reasons = {sample.finish_reason for sample in samples}
     assert reasons <= {"stop", "length"}, reasons
     return [Completion(list(s.token_ids), s.logprobs.logprobs, s.finish_reason == "length") for s in samples]
+
+
+@contextmanager
+def _reporting(engine: Engine, finished: Finished | None) -> Iterator[None]:
+    """Call `finished` for each request of LLM.generate, which itself returns only when all have ended."""
+    if finished is None:
+        yield
+        return
+    core, first = engine.llm.llm_engine, engine.llm.request_counter.counter  # requests are numbered one by one
+
+    def step() -> list[Any]:
+        outputs = type(core).step(core)
+        for output in outputs:
+            if output.finished:
+                finished(int(output.request_id) - first, _completions(output))
+        return outputs
+
+    core.step = step
+    try:
+        yield
+    finally:
+        del core.step
 
 
 def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -241,6 +278,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
             "enable_sleep_mode": settings.can_sleep,
         }
     return arguments | {
+        "max_num_seqs": settings.num_seqs_on_cpu,
         "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
         "block_size": _CPU_BLOCK,
         "enforce_eager": True,  # compiling takes 26 s and gains nothing
@@ -258,9 +296,25 @@ def _cpu_cache_bytes(settings: EngineSettings) -> int:
     heads = named.get("num_key_value_heads") or config.num_attention_heads
     width = named.get("head_dim") or config.hidden_size // config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * heads * width * _DTYPE_BYTES[settings.dtype]
-    blocks = -(-settings.max_model_len // _CPU_BLOCK) * settings.max_num_seqs + 1  # vLLM reserves one
-    share = int(psutil.virtual_memory().available * settings.memory_share)
+    blocks = math.ceil(settings.max_model_len / _CPU_BLOCK)
+    # Layers of each kind, such as those with a sliding window, have blocks of their own, with one more at the window's
+    # edge; groups of layers are filled up to the same size.
+    kinds = len(set(named.get("layer_types") or ["full_attention"]))
+    blocks = (blocks + 1) * kinds if kinds > 1 else blocks
+    blocks = blocks * settings.num_seqs_on_cpu + 1  # vLLM reserves one
+    share = int(_free_memory() * settings.memory_share)
     return min(blocks * _CPU_BLOCK * token_bytes, share)
+
+
+def _free_memory() -> int:
+    """Bytes that vLLM takes for free: of the whole machine, or of the memory node that is nearest to this process."""
+    free = psutil.virtual_memory().available
+    if importlib.util.find_spec("vllm.utils.cpu_resource_utils") is None:
+        return free  # older versions of vLLM know no nodes
+    from vllm.utils import cpu_resource_utils
+
+    node = cpu_resource_utils.get_allowed_cpu_list()[0].numa_node
+    return min(free, cpu_resource_utils.get_memory_node_info(node).available_memory)
 
 
 def _avoid_side_effects() -> None:

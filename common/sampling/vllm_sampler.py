@@ -1,5 +1,6 @@
 """The sampler on vLLM: one engine for the whole run, asleep while models are used; `push` replaces its weights."""
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor
 
 from common.rollouts import Completion
 from common.sampling import vllm_engine
-from common.sampling.protocol import SamplingSettings, check_request
+from common.sampling.protocol import Finished, SamplingSettings, check_request
+
+logger = logging.getLogger("nanorlhf")
 
 
 class VLLMSampler:
@@ -28,6 +31,7 @@ class VLLMSampler:
         )
         self._engine = vllm_engine.create_engine(self._settings)
         self._asleep: set[str] = set()
+        self._is_small = self._settings.num_seqs_on_cpu < self._settings.max_num_seqs
         self.has_weights = False
 
     @property
@@ -44,6 +48,7 @@ class VLLMSampler:
         *,
         num_generations: int = 1,
         seeds: list[int] | None = None,
+        finished: Finished | None = None,
     ) -> list[Completion]:
         """See Sampler."""
         check_request(prompt_ids, settings, num_generations, seeds)
@@ -53,6 +58,7 @@ class VLLMSampler:
                 f"a prompt of {longest} tokens with max_tokens={settings.max_tokens}: the engine was created for "
                 f"max_model_len={limit} tokens in total. Drop longer prompts, or raise max_prompt_length."
             )
+        self._check_size(len(prompt_ids) * num_generations)
         # vLLM would wait forever for the memory, or sample from random weights.
         if self._asleep:
             raise RuntimeError(f"generate while {sorted(self._asleep)} sleep: vLLM has no memory. Call wake() first.")
@@ -64,7 +70,20 @@ class VLLMSampler:
             settings,
             num_generations=num_generations,
             seeds=[None] * len(prompt_ids) if seeds is None else seeds,
+            finished=finished,
         )
+
+    def _check_size(self, num_rows: int) -> None:
+        """Say once that a request is larger than what there is memory for, if more could have been asked for."""
+        at_once = self._settings.num_seqs_on_cpu
+        if self._is_small and num_rows > at_once and not torch.cuda.is_available():
+            self._is_small = False
+            logger.warning(
+                "a request of %d completions: vLLM has memory for %d, which was said to be the most, and samples so "
+                "many at a time. This is slower, and the result is the same. Have completions_at_once in the "
+                "algorithm's settings return %d.",
+                *(num_rows, at_once, num_rows),
+            )
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See Sampler. Wakes the weights if they sleep, but not the cache: the policy is on the device too."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from common.runs.checkpoints import MAY_CHANGE, write_file
+from common.runs.checkpoints import write_file
+from common.runs.folder import MAY_CHANGE
 from examples.compare_algorithms.figure import picture
 from examples.compare_algorithms.runs import FinishedRun, check_equal, comparable_runs, must_be_equal
 

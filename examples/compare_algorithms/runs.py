@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from common.runs.checkpoints import CONFIG_FILE, FINAL_FOLDER, MAY_CHANGE
+from common.runs.checkpoints import FINAL_FOLDER
+from common.runs.folder import CONFIG_FILE, MAY_CHANGE
 from common.runs.log import METRICS_FILE
 from common.runs.plots import Curves
 

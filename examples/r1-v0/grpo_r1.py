@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from r1_figure import FIGURE_FILE, write_figure
 
 from common.cli import parse_config, run_script
-from common.start import prepare, report
+from common.start import how_to_go_on, prepare, report
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 
 SETTINGS = GRPOConfig(
@@ -24,7 +24,7 @@ SETTINGS = GRPOConfig(
     num_eval_prompts=500,  # cpu: 512
     rewards=["format", "equation"],  # the format, and the right result with every number once
     reward_weights=[1.0, 1.0],  # cpu: [0.1, 0.9]
-    reward_format="text",
+    reward_format="auto",
     reward_time_limit=1.0,
     reward_memory_limit=2.0,
     prompt_file=None,
@@ -162,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, interrupted=lambda: how_to_go_on(GRPOTrainer, parse()))

@@ -19,17 +19,12 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
-from common.runs.checkpoints import (
-    FINAL_FOLDER,
-    has_begun,
-    latest_checkpoint,
-    prepare_run_folder,
-    save_final,
-    write_file,
-)
+from common.runs.checkpoints import FINAL_FOLDER, damage_of, latest_checkpoint, save_final, write_file
+from common.runs.folder import has_begun, prepare_run_folder
+from common.runs.manifest import write_manifest
 from common.runs.writable import check_folder
 from common.runs.prompt_record import Record, check_record, describe_examples, start_time
 from common.cli import parse_settings, run_script
@@ -219,7 +214,17 @@ def make_trainer(
         eval_dataset=data[1],
         processing_class=tokenizer,
         peft_config=lora if settings.use_lora else None,
+        callbacks=[WriteManifest()],
     )
+
+
+class WriteManifest(TrainerCallback):
+    """Gives every checkpoint a manifest, by which a damaged one is found."""
+
+    def on_save(self, args: SFTConfig, state: TrainerState, *_: object, **__: object) -> None:
+        """See TrainerCallback."""
+        if state.is_world_process_zero:
+            write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def prepare_folder(
@@ -231,14 +236,15 @@ def prepare_folder(
         ValueError: the folder is another run's, or a finished one, or the run had other examples.
     """
     folder = Path(settings.output_dir)
-    if (folder / FINAL_FOLDER).exists():
+    if (folder / FINAL_FOLDER).exists() and damage_of(folder / FINAL_FOLDER) is None:
         raise ValueError(
             f"output_dir={folder}: the run there has finished, and nothing is overwritten. Pass another --output_dir."
         )
     state = PartialState()
     if state.is_main_process:
         is_new = not has_begun(folder)
-        prepare_run_folder(folder, asdict(settings), may_change=("output_dir", "save_every"), may_grow=())
+        may = {"may_change": ("output_dir", "save_every"), "may_grow": ()}
+        prepare_run_folder(folder, asdict(settings), **may, in_place=True)
         if record is not None:
             check_record(folder, record, is_new=is_new)
         if settings.model == "tiny" and not base_folder(settings).exists():

@@ -1,13 +1,11 @@
 
 // ----------------------------------------------------------------------------------------------------- completions
 
-const PAGE_SIZE = 60, MATRIX_ROWS = 100, SPLITS = { eval: "held-out", train: "training" };
-const rows = data.runs.flatMap((run, index) => run.samples.map((sample) => ({ ...sample, run: index })));
-const partNames = [...new Set(rows.flatMap((row) => Object.keys(row.parts)))];
-const partRanges = new Map(partNames.map((name) => [name, rangeOf(rows.map((row) => row.parts[name]))]));
+const MATRIX_ROWS = 100;
+// Of one prompt; a browser lays out so many in a moment. More are reached with the filters or in the list.
+const MAX_COLUMNS = 60, MAX_IN_COLUMN = 12;
 const scoreRange = rangeOf(rows.map((row) => row.score));
 const sharedStart = commonStart(data.prompts);
-const view = { prompt: null, step: null, shown: PAGE_SIZE };
 
 // The smallest and the largest value, and at least from 0 to 1; null is ignored.
 function rangeOf(values) {
@@ -26,98 +24,46 @@ function commonStart(prompts) {
 }
 
 function promptLabel(index, width = 80) {
-  const text = data.prompts[index].slice(sharedStart).replace(/\s+/g, " ").trim();
+  const text = data.prompts[index].slice(sharedStart, sharedStart + 20 * width).replace(/\s+/g, " ").trim();
   const begin = [...text.slice(0, 2 * width)].slice(0, width).join("");  // between characters, not within one
   return (sharedStart ? "… " : "") + (begin.length < text.length ? `${begin}…` : text || "(empty)");
 }
 
-// --- filters
+const sortedSteps = (some) => [...new Set(some.map((row) => row.step))].sort((one, other) => one - other);
 
-function field(label, control) {
-  return el("label", {}, label, control);
+// The first, the last and evenly spread ones between; also the chosen one if it is among them.
+function spread(steps, number) {
+  if (steps.length <= number) return steps;
+  const places = new Set(Array.from({ length: number }, (_, index) => Math.round(index * (steps.length - 1) / (number - 1))));
+  return steps.filter((step, index) => places.has(index) || step === view.step);
 }
 
-function choose(id, options) {
-  return el("select", { id }, ...options.map(([value, text]) => el("option", { value }, text)));
+function meanScore(some) {
+  const scores = some.filter((row) => row.score != null).map((row) => row.score);
+  return scores.length ? scores.reduce((one, other) => one + other, 0) / scores.length : null;
 }
 
-function drawFilters() {
-  const form = document.getElementById("filters");
-  const number = (id, attributes = {}) => el("input", { id, type: "number", step: "any", ...attributes });
-  const radio = (value, text, checked) => el("label", { class: "choice" }, el("input", { type: "radio", name: "view", value, ...(checked ? { checked: "" } : {}) }), text);
-  const parts = [["score", "score"], ...partNames.map((name) => [`part:${name}`, name])];
-  form.append(
-    el("fieldset", {}, el("legend", {}, "Show"), radio("prompts", "one prompt through training", true), radio("list", "a list")),
-    ...(data.runs.length > 1 ? [field("Run", choose("run", [["", "all"], ...data.runs.map((run, index) => [index, run.name])]))] : []),
-    field("Prompts", choose("split", [["", "all"], ["eval", "held-out"], ["train", "training"]])),
-    field("From step", number("from", { min: 0, step: 1 })),
-    field("To step", number("to", { min: 0, step: 1 })),
-    field("Text in prompt or completion", el("input", { id: "text", type: "search" })),
-    field("Score or reward part", choose("part", parts)),
-    field("is", choose("condition", [["", "anything"], ["one", "1"], ["less", "less than 1"], ["range", "between"], ["none", "none"]])),
-    el("fieldset", { id: "range", hidden: "" }, field("at least", number("low")), field("at most", number("high"))),
-    field("Cut off at the limit", choose("truncated", [["", "any"], ["yes", "only cut off"], ["no", "only finished"]])),
-    field("List sorted by", choose("sort", [["step", "step"], ["-step", "step, last first"], ["-score", "score, best first"],
-      ["score", "score, worst first"], ["-length", "length, longest first"], ["length", "length, shortest first"]])),
-    el("button", { type: "reset" }, "Reset"),
-  );
-  let waiting = 0;
-  const later = () => { clearTimeout(waiting); waiting = setTimeout(refresh, 120); };
-  form.addEventListener("input", later);
-  form.addEventListener("reset", later);
-  form.addEventListener("submit", (event) => { event.preventDefault(); refresh(); });
-}
-
-const valueOf = (id) => document.getElementById(id)?.value ?? "";
-
-function wantedView() {
-  return document.querySelector("input[name=view]:checked").value;
-}
-
-function passes(row, wanted) {
-  const value = wanted.part.startsWith("part:") ? row.parts[wanted.part.slice(5)] : row.score;
-  const one = value != null && Math.abs(value - 1) < 1e-6;
-  const conditions = {
-    "": true, one, less: value != null && value < 1 && !one, none: value == null,
-    range: value != null && value >= wanted.low && value <= wanted.high,
-  };
-  return (wanted.run === "" || row.run === Number(wanted.run))
-    && (!wanted.split || row.split === wanted.split)
-    && row.step >= wanted.from && row.step <= wanted.to
-    && (!wanted.truncated || row.truncated === (wanted.truncated === "yes"))
-    && conditions[wanted.condition]
-    && (!wanted.text || lower(row).includes(wanted.text));
-}
-
-function lower(row) {
-  row.lower ??= `${data.prompts[row.prompt]}\n${row.completion}`.toLowerCase();
-  return row.lower;
-}
-
-function filtered() {
-  const number = (id, otherwise) => (valueOf(id) === "" ? otherwise : Number(valueOf(id)));
-  const wanted = {
-    run: valueOf("run"), split: valueOf("split"), text: valueOf("text").toLowerCase(), truncated: valueOf("truncated"),
-    part: valueOf("part"), condition: valueOf("condition"), from: number("from", -Infinity), to: number("to", Infinity),
-    low: number("low", -Infinity), high: number("high", Infinity),
-  };
-  return rows.filter((row) => passes(row, wanted));
-}
-
-function refresh() {
-  document.getElementById("range").hidden = valueOf("condition") !== "range";
-  view.shown = PAGE_SIZE;
-  draw();
+function grouped(some, keyOf) {
+  const groups = new Map();
+  for (const row of some) {
+    const key = keyOf(row);
+    if (!groups.has(key)) groups.set(key, []);
+    groups.get(key).push(row);
+  }
+  return groups;
 }
 
 function draw() {
-  const found = filtered(), results = document.getElementById("results");
-  document.getElementById("count").value = `${found.length} of ${rows.length} completions`;
-  document.getElementById("sort").disabled = wantedView() !== "list";
+  const found = filtered(), results = byId("results"), number = changedControls().filter(([, id]) => id !== "sort").length;
+  byId("range").hidden = valueOf("condition") !== "range";
+  byId("filter-title").textContent = number ? `Filters (${number} in use)` : "Filters";
+  byId("count").value = `${found.length} of ${rows.length} completions`;
+  byId("sort").disabled = wantedView() !== "list";
   if (!found.length) {
     results.replaceChildren(el("p", { class: "note" }, rows.length ? "No completion passes the filters. Reset shows all." : "There are no completions yet."));
   } else {
     results.replaceChildren(...(wantedView() === "list" ? drawList(found) : drawPrompts(found)));
+    showPlace();
   }
 }
 
@@ -135,6 +81,7 @@ function drawList(found) {
   more.addEventListener("click", () => {
     const shown = view.shown;
     view.shown += PAGE_SIZE;
+    history.replaceState({ ...history.state, shown: view.shown }, "");
     draw();
     const next = document.querySelectorAll("#results .card")[shown];
     next.tabIndex = -1;
@@ -146,72 +93,121 @@ function drawList(found) {
 // --- one prompt through training
 
 function drawPrompts(found) {
-  const byPrompt = new Map();
-  for (const row of found) {
-    if (!byPrompt.has(row.prompt)) byPrompt.set(row.prompt, []);
-    byPrompt.get(row.prompt).push(row);
-  }
-  const isHeldOut = (index) => byPrompt.get(index).some((row) => row.split === "eval");
-  const order = [...byPrompt.keys()].sort((one, other) => isHeldOut(other) - isHeldOut(one) || one - other);
-  if (!byPrompt.has(view.prompt)) view.prompt = order[0];
-  const heldOut = order.filter(isHeldOut);
+  const byPrompt = grouped(found, (row) => row.prompt);
+  const heldOut = new Set(found.filter((row) => row.split === "eval").map((row) => row.prompt));
+  const order = [...byPrompt.keys()].sort((one, other) => heldOut.has(other) - heldOut.has(one) || one - other);
+  const shown = shownPrompt(order, byPrompt), first = order.filter((prompt) => heldOut.has(prompt));
   return [
-    ...(heldOut.length ? drawMatrix(heldOut, byPrompt) : []),
-    drawChooser(order, byPrompt),
-    el("pre", { class: "text prompt", tabindex: "0", role: "group", "aria-label": "Prompt" }, ...marked(data.prompts[view.prompt])),
-    ...data.runs.flatMap((run, index) => drawStrip(byPrompt.get(view.prompt).filter((row) => row.run === index), run, index)),
+    ...(first.length ? drawMatrix(first, byPrompt, shown) : []),
+    drawChooser(order, byPrompt, shown),
+    el("pre", { class: "text prompt", tabindex: "0", role: "group", "aria-label": "Prompt", "data-keep": "prompt", "data-prompt": shown }, ...marked(data.prompts[shown])),
+    ...data.runs.flatMap((run, index) => drawStrip(byPrompt.get(shown).filter((row) => row.run === index), run, index)),
   ];
+}
+
+// The prompt that was chosen; else, of those that come first, the one whose score has changed most.
+function shownPrompt(order, byPrompt) {
+  if (byPrompt.has(view.prompt)) return view.prompt;
+  const better = (one, other) => Math.abs(one.change) - Math.abs(other.change) || one.change - other.change;
+  const changes = order.map((prompt) => ({ prompt, change: changeOf(byPrompt.get(prompt)) }));
+  return changes.reduce((best, next) => (better(next, best) > 0 ? next : best)).prompt;
+}
+
+// From the first to the last step, in the run where it is largest.
+function changeOf(own) {
+  const changes = [...grouped(own, (row) => row.run).values()].map((ofRun) => {
+    const steps = sortedSteps(ofRun.filter((row) => row.score != null)), at = (step) => meanScore(ofRun.filter((row) => row.step === step));
+    return steps.length ? at(steps[steps.length - 1]) - at(steps[0]) : 0;
+  });
+  return changes.reduce((most, change) => (Math.abs(change) > Math.abs(most) ? change : most));
 }
 
 // Rows: a held-out prompt in a run; columns: steps; cells: mean score, which leads to the completions.
-function drawMatrix(prompts, byPrompt) {
-  const cells = prompts.flatMap((prompt) => byPrompt.get(prompt)).filter((row) => row.split === "eval");
-  const steps = [...new Set(cells.map((row) => row.step))].sort((one, other) => one - other);
-  const lines = prompts.slice(0, MATRIX_ROWS).flatMap((prompt) => data.runs.map((run, index) => {
-    const own = byPrompt.get(prompt).filter((row) => row.run === index && row.split === "eval");
-    return own.length ? drawMatrixLine(prompt, index, own, steps) : null;
-  })).filter(Boolean);
-  const head = el("tr", {}, el("th", { scope: "col" }, "step"), ...steps.map((step) => el("th", { scope: "col" }, String(step))));
+function drawMatrix(prompts, byPrompt, shown) {
+  const shownPrompts = prompts.slice(0, MATRIX_ROWS);
+  const cells = shownPrompts.flatMap((prompt) => byPrompt.get(prompt)).filter((row) => row.split === "eval");
+  const steps = spread(sortedSteps(cells), 3 * MAX_COLUMNS);
+  const lines = shownPrompts.flatMap((prompt) => {
+    const byRun = grouped(byPrompt.get(prompt).filter((row) => row.split === "eval"), (row) => row.run);
+    return data.runs.flatMap((run, index) => (byRun.has(index) ? [drawMatrixLine(prompt, index, byRun.get(index), steps, shown)] : []));
+  });
+  const head = el("tr", {}, el("th", { scope: "col" }, "step"), ...steps.map((step) => el("th", { scope: "col", ...(step === view.step ? { class: "here" } : {}) }, String(step))));
   const left = prompts.length > MATRIX_ROWS ? `; the first ${MATRIX_ROWS} of ${prompts.length} prompts` : "";
+  const table = el("table", { class: "matrix" }, el("thead", {}, head), el("tbody", {}, ...lines));
+  moveByArrows(table);
   return [
-    el("p", { class: "hint" }, `Scores of the held-out prompts through training${left}. Click a score to see its completion.`),
-    el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Scores of the held-out prompts by step" },
-      el("table", { class: "matrix" }, el("thead", {}, head), el("tbody", {}, ...lines))),
+    el("p", { class: "hint" }, `Scores of the held-out prompts through training${left}. Click a score to see its completion. The page begins with the prompt whose score has changed most.`),
+    el("div", { class: "scroll", role: "group", "aria-label": "Scores of the held-out prompts by step; arrow keys go from score to score", "data-keep": "matrix" }, table),
   ];
 }
 
-function drawMatrixLine(prompt, run, own, steps) {
-  const label = [...(data.runs.length > 1 ? [swatch(run)] : []), promptLabel(prompt)];
+// One stop of the Tab key, at the chosen step or the last one; from there arrow keys go from score to score.
+function moveByArrows(table) {
+  const at = (line, column) => table.rows[line]?.cells[column]?.querySelector("button");
+  const own = [...table.querySelectorAll(".chosen button")], here = table.querySelector("thead .here")?.cellIndex;
+  let stop = own.find((button) => button.closest("td").cellIndex === here) ?? own[own.length - 1] ?? table.querySelector("button");
+  if (stop) stop.tabIndex = 0;
+  table.addEventListener("keydown", (event) => {
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+    const cell = event.target.closest("td");
+    if (!cell || !(down || right)) return;
+    event.preventDefault();
+    let [line, column] = [cell.parentNode.rowIndex + down, cell.cellIndex + right];
+    while (table.rows[line]?.cells[column] && !at(line, column)) [line, column] = [line + down, column + right];
+    const next = at(line, column);
+    if (!next) return;
+    [stop.tabIndex, next.tabIndex, stop] = [-1, 0, next];
+    next.focus();
+  });
+}
+
+function drawMatrixLine(prompt, run, own, steps, shown) {
+  const label = promptLabel(prompt), byStep = grouped(own, (row) => row.step);
   const [low, high] = scoreRange;
   const cells = steps.map((step) => {
-    const scores = own.filter((row) => row.step === step && row.score != null).map((row) => row.score);
-    if (!scores.length) return el("td", {});
-    const mean = scores.reduce((one, other) => one + other, 0) / scores.length;
-    const button = el("button", { type: "button", "aria-label": `score ${brief(mean)} at step ${step}, ${promptLabel(prompt)}` }, brief(mean));
+    const mean = meanScore(byStep.get(step) ?? []);
+    if (mean == null) return el("td", {});
+    const button = el("button", { type: "button", tabindex: "-1", "aria-label": `score ${brief(mean)} at step ${step}, ${label}` }, brief(mean));
     button.style.setProperty("--share", `${(100 * (mean - low) / (high - low)).toFixed(0)}%`);
     button.addEventListener("click", () => goTo(prompt, step, run));
     return el("td", {}, button);
   });
-  return el("tr", prompt === view.prompt ? { class: "chosen" } : {}, el("th", { scope: "row" }, ...label), ...cells);
+  const head = el("th", { scope: "row" }, ...(data.runs.length > 1 ? [swatch(run)] : []), label);
+  return el("tr", prompt === shown ? { class: "chosen", "aria-current": "true" } : {}, head, ...cells);
 }
 
 function goTo(prompt, step, run) {
-  view.prompt = prompt;
+  [view.prompt, view.step] = [prompt, step];
   document.querySelector("input[name=view][value=prompts]").checked = true;
+  writeAddress();
   draw();
   const card = document.querySelector(`#results .card[data-step="${step}"][data-run="${run}"]`);
-  card.classList.add("here");
   card.tabIndex = -1;
   card.focus({ preventScroll: true });
   card.scrollIntoView({ block: "nearest", inline: "center" });
 }
 
-function drawChooser(order, byPrompt) {
+// Within their own boxes: the chosen prompt's line of scores, and the chosen step or the last one.
+function showPlace() {
+  const line = document.querySelector("#results .chosen"), box = line?.closest(".scroll");
+  if (box) box.scrollTop = line.offsetTop + line.offsetHeight - box.clientHeight;
+  for (const wide of document.querySelectorAll("#results .scroll, #results .strip")) {
+    const here = wide.querySelector(".here");
+    wide.scrollLeft = here ? here.offsetLeft - (wide.clientWidth - here.offsetWidth) / 2 : wide.scrollWidth;
+  }
+}
+
+function drawChooser(order, byPrompt, shown) {
   const split = (index) => SPLITS[byPrompt.get(index)[0].split] || "";
-  const select = el("select", { id: "prompt" }, ...order.map((index) => el("option", { value: index }, `${split(index)}: ${promptLabel(index)}`)));
-  select.value = view.prompt;
-  const turn = (prompt, id) => { view.prompt = prompt; draw(); document.getElementById(id).focus(); };
-  const at = order.indexOf(view.prompt);
+  const select = el("select", { id: "prompt", autocomplete: "off" }, ...order.map((index) => el("option", { value: index }, `${split(index)}: ${promptLabel(index)}`)));
+  select.value = shown;
+  const turn = (prompt, id) => {
+    [view.prompt, view.step] = [prompt, null];
+    writeAddress();
+    draw();
+    byId(id).focus();
+  };
+  const at = order.indexOf(shown);
   const step = (id, text, index) => {
     const button = el("button", { id, type: "button" }, text);
     button.disabled = index < 0 || index >= order.length;
@@ -227,83 +223,15 @@ function drawChooser(order, byPrompt) {
 function drawStrip(own, run, index) {
   if (!own.length) return [];
   const head = data.runs.length > 1 ? [el("p", { class: "run" }, swatch(index), run.name)] : [];
-  const steps = [...new Set(own.map((row) => row.step))].sort((one, other) => one - other);
-  if (steps.length === 1) return [...head, el("div", { class: "cards" }, ...own.map((row) => drawCard(row)))];
-  const columns = steps.map((step) => el("div", { class: "column" }, ...own.filter((row) => row.step === step).map((row) => drawCard(row))));
-  return [...head, el("div", { class: "strip", tabindex: "0", role: "group", "aria-label": "Completions by step" }, ...columns)];
+  const byStep = grouped(own, (row) => row.step), steps = sortedSteps(own), shown = spread(steps, MAX_COLUMNS);
+  if (steps.length === 1) return [...head, ...someCards(own, PAGE_SIZE, "cards")];
+  const columns = shown.map((step) => el("div", { class: "column" }, ...someCards(byStep.get(step), MAX_IN_COLUMN, "stack")));
+  const left = shown.length < steps.length ? [el("p", { class: "hint" }, `${shown.length} of ${steps.length} steps, evenly spread; with "From step" and "To step" the others.`)] : [];
+  return [...head, ...left, el("div", { class: "strip", tabindex: "0", role: "group", "aria-label": "Completions by step", "data-keep": `strip ${index}` }, ...columns)];
 }
 
-// --- a completion
-
-function drawCard(row, withPrompt) {
-  const facts = [
-    ...(data.runs.length > 1 && withPrompt ? [el("span", { class: "run" }, swatch(row.run), data.runs[row.run].name)] : []),
-    el("h4", {}, `step ${row.step}`),
-    el("span", {}, `score ${brief(row.score)}`),
-    ...(row.length == null ? [] : [el("span", { class: "faint" }, row.length === 1 ? "1 token" : `${row.length} tokens`)]),
-    ...(SPLITS[row.split] ? [el("span", { class: "faint" }, SPLITS[row.split])] : []),
-    ...(row.truncated ? [el("span", { class: "chip" }, "cut off")] : []),
-  ];
-  if (withPrompt) {
-    const button = el("button", { type: "button", class: "small" }, "through training");
-    button.addEventListener("click", () => goTo(row.prompt, row.step, row.run));
-    facts.push(button);
-  }
-  const prompt = withPrompt ? [el("pre", { class: "text prompt", tabindex: "0", role: "group", "aria-label": "Prompt" }, ...marked(data.prompts[row.prompt].slice(sharedStart)))] : [];
-  const completion = el("pre", { class: "text", tabindex: "0", role: "group", "aria-label": `Completion of step ${row.step}` }, ...(row.completion ? highlighted(row.completion) : [el("span", { class: "faint" }, "(empty)")]));
-  return el("article", { class: "card", "data-step": row.step, "data-run": row.run }, el("div", { class: "line" }, ...facts), drawParts(row.parts), ...prompt, completion);
-}
-
-function drawParts(parts) {
-  return el("dl", { class: "parts" }, ...Object.entries(parts).flatMap(([name, value]) => {
-    const [low, high] = partRanges.get(name), percent = (number) => 100 * (number - low) / (high - low);
-    const bar = el("i", value < 0 ? { class: "negative" } : {});
-    bar.style.left = `${percent(Math.min(value ?? 0, 0))}%`;
-    bar.style.width = `${percent(Math.max(value ?? 0, 0)) - percent(Math.min(value ?? 0, 0))}%`;
-    return [el("dt", {}, name), el("dd", { class: "bar", "aria-hidden": "true" }, bar), el("dd", {}, value == null ? "none" : brief(value))];
-  }));
-}
-
-// Text in pieces: tags, the content of an answer or a box, and the rest.
-function highlighted(text) {
-  const pieces = [], tags = /<\/?(?:think|answer|reasoning)>|\\boxed\{/g;
-  let from = 0, inAnswer = false;
-  const add = (until) => { if (until > from) pieces.push(...(inAnswer ? [el("span", { class: "answer" }, ...marked(text.slice(from, until)))] : marked(text.slice(from, until)))); };
-  for (let found = tags.exec(text); found; found = tags.exec(text)) {
-    add(found.index);
-    from = tags.lastIndex;
-    if (found[0].startsWith("\\")) {
-      const end = endOfBraces(text, from);
-      pieces.push(el("span", { class: "tag" }, "\\boxed{"), el("span", { class: "answer" }, ...marked(text.slice(from, end))));
-      from = tags.lastIndex = end;
-    } else {
-      pieces.push(el("span", { class: "tag" }, ...marked(found[0])));
-      inAnswer = found[0] === "<answer>" || (inAnswer && found[0] !== "</answer>");
-    }
-  }
-  add(text.length);
-  return pieces;
-}
-
-// Index of the brace that closes the one just before `from`; the end of the text if there is none.
-function endOfBraces(text, from) {
-  let depth = 1, at = from;
-  for (; at < text.length; at++) {
-    depth += text[at] === "{" ? 1 : text[at] === "}" ? -1 : 0;
-    if (!depth) return at;
-  }
-  return at;
-}
-
-// Text with matches of the search marked, always as text.
-function marked(text) {
-  const wanted = valueOf("text").toLowerCase(), lowered = text.toLowerCase();
-  if (!wanted || lowered.length !== text.length) return [text];
-  const pieces = [];
-  let from = 0;
-  for (let at = lowered.indexOf(wanted); at >= 0; at = lowered.indexOf(wanted, from)) {
-    pieces.push(text.slice(from, at), el("mark", {}, text.slice(at, at + wanted.length)));
-    from = at + wanted.length;
-  }
-  return [...pieces, text.slice(from)];
+function someCards(own, number, kind) {
+  const left = own.length - number;
+  const cards = el("div", { class: kind }, ...own.slice(0, number).map((row) => drawCard(row, false)));
+  return left > 0 ? [cards, el("p", { class: "hint" }, `${left} more are in the list.`)] : [cards];
 }

@@ -2,6 +2,7 @@
 // ---------------------------------------------------------------------------------------------------------- curves
 
 const WIDTH = 360, HEIGHT = 190, LEFT = 46, RIGHT = 8, TOP = 8, BOTTOM = 24;
+const MAX_TICKS = 12;
 const MAX_RAW = 150;  // more single steps than this would hide the mean
 const MAIN_METRICS = [
   ["score", "Score"],
@@ -81,7 +82,7 @@ function drawCurves() {
 
 function otherPanel(names) {
   const box = el("div", {});
-  const select = el("select", { "aria-label": "Metric to draw" }, ...names.map((name) => el("option", { value: name }, name)));
+  const select = el("select", { id: "metric", autocomplete: "off", "aria-label": "Metric to draw" }, ...names.map((name) => el("option", { value: name }, name)));
   const redraw = () => box.replaceChildren(drawPanel(metricPanel(select.value, select.value), select));
   const usual = ["policy/clip_fraction", "policy/grad_norm", "truncated"].find((name) => names.includes(name));
   select.value = usual || names[0];
@@ -110,9 +111,10 @@ function ticks(low, high, integers) {
   const rough = (high - low || 1) / 4, power = 10 ** Math.floor(Math.log10(rough));
   let size = [1, 2, 5, 10].map((factor) => factor * power).find((candidate) => candidate >= rough);
   if (integers) size = Math.max(Math.round(size), 1);
-  const found = [];
-  for (let tick = Math.ceil(low / size) * size; tick <= high + size * 1e-6; tick += size) found.push(Number(tick.toPrecision(12)));
-  return found;
+  // By number, since adding a small size to a large tick may not change it.
+  const first = Math.ceil(low / size), number = Math.min(Math.floor(high / size + 1e-6) - first + 1, MAX_TICKS);
+  const found = Array.from({ length: Math.max(number, 0) || 0 }, (_, index) => Number(((first + index) * size).toPrecision(12)));
+  return [...new Set(found)];
 }
 
 function scales(layers) {
@@ -190,7 +192,7 @@ function point(step) {
 function drawPanel(panel, select) {
   const layers = layersOf(panel), scale = scales(layers);
   const readout = el("div", { class: "readout" });
-  const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: "0", "aria-label": describe(panel) });
+  const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: "0", "data-keep": `panel ${panel.title}`, "aria-label": describe(panel) });
   drawAxes(picture, scale);
   layers.forEach((layer) => picture.append(drawLayer(layer, scale, panel.stacked)));
   const cursor = svg("line", { y1: TOP, y2: HEIGHT - BOTTOM, class: "cursor", visibility: "hidden" });

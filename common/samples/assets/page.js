@@ -40,12 +40,16 @@ function swatch(run) {
 
 // ---------------------------------------------------------------------------------------------------------- header
 
+// Milliseconds since 1970.
+const lastEntry = () => 1000 * Math.max(...data.runs.map((run) => run.written));
+
 function drawHeader() {
   const header = document.getElementById("header"), several = data.runs.length > 1;
   data.runs.forEach((run, index) => {
     header.append(el("p", { class: "facts" }, ...(several ? [swatch(index), el("span", { class: "run" }, run.name), ": "] : []), run.facts));
-    run.notes.forEach((note) => header.append(el("p", { class: "note" }, several ? `${run.name}: ${note}` : note)));
   });
+  if (data.refresh != null) header.append(el("p", { class: "facts" }, `Newest completions of ${new Date(lastEntry()).toLocaleString()}. The page loads newer ones by itself while nobody reads it.`));
+  data.runs.forEach((run) => run.notes.forEach((note) => header.append(el("p", { class: "note" }, several ? `${run.name}: ${note}` : note))));
   header.append(drawSettings(several));
 }
 
@@ -59,6 +63,6 @@ function drawSettings(several) {
   const body = names.map((name) => el("tr", differs(name) ? { class: "differs" } : {},
     el("th", { scope: "row" }, name), ...values(name).map((value) => el("td", {}, value))));
   const versions = data.runs.flatMap((run) => run.versions.map((line) => el("p", { class: "facts" }, several ? `${run.name}: ${line}` : line)));
-  return el("details", {}, el("summary", {}, several ? "Settings (differences first) and versions" : "Settings and versions"), ...versions,
-    el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Settings" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body))));
+  return el("details", { id: "settings" }, el("summary", {}, several ? "Settings (differences first) and versions" : "Settings and versions"), ...versions,
+    el("div", { class: "scroll", tabindex: "0", role: "group", "aria-label": "Settings", "data-keep": "settings" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...body))));
 }

@@ -1,0 +1,95 @@
+"""What a tokenizer and a model know of a prompt: characters without a token, and tokens without an embedding."""
+
+from __future__ import annotations  # encoding.py imports this module
+
+import unicodedata
+from typing import TYPE_CHECKING
+
+import transformers
+
+if TYPE_CHECKING:
+    from common.data.encoding import Encoded
+
+# Separators, controls, format characters and marks: tokenizers that clean texts leave them out on purpose.
+_CLEANED = ("Z", "C", "M")
+
+
+class Characters:
+    """Tells which characters a tokenizer knows; each is tried once.
+
+    A character is unknown if no token stands for it, or only the unknown token. One that becomes another, such as a
+    small letter for a capital, is known.
+
+    Args:
+        tokenizer: the policy's.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._is_known: dict[str, bool] = {}
+
+    def unknown_in(self, text: str, ids: list[int]) -> str:
+        """The unknown characters of a text, each once, sorted; usually none.
+
+        Args:
+            text: of a prompt.
+            ids: its token ids. Where the tokenizer has an unknown token, they say whether to look any further.
+        """
+        if self._tokenizer.unk_token_id is not None and self._tokenizer.unk_token_id not in ids:
+            return ""
+        characters = self._replaced(text)
+        for character in characters - self._is_known.keys():
+            self._is_known[character] = self._try(character)
+        return "".join(sorted(character for character in characters if not self._is_known[character]))
+
+    def _replaced(self, text: str) -> set[str]:
+        """The characters in whose place the unknown token stands; all, if there is no such token."""
+        unknown = self._tokenizer.unk_token_id
+        if unknown is None or not self._tokenizer.is_fast:
+            return set(text)
+        encoded = self._tokenizer(text, return_offsets_mapping=True)
+        places = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return {character for token, (start, end) in places if token == unknown for character in text[start:end]}
+
+    def _try(self, character: str) -> bool:
+        if unicodedata.category(character).startswith(_CLEANED):
+            return True
+        ids = self._tokenizer(character, add_special_tokens=False)["input_ids"]
+        return bool(ids) and (self._tokenizer.unk_token_id not in ids or character == self._tokenizer.unk_token)
+
+
+def describe_unknown(prompts: Encoded) -> list[str]:
+    """A line about prompts with characters that the tokenizer does not know, if there are any.
+
+    Args:
+        prompts: of the run.
+    """
+    rows = prompts.rows_with_unknown
+    if not len(rows):
+        return []
+    characters = "".join(dict.fromkeys("".join(prompts.unknown[row] for row in rows[:1000].tolist())))
+    shown = " ".join(characters[:10]) + (" ..." if characters[10:] else "")
+    return [
+        f"{len(rows)} of {len(prompts)} prompts have characters that the tokenizer does not know, so the model does "
+        f"not see them: {shown}"
+    ]
+
+
+def check_vocabulary(prompts: Encoded, num_tokens: int) -> None:
+    """Refuse prompts with tokens that the model has no embedding for.
+
+    Args:
+        prompts: of the run.
+        num_tokens: of the model.
+
+    Raises:
+        ValueError: names such a prompt and the token.
+    """
+    row = prompts.row_of_largest_id
+    token = max(prompts.ids[row])
+    if token >= num_tokens:
+        raise ValueError(
+            f"the prompt {prompts.texts[row]!r:.80} has the token {token}, and the model has {num_tokens}, from 0 to "
+            f"{num_tokens - 1}: its tokenizer has tokens that were added without an embedding. Pass --model with a "
+            "model after model.resize_token_embeddings(len(tokenizer)), or remove such tokens from the prompts."
+        )

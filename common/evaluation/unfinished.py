@@ -1,0 +1,131 @@
+"""Completions of an evaluation that has not ended, in a file beside the folder of its result.
+
+A line is appended for each problem as soon as its completions are there, so that an evaluation that is interrupted, in
+whatever way, goes on from there. Scores are not kept: rewards see all completions together, interrupted or not.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.rollouts import Completion
+from common.runs.log import json_line
+
+
+class Unfinished:
+    """The file of one evaluation.
+
+    Args:
+        folder: of the result.
+        identity: everything that the result depends on, by name.
+
+    Attributes:
+        path: of the file.
+        completions: what was sampled, by the number of the problem.
+        seconds: how long sampling them took.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.path = folder.with_name(f"{folder.name}.unfinished.jsonl")
+        self.completions: dict[int, list[Completion]] = {}
+        self.seconds = 0.0
+        self._identity = json.loads(json_line(identity))  # as it comes back from a file
+        self._file: BinaryIO | None = None
+        self._last = 0.0
+
+    def check(self) -> None:
+        """Refuse to go on with another evaluation.
+
+        Raises:
+            ValueError: the file is of an evaluation with other settings.
+        """
+        self._check(_lines(self.path.read_bytes()) if self.path.is_file() else [])
+
+    def _check(self, lines: list[dict[str, Any]]) -> None:
+        stored = lines[0] if lines else self._identity
+        names = self._identity.keys() | stored.keys()
+        different = sorted(name for name in names if stored.get(name) != self._identity.get(name))
+        if different:
+            raise ValueError(
+                f"{self.path}: an unfinished evaluation that differs from this one in {', '.join(different)}, and the "
+                "completions of two are not mixed. Repeat its command, delete the file, or pass another --output_dir."
+            )
+
+    def __enter__(self) -> "Unfinished":
+        """Read what there is, and lock the file against other processes.
+
+        Raises:
+            ValueError: another process is working on this evaluation.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+b")
+        try:
+            # Not inherited by the processes of rules. It ends when any descriptor of the file is closed.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+                self._file.close()
+                raise ValueError(
+                    f"{self.path}: another process is working on this evaluation. Wait for it, or stop it and repeat "
+                    "the command: what it has sampled is kept."
+                ) from None
+        self._file.seek(0)
+        content = self._file.read()
+        lines = _lines(content)
+        self._check(lines)
+        self._file.truncate(content.rfind(b"\n") + 1)  # drops a line that a kill cut off
+        for line in lines[1:]:
+            self.completions[line["problem"]] = [_completion(each) for each in line["completions"]]
+            self.seconds += line["seconds"]
+        if not lines:
+            self._append(self._identity)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file; the completions in it stay."""
+        self._file.close()
+        if not self.completions:
+            self.remove()
+
+    def start_clock(self) -> None:
+        """Sampling begins now."""
+        self._last = time.perf_counter()
+
+    def add(self, problem: int, completions: Sequence[Completion], texts: Sequence[str]) -> None:
+        """Keep the completions of a problem.
+
+        Args:
+            problem: its number.
+            completions: all of them.
+            texts: of each, for a reader of the file.
+        """
+        now = time.perf_counter()
+        rows = [vars(each) | {"text": text} for each, text in zip(completions, texts, strict=True)]
+        self._append({"problem": problem, "seconds": now - self._last, "completions": rows})
+        self.completions[problem] = list(completions)
+        self._last = now
+
+    def remove(self) -> None:
+        """Delete the file: the result is written."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._file.write(json_line(row))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _lines(content: bytes) -> list[dict[str, Any]]:
+    """What the whole lines hold."""
+    return [json.loads(line) for line in content.split(b"\n")[:-1]]
+
+
+def _completion(row: dict[str, Any]) -> Completion:
+    logprobs = [math.nan if each is None else each for each in row["logprobs"]]
+    return Completion(row["token_ids"], logprobs, row["truncated"])

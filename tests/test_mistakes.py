@@ -1,0 +1,20 @@
+"""Which errors of a Python program are messages; tests/test_foreign_names.py has programs that end with one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_who_asks_for_the_traceback_gets_it(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("from common.config import RLConfig\n\nRLConfig(num_generations='8x')\n")
+    for options, status, traceback in (([], 2, 0), (["-X", "dev", "-W", "ignore"], 1, 1)):
+        command = [sys.executable, *options, str(script)]
+        done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert done.returncode == status and done.stderr.count("Traceback") == traceback
+        assert "num_generations='8x'" in done.stderr

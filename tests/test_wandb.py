@@ -1,0 +1,167 @@
+"""What really reaches Weights & Biases, read from the files of offline runs."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.runs.log import WANDB_FILE, WandbRun
+from tests.toy import ROOT, metrics_of, samples_of, toy_trainer, train_until
+
+BLOCK = 32768  # bytes; a .wandb file is cut into blocks, and a record into parts that end with one
+
+
+def records(path: Path) -> Iterator:
+    """The records of a .wandb file: 7 bytes, then parts of 4 bytes checksum, 2 length, 1 kind, and the content."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if BLOCK - at % BLOCK < 7:  # too little for a header
+            at += BLOCK - at % BLOCK
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        if at + 7 + length > len(content):  # it is being written
+            return
+        parts += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def runs_of(folder: Path, last_step: int) -> list[tuple[str, bool, dict[int, dict]]]:
+    """Of each start: the id, whether wandb may join it with another, and what was logged by step.
+
+    A process of wandb's writes the files, also a moment after the run has ended: this waits for `last_step`.
+    """
+    end = time.monotonic() + 30
+    while True:
+        runs = [start for start in map(_start, sorted(folder.glob("wandb/offline-run-*/*.wandb"))) if start]
+        if (runs and last_step in runs[-1][2]) or time.monotonic() > end:
+            return runs
+        time.sleep(0.1)
+
+
+def _start(file: Path) -> tuple[str, bool, dict[int, dict]] | None:
+    run, steps = None, {}
+    for record in records(file):
+        if record.WhichOneof("record_type") == "run":
+            run = record.run
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(each.nested_key) or each.key: each.value_json for each in record.history.item}
+            step = {name: json.loads(value) for name, value in items.items()}
+            assert step["_step"] not in steps
+            steps[step["_step"]] = step
+    return run and (run.run_id, run.resume, steps)
+
+
+def tables_of(folder: Path, step: dict) -> dict[str, list[dict]]:
+    """The rows of each table of a step."""
+    tables = {}
+    for name, path in step.items():
+        if name.endswith("/path"):
+            (file,) = folder.glob(f"wandb/offline-run-*/files/{path}")
+            table = json.loads(file.read_text())
+            rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+            tables[name.removesuffix("/path")] = rows
+    return tables
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+SETTINGS = {"report_to": ["wandb"], "eval_every": 2, "save_every": 2, "num_steps": 5}
+
+
+@pytest.mark.slow
+def test_training_and_evaluation_have_tables_of_their_own(toy_folder, tmp_path):
+    folder = tmp_path / "run"
+    toy_trainer(toy_folder, folder, **SETTINGS | {"num_steps": 2}).train()
+    ((_, _, steps),) = runs_of(folder, 2)
+    assert sorted(steps) == [0, 1, 2]
+    seen = Counter()
+    for number, step in steps.items():
+        for name, rows in tables_of(folder, step).items():
+            assert {f"samples/{row['split']}" for row in rows} == {name}
+            seen |= Counter({(number, row["split"], row["completion"]): 0 for row in rows})
+            seen.update((number, row["split"], row["completion"]) for row in rows)
+    assert seen == Counter((row["step"], row["split"], row["completion"]) for row in samples_of(folder))
+    assert [line["score"] for line in metrics_of(folder)[1:]] == [steps[1]["score"], steps[2]["score"]]
+
+
+@pytest.mark.slow
+def test_a_continued_run_goes_on_in_the_same_run_of_wandb_and_no_step_is_there_twice(toy_folder, tmp_path):
+    folder = tmp_path / "run"
+    train_until(toy_trainer(toy_folder, folder, **SETTINGS), 3)  # one step more than the checkpoint holds
+    train_until(toy_trainer(toy_folder, folder, **SETTINGS), 3)  # nothing new
+    toy_trainer(toy_folder, folder, **SETTINGS).train()
+    runs = runs_of(folder, 5)
+    assert len({name for name, _, _ in runs}) == 1 and all(may_join for _, may_join, _ in runs)
+    assert [sorted(steps) for _, _, steps in runs] == [[0, 1, 2, 3], [], [4, 5]]
+    together = {step: values for _, _, steps in runs for step, values in steps.items()}
+    for line in metrics_of(folder):
+        assert {name: together[line["step"]][name] for name in line} == line
+    assert all("samples/train/path" in together[step] for step in range(1, 6))
+    assert ["samples/eval/path" in together[step] for step in range(6)] == [True, False, True, False, True, True]
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from accelerate import Accelerator
+from common.runs.log import RunLog
+folder = pathlib.Path(sys.argv[1])
+log = RunLog(folder, Accelerator(cpu=True, log_with=["wandb"], project_dir=folder), {})
+for step in range(3):
+    log.samples(step, [{"completion": str(step)}])
+    log.log(step, {"score": step / 2})
+log.samples(3, [{"completion": "of a step that does not end"}])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_what_was_logged_before_a_kill_is_there(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    ((name, _, steps),) = runs_of(tmp_path, 2)
+    assert {step: values["score"] for step, values in steps.items()} == {0: 0, 1: 0.5, 2: 1}
+    run = WandbRun(tmp_path, write=True)
+    assert run.id == name and [run.takes(step) for step in (2, 3)] == [False, True]
+
+
+def test_a_run_keeps_its_id_and_the_last_step_that_was_sent(tmp_path):
+    first = WandbRun(tmp_path, write=True)
+    assert first.arguments() == {"id": first.id, "resume": "allow"} and first.takes(0)
+    first.sent(0)
+    first.sent(1)
+    assert first.takes(1)  # such as a table of the step that is being logged
+    again = WandbRun(tmp_path, write=True)
+    assert again.id == first.id and [again.takes(step) for step in range(3)] == [False, False, True]
+    other = WandbRun(tmp_path / "other", write=False)
+    assert other.id != first.id and not (tmp_path / "other").exists()
+
+
+def test_an_id_from_the_environment_is_used_and_what_another_run_was_sent_does_not_count(tmp_path, monkeypatch):
+    WandbRun(tmp_path, write=True).sent(7)
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    run = WandbRun(tmp_path, write=True)
+    assert run.id == "mine" and run.takes(1)
+    assert json.loads((tmp_path / WANDB_FILE).read_text()) == {"id": "mine", "last_step": -1}
+
+
+def test_without_wandb_there_is_no_such_file(toy_folder, tmp_path):
+    toy_trainer(toy_folder, tmp_path / "run", num_steps=1).train()
+    assert not (tmp_path / "run" / WANDB_FILE).exists()
