@@ -297,6 +297,16 @@ def test_a_file_with_a_mistake_is_refused_again_and_leaves_nothing(tmp_path, cac
     assert [file.suffix for file in cache.iterdir()] == [".lock"]
 
 
+def test_a_complete_cache_is_read_where_nothing_can_be_written(tmp_path, cache, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines([{"prompt": "a"}]))
+    read_prompts(str(path), "train")
+    for lock in list(cache.glob("*.lock")):
+        lock.unlink()
+        lock.mkdir()  # cannot be opened, by root neither
+    assert read_prompts(str(path), "train") == [{"prompt": "a"}] and not caplog.text
+
+
 def test_a_damaged_or_half_made_folder_of_the_cache_is_made_anew(tmp_path, cache):
     path = tmp_path / "a.jsonl"
     path.write_text(lines([{"prompt": "a"}]))

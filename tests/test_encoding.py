@@ -3,6 +3,12 @@
 import copy
 import json
 import logging
+import os
+import pty
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +23,7 @@ from common.tasks.prompts import read_prompts
 from tests.test_chat import KEPT
 from tests.test_data import CHAT_TEMPLATE, START, word_tokenizer
 from tests.test_prompt_record import DATED
+from tests.toy import ROOT
 
 ROLES = [["user"], ["system", "user"], ["user", "assistant"], ["user", "assistant", "user"]]
 CHATS = [[{"role": role, "content": f"w{i} w{i % 7} say"} for role in ROLES[i % 4]] for i in range(40)]
@@ -255,3 +262,29 @@ def test_of_many_chats_the_one_that_the_template_refuses_is_shown(cache):
     refusing = CHAT_TEMPLATE + "{% if 'w37' in messages[0].content %}{{ raise_exception('no w37') }}{% endif %}"
     with pytest.raises(ValueError, match=r"does not write the messages \(system: 'w37 .*\): no w37\. Use a model"):
         prompt_set(ROWS[::-1], word_tokenizer(refusing))
+
+
+BAR = """
+import sys
+import common
+from common.data import encoding
+from tests.test_encoding import ROWS, CHAT_TEMPLATE, prompt_set
+encoding.MIN_CACHED = 0
+prompt_set(ROWS, progress=sys.argv[1] == "True")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_terminal_gets_a_bar_unless_progress_is_off(tmp_path, progress):
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (40, 100))
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    with open(terminal, "rb", buffering=0) as screen:
+        subprocess.run([sys.executable, "-c", BAR, str(progress)], env=environment, stderr=end, check=True, cwd=ROOT)
+        os.close(end)
+        shown = b""
+        with suppress(OSError):  # how a terminal says that everything was read
+            while part := screen.read(1000):
+                shown += part
+    assert (b"Encoding prompts: 100%" in shown) is progress and (progress or not shown)

@@ -174,6 +174,22 @@ def test_a_run_from_before_there_were_records_resumes(chat_folder, tmp_path):
     assert (tmp_path / "run" / "prompts.json").exists()
 
 
+def test_a_record_of_an_older_version_is_compared_by_token_ids_and_renewed(chat_folder, tmp_path):
+    begun(chat_folder, tmp_path / "run")
+    file = tmp_path / "run" / "prompts.json"
+    new, old = json.loads(file.read_text()), json.loads(file.read_text())
+    del old["version"]
+    for part in ("training", "held-out"):
+        old[part] |= {"text": "0123456789abcdef", "columns": "0123456789abcdef"}  # digests were made in another way
+    file.write_text(json.dumps(old))
+    begin(chat_folder, tmp_path / "run")
+    assert json.loads(file.read_text()) == new
+    old["training"]["token ids"] = "0123456789abcdef"
+    file.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="the token ids of the training prompts differ"):
+        begin(chat_folder, tmp_path / "run")
+
+
 def test_a_record_that_cannot_be_read_is_named(chat_folder, tmp_path):
     begun(chat_folder, tmp_path / "run")
     for content in ("", "{}", "[]", '{"now": "yesterday"}', "\x00"):

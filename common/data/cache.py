@@ -43,8 +43,10 @@ def cached_folder(
         OSError: the cache cannot be written.
     """
     parent = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    parent.mkdir(parents=True, exist_ok=True)
     folder = parent / name
+    if _is_intact(folder, by_content):  # also where nothing can be written, such as in a shared cache
+        return folder
+    parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not _is_intact(folder, by_content):
             for leftover in [folder, *parent.glob(f".{name}-*")]:  # those of a process that was killed
@@ -69,13 +71,13 @@ def data_folder(name: str, make: Callable[[Path], None]) -> Path | None:
     parent = data_cache_dir()
     try:
         return cached_folder(name, make, parent, by_content=False)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
         if parent not in _said:
             logger.warning(
                 "%s cannot be written (%s): data are prepared anew at every start, in main memory. Set "
                 "HF_DATASETS_CACHE to a folder with space.",
                 parent,
-                error.strerror or error,
+                error,
             )
         _said.add(parent)
         return None
