@@ -69,7 +69,6 @@ def test_an_unknown_field_is_answered_with_the_nearest():
         ({"accuracy": "wrong"}, {"rewards": ["right"]}, r"Task\(accuracy='wrong'\)"),
         ({"rewards": {"right": right, "b": len}}, {}, r"reward 'b': len\(obj\) takes obj by position only"),
     ],
-    ids=str,
 )
 def test_what_does_not_belong_together_is_refused_before_a_model_is_loaded(
     toy_folder, tmp_path, monkeypatch, changes, settings, message
@@ -102,7 +101,6 @@ def test_accuracy_may_name_a_reward_of_the_settings_or_one_that_is_not_used(tmp_
         ({"train": [*ROWS, {"prompt": "a"}]}, r"row 4 has no total, which row 0 has"),
         ({"eval": [{"text": "a"}]}, r"Task\(eval=...\): row 0"),
     ],
-    ids=str,
 )
 def test_rows_without_a_prompt_or_a_column_are_named(rows, message):
     with pytest.raises(ValueError, match=message):
@@ -136,7 +134,6 @@ CONFIG = GRPOConfig(model="nowhere")
         ((CONFIG, right), {}, "function"),
         ((CONFIG, [right]), {"train_dataset": ROWS}, "train_dataset=..., list"),
     ],
-    ids=str,
 )
 def test_a_trainer_that_is_made_as_elsewhere_is_answered_with_how_it_is_made_here(args, given, shown):
     with pytest.raises(TypeError) as caught:
