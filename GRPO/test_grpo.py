@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.advantages import group_relative
+from common.rewards.scorer import Scorer
 from GRPO.grpo_trainer import GRPOConfig
 from tests.toy import CLIP, SEVERAL, metrics_of, toy_trainer, trained_weights, updates_of
 
@@ -62,9 +63,9 @@ def test_sparse_ends_at_the_same_weights_without_the_rows_that_teach_nothing(tin
     passes = {True: 0, False: 0}
     for sparse, trainer in trainers.items():
         # With the sum alone as reward most groups of an untrained policy score 0 all over; two of four are made to.
-        trainer.scorer.functions = {"digits": lambda prompts, completions, total, **columns: [
+        trainer.scorer = Scorer({"digits": lambda prompts, completions, total, **columns: [
             0.5 if t % 2 else len(text) for t, text in zip(total, completions, strict=True)
-        ]}  # fmt: skip
+        ]}, {"digits": 1.0})  # fmt: skip
         whole = trainer.loss
 
         def counted(policy, minibatch, whole=whole, sparse=sparse):
@@ -86,7 +87,7 @@ def test_a_step_in_which_all_groups_are_equal_changes_no_weight(tiny_folder, tmp
             constant = next(scores)
             return task_reward(prompts, completions) if constant is None else [constant] * len(completions)
 
-        trainer.scorer.functions = {"digits": reward}
+        trainer.scorer = Scorer({"digits": reward}, {"digits": 1.0})
         snapshots = []
         step = trainer.step
 
@@ -169,7 +170,7 @@ def test_sparse_keeps_groups_of_equal_scores_whose_kl_in_the_reward_differs(tiny
         settings = {"kl_coef": 0.5, "kl_place": "reward", "sparse": sparse, "num_steps": 1}
         trainer = toy_trainer(tiny_folder, tmp_path / str(sparse), **settings)
         move_reference(trainer)
-        trainer.scorer.functions = {"digits": lambda completions, **_: [0.5] * len(completions)}
+        trainer.scorer = Scorer({"digits": lambda completions, **_: [0.5] * len(completions)}, {"digits": 1.0})
         seen = updates_of(trainer)
         weights[sparse] = trained_weights(trainer)
         ((_, kept[sparse]),) = seen

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.rewards.scorer import Scorer
 from RAFT.raft_trainer import RAFTConfig
 from tests.by_hand import WITH_KL, trained_on
 from tests.toy import described_by, metrics_of, toy_trainer
@@ -55,7 +56,7 @@ def test_raft_ranks_by_score_less_kl_where_a_kl_is_wanted(toy_folder, tmp_path):
 
 def test_raft_takes_the_first_of_equal_completions_and_learns_also_where_all_are_equal(toy_folder, tmp_path):
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="RAFT", num_steps=1)
-    trainer.scorer.functions = {"digits": lambda completions, **_: [0.0] * len(completions)}
+    trainer.scorer = Scorer({"digits": lambda completions, **_: [0.0] * len(completions)}, {"digits": 1.0})
     seen = described_by(trainer)
     trainer.train()
     ((_, is_best),) = seen

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.rewards.scorer import Scorer
 from RLOO.rloo_trainer import RLOOConfig
 from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_on
 from tests.toy import CLIP, SEVERAL, described_by, metrics_of, toy_trainer
@@ -80,7 +81,7 @@ def test_the_ratio_and_the_clip_fraction_of_rloo_are_means_over_completions(toy_
 
 def test_scaling_the_rewards_rewards_no_length(toy_folder, tmp_path):
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="RLOO", whiten_rewards=True, num_steps=1)
-    trainer.scorer.functions = {"digits": lambda completions, **_: [0.7] * len(completions)}
+    trainer.scorer = Scorer({"digits": lambda completions, **_: [0.7] * len(completions)}, {"digits": 1.0})
     seen = described_by(trainer)
     trainer.train()
     ((rollouts, advantages),) = seen

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from common.rewards.scorer import Scorer
 from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, to_go, trained_on
 from tests.toy import CLIP, described_by, metrics_of, toy_trainer
 
@@ -58,7 +59,9 @@ def test_remax_scales_sampled_and_greedy_rewards_by_one_factor(toy_folder, tmp_p
         trainer = toy_trainer(
             toy_folder, tmp_path / str(whitened), algorithm="ReMax", whiten_rewards=whitened, num_steps=1
         )
-        trainer.scorer.functions = {"digits": lambda completions, **_: [len(text) / 10 for text in completions]}
+        trainer.scorer = Scorer(
+            {"digits": lambda completions, **_: [len(text) / 10 for text in completions]}, {"digits": 1.0}
+        )
         seen = described_by(trainer)
         assert trainer.train()["baseline"] > 0.1  # of the greedy completions
         ((rollouts, advantages[whitened]),) = seen

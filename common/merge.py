@@ -33,6 +33,7 @@ from common.runs.checkpoints import (
     step_of,
 )
 from common.runs.folder import CONFIG_FILE
+from common.runs.writable import check_folder
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -96,10 +97,9 @@ def merge(settings: MergeSettings) -> Source:
         ValueError: if parts are missing, do not fit or need no merge, or the output folder is not empty.
     """
     output = Path(settings.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(
-            f"output={output}: it is a file or not empty, and nothing is overwritten. Pass another --output."
-        )
+    check_folder(output, setting="output")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"output={output}: it is not empty, and nothing is overwritten. Pass another --output.")
     if not _SIZE.fullmatch(settings.max_shard_size):
         raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB.")
     source = find_source(settings.model, settings.adapter)

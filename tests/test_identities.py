@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.advantages import generalized_advantages, group_relative, leave_one_out, rewards_to_go
+from common.rewards.scorer import Scorer
 from tests.toy import (
     algorithms,
     learners_of,
@@ -152,9 +153,9 @@ def test_raft_of_other_scores_learns_other_rows(toy_folder, tmp_path):
     chosen = {}
     for sign in (1, -1):
         trainer = toy_trainer(toy_folder, tmp_path / str(sign), algorithm="RAFT", num_steps=1)
-        trainer.scorer.functions = {"digits": lambda prompts, completions, sign=sign, **columns: [
+        trainer.scorer = Scorer({"digits": lambda prompts, completions, sign=sign, **columns: [
             sign * float(len(text)) for text in completions
-        ]}  # fmt: skip
+        ]}, {"digits": 1.0})  # fmt: skip
         updates = updates_of(trainer)
         trainer.train()
         ((_, rollouts),) = updates

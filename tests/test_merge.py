@@ -273,8 +273,8 @@ def test_nothing_is_overwritten(base, adapter, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("full", "file"):
-        with pytest.raises(ValueError, match=r"output=.*not empty, and nothing is overwritten.*--output"):
+    for name, reason in (("full", "it is not empty, and nothing is overwritten"), ("file", "it is a file")):
+        with pytest.raises(ValueError, match=rf"output=.*{reason}.*--output"):
             run_merge(tmp_path / name, adapter=adapter)
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()

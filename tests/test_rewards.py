@@ -8,6 +8,7 @@ import torch
 
 from common.models.pool import ModelPool
 from common.rewards.choose import ScoringSettings, load_reward, make_scorer
+from common.rewards.rules import rule
 from common.rewards.scorer import RewardModel, Scorer
 from tests.test_reward_model import save_pair_encoder
 
@@ -543,3 +544,21 @@ def test_a_file_that_cannot_be_imported_is_named_with_the_reason(tmp_path):
     path.write_text("def reward(:\n")
     with pytest.raises(ValueError, match=r"broken.py cannot be imported: SyntaxError.*Fix"):
         load_reward(f"{path}:reward")
+
+
+def test_a_process_without_rows_calls_no_function():
+    """As in an evaluation with fewer held-out prompts than processes."""
+
+    @rule
+    def longest(completions, **columns):
+        return [max(map(len, completions))] * len(completions)
+
+    def shortest(completions, **columns):
+        return [min(map(len, completions))] * len(completions)
+
+    scorer = Scorer({"longest": longest, "shortest": shortest}, {"longest": 1.0, "shortest": 1.0})
+    scores, parts = scorer([], [], {})
+    assert scores.shape == parts["longest"].shape == parts["shortest"].shape == (0,)
+    assert scorer(["a"], ["bcd"], {})[0].tolist() == [6.0]
+    scorer([], [], {})
+    assert scorer.over_limit["longest"].shape == (0,)  # those of the call before are not counted again

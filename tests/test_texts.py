@@ -132,7 +132,7 @@ class Scripted:
     def __init__(self, token_ids: list[int]) -> None:
         self.completion = Completion(token_ids, [-1.0] * len(token_ids), False)
 
-    def generate(self, prompt_ids, settings, *, num_generations=1, seeds=None):
+    def generate(self, prompt_ids, settings, *, num_generations=1, seeds=None, finished=None):
         return [self.completion] * (len(prompt_ids) * num_generations)
 
     def sleep(self):

@@ -76,6 +76,8 @@ def refused(command: list[str], folder: Path) -> list[str]:
 
 
 COMMANDS = {
+    "an evaluation": ["-m", "common.evaluation", "--model", "MODEL", "--task", "countdown", "--output_dir", "{}"],
+    "merging": ["-m", "common.merge", "--model", "MODEL", "--output", "{}"],
     "a run": ["GRPO/grpo.py", "--output_dir", "{}"],
     "sft": ["examples/sft/sft.py", "--model", "tiny", "--dataset", "gone.jsonl", "--output_dir", "{}"],
     "a reward model": ["examples/reward_model/reward_model.py", "--model", "tiny", "--output_dir", "{}"],
@@ -93,9 +95,8 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_refuses_a_folder_that_cannot_be_made(name, tmp_path):
+def test_every_command_refuses_a_folder_that_cannot_be_made(name, tiny_folder, tmp_path):
     (tmp_path / "gone").symlink_to("nowhere")
-    (tmp_path / "samples.jsonl").write_text('{"step": 1, "split": "train", "prompt": "a", "completion": "b"}\n')
-    command = [str(tmp_path) if word == "RUN" else word for word in COMMANDS[name]]
+    command = [str(tiny_folder) if word == "MODEL" else word for word in COMMANDS[name]]
     said = refused(command, tmp_path / "gone" / "run")
     assert len(said) <= 8 and "is a link to nowhere, which is not there" in said[-1]

@@ -47,6 +47,7 @@ from common.runs.measures import confidence_interval, evaluation_means, judge, j
 from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.progress import LongWork
 from common.runs.prompt_record import time_of_run
+from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import lenient_scorer, task_scorer
 
@@ -110,6 +111,7 @@ class Evaluation:
         self.folder = Path(folder or (parent or DEFAULT_PARENT) / self.name)
         self.unfinished = Unfinished(self.folder, self.settings)
         if self.stored() is None:
+            check_folder(self.folder)
             self.unfinished.check()
 
     def stored(self) -> Score | None:

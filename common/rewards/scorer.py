@@ -172,13 +172,16 @@ class Scorer:
             state=state,
         )
         self.reports = Reports(num_rows=len(completions))
+        if not completions:  # of a process without rows; few functions expect empty lists
+            self.over_limit = {name: torch.zeros(0, dtype=torch.bool) for name in self._rules}
+            return torch.zeros(0), {name: torch.zeros(0) for name in self.functions}
         answers = self._answers(batch, dict(self._forms), self.reports)
         self._settle_forms(batch, answers)
         parts = {
             name: torch.tensor(self._numbers(name, answers[name], batch), dtype=torch.float32)
             for name in self.functions
         }
-        if completions and all(part.isnan().all() for part in parts.values()):
+        if all(part.isnan().all() for part in parts.values()):
             raise ValueError(
                 f"{', '.join(parts)}: every reward is None for all {len(completions)} completions. Need a number for "
                 "some of them, or there is nothing to learn from. Fix the functions so that None is the exception."
