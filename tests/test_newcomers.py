@@ -32,6 +32,7 @@ FILES = {
         "def raises(completions, **columns):\n    return [1 / 0 for _ in completions]\n"
         "def short(completions, **columns):\n    return [1.0]\n"
         "def scalar(completions, **columns):\n    return 1.0\n"
+        "def long(completions, **columns):\n    raise KeyError('\\n'.join(['line'] * 30 + ['x' * 3000]))\n"
         "def texts(completions, **columns):\n    return ['one' for _ in completions]\n"
         "def column(completions, solution):\n    return [0.0 for _ in completions]\n"
         "def nan(completions, **columns):\n    return [float('nan') for _ in completions]\n"
@@ -93,6 +94,7 @@ MISTAKES = {
     "GRPO/grpo.py --reward rewards.py": "'rewards.py' file.py:function",
     "GRPO/grpo.py --reward rewards.py:Judge": "Judge is a class",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:raises": "'raises' ZeroDivisionError row 0 of 4",
+    f"GRPO/grpo.py {QUICK} --reward rewards.py:long": "'long' KeyError ...;",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:short": "'short' 1 values for 4",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:scalar": "'scalar' 1.0 for 4",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:texts": "'texts' 'one'",
