@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.data.cache import code_digest, data_folder, digest_of
+from common.data.cache import code_digest, digest_of
 from common.data.files import READABLE, format_of, is_path, json_rows, unreadable
 from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, table_digest
-from common.data.table import KEY, KEY_BYTES, ROW, Rows, mapped_table
+from common.data.table import KEY, KEY_BYTES, ROW, Rows, kept_table
 
 if TYPE_CHECKING:
     import datasets
@@ -153,15 +153,14 @@ def _file_rows(files: list[str], source: str, examine: Examine | None, columns: 
     code = code_digest(__name__, "common.data.files", *([examine.__module__] if examine else ()))
     fingerprint = digest_of("text", content, columns, checks, code)
     scan = _Scan(files, source, columns, examine)
-    folder = data_folder(f"rows-{fingerprint}", scan.write) if is_large else None
-    if folder is None:
-        scan, mapped = _Scan(files, source, columns, examine), None
-        table = scan.table()
+    kept = kept_table(f"rows-{fingerprint}", scan.write) if is_large else None
+    if kept is None:
+        scan = _Scan(files, source, columns, examine)
+        table, mapped, found = scan.table(), None, list(scan.columns)
     else:
-        mapped = [folder / "rows.arrow"]
-        table = mapped_table(mapped)
-        scan.columns = json.loads((folder / "columns.json").read_text())
-    return Rows(table, is_json=True, source=source, fingerprint=fingerprint, columns=list(scan.columns), files=mapped)
+        table, mapped = kept
+        found = json.loads((mapped[0].parent / "columns.json").read_text())
+    return Rows(table, is_json=True, source=source, fingerprint=fingerprint, columns=found, files=mapped)
 
 
 class _Scan:
@@ -249,9 +248,10 @@ def _with_keys(rows: Rows, examine: Examine) -> Rows:
         with pa.OSFile(str(folder / "keys.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
 
-    name = digest_of(rows.fingerprint, _name_of(examine), code_digest(__name__, examine.__module__))
-    folder = data_folder(f"keys-{name}", write) if len(rows) >= MIN_CACHED_ROWS else None
-    table = keys() if folder is None else mapped_table([folder / "keys.arrow"])
+    code = code_digest(__name__, "common.data.table", examine.__module__)
+    name = digest_of(rows.fingerprint, _name_of(examine), code)
+    kept = kept_table(f"keys-{name}", write) if len(rows) >= MIN_CACHED_ROWS else None
+    table = keys() if kept is None else kept[0]
     return rows.with_keys(table[KEY])
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations  # for type hints whose import would take sec
 import hashlib
 import io
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.data.cache import data_folder, digest_of
-from common.data.files import READABLE, format_of
-from common.data.table import mapped_table
+from common.data.cache import code_digest, digest_of
+from common.data.files import READABLE, format_of, unreadable
+from common.data.table import kept_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,30 +32,74 @@ def parquet_table(
         The table, its fingerprint if there is one, and its files in the cache if it is there.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or the types of their columns do not go together.
     """
+    import pyarrow as pa
+
+    schema = _common_schema(files, source)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file in files:
+            for batch in _parquet_batches(file, source):
+                # As in a table of all files: absent columns are empty, integers become floats if others are.
+                parts = [schema.empty_table(), pa.Table.from_batches([batch])]
+                yield from pa.concat_tables(parts, promote_options="permissive").to_batches()
+
+    def write(folder: Path) -> None:
+        with pa.OSFile(str(folder / "rows.arrow"), "wb") as copy, pa.ipc.new_stream(copy, schema) as stream:
+            for batch in batches():
+                stream.write_batch(batch)
+
+    name = digest_of("parquet", content, code_digest(__name__))
+    kept = None if content is None else kept_table(f"parquet-{name}", write)
+    return (kept[0], name, kept[1]) if kept else (pa.Table.from_batches(batches(), schema), None, None)
+
+
+def _common_schema(files: list[str], source: str) -> pa.Schema:
+    """The columns of all files, each of the type that holds the values of all."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    def write(folder: Path) -> None:
-        for number, file in enumerate(files):
-            with (
-                pa.parquet.ParquetFile(file) as rows,
-                pa.OSFile(str(folder / f"{number:05d}.arrow"), "wb") as copy,
-                pa.ipc.new_stream(copy, rows.schema_arrow) as stream,
-            ):
-                for batch in rows.iter_batches(1000):
-                    stream.write_batch(batch)
+    schemas = []
+    for file in files:
+        with _unless_damaged(file, source):
+            schemas.append(pa.parquet.read_schema(file))
+        names = schemas[-1].names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"dataset={source}: {Path(file).name} has more than one column of the name {', '.join(twice)}. Write "
+                "it again with each name once."
+            )
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"dataset={source}: its parquet files have columns of one name whose types do not go together ({error}). "
+            "Write each column with the same type in all files."
+        ) from error
+
+
+def _parquet_batches(file: str, source: str) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    with _unless_damaged(file, source), pa.parquet.ParquetFile(file) as rows:
+        yield from rows.iter_batches(1000)
+
+
+@contextmanager
+def _unless_damaged(file: str, source: str) -> Iterator[None]:
+    import pyarrow as pa
 
     try:
-        folder = None if content is None else data_folder(f"parquet-{content}", write)
-        if folder is None:
-            tables = [pa.parquet.read_table(file, partitioning=None) for file in files]
-            return pa.concat_tables(tables, promote_options="permissive"), None, None
-    except pa.ArrowException as error:
-        raise ValueError(f"dataset={source}: unreadable parquet file ({error}). Write or fetch it again.") from error
-    copies = sorted(folder.glob("*.arrow"))
-    return mapped_table(copies), digest_of("parquet", content), copies
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(source, error) from error
+        where = "" if file == source else f" {Path(file).name}"
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"dataset={source}: unreadable parquet file{where} ({reason:.200}). Write or fetch it again."
+        ) from error
 
 
 def saved_table(source: str, split: str) -> pa.Table:
