@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from common.config import RLConfig
-from common.data import encoding
+from common.data import encoding, mapping
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.rows import split_held_out
 from common.runs.prompt_record import describe_prompts
@@ -72,9 +72,9 @@ def content(prompts: PromptSet) -> tuple:
 def test_in_memory_in_place_and_on_several_processes_prompts_are_the_same(cache, file, monkeypatch):
     found = prompt_set(read_prompts(file, "train"))
     assert len(folders(cache)) == 1
-    monkeypatch.setattr(encoding, "ROWS_PER_PROCESS", 10)
+    monkeypatch.setattr(mapping, "ROWS_PER_PROCESS", 10)
     monkeypatch.setattr(encoding, "code_digest", lambda *modules: "other code")
-    monkeypatch.setattr(encoding.os, "sched_getaffinity", lambda process: range(2))
+    monkeypatch.setattr(mapping.os, "sched_getaffinity", lambda process: range(2))
     several = prompt_set(read_prompts(file, "train"))
     assert len(folders(cache)) == 2 and len(list(cache.glob("*/prompts_*_of_00002.arrow"))) == 2
     monkeypatch.setattr(encoding, "MIN_CACHED", 10**9)
@@ -267,7 +267,7 @@ def test_of_many_chats_the_one_that_the_template_refuses_is_shown(cache):
 BAR = """
 import sys
 import common
-from common.data import encoding
+from common.data import encoding, mapping
 from tests.test_encoding import ROWS, CHAT_TEMPLATE, prompt_set
 encoding.MIN_CACHED = 0
 prompt_set(ROWS, progress=sys.argv[1] == "True")

@@ -14,7 +14,8 @@ import numpy as np
 import transformers
 
 from common.config import RLConfig
-from common.data.encoding import Encoded, encode
+from common.data.encoded import Encoded
+from common.data.encoding import encode
 from common.models.chat import check_keeps, render_chat, render_chats
 from common.rollouts import PromptBatch
 from common.seeds import seeded_permutation
@@ -73,8 +74,9 @@ class PromptStyle:
             return [self.template, self.enable_thinking]
         if self.now is None:
             return None
-        formats = re.findall(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""", template)
-        if len(formats) != template.count("strftime_now("):  # a format that the template computes
+        formats = re.findall(r"""\bstrftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""", template)
+        asked = re.findall(r"\bstrftime_now\s+is\s+(?:not\s+)?defined\b", template)
+        if len(formats) + len(asked) != template.count("strftime_now"):  # another use, or a format that is computed
             return [self.template, self.enable_thinking, self.now.isoformat()]
         return [self.template, self.enable_thinking, [self.now.strftime(one or other) for one, other in formats]]
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -211,13 +212,17 @@ def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
         found = {field.name: _json_decoder(field.type) for field in kind}
         decoders = {name: decode for name, decode in found.items() if decode}
         if decoders:
-            # A message may have lost keys that have no value.
-            return lambda value: value and value | {name: decoders[name](value[name]) for name in decoders.keys() & value.keys()}
+            return partial(_decoded_fields, decoders)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         item = _json_decoder(kind.value_type)
         if item:
             return lambda value: value and [item(each) for each in value]
     return None
+
+
+def _decoded_fields(decoders: dict[str, Callable[[Any], Any]], value: dict | None) -> dict | None:
+    """A struct, which may have lost fields without a value."""
+    return value and {name: decoders[name](each) if name in decoders else each for name, each in value.items()}
 
 
 def _without_fillings(value: Any) -> Any:
