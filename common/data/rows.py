@@ -7,6 +7,7 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ from common.data.table import KEY, KEY_BYTES, ROW, Rows, kept_table
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+logger = logging.getLogger("nanorlhf")
 
 SPLIT_SEED = 42  # used by published results on Countdown and others; independent of the run's seed
 
@@ -41,7 +44,7 @@ def read_rows(source: str, split: str, columns: list[str] | None, *, examine: Ex
             `DatasetDict.save_to_disk` wrote, or of one with such files, whose splits are found as `load_dataset` finds
             them, such as a copy of a hub data set; or a hub id, with a configuration as `owner/name:config`.
         split: split of a hub data set, or a slice such as ``train[:1000]``; split of a folder that has several; single
-            files have none.
+            files have none, and a line says so if it is not "train".
         columns: the columns that the task needs, others are dropped; None: all columns.
         examine: checks each row and gives the key that `split_held_out` needs.
 
@@ -59,6 +62,7 @@ def read_rows(source: str, split: str, columns: list[str] | None, *, examine: Ex
         else:
             rows = _file_rows(files, source, examine, columns)
     elif path.is_file() and file_format is not None:
+        _mention_split(source, split)
         rows = _file_rows([source], source, examine, columns)
     elif path.is_file():
         raise ValueError(f"dataset={source}: a file of another kind. What is read: {READABLE}. Convert or rename it.")
@@ -215,6 +219,21 @@ class _Scan:
                     raise ValueError(_lacking(where, row, missing, self.needed))
                 self.columns.update(dict.fromkeys(row))
                 yield (text.encode(),) if self.examine is None else (text.encode(), _digest(self.examine(row, where)))
+
+
+def _mention_split(source: str, split: str) -> None:
+    """Say once that a file has no splits, if another than the default is named."""
+    if split not in ("", "train") and (source, split) not in _said:
+        logger.warning(
+            "dataset=%s, dataset_split=%s: a single file has no splits, so all its rows are read. Leave dataset_split "
+            "out, or pass --dataset with a file of the rows that are meant.",
+            source,
+            split,
+        )
+        _said.add((source, split))
+
+
+_said: set[tuple[str, str]] = set()
 
 
 def _lacking(where: str, row: Sequence[str] | dict, missing: list[str], columns: list[str]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import hashlib
 import io
+import logging
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,11 @@ from common.data.table import kept_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+logger = logging.getLogger("nanorlhf")
+
+# What `datasets` raises for a folder that it cannot read: without data, with a script, with a damaged archive.
+_NO_DATA = (OSError, ValueError, RuntimeError, zipfile.BadZipFile)
 
 
 def parquet_table(
@@ -149,6 +156,7 @@ def files_of_folder(source: str, split: str) -> list[str] | None:
     if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return None
     found = _data_files(source)
+    _mention_left_out(source, found)
     files = list(map(str, found[_checked_split(source, split, list(found))]))
     kinds = {format_of(file) == "parquet" if format_of(file) else None for file in files}
     if None in kinds or len(kinds) > 1:
@@ -166,12 +174,36 @@ def _data_files(folder: str) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as cache:  # nothing is built there
         try:
             return datasets.load_dataset_builder(folder, cache_dir=cache).config.data_files
-        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        except _NO_DATA as error:
+            if "Config name is missing" in str(error):
+                configs = datasets.get_dataset_config_names(folder)
+                raise ValueError(
+                    f"dataset={folder}: a copy of a hub data set with the configurations {', '.join(configs)[:300]}. "
+                    "Pass --dataset with the files of one: a folder in it, or a file."
+                ) from error
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"dataset={folder}: a folder without data that can be read ({reason}). Pass --dataset with a file, "
                 f"with a folder of files ({READABLE}), or with one that datasets' save_to_disk wrote."
             ) from error
+
+
+def _mention_left_out(folder: str, found: dict[str, list[str]]) -> None:
+    """Say which files `load_dataset` leaves out on its own: it reads those of the most frequent kind."""
+    card = Path(folder) / "README.md"
+    if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    kinds = {format_of(str(file)) for files in found.values() for file in files}
+    visible = [path for path in sorted(Path(folder).rglob("*")) if not path.name.startswith(".") and path.is_file()]
+    others = [path.name for path in visible if format_of(path.name) not in {None, *kinds}]
+    if others and None not in kinds:
+        logger.warning(
+            "dataset=%s: of a folder only the files of its most frequent kind are read (%s), not %s. Convert these, "
+            "or move them away.",
+            folder,
+            ", ".join(f".{kind}" for kind in sorted(kinds)),
+            ", ".join(others[:3]) + (" ..." if others[3:] else ""),
+        )
 
 
 def _checked_split(source: str, split: str, splits: list[Any]) -> str:
