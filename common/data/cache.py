@@ -76,9 +76,10 @@ def data_folder(name: str, make: Callable[[Path], None]) -> Path | None:
     parent = data_cache_dir()
     try:
         return cached_folder(name, make, parent, by_content=False)
-    except (OSError, NotImplementedError) as error:  # the second: a file system without locks
-        if isinstance(error, OSError) and error.errno is None:  # not from the file system
-            raise
+    except (OSError, NotImplementedError) as error:
+        without_locks = type(error) is NotImplementedError  # Arrow's own are of another class
+        if not without_locks and (not isinstance(error, OSError) or error.errno is None):
+            raise  # no error of the file system
         if parent not in _said:
             logger.warning(
                 "%s cannot be written (%s): data are prepared anew at every start, in main memory. Set "

@@ -49,7 +49,7 @@ def parquet_table(
         for file in files:
             for batch in _parquet_batches(file, source):
                 # As in a table of all files: absent columns are empty, integers become floats if others are.
-                parts = [schema.empty_table(), pa.Table.from_batches([batch])]
+                parts = [pa.Table.from_batches([], schema), pa.Table.from_batches([batch])]
                 yield from pa.concat_tables(parts, promote_options="permissive").to_batches()
 
     def write(folder: Path) -> None:
