@@ -40,6 +40,9 @@ def sometimes(completions, word, **columns):
 
 def never(completions):
     return [None] * len(completions)
+
+def equation(completions):
+    return [1.0] * len(completions)
 """
 
 
@@ -177,6 +180,10 @@ def test_an_edited_reward_is_another_evaluation(tiny_folder):
         ({"rewards": ["builtins:len"]}, r"len\(obj\) takes obj by position only"),
         ({"rewards": ["mine.py:says"], "reward_weights": [1.0, 2.0]}, r"2 reward_weights for 1 rewards"),
         ({"reward_weights": [1.0], "rewards": None}, r"reward_weights=\[1.0\] without rewards"),
+        (
+            {"task": "countdown", "dataset": None, "rewards": ["mine.py:equation"]},
+            r"py:equation.*of its own",
+        ),
         ({"accuracy": "length"}, r"accuracy='length': no reward has this name; there are says\. Pass --accuracy"),
         ({"reward_format": "chat"}, r"reward_format='chat': need one of auto, text, conversational"),
         (
