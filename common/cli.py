@@ -133,6 +133,21 @@ def as_arguments(settings: dict[str, Any]) -> list[str]:
     return words
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a setting that stands in a file twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A mapping whose keys differ."""
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value).replace("-", "_") in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is there twice, and one value would be lost", key.start_mark
+                )
+            seen.add(str(key.value).replace("-", "_"))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     """Read a YAML file of settings.
 
@@ -148,9 +163,9 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{named}: there is no such file. {remedy}")
     try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{named}: not readable as YAML: {error}. Fix the file.") from None
+        settings = yaml.load(path.read_bytes(), _Loader)
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ValueError(f"{named}: not readable as YAML: {error}. Fix the file; it must be UTF-8.") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{named}: need lines of the form `setting: value`. Fix the file.")
     return settings
@@ -254,6 +269,11 @@ def _take_yaml(args: list[str], names: list[str], owner: str) -> tuple[list[str]
     """The arguments without `--config FILE`, that file, and the settings in it."""
     if "--config" not in args:
         return args, None, {}
+    if args.count("--config") > 1:
+        raise ValueError(
+            f"--config {args.count('--config')} times: settings are read from one file, so that it is clear which "
+            "value counts. Put them into one, and pass others on the command line."
+        )
     position = args.index("--config")
     path = Path([*args, ""][position + 1])
     settings = read_yaml(path, option="--config", remedy="Pass the path of a YAML file of settings.")
@@ -300,6 +320,11 @@ def _gather_rewards(args: list[str]) -> list[str]:
             target.append(arg)
     if not rewards:
         return others
+    if both := {"--rewards", "--reward_weights"}.intersection(others):
+        raise ValueError(
+            f"--reward beside {' and '.join(sorted(both))}: these are two ways to say the same, and one would be "
+            "lost. Write every reward as --reward NAME WEIGHT, or all of them after --rewards and --reward_weights."
+        )
     if not all(rewards):
         raise ValueError(
             "--reward without a name: need a reward of the task, a reward model, file.py:function or module:function."

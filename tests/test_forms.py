@@ -186,3 +186,22 @@ def test_the_setting_reaches_functions_from_files(tmp_path):
         settings = ScoringSettings(reward_format=form)
         scorer = make_scorer({}, {}, names=[f"{tmp_path / 'both.py'}:f"], weights=None, settings=settings)
         assert json.dumps(scorer(["p"], ["c"], {})[0].tolist()) == json.dumps([expected])
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_text_without_that_character_is_no_wish_for_messages(place):
+    """Else the function would be given dicts, which equal no character, and score 0 from then on."""
+
+    def begins(completions, **columns):
+        return [float(text[place] == "A") for text in completions]
+
+    seen = refused(begins, completions=("A", ""))
+    assert "IndexError: string index out of range" in seen and "row 1 of 2" in seen
+
+
+def test_a_function_of_messages_that_meets_an_empty_completion_first_is_told_of_the_setting():
+    def first(completions, **columns):
+        return [float(completion[0]["content"] == "yes") for completion in completions]
+
+    assert "--reward_format conversational" in refused(first, completions=("", "yes"))
+    assert score(first, completions=("", "yes"), form="conversational") == [0.0, 1.0]

@@ -24,6 +24,7 @@ FILES = {
     "indented.yaml": "num_steps: 3\n task: countdown\n",
     "text.yaml": "just text\n",
     "number.yaml": "num_steps: ten\n",
+    "twice.yaml": "num_steps: 3\nseed: 1\nnum-steps: 9\n",
     "nested.yaml": "optimizer:\n  learning_rate: 1e-4\n",
     "pipeline.yaml": "sft:\n  dataset: a.jsonl\n",
     "rewards.py": (
@@ -31,6 +32,7 @@ FILES = {
         "def raises(completions, **columns):\n    return [1 / 0 for _ in completions]\n"
         "def short(completions, **columns):\n    return [1.0]\n"
         "def scalar(completions, **columns):\n    return 1.0\n"
+        "def long(completions, **columns):\n    raise KeyError('\\n'.join(['line'] * 30 + ['x' * 3000]))\n"
         "def texts(completions, **columns):\n    return ['one' for _ in completions]\n"
         "def column(completions, solution):\n    return [0.0 for _ in completions]\n"
         "def nan(completions, **columns):\n    return [float('nan') for _ in completions]\n"
@@ -77,7 +79,12 @@ MISTAKES = {
     "GRPO/grpo.py --config text.yaml": "text.yaml setting: value",
     "GRPO/grpo.py --config number.yaml": "num_steps 'ten'",
     "GRPO/grpo.py --config nested.yaml": "optimizer learning_rate: 1e-4",
+    "GRPO/grpo.py --config twice.yaml": "twice.yaml num-steps is there twice line 3",
+    "GRPO/grpo.py --config latin1.yaml": "latin1.yaml UTF-8",
+    "GRPO/grpo.py --config text.yaml --config number.yaml": "--config 2 times",
     # rewards
+    "GRPO/grpo.py --rewards equation --reward rewards.py:ones": "--reward beside --rewards",
+    "GRPO/grpo.py --reward equation 0.5 --reward_weights 3": "--reward beside --reward_weights",
     "GRPO/grpo.py --reward eqation": "'eqation' format, equation",
     "GRPO/grpo.py --reward": "--reward without a name",
     "GRPO/grpo.py --reward rewards.py:gone": "rewards.py 'gone' ones, raises",
@@ -87,6 +94,7 @@ MISTAKES = {
     "GRPO/grpo.py --reward rewards.py": "'rewards.py' file.py:function",
     "GRPO/grpo.py --reward rewards.py:Judge": "Judge is a class",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:raises": "'raises' ZeroDivisionError row 0 of 4",
+    f"GRPO/grpo.py {QUICK} --reward rewards.py:long": "'long' KeyError ...;",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:short": "'short' 1 values for 4",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:scalar": "'scalar' 1.0 for 4",
     f"GRPO/grpo.py {QUICK} --reward rewards.py:texts": "'texts' 'one'",
@@ -140,6 +148,7 @@ def newcomer(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     (tmp_path / "latin1.jsonl").write_bytes('{"prompt": "Où?"}\n'.encode("latin-1"))
+    (tmp_path / "latin1.yaml").write_bytes("task: ça\n".encode("latin-1"))
     (tmp_path / "notes.docx").write_bytes(b"PK")
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "MODEL").symlink_to(tiny_folder)

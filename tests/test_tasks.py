@@ -1,5 +1,7 @@
 """A task made in Python, and a trainer made from it: what does not belong together is said when it is made."""
 
+import numpy as np
+import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -151,3 +153,39 @@ def test_a_trainer_that_is_made_as_elsewhere_is_answered_with_how_it_is_made_her
 def test_a_task_of_another_type_is_refused(toy_folder, tmp_path):
     with pytest.raises(ValueError, match=r"task=list: need a Task"):
         GRPOTrainer(toy_config(toy_folder, tmp_path / "run"), task=ROWS)
+
+
+def test_rows_may_be_a_data_set(toy_folder, tmp_path):
+    """As trl's train_dataset; keys that others' messages have do not reach the template as None."""
+    rows = [{"prompt": f"{a} make", "total": a} for a in range(6)]
+    scores = []
+    for name, train in (
+        ("list", rows),
+        ("set", Dataset.from_list([*rows, {"prompt": "7", "total": 7}]).select(range(6))),
+    ):
+        made = Task(train=train, rewards={"digits": share_of_digits})
+        scores.append(GRPOTrainer(toy_config(toy_folder, tmp_path / name), task=made).train()["score"])
+    assert scores[0] == scores[1]
+    messages = [[{"role": "user", "content": "a", "name": "x"}], [{"role": "user", "content": "b"}]]
+    made = Task(train=Dataset.from_list([{"prompt": prompt} for prompt in messages]))
+    assert [row["prompt"] for row in made.train] == messages
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pandas.DataFrame({"prompt": ["a"]}),
+        Dataset.from_list([{"prompt": "a"}]).to_iterable_dataset(),
+        DatasetDict({"train": Dataset.from_list([{"prompt": "a"}])}),
+        {"prompt": ["a"]},
+    ],
+    ids=["data frame", "stream", "splits", "columns"],
+)
+def test_what_is_not_found_by_its_number_is_refused(rows):
+    with pytest.raises(ValueError, match=r"need a list of rows, or one split of a data set"):
+        Task(train=rows)
+
+
+def test_weights_may_be_numbers_of_numpy(toy_folder, tmp_path):
+    made = task(reward_weights={"right": np.float32(0.5)})
+    assert GRPOTrainer(toy_config(toy_folder, tmp_path / "run"), task=made).scorer.weights == {"right": 0.5}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,17 @@ def test_a_file_system_that_takes_no_folders_is_refused():
         check_folder("/proc/new")
     with pytest.raises(ValueError, match="output_dir=/proc: nothing can be written there"):
         check_folder("/proc")
+
+
+def test_a_folder_without_room_for_a_byte_is_refused_and_left_as_it_was(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # the file can be made, and not be filled
+    try:
+        with pytest.raises(ValueError, match="nothing can be written there: File too large"):
+            check_folder(tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -192,7 +192,10 @@ class _Batch:
     def __call__(self, numbers: Sequence[int]) -> pa.RecordBatch:
         import pyarrow as pa
 
-        rows = list(self.rows[numbers[0] : numbers[-1] + 1])
+        if isinstance(self.rows, Rows):  # which reads neighbours together
+            rows = list(self.rows[numbers[0] : numbers[-1] + 1])
+        else:
+            rows = [self.rows[number] for number in numbers]
         kinds = [self._kind(number, row) for number, row in zip(numbers, rows, strict=True)]
         texts = self._texts(rows, kinds)
         self._check_text(numbers, texts)

@@ -19,6 +19,7 @@ from common.data.sources import files_of_folder, hub_table, parquet_table, saved
 from common.data.table import KEY, KEY_BYTES, ROW, Rows, mapped_table
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
 
 SPLIT_SEED = 42  # used by published results on Countdown and others; independent of the run's seed
@@ -72,6 +73,11 @@ def read_rows(source: str, split: str, columns: list[str] | None, *, examine: Ex
     if columns is not None:
         rows = rows.with_names(columns)
     return rows if examine is None or rows.has_keys else _with_keys(rows, examine)
+
+
+def rows_of_dataset(dataset: datasets.Dataset) -> Rows:
+    """The rows of a data set of the `datasets` library, read from where they are."""
+    return _table_rows(dataset.with_format("arrow")[:], source="Task")
 
 
 def prompt_key(row: dict) -> str:

@@ -15,8 +15,12 @@ AUTO, TEXT, CONVERSATIONAL = ("auto", "text", "conversational")
 SHOWN = {TEXT: "text", CONVERSATIONAL: "chat messages"}
 ANNOTATED = {TEXT: "list[str]", CONVERSATIONAL: "list[list[dict]]"}
 
-# What Python says when text is used as a message: message["content"], message.get("content"), **message.
-_TEXT_AS_MESSAGE = re.compile(r"string ind(ices|ex)|'str' object|not '?str\b")
+# What Python says when text is used as a message: message["content"], message.get("content"), **message. Nothing that
+# depends on the text itself, such as an index beyond its end: a function of text may fail so, and must be refused.
+_TEXT_AS_MESSAGE = re.compile(
+    r"string indices must be integers|'str' object has no attribute '(get|keys|items|values)'"
+    r"|must be a mapping, not str"
+)
 
 
 def form_of(function: Any) -> str:

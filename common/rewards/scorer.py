@@ -8,6 +8,7 @@ import inspect
 import logging
 import math
 import reprlib
+import textwrap
 from collections.abc import Awaitable, Collection, Mapping
 from datetime import datetime
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from common.rewards.values import LARGEST, number_of, values_of
 logger = logging.getLogger("nanorlhf")
 
 # Long enough to recognise a prompt, short enough for an error message.
+_LONGEST_ERROR = 500  # characters of what a function raised
 _SHORTEN = reprlib.Repr()
 _SHORTEN.maxstring = _SHORTEN.maxother = 120
 
@@ -256,7 +258,7 @@ class Scorer:
             raise self._refusal(name, rewards, batch, self._forms[name]) from _cause(rewards)
         values = values_of(rewards)
         if values is None or len(values) != len(batch):
-            given = _SHORTEN.repr(rewards) if values is None else f"{len(values)} values"
+            given = " ".join(_SHORTEN.repr(rewards).split()) if values is None else f"{len(values)} values"
             raise ValueError(
                 f"reward {name!r} returned {given} for {len(batch)} completions: need a list with one "
                 "number each, in the same order. Fix the function."
@@ -322,7 +324,9 @@ class Scorer:
 
 
 def _text_of(error: Exception) -> str:
-    return error.text if isinstance(error, _RowError) else f"{type(error).__name__}: {error}"
+    """What was raised, in one line that is not too long."""
+    text = error.text if isinstance(error, _RowError) else f"{type(error).__name__}: {error}"
+    return textwrap.shorten(text, _LONGEST_ERROR, placeholder=" ...")
 
 
 def _cause(error: Exception) -> Exception | None:

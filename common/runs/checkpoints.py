@@ -163,7 +163,7 @@ def damage_of(folder: Path, *, read: str | None = None) -> str | None:
         return f"{STATE_FILE} is that of step {state['step']}"
     if _CHECKPOINT_NAME.fullmatch(folder.name) and "step" in state and not (folder / MANIFEST_FILE).is_file():
         # From before there were manifests: the parts that every algorithm's checkpoint has.
-        parts = (f"{POLICY_FOLDER}/*.safetensors", f"{POLICY_FOLDER}_optimizer.pt")
+        parts = (f"{POLICY_FOLDER}/*.safetensors", f"{POLICY_FOLDER}/*config.json", f"{POLICY_FOLDER}_optimizer.pt")
         return next((f"{part} is missing" for part in parts if not any(folder.glob(part))), None)
     return None
 

@@ -85,7 +85,8 @@ def check_unfinished(folder: Path, stored: Settings, now: Settings, length_matte
         how = "Its checkpoints are all damaged" if named else "It kept no checkpoint to continue from"
         how += (
             f", so it cannot be made longer. To train its model further, begin a new run: --model "
-            f"{shlex.quote(str(final))} with another --output_dir. Checkpoints are kept with --save_every 50"
+            f"{shlex.quote(str(final))} with another --output_dir. Checkpoints are kept every save_every steps: pass "
+            f"a --save_every of at most {state['step']}"
         )
     raise ValueError(
         f"output_dir={folder}: the run there has finished ({what}); its model is in {final}. {how}. Pass another "

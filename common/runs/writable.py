@@ -22,9 +22,10 @@ def check_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
         make_folder(folder, setting=setting)
         try:
             trial.write_bytes(b"x")
-            trial.unlink()
-        except OSError as error:
+        except OSError as error:  # on a full disk the file is there, and empty
             raise _refusal(folder, setting, error) from error
+        finally:
+            trial.unlink(missing_ok=True)
     finally:
         for path in missing:
             with suppress(OSError, UnicodeError):

@@ -12,6 +12,7 @@ from typing import Self
 import transformers
 
 from common.config import RLConfig
+from common.data.rows import rows_of_dataset
 from common.rewards.choose import ScoringSettings, make_scorer
 from common.rewards.rules import Limits
 from common.rewards.scorer import RewardFunction, Scorer
@@ -61,8 +62,11 @@ class Task:
         for name in ("train", "eval"):
             rows = getattr(self, name)
             if name == "eval" and rows is None:
-                self.eval = rows = []
-            if isinstance(rows, str | dict) or not isinstance(rows, Sized):  # a DatasetDict is a dict
+                rows = []
+            elif type(rows).__module__.startswith("datasets.") and hasattr(rows, "with_format") and is_indexed(rows):
+                rows = rows_of_dataset(rows)
+            setattr(self, name, rows)
+            if not is_indexed(rows):
                 raise ValueError(
                     f"Task({name}={type(rows).__name__}): need a list of rows, or one split of a data set, each row a "
                     'dict with a prompt: [{"prompt": "2 + 2 = ", "answer": "4"}].'
@@ -77,6 +81,16 @@ class Task:
                 f"Task(reward_weights={type(self.reward_weights).__name__}): need a dict with the names of the "
                 f"rewards. Pass reward_weights={dict.fromkeys(self.rewards, 1.0)}, or leave it out: 1 each."
             )
+
+
+def is_indexed(rows: object) -> bool:
+    """Whether rows are found by their numbers: not in text, a dict, a data set that is a stream, or a data frame."""
+    if isinstance(rows, str | dict) or not isinstance(rows, Sized):  # a DatasetDict is a dict
+        return False
+    try:
+        return len(rows) == 0 or rows[0] is not None
+    except (TypeError, LookupError):
+        return False
 
 
 def load_task(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
@@ -187,8 +201,8 @@ def _check_weights(weights: dict[str, float], task: Task, known: dict[str, None]
 
 def _is_weight(weight: object) -> bool:
     try:
-        return isinstance(weight, int | float) and math.isfinite(weight)
-    except OverflowError:  # an int that no float can hold
+        return not isinstance(weight, str) and math.isfinite(weight)
+    except (OverflowError, TypeError):  # an int that no float can hold, or no number
         return False
 
 
