@@ -4,11 +4,11 @@ Every check runs before any model is loaded. How a script reads its settings is 
 """
 
 import math
-import types
 import typing
 from dataclasses import dataclass, fields
 
 from common.foreign_names import IN_PYTHON, unknown_settings
+from common.values import as_declared, module_names
 
 AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
@@ -31,8 +31,6 @@ MEMORY_SETTINGS = (
 
 # Why a clip does nothing, in `idle_settings`.
 ON_POLICY = "num_minibatches x num_update_epochs is 1: no step is taken from rollouts of an older policy"
-
-ALL_LINEAR = "all-linear"
 
 # vLLM silently raises lower temperatures to this, and its log-probs would differ from the trainer's.
 LOWEST_TEMPERATURE = 0.01
@@ -212,7 +210,7 @@ class RLConfig:
         Raises:
             ValueError: what was given, what is needed and why, what to do.
         """
-        self.lora_target_modules = _module_names(self.lora_target_modules)
+        self.lora_target_modules = module_names(self.lora_target_modules)
         # As transformers has it: one tracker without a list, or the word none.
         self.report_to = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         self.report_to = None if self.report_to == ["none"] else self.report_to
@@ -482,84 +480,6 @@ class PlacedKLConfig(ClippedConfig):
         return idle
 
 
-def remarks(config: RLConfig) -> list[str]:
-    """What a run should say once at its start about settings that are allowed, but hardly meant.
-
-    Args:
-        config: the run's settings; `origins` tells which of them the user set.
-
-    Returns:
-        Lines: the settings that the user set and that do nothing next to the others, then oddities of the learning
-        rate. None for settings as shipped.
-    """
-    names_by_reason: dict[str, list[str]] = {}
-    for name, reason in config.idle_settings().items():
-        if _is_set_by_user(config, name):
-            names_by_reason.setdefault(reason, []).append(f"{name}={vars(config)[name]}")
-    lines = [
-        f"{', '.join(names)}: {'they do' if len(names) > 1 else 'it does'} nothing, since {reason}"
-        for reason, names in names_by_reason.items()
-    ]
-    return lines + _remarks_on_rate(config)
-
-
-def _is_set_by_user(config: RLConfig, name: str) -> bool:
-    """Whether a setting was typed, or has another value than it comes with.
-
-    The scripts ship with some values that are not the defaults of the class: those are of settings that act.
-    """
-    default = next(field.default for field in fields(config) if field.name == name)
-    origin = config.origins.get(name)
-    return origin == "" or (vars(config)[name] != default and not str(origin).startswith("preset "))
-
-
-def _remarks_on_rate(config: RLConfig) -> list[str]:
-    lines, steps = [], f"num_steps={config.num_steps}"
-    highest, last = (
-        max(map(config.scheduled_rate, range(1, config.num_steps + 1))),
-        config.scheduled_rate(config.num_steps),
-    )
-    if config.warmup_steps >= max(config.num_steps, 2):
-        lines.append(
-            f"the learning rate rises until the last step, where it is {last:.3g}: warmup_steps={config.warmup_steps} "
-            f"is not shorter than {steps}"
-        )
-    elif highest < config.learning_rate / 2:
-        lines.append(
-            f"the learning rate is {highest:.3g} at most, not learning_rate={config.learning_rate:.3g}: with {steps}, "
-            f"warmup_steps={config.warmup_steps} and lr_scheduler={config.lr_scheduler} no step is at its peak"
-        )
-    if config.lr_scheduler != "constant" and config.min_lr_ratio == 1:
-        lines.append("the learning rate does not fall, since min_lr_ratio=1: as with lr_scheduler=constant")
-    if config.learning_rate and last == 0:
-        lines.append(
-            f"the last step has a learning rate of 0 and changes nothing, since min_lr_ratio={config.min_lr_ratio}"
-        )
-    return lines
-
-
-def _module_names(given: object) -> object:
-    """The setting lora_target_modules in one form: names with commas between them, each once and without spaces.
-
-    Args:
-        given: such a text, or a list of names; anything else is returned as it is.
-
-    Raises:
-        ValueError: if it has no name, or all-linear and others.
-    """
-    parts = given if isinstance(given, list) else [given]
-    if not all(isinstance(part, str) for part in parts):
-        return given
-    names = [name.strip() for part in parts for name in part.split(",")]
-    names = list(dict.fromkeys(ALL_LINEAR if name.lower() == ALL_LINEAR else name for name in names if name))
-    if not names or (ALL_LINEAR in names and len(names) > 1):
-        raise ValueError(
-            f"lora_target_modules={given!r}: need names of modules, or {ALL_LINEAR} alone, which is every linear "
-            "layer but the head. Pass --lora_target_modules q_proj,v_proj, for example."
-        )
-    return ",".join(names)
-
-
 def check_discount(config: RLConfig, *names: str) -> None:
     """Raise a ValueError for a discount, such as gamma, that is outside [0, 1]."""
     for name in names:
@@ -594,35 +514,3 @@ def check_whiten_rewards(config: RLConfig, *names: str) -> None:
                 f"whiten_rewards with {name}: advantages are divided by their own deviation, so a factor that all "
                 f"rewards have in common cancels. Pass --whiten_rewards false, or --{name} false."
             )
-
-
-def as_declared(name: str, value: object, declared: type | types.UnionType) -> object:
-    """Convert a value to its declared type, and the entries of a list too.
-
-    Args:
-        name: of the setting, for messages.
-        value: as read; YAML reads 2e-6 as text and 1 as an integer.
-        declared: a type, or a union of types.
-
-    Raises:
-        ValueError: if the value is of another type.
-    """
-    options = typing.get_args(declared) if isinstance(declared, types.UnionType) else (declared,)
-    plain = {typing.get_origin(option) or option: typing.get_args(option) for option in options}
-    if isinstance(value, list) and list in plain:
-        return [as_declared(name, entry, *plain[list]) for entry in value]
-    if float in plain and isinstance(value, str | int) and not isinstance(value, bool):
-        return _number(name, value)
-    if not isinstance(value, tuple(plain)) or (isinstance(value, bool) and bool not in plain):
-        names = " or ".join("null" if option is types.NoneType else option.__name__ for option in plain)
-        raise ValueError(
-            f"{name}={value!r}: need {names}. Pass --{name} with such a value, or fix it in the YAML file."
-        )
-    return value
-
-
-def _number(name: str, value: str | int) -> float:
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{name}={value!r:.80}: need a number. Pass --{name} 1e-6, for example.") from None

@@ -15,6 +15,7 @@ from typing import NoReturn
 # Old module -> new place -> the names that moved there, "" for all others of the module. For something that was
 # renamed, the place includes its new name.
 MOVED: dict[str, dict[str, str]] = {
+    "common.config": {"common.remarks": "remarks", "common.values": "ALL_LINEAR"},
     "common.batching": {"common.seeds": "hashed_seed seeded_permutation", "common.update.rows": ""},
     "common.passes": {"common.update.batches.Batches": "Passes", "common.update.batches": ""},
     "common.learner": {"common.update.learner": ""},

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from common.advantages import inverse_deviation, per_token_rewards, whiten
-from common.config import RLConfig, remarks
+from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_unknown
 from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
@@ -38,6 +38,7 @@ from common.models.loading import (
 from common.models.lora import check_targets, describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
+from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
 from common.runs.log import choose_trackers

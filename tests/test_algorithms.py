@@ -16,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
-from common.config import ClippedConfig, PlacedKLConfig, RLConfig, remarks
+from common.config import ClippedConfig, PlacedKLConfig, RLConfig
 from common.presets.preset import PRESETS, Preset
+from common.remarks import remarks
 from tests.toy import (
     LORA,
     ROOT,

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields
 
 import pytest
 
-from common.config import RLConfig, remarks
+from common.config import RLConfig
+from common.remarks import remarks
 from GRPO.grpo_trainer import GRPOConfig
 from PPO.ppo_trainer import PPOConfig
 from Reinforce.reinforce_trainer import ReinforceConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.environment import check_launch
-from tests.toy import toy_trainer
+from tests.toy import metrics_of, toy_trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,3 +84,39 @@ def test_a_process_that_cannot_find_the_others_is_refused_before_anything_is_loa
 def test_one_process_and_one_that_a_launcher_has_started_are_not(launched_with, given):
     launched_with(**given)
     check_launch()
+
+
+ONE_HELD_OUT = """
+import sys
+from pathlib import Path
+import common
+from tests.toy import algorithms, toy_config, toy_task
+
+def share_of_longest(completions, **columns):
+    longest = max(map(len, completions))
+    return [len(text) / longest for text in completions]
+
+task = toy_task()
+task.eval, task.rewards, task.reward_weights, task.accuracy = task.eval[:1], {"share": share_of_longest}, None, None
+config = toy_config(Path(sys.argv[1]), Path(sys.argv[2]), eval_every=1, num_steps=1)
+trainer = algorithms()["GRPO"].trainer(config, task=task)
+trainer.train()
+trainer.accelerator.state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_a_held_out_prompt_takes_part_in_evaluations(tiny_folder, tmp_path):
+    (tmp_path / "run.py").write_text(ONE_HELD_OUT)
+    for count in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        done = subprocess.run(
+            [*command, str(tmp_path / "run.py"), str(tiny_folder), str(tmp_path / str(count))],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (metrics_of(tmp_path / str(count)) for count in (1, 2))
+    before = {name: value for name, value in one[0].items() if name.startswith("eval/")}
+    assert before["eval/score"] == 1.0 and before.items() <= two[0].items()

@@ -305,6 +305,16 @@ def test_a_line_that_a_kill_cut_off_is_sampled_again(tiny_folder, interrupted_af
     assert sampled == [6, 4, 1]
 
 
+def test_lines_that_a_power_cut_spoiled_are_sampled_again(tiny_folder, interrupted_after, sampled):
+    path = interrupted_after(3, settings(tiny_folder))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], b"\0" * 90 + b"\n", lines[3]]))
+    interrupted_after(3, settings(tiny_folder))
+    path.write_bytes(b"\n")
+    evaluate(settings(tiny_folder))
+    assert sampled == [6, 4, 6] and not path.exists()
+
+
 def test_when_all_is_sampled_only_the_scores_are_missing(tiny_folder, monkeypatch, sampled):
     def broken(*args):
         raise OSError("out of memory")
@@ -316,29 +326,37 @@ def test_when_all_is_sampled_only_the_scores_are_missing(tiny_folder, monkeypatc
     assert sampled == [6] and score["tokens_per_second"] > 0
 
 
-def test_another_evaluation_does_not_take_the_completions_of_this_one(tiny_folder, interrupted_after, loads):
+def test_another_evaluation_does_not_take_the_completions_of_this_one(tiny_folder, interrupted_after, sampled):
     path = interrupted_after(3, settings(tiny_folder, output_dir="here"))
     before = path.read_bytes()
-    for changes in ({"temperature": 0.7}, {"seed": 1}, {"num_problems": 5}, {"max_completion_length": 25}):
-        name = next(iter(changes))
-        with pytest.raises(ValueError, match=rf"unfinished evaluation that differs from this one in .*{name}.*delete"):
-            evaluate(settings(tiny_folder, output_dir="here", **changes))
-    assert path.read_bytes() == before and len(loads) == 1
+    other = shutil.copytree(tiny_folder, "other/" + "/".join(tiny_folder.parts[-2:]))  # the same name
+    for changes in ({"temperature": 0.7}, {"seed": 1}, {"num_problems": 5}, {"max_completion_length": 25}, {}):
+        evaluate(settings(tiny_folder if changes else other, output_dir=f"there-{len(sampled)}", **changes))
+    assert path.read_bytes() == before and sampled == [6, 6, 6, 5, 6, 6]
     evaluate(settings(tiny_folder, output_dir="here", vllm_memory_share=0.2))
-    assert not path.exists()
+    assert sampled[-1] == 3 and not path.exists()
+
+
+def test_completions_of_other_settings_in_the_same_file_are_refused(tiny_folder, interrupted_after, loads):
+    path = interrupted_after(3, settings(tiny_folder))
+    path.write_bytes(path.read_bytes().replace(b'"temperature": 0.6', b'"temperature": 0.7', 1))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"unfinished evaluation that differs from this one in temperature.*Delete"):
+        evaluate(settings(tiny_folder))
+    assert path.read_bytes() == before and len(loads) == 1
 
 
 def test_an_evaluation_that_another_process_is_working_on_is_refused(tiny_folder):
     evaluation = Evaluation(settings(tiny_folder, output_dir="here"))
     hold = (
         "import pathlib, sys; from common.evaluation.unfinished import Unfinished\n"
-        "with Unfinished(pathlib.Path('here'), {}): print('held', flush=True); sys.stdin.read()"
+        "with Unfinished(pathlib.Path(sys.argv[1]), {}): print('held', flush=True); sys.stdin.read()"
     )
-    command_line = [sys.executable, "-c", hold]
+    command_line = [sys.executable, "-c", hold, str(evaluation.unfinished.path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command_line, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another process is working on this evaluation"):
+        with pytest.raises(ValueError, match="another process is sampling the same completions"):
             evaluation.run()
         process.stdin.close()
     evaluation.run()
@@ -351,16 +369,15 @@ def test_a_killed_command_goes_on_when_it_is_typed_again(model, sign, status):
     command_line = [sys.executable, "-m", "common.evaluation", "--model", str(model), *arguments, "--output_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    kept = Path("killed.unfinished.jsonl")
     with subprocess.Popen([*command_line, "killed"], **options) as process:
-        while not kept.is_file() or len(kept.read_bytes().splitlines()) < 40:
+        while sum(len(kept.read_bytes().splitlines()) for kept in Path().glob("*.unfinished.jsonl")) < 40:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(getattr(signal, sign))
         said = process.communicate()[1]
     assert process.returncode == status and not Path("killed").exists()
     if sign != "SIGKILL":
-        assert re.search(r"completions of \d+ of 256 problems are kept in killed.unfinished.jsonl\n", said)
+        assert re.search(r"completions of \d+ of 256 problems are kept in \S+-countdown-\w+.unfinished.jsonl\n", said)
         assert said.endswith("interrupted: the same command continues with what is missing\n")
     again = subprocess.run([*command_line, "killed"], **options)
     assert re.search(r"sampling 256 x 8 completions, \d+ of which are there", again.stderr)

@@ -92,6 +92,8 @@ TYPED = {
     "overwrite_output_dir": (True, "never overwritten"),
     "load_best_model_at_end": (True, "always kept"),
     "stop_token": ("eos", "end tokens of the model's generation config"),
+    "wandb_project": ("thesis", "the project of W&B is WANDB_PROJECT in the environment"),
+    "wandb_entity": ("team", "WANDB_ENTITY"),
     # An algorithm's own.
     "importance_sampling_level": ("sequence", "it is ratio_level, a setting of RLOO, which GRPO does not have"),
     "lam": (0.95, "it is gae_lambda, a setting of PPO, which GRPO does not have."),

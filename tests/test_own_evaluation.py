@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 
 from common.cli import parse_settings
 from common.embedded.policy import build_tokenizer, save_untrained
-from common.evaluation import command
+from common.evaluation import command, identity
 from common.evaluation.command import Evaluation, evaluate
+from common.evaluation.identity import reward_digest, reward_files
 from common.evaluation.results import table
 from common.evaluation.settings import EvaluationSettings
 from common.runs.measures import mean_interval
-from tests.test_evaluation_command import CHAT_TEMPLATE, result_of, settings, write
+from tests.test_evaluation_command import CHAT_TEMPLATE, result_of, sampled, settings, write  # noqa: F401
 from tests.test_reward_model import save_pair_encoder
+from tests.toy import ROOT
 
 ROWS = [{"prompt": f"{a} {a + 1} make", "word": str(a)} for a in range(6)]
 REWARDS = """
@@ -40,6 +43,9 @@ def sometimes(completions, word, **columns):
 
 def never(completions):
     return [None] * len(completions)
+
+def equation(completions):
+    return [1.0] * len(completions)
 """
 
 
@@ -164,6 +170,90 @@ def test_an_edited_reward_is_another_evaluation(tiny_folder):
     assert Evaluation(own(tiny_folder, "length")).name != one
 
 
+BESIDE = {
+    "mine.py": """
+import package.inner
+from package import constants
+def says(completions, word, **columns):
+    from lazy import of_three
+    import importlib
+    importlib.import_module("named")
+    return of_three(completions)
+""",
+    "package/__init__.py": "",
+    "package/inner.py": "from .deeper import other\nfrom . import besides",
+    "package/deeper/__init__.py": "from ..constants import three",
+    "package/deeper/other.py": "from elsewhere import three",
+    "package/besides.py": "",
+    "package/constants.py": "three = 3",
+    "lazy.py": "def of_three(completions):\n    from package import constants\n    return [3] * len(completions)",
+    "named.py": "",
+    "../working/elsewhere.py": "import broken\nthree = 3",
+    "../working/broken.py": "def",
+}
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Modules that a reward uses, beside it and in the working directory, and two that it does not."""
+    files = BESIDE | {"unused.py": "", "package/unused.py": ""}
+    for name, content in files.items():
+        (tmp_path / "beside" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "beside" / name).write_text(content)
+    monkeypatch.chdir(tmp_path / "working")
+    monkeypatch.setattr(identity, "source_of", lambda where: tmp_path / "beside" / "mine.py")  # without importing it
+    return {name: (tmp_path / "beside" / name).resolve() for name in files}
+
+
+def test_a_reward_is_its_file_and_every_module_that_it_imports_directly_or_not(beside):
+    used = reward_files("mine.py:says")
+    assert used[0] == beside["mine.py"] and set(used) == {beside[name] for name in BESIDE}
+    before = reward_digest("mine.py:says")
+    for name in sorted(beside):
+        content = beside[name].read_text()
+        beside[name].write_text(content + "\n")
+        assert (reward_digest("mine.py:says") == before) == name.endswith("unused.py"), name
+        beside[name].write_text(content)
+    assert reward_digest("mine.py:says") == before
+
+
+def test_a_function_of_a_package_is_its_modules_and_not_those_that_are_installed(beside, monkeypatch):
+    monkeypatch.setattr(identity, "source_of", lambda where: beside["package/inner.py"])
+    beside_it = {beside[name] for name in ("mine.py", "lazy.py", "named.py")}
+    assert set(reward_files("package.inner:f")) == {beside[name] for name in BESIDE} - beside_it
+    monkeypatch.setattr(identity, "source_of", lambda where: Path(json.__file__))
+    assert {file.parent for file in reward_files("json:loads")} == {Path(json.__file__).parent}
+
+
+EDITED = """
+import sys
+from pathlib import Path
+from common.evaluation.command import Evaluation
+from tests.test_own_evaluation import own
+chosen = own(Path(sys.argv[1]), "says")
+print(Evaluation(chosen).name)
+if sys.argv[2:]:
+    Path("package/constants.py").write_text("three = 4")
+    try:
+        print(Evaluation(chosen).name)
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_an_edited_module_beside_a_reward_is_another_evaluation_in_a_new_process(tiny_folder, beside, monkeypatch):
+    monkeypatch.chdir(beside["mine.py"].parent)
+    write(Path("mine.jsonl"), ROWS)
+    Path("package/deeper/other.py").write_text("")
+    said = []
+    for argument in (["edit"], []):
+        words = [sys.executable, "-c", EDITED, str(tiny_folder), *argument]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        said += subprocess.run(words, env=environment, capture_output=True, text=True).stdout.splitlines()
+    assert said[0] != said[2] and re.search(r"package/constants.py, which it imports, was edited after", said[1])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -177,6 +267,10 @@ def test_an_edited_reward_is_another_evaluation(tiny_folder):
         ({"rewards": ["builtins:len"]}, r"len\(obj\) takes obj by position only"),
         ({"rewards": ["mine.py:says"], "reward_weights": [1.0, 2.0]}, r"2 reward_weights for 1 rewards"),
         ({"reward_weights": [1.0], "rewards": None}, r"reward_weights=\[1.0\] without rewards"),
+        (
+            {"task": "countdown", "dataset": None, "rewards": ["mine.py:equation"]},
+            r"py:equation.*of its own",
+        ),
         ({"accuracy": "length"}, r"accuracy='length': no reward has this name; there are says\. Pass --accuracy"),
         ({"reward_format": "chat"}, r"reward_format='chat': need one of auto, text, conversational"),
         (
@@ -206,3 +300,37 @@ def test_the_interval_of_a_mean_by_hand():
     values = torch.tensor([0.0, 2.0, 2.0, 2.0, 1.0, 5.0, 6.0, float("nan")])
     assert mean_interval(values, 2) == pytest.approx([3 - 1.96 * 2.160247 / 2, 3 + 1.96 * 2.160247 / 2])
     assert mean_interval(values[:2], 2) is None and mean_interval(torch.full((4,), torch.nan), 2) is None
+
+
+FAILS = """
+def fails(completions, word, **columns):
+    return [float(each in text) if each != "4" else 1 / 0 for each, text in zip(word, completions)]
+"""
+
+
+def test_a_reward_that_fails_costs_no_completions_whoever_judges_them_then(tiny_folder, sampled):  # noqa: F811
+    refused = r"'fails' raised ZeroDivisionError.*Fix the function.*kept in (\S+), and the same command"
+    for changes in ({}, {"output_dir": "out"}):
+        Path("mine.py").write_text(REWARDS + FAILS)
+        with pytest.raises(ValueError, match=refused) as caught:
+            evaluate(own(tiny_folder, "fails", **changes))
+        (path,) = Path().rglob("*.unfinished.jsonl")
+        assert re.search(refused, str(caught.value))[1] == str(path) and len(path.read_text().splitlines()) == 7
+        Path("mine.py").write_text(REWARDS + FAILS.replace("1 / 0", "2.0"))
+        (score,) = evaluate(own(tiny_folder, "fails", **changes))
+        assert sum(sampled) == 6 and not path.exists() and score["score"] > 0
+        sampled.clear()
+    with pytest.raises(ValueError, match="kept in"):
+        Path("mine.py").write_text(REWARDS + FAILS)
+        evaluate(own(tiny_folder, "fails"))
+    (score,) = evaluate(own(tiny_folder, "length", reward_weights=[2.0], reward_format="text", reward_time_limit=0.0))
+    assert sum(sampled) == 6 and score["score"] > 0
+
+
+def test_corrected_columns_take_the_completions_of_the_same_prompts(tiny_folder, sampled):  # noqa: F811
+    Path("mine.py").write_text(REWARDS + FAILS)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        evaluate(own(tiny_folder, "fails"))
+    write(Path("mine.jsonl"), [row | {"word": "0"} for row in ROWS])
+    evaluate(own(tiny_folder, "fails"))
+    assert sampled == [6]

@@ -417,6 +417,18 @@ def test_two_rewards_of_the_same_name_are_refused(tmp_path):
             make_scorer(AVAILABLE, WEIGHTS, names=names, weights=None)
 
 
+def test_a_reward_with_the_name_of_one_of_the_tasks_is_refused_and_the_tasks_own_is_not(tmp_path):
+    (tmp_path / "mine.py").write_text("def equation(completions):\n    return [1.0] * len(completions)\n")
+    judge = save_pair_encoder(tmp_path / "format")
+    for given, name in ((f"{tmp_path / 'mine.py'}:equation", "equation"), (str(judge), "format")):
+        with pytest.raises(ValueError) as caught:
+            make_scorer(AVAILABLE, WEIGHTS, names=[given], weights=[1.0])
+        assert repr(given) in str(caught.value) and f"my_{name}, or pass '{name}'" in str(caught.value)
+    function = load_reward(f"{tmp_path / 'mine.py'}:equation")
+    scorer = make_scorer({"equation": function}, WEIGHTS, names=[f"{tmp_path / 'mine.py'}:equation"], weights=None)
+    assert scorer.weights == {"equation": 0.9}
+
+
 # Functions from a file
 
 

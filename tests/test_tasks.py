@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 from common.rewards.scorer import Scorer
 from common.tasks import Task, check_rows, task_scorer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
-from tests.toy import share_of_digits, toy_config
+from tests.toy import share_of_digits, toy_config, toy_trainer
 
 ROWS = [{"prompt": f"{a} make", "total": a} for a in range(4)]
 
@@ -79,6 +79,12 @@ def test_what_does_not_belong_together_is_refused_before_a_model_is_loaded(
     with pytest.raises(ValueError, match=message):
         GRPOTrainer(toy_config(toy_folder, tmp_path / "run", **settings), task=task(**changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_function_that_takes_the_name_of_the_tasks_accuracy_trains_nothing(toy_folder, tmp_path):
+    (tmp_path / "mine.py").write_text("def sum(completions):\n    return [1.0] * len(completions)\n")
+    with pytest.raises(ValueError, match=r"mine\.py:sum': the task has a reward 'sum' of its own.*such as my_sum"):
+        toy_trainer(toy_folder, tmp_path / "run", rewards=[f"{tmp_path / 'mine.py'}:sum"])
 
 
 def test_accuracy_may_name_a_reward_of_the_settings_or_one_that_is_not_used(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
-from common.runs.log import WANDB_FILE, WandbRun
+from common.runs.log import WANDB_FILE, RunLog, WandbRun
 from tests.toy import ROOT, metrics_of, samples_of, toy_trainer, train_until
 
 BLOCK = 32768  # bytes; a .wandb file is cut into blocks, and a record into parts that end with one
@@ -76,7 +78,7 @@ def tables_of(folder: Path, step: dict) -> dict[str, list[dict]]:
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_RUN_ID"):
+    for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -102,10 +104,12 @@ def test_training_and_evaluation_have_tables_of_their_own(toy_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_continued_run_goes_on_in_the_same_run_of_wandb_and_no_step_is_there_twice(toy_folder, tmp_path):
+def test_a_continued_run_goes_on_in_the_same_run_of_wandb_and_no_step_is_there_twice(toy_folder, tmp_path, caplog):
     folder = tmp_path / "run"
     train_until(toy_trainer(toy_folder, folder, **SETTINGS), 3)  # one step more than the checkpoint holds
+    assert "W&B" not in caplog.text
     train_until(toy_trainer(toy_folder, folder, **SETTINGS), 3)  # nothing new
+    assert "goes on from step 2. W&B cannot take a step back, so it keeps what it has of steps 3 to 3" in caplog.text
     toy_trainer(toy_folder, folder, **SETTINGS).train()
     runs = runs_of(folder, 5)
     assert len({name for name, _, _ in runs}) == 1 and all(may_join for _, may_join, _ in runs)
@@ -115,6 +119,28 @@ def test_a_continued_run_goes_on_in_the_same_run_of_wandb_and_no_step_is_there_t
         assert {name: together[line["step"]][name] for name in line} == line
     assert all("samples/train/path" in together[step] for step in range(1, 6))
     assert ["samples/eval/path" in together[step] for step in range(6)] == [True, False, True, False, True, True]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_extended_says_which_steps_wandb_keeps_and_how_to_have_the_new_ones(
+    toy_folder, tmp_path, caplog
+):
+    folder, schedule = tmp_path / "run", SETTINGS | {"lr_scheduler": "linear"}
+    toy_trainer(toy_folder, folder, **schedule | {"save_every": 4}).train()
+    before = metrics_of(folder)[5]
+    longer = schedule | {"save_every": 4, "num_steps": 7, "resume": "extend"}
+    train_until(toy_trainer(toy_folder, folder, **longer), 6)
+    assert "it keeps what it has of steps 5 to 5; metrics.jsonl gets them anew" in caplog.text
+    runs = runs_of(folder, 6)
+    assert [sorted(steps) for _, _, steps in runs] == [[0, 1, 2, 3, 4, 5], [6]]
+    after = metrics_of(folder)[5]
+    assert runs[0][2][5]["lr"] == before["lr"] != after["lr"]
+    (folder / WANDB_FILE).unlink()
+    caplog.clear()
+    toy_trainer(toy_folder, folder, **longer).train()
+    assert "W&B" not in caplog.text
+    name, _, steps = runs_of(folder, 7)[-1]
+    assert name != runs[0][0] and sorted(steps) == [5, 6, 7] and steps[5]["lr"] == after["lr"]
 
 
 KILLED = """
@@ -159,7 +185,49 @@ def test_an_id_from_the_environment_is_used_and_what_another_run_was_sent_does_n
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     run = WandbRun(tmp_path, write=True)
     assert run.id == "mine" and run.takes(1)
-    assert json.loads((tmp_path / WANDB_FILE).read_text()) == {"id": "mine", "last_step": -1}
+    assert json.loads((tmp_path / WANDB_FILE).read_text()) == {"id": "mine", "last_step": -1, "project": "nanoRLHF"}
+
+
+SPOILED = ("", "\0\0\0", '{"id": "abc", "last', "[]", "7", "{}", '{"id": "abc"}', '{"id": "a/b", "last_step": 3}')
+SPOILED += ('{"id": "", "last_step": 3}', '{"id": 5, "last_step": 3}', '{"id": "abc", "last_step": "3"}', "\udcff")
+
+
+@pytest.mark.parametrize("content", SPOILED)
+def test_a_spoiled_file_begins_a_new_run_of_wandb_and_says_why(tmp_path, monkeypatch, caplog, content):
+    (tmp_path / WANDB_FILE).write_bytes(content.encode(errors="surrogateescape"))
+    assert WandbRun(tmp_path, write=False).takes(0) and not caplog.text  # one process says it
+    run = WandbRun(tmp_path, write=True)
+    assert re.search(r"wandb.json: it (is not JSON|does not hold the id).*a new one begins.*WANDB_RUN_ID", caplog.text)
+    assert run.id not in ("abc", "a/b", "") and run.takes(0)
+    caplog.clear()
+    assert WandbRun(tmp_path, write=True).id == run.id and not caplog.text
+    (tmp_path / WANDB_FILE).write_bytes(content.encode(errors="surrogateescape"))
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert WandbRun(tmp_path, write=True).id == "mine" and not caplog.text
+
+
+def test_another_project_is_another_run_of_wandb(tmp_path, monkeypatch, caplog):
+    (tmp_path / WANDB_FILE).write_text('{"id": "abc", "last_step": 3}')  # from before projects were kept
+    first = WandbRun(tmp_path, write=True)
+    assert (first.id, first.project) == ("abc", "nanoRLHF") and not first.takes(3)
+    monkeypatch.setenv("WANDB_PROJECT", "thesis")
+    run = WandbRun(tmp_path, write=True)
+    assert run.id != "abc" and run.project == "thesis" and run.takes(0)
+    assert "its run abc is in the project nanoRLHF, and this one is to be in thesis" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", ["thesis", None])
+def test_the_project_is_that_of_the_environment(tmp_path, monkeypatch, project):
+    if project:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    log = RunLog(tmp_path, Accelerator(cpu=True, log_with=["wandb"], project_dir=tmp_path), {})
+    log.log(0, {"score": 0.5})
+    log.close()
+    runs_of(tmp_path, 0)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    (run,) = (record.run for record in records(file) if record.WhichOneof("record_type") == "run")
+    assert run.project == (project or "nanoRLHF")
 
 
 def test_without_wandb_there_is_no_such_file(toy_folder, tmp_path):

@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
@@ -27,19 +27,20 @@ from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.data.vocabulary import check_vocabulary, describe_unknown
 from common.embedded import check_model, load_tokenizer, resolve_model
+from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
+from common.mistakes import is_ours
 from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.models.weights import policy_weights
-from common.rewards.load import source_of
 from common.rewards.reports import TrainerState
 from common.rewards.reward_model import RewardModel
-from common.rewards.scorer import RewardFunction
+from common.rewards.scorer import RewardFunction, Scorer
 from common.rollouts import Completion, Rollouts
 from common.runs.checkpoints import STATE_FILE, write_file
 from common.runs.folder import CONFIG_FILE, versions
@@ -102,14 +103,16 @@ class Evaluation:
         self.settings = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT} | {
             "model": self.model,
             "max_completion_length": config.max_completion_length,
-            "weights": _fingerprint(self.source),
+            "weights": weights_digest(self.source),
             "problems": digest(list(self.prompts.texts), self.prompts.columns),
-            "reward_sources": [_reward_fingerprint(name) for name in settings.rewards or ()],
+            "reward_sources": [reward_digest(name) for name in settings.rewards or ()],
         }
-        self.name = self._name()
+        called = self._called()
+        self.name = f"{called}-{digest(self.settings)}"
         folder = settings.output_dir if parent is None else None
         self.folder = Path(folder or (parent or DEFAULT_PARENT) / self.name)
-        self.unfinished = Unfinished(self.folder, self.settings)
+        sampled = sampling_identity(self.settings, self.prompts.ids)
+        self.unfinished = Unfinished(self.folder.with_name(f"{called}-{digest(sampled)}.unfinished.jsonl"), sampled)
         if self.stored() is None:
             check_folder(self.folder)
             self.unfinished.check()
@@ -132,7 +135,7 @@ class Evaluation:
                     count = f"{len(kept.completions)} of {len(self.prompts)} problems"
                     logger.info("\n%s: the completions of %s are kept in %s", self.model, count, kept.path)
                 raise
-        kept.remove()
+            kept.remove()
 
     def _run(self) -> None:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -145,7 +148,7 @@ class Evaluation:
         num_samples = self.config.eval_num_samples
         rollouts = self._sample(generation)
         with stopwatch("score"):
-            rollouts.scores = judge(rollouts, scorer, TrainerState())
+            rollouts.scores = self._judge(rollouts, scorer)
             lenient = judge_leniently(rollouts, leniently)
         metrics = StepMetrics()
         judged_by = {"accuracy": self.task.accuracy, "format": self.task.format, "lenient": lenient}
@@ -168,10 +171,11 @@ class Evaluation:
         self.task = replace(self.task, accuracy=accuracy or self.task.accuracy)
         return scorer.functions
 
-    def _name(self) -> str:
+    def _called(self) -> str:
+        """Model and task, as a part of file names."""
         names = filter(None, (self.model, self.settings["adapter"]))
         parts = [part for name in names for part in Path(name).parts[-2:] if part.strip("/.")]
-        return "-".join([*parts, _task_name(self.settings["task"]), digest(self.settings)])
+        return "-".join([*parts, _task_name(self.settings["task"])])
 
     def _check_room(self, context: int | None) -> None:
         longest, limit = self.config.max_prompt_length, self.config.max_completion_length
@@ -213,6 +217,18 @@ class Evaluation:
             return generation.sample_for_evaluation(
                 self.prompts.share(), finished=finished, have=dict(kept.completions)
             )
+
+    def _judge(self, rollouts: Rollouts, scorer: Scorer) -> Tensor:
+        """(B,) float32: the scores; the refusal of a reward says that sampling was not in vain."""
+        try:
+            return judge(rollouts, scorer, TrainerState())
+        except ValueError as error:
+            if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+                raise
+            raise ValueError(
+                f"{error} All completions are kept in {self.unfinished.path}, and the same command then gives them "
+                "their scores, without sampling them again."
+            ) from error.__cause__
 
     def _score(self, rollouts: Rollouts, means: dict[str, float], timings: dict[str, float]) -> Score:
         means = {name.removeprefix("eval/"): value for name, value in means.items()}
@@ -274,7 +290,6 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
     for evaluation in evaluations:
         if evaluation.stored():
-            evaluation.unfinished.remove()  # where a process ended just before it did so
             logger.info("%s: already evaluated, nothing is sampled again: %s", evaluation.model, evaluation.folder)
         elif several and settings.sampler == "vllm":
             _run_in_a_process(replace(settings, model=[evaluation.model], output_dir=str(evaluation.folder)))
@@ -352,17 +367,6 @@ def _context_length(model: str) -> int | None:
     return transformers.AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
 
 
-def _fingerprint(source: Source) -> str:
-    """A digest that changes with the weights: commit on the hub, or sizes and times of the files in a folder."""
-    folders = [Path(name) for name in (source.base, source.adapter) if name is not None]
-    commit = None
-    if not folders[0].is_dir():
-        cached = try_to_load_from_cache(str(folders.pop(0)), CONFIG_NAME)
-        commit = Path(cached).parent.name if isinstance(cached, str) else None
-    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
-    return digest(commit, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-
-
 # The rest
 
 
@@ -382,14 +386,6 @@ def _task_name(task: str) -> str:
 def _mean(part: Tensor) -> float | None:
     """Over the rows in which a reward has a say; None if there are none."""
     return None if part.isnan().all() else part.nanmean().item()
-
-
-def _reward_fingerprint(name: str) -> str | None:
-    """A digest that changes with the file of a function, or with a reward model; None for a reward of the task."""
-    if ":" in name:
-        file = source_of(name)
-        return file and digest(file.read_bytes().hex())
-    return _fingerprint(Source(base=name, what=name)) if Path(name).is_dir() or "/" in name else None
 
 
 def _run_in_a_process(settings: EvaluationSettings) -> None:

@@ -6,7 +6,8 @@ from datetime import date, datetime
 
 import torch
 
-from common.config import RLConfig, as_declared
+from common.config import RLConfig
+from common.values import as_declared
 
 # Longer than any prompt or completion.
 NO_LIMIT = 2**31

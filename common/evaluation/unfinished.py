@@ -1,9 +1,11 @@
 """Completions of an evaluation that has not ended, in a file beside the folder of its result.
 
 A line is appended for each problem as soon as its completions are there, so that an evaluation that is interrupted, in
-whatever way, goes on from there. Scores are not kept: rewards see all completions together, interrupted or not.
+whatever way, goes on from there. Scores are not kept: rewards see all completions together, interrupted or not. So
+another evaluation, of the same completions by other rewards, can go on from there too.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -19,11 +21,11 @@ from common.runs.log import json_line
 
 
 class Unfinished:
-    """The file of one evaluation.
+    """The file of the completions of an evaluation.
 
     Args:
-        folder: of the result.
-        identity: everything that the result depends on, by name.
+        path: of the file.
+        identity: everything that the completions depend on, by name.
 
     Attributes:
         path: of the file.
@@ -31,8 +33,8 @@ class Unfinished:
         seconds: how long sampling them took.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.path = folder.with_name(f"{folder.name}.unfinished.jsonl")
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
         self.completions: dict[int, list[Completion]] = {}
         self.seconds = 0.0
         self._identity = json.loads(json_line(identity))  # as it comes back from a file
@@ -40,12 +42,12 @@ class Unfinished:
         self._last = 0.0
 
     def check(self) -> None:
-        """Refuse to go on with another evaluation.
+        """Refuse to go on with other completions.
 
         Raises:
-            ValueError: the file is of an evaluation with other settings.
+            ValueError: those in the file were sampled with other settings.
         """
-        self._check(_lines(self.path.read_bytes()) if self.path.is_file() else [])
+        self._check(_lines(self.path.read_bytes())[0] if self.path.is_file() else [])
 
     def _check(self, lines: list[dict[str, Any]]) -> None:
         stored = lines[0] if lines else self._identity
@@ -54,14 +56,14 @@ class Unfinished:
         if different:
             raise ValueError(
                 f"{self.path}: an unfinished evaluation that differs from this one in {', '.join(different)}, and the "
-                "completions of two are not mixed. Repeat its command, delete the file, or pass another --output_dir."
+                "completions of two are not mixed. Delete the file, or pass an --output_dir in another folder."
             )
 
     def __enter__(self) -> "Unfinished":
         """Read what there is, and lock the file against other processes.
 
         Raises:
-            ValueError: another process is working on this evaluation.
+            ValueError: another process is sampling the same completions.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "a+b")
@@ -72,14 +74,14 @@ class Unfinished:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
                 self._file.close()
                 raise ValueError(
-                    f"{self.path}: another process is working on this evaluation. Wait for it, or stop it and repeat "
-                    "the command: what it has sampled is kept."
+                    f"{self.path}: another process is sampling the same completions. Wait for it, or stop it and "
+                    "repeat the command: what it has sampled is kept. To sample them twice at the same time, pass an "
+                    "--output_dir in another folder."
                 ) from None
         self._file.seek(0)
-        content = self._file.read()
-        lines = _lines(content)
+        lines, size = _lines(self._file.read())
         self._check(lines)
-        self._file.truncate(content.rfind(b"\n") + 1)  # drops a line that a kill cut off
+        self._file.truncate(size)
         for line in lines[1:]:
             self.completions[line["problem"]] = [_completion(each) for each in line["completions"]]
             self.seconds += line["seconds"]
@@ -121,9 +123,16 @@ class Unfinished:
         os.fsync(self._file.fileno())
 
 
-def _lines(content: bytes) -> list[dict[str, Any]]:
-    """What the whole lines hold."""
-    return [json.loads(line) for line in content.split(b"\n")[:-1]]
+def _lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """What the lines hold, and their size, up to one that a kill cut off or a power cut spoiled."""
+    rows, size = [], 0
+    with contextlib.suppress(ValueError):
+        for line in content.split(b"\n")[:-1]:
+            if not isinstance(row := json.loads(line), dict):
+                break
+            rows.append(row)
+            size += len(line) + 1
+    return rows, size
 
 
 def _completion(row: dict[str, Any]) -> Completion:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import transformers
 from torch import nn
 
-from common.config import ALL_LINEAR, RLConfig
+from common.config import RLConfig
 from common.logprobs import changes_logits
+from common.values import ALL_LINEAR
 
 if TYPE_CHECKING:
     from peft import PeftModel

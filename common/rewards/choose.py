@@ -51,8 +51,8 @@ def make_scorer(
         The scorer; its reward models are not loaded yet.
 
     Raises:
-        ValueError: for an unknown name, a missing file, module or function, or a model that does not give a single
-            score.
+        ValueError: for an unknown name, one that the task has given to another reward, a missing file, module or
+            function, or a model that does not give a single score.
     """
     if names is None:
         return Scorer(available, default_weights, limits=settings.limits)
@@ -74,6 +74,13 @@ def make_scorer(
             )
     if len(functions) != len(names):
         raise ValueError(f"rewards={names}: two rewards have the same name. Pass --rewards with distinct names.")
+    for given, (name, function) in zip(names, functions.items(), strict=True):
+        if name in available and function is not available[name]:
+            raise ValueError(
+                f"rewards={given!r}: the task has a reward {name!r} of its own, whose name says what is its accuracy, "
+                "its format and its weight, so another one would be taken for it. Rename yours, such as "
+                f"my_{name}, or pass {name!r} for the one of the task."
+            )
     chosen = weights or [default_weights.get(name, 1.0) for name in functions]
     return Scorer(functions, dict(zip(functions, chosen, strict=True)), forms=forms, limits=settings.limits)
 

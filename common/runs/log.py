@@ -5,6 +5,7 @@ import logging
 import math
 import netrc
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nanorlhf")
 
 METRICS_FILE, SAMPLES_FILE, WANDB_FILE = "metrics.jsonl", "samples.jsonl", "wandb.json"
+PROJECT = "nanoRLHF"  # of trackers
+_WANDB_ID = re.compile(r"[^\s:;,#?/']+")  # others are refused by wandb
 LEADING_KEYS = ("episodes", "tokens", "score")  # first in a line of metrics.jsonl after the step, for human readers
 
 
@@ -58,17 +61,32 @@ class WandbRun:
     """The run of Weights & Biases that belongs to a run's folder; a continued run goes on in it.
 
     W&B cannot take back a step. So steps that a continued run does again, because they came after its checkpoint, are
-    not sent again: their values are those that are there.
+    not sent again: W&B keeps what it has of them, also where a longer schedule or a corrected reward gives others now.
+    `rewind` says so.
 
     Args:
         folder: the run's folder.
         write: whether this process keeps the file; the others never send anything.
+
+    Attributes:
+        project: WANDB_PROJECT, else nanoRLHF.
+        id: WANDB_RUN_ID, else that in the file, else a new one.
     """
 
     def __init__(self, folder: Path, *, write: bool) -> None:
         self._path, self._write = folder / WANDB_FILE, write
-        known = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        self.id = os.environ.get("WANDB_RUN_ID") or known.get("id") or secrets.token_hex(4)
+        self.project = os.environ.get("WANDB_PROJECT") or PROJECT
+        given, known = os.environ.get("WANDB_RUN_ID"), {}
+        try:
+            known = _known(self._path, self.project)
+        except ValueError as error:
+            if write and not given:
+                logger.warning(
+                    "%s: %s. So its W&B run cannot be continued, and a new one begins, without the steps so far. To "
+                    "go on in the old one, stop, and repeat the command with WANDB_RUN_ID set to its id.",
+                    *(self._path, error),
+                )
+        self.id = given or known.get("id") or secrets.token_hex(4)
         self._last_step = known["last_step"] if known.get("id") == self.id else -1  # sent by earlier processes
         self._keep(self._last_step)
 
@@ -84,9 +102,43 @@ class WandbRun:
         """All of this step is sent."""
         self._keep(step)
 
+    def rewind(self, step: int) -> None:
+        """Say which steps W&B keeps as they were, if the run goes back behind its last one.
+
+        Args:
+            step: the last one that is not done again; -1 for the very beginning.
+        """
+        if self._last_step > step:
+            logger.warning(
+                "W&B has this run's steps up to %d, and the run goes on from step %d. W&B cannot take a step back, so "
+                "it keeps what it has of steps %d to %d; %s gets them anew, and values may differ. For a W&B run with "
+                "the new ones, stop, delete %s, and repeat the command: another one then begins with step %d.",
+                *(self._last_step, max(step, 0), step + 1, self._last_step, METRICS_FILE, self._path, step + 1),
+            )
+
     def _keep(self, step: int) -> None:
         if self._write:
-            write_file(self._path, json_line({"id": self.id, "last_step": step}))
+            write_file(self._path, json_line({"id": self.id, "last_step": step, "project": self.project}))
+
+
+def _known(path: Path, project: str) -> dict[str, Any]:
+    """The W&B run that a file holds; empty if there is no file.
+
+    Raises:
+        ValueError: why it cannot be continued.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        known = json.loads(path.read_bytes())
+    except ValueError:
+        raise ValueError("it is not JSON") from None
+    name, step = (known.get("id"), known.get("last_step")) if isinstance(known, dict) else (None, None)
+    if not isinstance(name, str) or not _WANDB_ID.fullmatch(name) or type(step) is not int:
+        raise ValueError("it does not hold the id of a W&B run and the last step that was sent")
+    if (before := known.get("project", project)) != project:
+        raise ValueError(f"its run {name} is in the project {before}, and this one is to be in {project}")
+    return known
 
 
 class RunLog:
@@ -105,13 +157,13 @@ class RunLog:
         self._tables: dict[str, list[dict[str, Any]]] = {}  # of the step whose metrics have not come yet
         if accelerator.log_with:
             shown = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
-            options = {}
+            options, project = {}, PROJECT
             if "wandb" in map(str, accelerator.log_with):
                 self._wandb = WandbRun(self.folder, write=accelerator.is_main_process)
                 place = {"name": self.folder.name, "dir": str(self.folder)}
-                options["wandb"] = place | self._wandb.arguments()
+                options["wandb"], project = place | self._wandb.arguments(), self._wandb.project
             accelerator.project_configuration.logging_dir = str(self.folder)
-            accelerator.init_trackers("nanoRLHF", config=shown, init_kwargs=options)
+            accelerator.init_trackers(project, config=shown, init_kwargs=options)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl; floats are read back bit-equal, and those that are not finite become null.
@@ -151,6 +203,8 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Drops lines after `step`, and a line that a kill cut off; the resumed run writes them again.
 
+        W&B keeps what it has of those steps, and this says so.
+
         Args:
             step: the step of the checkpoint that the run continues from; -1 for the very beginning.
         """
@@ -160,6 +214,8 @@ class RunLog:
             if path.exists():
                 lines = path.read_bytes().split(b"\n")
                 write_file(path, b"".join(line + b"\n" for line in lines if _belongs_before(line, step)))
+        if self._wandb:
+            self._wandb.rewind(step)
         kept = {line["step"] for line in read_metrics(self.folder)}
         if missing := [number for number in range(1, step + 1) if number not in kept]:
             logger.warning(
