@@ -20,6 +20,7 @@ from common.data.files import is_data_file
 from common.data.rows import read_rows, rows_of_dataset, split_held_out
 from common.data.table import kept_table
 from common.embedded.policy import build_tokenizer
+from common.evaluation.sets import find_set
 from common.tasks import load_task
 from common.tasks.prompts import read_prompts
 
@@ -541,7 +542,11 @@ def test_files_of_a_folder_that_are_left_out_are_named(tmp_path, caplog):
     assert len(read_prompts(data_in(tmp_path / "one", a_jsonl=row, b_jsonl=row, c_csv="prompt\nc\n"), "train")) == 2
     assert caplog.text.count("(.jsonl), not c.csv") == 1
     caplog.clear()
-    data_in(tmp_path / "two", train_jsonl=row, test_jsonl=row, notes_txt="", a_py="")
+    assert read_prompts(str(tmp_path / "one"), "train") and caplog.text.count("not c.csv") == 0  # said already
+    (tmp_path / "two" / ".hidden").mkdir(parents=True)
+    for name, content in {"train.jsonl": row, "test.jsonl": row, "notes.txt": "", ".hidden/a.csv": "a\n1\n"}.items():
+        (tmp_path / "two" / name).write_text(content)
+    (tmp_path / "two" / "dataset_infos.json").write_text("{}")  # of the hub, no rows
     chosen = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n"
     data_in(tmp_path / "three", a_jsonl=row, b_csv="prompt\nb\n", README_md=chosen)
     assert (
@@ -569,3 +574,6 @@ def test_a_split_of_a_single_file_is_mentioned_once_unless_it_is_the_default(tmp
         assert read_prompts(str(tmp_path / "a.jsonl"), split) == [{"prompt": "a"}]
     assert caplog.text.count("dataset_split=nosuch: a single file has no splits, so all its rows are read") == 1
     assert "=train:" not in caplog.text
+    # A set that is named has a split of its own, which the user has not asked of the file.
+    assert find_set("gsm8k", str(tmp_path / "a.jsonl"), is_chat=False).split == "train"
+    assert find_set("gsm8k", "owner/name", is_chat=False).split == "test"

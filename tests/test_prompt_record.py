@@ -186,11 +186,12 @@ def test_a_run_from_before_there_were_records_resumes(chat_folder, tmp_path):
     assert (tmp_path / "run" / "prompts.json").exists()
 
 
-def test_a_record_of_an_older_version_is_compared_by_token_ids_and_renewed(chat_folder, tmp_path):
+@pytest.mark.parametrize("version", [None, 2])
+def test_a_record_of_an_older_version_is_compared_by_token_ids_and_renewed(chat_folder, tmp_path, version):
     begun(chat_folder, tmp_path / "run")
     file = tmp_path / "run" / "prompts.json"
     new, old = json.loads(file.read_text()), json.loads(file.read_text())
-    del old["version"]
+    old["version"] = version
     for part in ("training", "held-out"):
         old[part] |= {"text": "0123456789abcdef", "columns": "0123456789abcdef"}  # digests were made in another way
     file.write_text(json.dumps(old))

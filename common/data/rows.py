@@ -7,7 +7,6 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,14 +15,12 @@ import numpy as np
 
 from common.data.cache import code_digest, digest_of
 from common.data.files import READABLE, format_of, is_path, json_rows, unreadable
-from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, table_digest
+from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, say_once, table_digest
 from common.data.table import KEY, KEY_BYTES, ROW, Rows, kept_table
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
-
-logger = logging.getLogger("nanorlhf")
 
 SPLIT_SEED = 42  # used by published results on Countdown and others; independent of the run's seed
 
@@ -222,18 +219,12 @@ class _Scan:
 
 
 def _mention_split(source: str, split: str) -> None:
-    """Say once that a file has no splits, if another than the default is named."""
-    if split not in ("", "train") and (source, split) not in _said:
-        logger.warning(
-            "dataset=%s, dataset_split=%s: a single file has no splits, so all its rows are read. Leave dataset_split "
-            "out, or pass --dataset with a file of the rows that are meant.",
-            source,
-            split,
+    """Say that a file has no splits, if another than the default is named."""
+    if split not in ("", "train"):
+        say_once(
+            f"dataset={source}, dataset_split={split}: a single file has no splits, so all its rows are read. Leave "
+            "dataset_split out, or pass --dataset with a file of the rows that are meant."
         )
-        _said.add((source, split))
-
-
-_said: set[tuple[str, str]] = set()
 
 
 def _lacking(where: str, row: Sequence[str] | dict, missing: list[str], columns: list[str]) -> str:

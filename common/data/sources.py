@@ -190,20 +190,33 @@ def _data_files(folder: str) -> dict[str, list[str]]:
 
 def _mention_left_out(folder: str, found: dict[str, list[str]]) -> None:
     """Say which files `load_dataset` leaves out on its own: it reads those of the most frequent kind."""
+    import datasets
+
     card = Path(folder) / "README.md"
     if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
         return
     kinds = {format_of(str(file)) for files in found.values() for file in files}
-    visible = [path for path in sorted(Path(folder).rglob("*")) if not path.name.startswith(".") and path.is_file()]
-    others = [path.name for path in visible if format_of(path.name) not in {None, *kinds}]
-    if others and None not in kinds:
-        logger.warning(
-            "dataset=%s: of a folder only the files of its most frequent kind are read (%s), not %s. Convert these, "
-            "or move them away.",
-            folder,
-            ", ".join(f".{kind}" for kind in sorted(kinds)),
-            ", ".join(others[:3]) + (" ..." if others[3:] else ""),
+    if None in kinds:
+        return
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.name not in datasets.data_files.FILES_TO_IGNORE]
+    visible = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    others = [path.name for path in visible if format_of(path.name) not in {None, *kinds} and path.is_file()]
+    if others:
+        say_once(
+            f"dataset={folder}: of a folder only the files of its most frequent kind are read "
+            f"({', '.join(f'.{kind}' for kind in sorted(kinds))}), not {', '.join(others[:3])}"
+            f"{' ...' if others[3:] else ''}. Convert these, or move them away."
         )
+
+
+def say_once(message: str) -> None:
+    """Warn of something in the data; not again when they are read again."""
+    if message not in _said:
+        logger.warning("%s", message)
+        _said.add(message)
+
+
+_said: set[str] = set()
 
 
 def _checked_split(source: str, split: str, splits: list[Any]) -> str:
