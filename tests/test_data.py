@@ -72,6 +72,20 @@ def test_a_prompt_file_goes_around_text_and_around_the_last_user_message(tmp_pat
     assert prompts.raw == [messages, "w5"]  # what reward models judge
 
 
+def test_a_prompt_file_goes_around_the_texts_of_a_message_in_parts():
+    style, image = PromptStyle(template="now {prompt} well"), {"type": "image"}
+
+    def around(*parts: dict) -> list[dict]:
+        return style.around([{"role": "user", "content": list(parts)}])[0]["content"]
+
+    one, two = ({"type": "text", "text": text} for text in ("w1", "w2"))
+    assert around(one) == [{"type": "text", "text": "now w1 well"}]
+    assert around(image, one, two) == [image, one | {"text": "now w1"}, two | {"text": "w2 well"}]
+    assert one["text"] == "w1"
+    with pytest.raises(ValueError, match=r"prompt_file with a user message .*no text.*Leave prompt_file out"):
+        around(image)
+
+
 @pytest.mark.parametrize("text", ["no place", "{prompt} twice {prompt}"])
 def test_a_prompt_file_has_one_place_for_the_prompt(tmp_path, text):
     (tmp_path / "style.txt").write_text(text)

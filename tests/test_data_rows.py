@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import datasets
@@ -16,7 +17,8 @@ import pytest
 from common.config import RLConfig
 from common.data import rows as data_rows
 from common.data.files import is_data_file
-from common.data.rows import read_rows, split_held_out
+from common.data.rows import read_rows, rows_of_dataset, split_held_out
+from common.data.table import kept_table
 from common.embedded.policy import build_tokenizer
 from common.tasks import load_task
 from common.tasks.prompts import read_prompts
@@ -83,7 +85,7 @@ def test_chat_messages_in_a_csv_cell_are_messages_if_they_are_json(tmp_path):
         ("a,a\n1,2\n", "first line must name the columns, each differently; it has 'a', 'a'"),
         ("a,\n1,2\n", "each differently; it has 'a', ''"),
         ("", "each differently; it has nothing"),
-        ('a,b\n1,"2\n', "line 2 is not CSV"),
+        ('a,b\n1,"2\n', "begins in line 2 is not CSV"),
         ("a,b\n", "it has no rows"),
     ],
 )
@@ -331,3 +333,239 @@ def test_without_a_cache_that_can_be_written_rows_are_in_main_memory(tmp_path, c
     assert read_prompts(str(path), "train") == read_prompts(str(path), "train") == [{"prompt": "a"}]
     assert caplog.text.count("cannot be written") == 1 and "HF_DATASETS_CACHE" in caplog.text
     assert reason != "no space" or not list(cache.glob("*rows-*/"))
+
+
+# Values of mixed types
+
+
+MIXED = [
+    {
+        "prompt": [{"role": "user", "content": "Hi", "tool_calls": [{"arguments": {"a": 1}}]}],
+        "tests": [1, "s"],
+        "meta": {"x": None},
+    },
+    {
+        "prompt": [{"role": "user", "content": "Ho", "tool_calls": [{"arguments": {"b": "z"}}]}],
+        "tests": [{"k": 1}],
+        "meta": 5,
+    },
+    {"prompt": "Say hi", "tests": None, "meta": ["t"]},
+]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "in place", "data set"])
+@pytest.mark.parametrize("count", [2, 3])  # without the third, JSON is inside the messages only
+def test_values_of_mixed_types_are_as_they_were_given(tmp_path, kind, count, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_rows, "MIN_CACHED_BYTES", 0 if kind == "in place" else 10**9)
+    data = datasets.Dataset.from_list(MIXED[:count], on_mixed_types="use_json")
+    assert "Json" in str(data.features["prompt"])
+    if kind == "saved":
+        data.save_to_disk(tmp_path / "rows")
+    else:
+        data.to_parquet(tmp_path / "rows.parquet")
+    path = tmp_path / ("rows" if kind == "saved" else "rows.parquet")
+    found = rows_of_dataset(data) if kind == "data set" else read_prompts(str(path), "train")
+    assert list(found) == data.to_list() == MIXED[:count] and found[1] == MIXED[1]
+    assert pickle.loads(pickle.dumps(found)) == found
+
+
+# Parquet files of a folder
+
+
+def parquet_folder(folder: Path, tables: list[pyarrow.Table]) -> str:
+    folder.mkdir()
+    for number, table in enumerate(tables):
+        pyarrow.parquet.write_table(table, folder / f"train-{number}.parquet")
+    return str(folder)
+
+
+REQUIRED = pyarrow.schema([pyarrow.field("prompt", pyarrow.string(), nullable=False)])
+UNLIKE = {
+    "a column less": ({"prompt": ["a"], "x": [1]}, {"prompt": ["b"]}, [1, None]),
+    "no value": ({"prompt": ["a"], "x": [None]}, {"prompt": ["b"], "x": ["s"]}, [None, "s"]),
+    "order": ({"prompt": ["a"], "x": [1]}, {"x": [2], "prompt": ["b"]}, [1, 2]),
+    "fractions": ({"prompt": ["a"], "x": [1]}, {"prompt": ["b"], "x": [2.5]}, [1.0, 2.5]),
+    "long texts": ({"prompt": ["a"]}, {"prompt": pyarrow.array(["b"], pyarrow.large_string())}, None),
+    "required": (pyarrow.table({"prompt": ["a"]}, schema=REQUIRED), {"prompt": ["b"]}, None),
+}
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("case", UNLIKE)
+def test_parquet_files_with_somewhat_different_columns_are_one_table(tmp_path, cache, case, is_large, monkeypatch):
+    monkeypatch.setattr(data_rows, "MIN_CACHED_BYTES", 0 if is_large else 10**9)
+    *tables, values = UNLIKE[case]
+    tables = [pyarrow.table(table) if isinstance(table, dict) else table for table in tables]
+    rows = read_prompts(parquet_folder(tmp_path / "rows", tables), "train")
+    expected = [{"prompt": prompt} for prompt in "ab"]
+    if values:
+        expected = [row | {"x": value} for row, value in zip(expected, values, strict=True)]
+    assert rows == expected and len(list(cache.glob("parquet-*/"))) == is_large
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_parquet_files_that_make_no_table_are_refused(tmp_path, cache, is_large, monkeypatch, caplog):
+    monkeypatch.setattr(data_rows, "MIN_CACHED_BYTES", 0 if is_large else 10**9)
+    unlike = [pyarrow.table({"prompt": ["a"], "x": [1]}), pyarrow.table({"prompt": ["b"], "x": ["s"]})]
+    with pytest.raises(ValueError, match=r"types do not go together \(.*int64 vs string.*same type in all files"):
+        read_prompts(parquet_folder(tmp_path / "types", unlike), "train")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array([1])], names=["prompt", "prompt"])
+    with pytest.raises(ValueError, match=r"train-0\.parquet has more than one column of the name prompt"):
+        read_prompts(parquet_folder(tmp_path / "names", [twice]), "train")
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": [f"p{i}" for i in range(5000)]}), path)
+    content = bytearray(path.read_bytes())
+    content[200:240] = b"\xff" * 40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet: unreadable parquet file \(Corrupt snappy.*fetch it again"):
+        read_prompts(str(path), "train")
+    assert "cannot be written" not in caplog.text
+
+
+# What was damaged
+
+
+@pytest.mark.parametrize("damage", ["zeros", "zeros at the end", "digests", "no folder"])
+def test_a_cache_that_lost_its_content_is_made_anew(tmp_path, cache, damage):
+    path, rows = tmp_path / "a.jsonl", [{"prompt": f"p{i}", "text": "x" * 1000} for i in range(1500)]
+    path.write_text(lines(rows))
+    assert read_prompts(str(path), "train") == rows
+    (file,) = cache.glob("rows-*/rows.arrow")
+    size = file.stat().st_size
+    if damage.startswith("zeros"):
+        kept = file.read_bytes()[: size // 2 * (damage != "zeros")]
+        file.unlink()  # the rows that were read are still mapped
+        file.write_bytes(kept + bytes(size - len(kept)))
+    elif damage == "digests":
+        (file.parent / "digests.json").write_bytes(b"\xff\xfe")
+    else:
+        shutil.rmtree(file.parent)
+        file.parent.write_text("")
+    assert read_prompts(str(path), "train") == rows and file.stat().st_size == size
+
+
+def test_a_folder_of_the_cache_that_arrow_cannot_read_is_made_anew(cache):
+    def make(folder: Path) -> None:
+        made.append(folder)
+        if len(made) == 1:
+            (folder / "a.arrow").write_bytes(b"nothing")
+            return
+        table = pyarrow.table({"a": [1]})
+        with pyarrow.OSFile(str(folder / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
+
+    made: list[Path] = []
+    table, files = kept_table("name", make)
+    assert table["a"].to_pylist() == [1] and files == [cache / "name" / "a.arrow"] and len(made) == 2
+
+
+# What spreadsheets write
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\n\r\nprompt,answer\nHi,1\n",
+        "sep=;\r\nprompt;answer\r\nHi;1\r\n",
+        '"sep=\t"\nprompt\tanswer\nHi\t1\n',
+    ],
+)
+def test_a_csv_file_may_begin_with_empty_lines_or_its_delimiter(tmp_path, content):
+    (tmp_path / "a.csv").write_text(content, newline="")
+    assert read_rows(str(tmp_path / "a.csv"), "train", None) == [{"prompt": "Hi", "answer": "1"}]
+    (tmp_path / "a.csv").write_text(content + "only one cell\n", newline="")
+    line = content.count("\n") + 1
+    with pytest.raises(ValueError, match=f"the row that ends in line {line} has 1 cells"):
+        read_rows(str(tmp_path / "a.csv"), "train", None)
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ("prompt;price,unit", ["prompt", "price,unit"]),
+        ('"prompt";"a, b, c"', ["prompt", "a, b, c"]),
+        ('"a;b",prompt', ["a;b", "prompt"]),
+        ("prompt,a;b,c", ["prompt", "a;b", "c"]),
+    ],
+)
+def test_the_sign_that_parts_most_names_is_the_delimiter(tmp_path, header, names):
+    sign = ";" if names[0] == "prompt" and len(names) == 2 else ","
+    (tmp_path / "a.csv").write_text(f"{header}\n{sign.join('x' * len(names))}\n")
+    assert read_rows(str(tmp_path / "a.csv"), "train", None) == [dict.fromkeys(names, "x")]
+
+
+def test_a_quote_that_is_not_closed_is_named_by_the_line_of_its_row(tmp_path):
+    (tmp_path / "a.csv").write_text('a,b\n1,2\n\n3,"4\n' + "5,6\n" * 50)
+    with pytest.raises(
+        ValueError, match=r"row that begins in line 4 is not CSV \(a quote that is opened there is not"
+    ):
+        read_rows(str(tmp_path / "a.csv"), "train", None)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_without_a_mark_is_told_from_latin_1(tmp_path, encoding):
+    (tmp_path / "a.jsonl").write_bytes('{"a": "é"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=f"line 1 has zero bytes.*iconv -f {encoding.replace('16-', '16')} "):
+        read_rows(str(tmp_path / "a.jsonl"), "train", None)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [("[" * 100_000 + "]" * 100_000, "nested too deeply"), ("1" * 5000, "more than 4300 digits")]
+)
+def test_what_python_cannot_hold_is_refused_by_line(tmp_path, value, reason):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": ' + value + "}\n")
+    (tmp_path / "a.json").write_text('[{"a": ' + value + "}]")
+    (tmp_path / "a.csv").write_text('a\n"[{""role"": ""user"", ""content"": ' + value + '}]"\n')
+    with pytest.raises(ValueError, match=f"line 2 is not JSON .*{reason}"):
+        read_rows(str(tmp_path / "a.jsonl"), "train", None)
+    with pytest.raises(ValueError, match=f"not JSON .*{reason}"):
+        read_rows(str(tmp_path / "a.json"), "train", None)
+    assert type(read_rows(str(tmp_path / "a.csv"), "train", None)[0]["a"]) is str
+
+
+# What a folder or a file has beside
+
+
+def data_in(folder: Path, **files: str) -> str:
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    return str(folder)
+
+
+def test_files_of_a_folder_that_are_left_out_are_named(tmp_path, caplog):
+    row = lines([{"prompt": "a"}])
+    assert len(read_prompts(data_in(tmp_path / "one", a_jsonl=row, b_jsonl=row, c_csv="prompt\nc\n"), "train")) == 2
+    assert caplog.text.count("(.jsonl), not c.csv") == 1
+    caplog.clear()
+    data_in(tmp_path / "two", train_jsonl=row, test_jsonl=row, notes_txt="", a_py="")
+    chosen = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n---\n"
+    data_in(tmp_path / "three", a_jsonl=row, b_csv="prompt\nb\n", README_md=chosen)
+    assert (
+        len(read_prompts(str(tmp_path / "two"), "train")) == len(read_prompts(str(tmp_path / "three"), "train")) == 1
+    )
+    assert not [record for record in caplog.records if record.name == "nanorlhf"]
+
+
+def test_a_folder_that_the_library_cannot_read_is_refused(tmp_path):
+    row = lines([{"prompt": "a"}])
+    with pytest.raises(ValueError, match=r"without data that can be read \(Dataset scripts are no longer"):
+        read_prompts(data_in(tmp_path / "script", script_py="", train_jsonl=row), "train")
+    with pytest.raises(ValueError, match=r"without data that can be read \(File is not a zip file"):
+        read_prompts(data_in(tmp_path / "zip", a_zip="PK"), "train")
+    card = "---\nconfigs:\n- config_name: main\n  data_files: main/*\n- config_name: soc\n  data_files: soc/*\n---\n"
+    folder = data_in(tmp_path / "card", README_md=card, main__a_jsonl=row, soc__a_jsonl=row)
+    with pytest.raises(ValueError, match=r"with the configurations main, soc\. Pass --dataset with the files of one"):
+        read_prompts(folder, "train")
+    assert read_prompts(f"{folder}/main", "train") == [{"prompt": "a"}]
+
+
+def test_a_split_of_a_single_file_is_mentioned_once_unless_it_is_the_default(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text(lines([{"prompt": "a"}]))
+    for split in ("train", "nosuch", "nosuch"):
+        assert read_prompts(str(tmp_path / "a.jsonl"), split) == [{"prompt": "a"}]
+    assert caplog.text.count("dataset_split=nosuch: a single file has no splits, so all its rows are read") == 1
+    assert "=train:" not in caplog.text

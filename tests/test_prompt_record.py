@@ -158,6 +158,18 @@ def test_a_run_with_other_prompts_is_refused_and_says_what_differs(change, token
         check_record(tmp_path, record(change), is_new=False)
 
 
+def test_the_prompt_beside_token_ids_is_compared(tokenizer, tmp_path):
+    def record(prompt: str) -> dict:
+        rows = [{"prompt_ids": [5, 6], "prompt": prompt, "n": 1}]
+        prompts = PromptSet(rows, tokenizer, max_prompt_length=9, seed=0)
+        return describe_prompts(prompts, None, tokenizer=tokenizer, style=PromptStyle(), now=datetime(2026, 1, 1))
+
+    check_record(tmp_path, record("what rewards see"), is_new=True)
+    check_record(tmp_path, record("what rewards see"), is_new=False)
+    with pytest.raises(ValueError, match="the columns of the training prompts differ, because the data have changed"):
+        check_record(tmp_path, record("something else"), is_new=False)
+
+
 def test_a_run_that_was_refused_continues_without_its_record(chat_folder, tmp_path):
     begun(chat_folder, tmp_path / "run")
     with_template(chat_folder, DATED.replace("Today", "Date"))

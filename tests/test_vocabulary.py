@@ -50,6 +50,19 @@ def test_a_character_that_no_token_stands_for_is_unknown(unknown):
     assert Characters(tokenizer).unknown_in(texts, tokenizer(texts)["input_ids"]) == ["z", "", "z三"]
 
 
+@pytest.mark.parametrize(
+    ("space", "split"),
+    [("▁", pre_tokenizers.Metaspace()), ("Ġ", pre_tokenizers.ByteLevel(add_prefix_space=True))],
+)
+def test_the_space_before_a_word_does_not_stand_for_its_letters(space, split):
+    tokenizer = Tokenizer(models.BPE(LETTERS | {space: 7}, []))
+    tokenizer.pre_tokenizer = split
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast("z")["input_ids"] == [7]
+    assert unknown_in(fast, "abz az") == "z" and unknown_in(fast, "ab a") == ""
+    assert unknown_in(fast, "▁") == ("" if space == "▁" else "▁")
+
+
 def test_a_character_that_becomes_another_or_is_cleaned_away_is_known():
     tokenizer = letters(unknown=None)
     assert unknown_in(tokenizer, "ABÉ") == ""

@@ -8,13 +8,8 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import hashlib
 import json
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,112 +18,19 @@ import numpy as np
 import transformers
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from common.data.cache import code_digest, data_folder, digest_of
-from common.data.table import Rows, mapped_table
+from common.data.cache import code_digest, digest_of
+from common.data.encoded import Encoded
+from common.data.mapping import map_rows
+from common.data.table import Rows, kept_table, mapped_table
 from common.data.vocabulary import Characters
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-logger = logging.getLogger("nanorlhf")
-
 MIN_CACHED = 1000  # rows from which a folder in the cache is worth its files
-ROWS_PER_PROCESS = 20_000  # what one process encodes in a second or two, several times its start
 BATCH = 1000
 
 Render = Callable[[list], list[str]]
-
-
-class Encoded:
-    """The prompts of N rows.
-
-    Args:
-        table: of all rows that were encoded together.
-        places: (N,) int64, which rows of the table these are.
-
-    Attributes:
-        texts: N strings, what the policy continues.
-        ids: N lists of token ids.
-        unknown: N strings, the characters that the tokenizer does not know.
-        lengths: (N,) int64, in tokens.
-        text_digests, value_digests: (N,) uint64, of the text, and of the row's other columns.
-    """
-
-    def __init__(self, table: pa.Table, places: np.ndarray) -> None:
-        import pyarrow.compute as pc
-
-        self.texts, self.ids = Column(table["text"], places), Column(table["ids"], places)
-        self.unknown = Column(table["unknown"], places)
-        self.lengths = pc.list_value_length(table["ids"]).to_numpy().astype(np.int64)[places]
-        self.text_digests, self.value_digests = (
-            table[name].to_numpy()[places] for name in ("text_digest", "value_digest")
-        )
-        self._table, self._places = table, places
-
-    def has(self, kind: str) -> bool:
-        """Whether any row of the table is of a kind: "text", "chat" or "ids"."""
-        return kind in self._table["kind"].unique().to_pylist()
-
-    @property
-    def one_of_each_shape(self) -> np.ndarray:
-        """The first row of each sequence of roles, and of prompts that are no chat."""
-        _, first = np.unique(self._table["shape"].to_numpy()[self._places], return_index=True)
-        return np.sort(first)
-
-    @property
-    def rows_with_unknown(self) -> np.ndarray:
-        """The rows with characters that the tokenizer does not know."""
-        import pyarrow.compute as pc
-
-        return np.flatnonzero(pc.not_equal(self._table["unknown"], "").to_numpy()[self._places])
-
-    @property
-    def row_of_largest_id(self) -> int:
-        """The row with the largest token id."""
-        import pyarrow.compute as pc
-
-        lengths = pc.list_value_length(self._table["ids"]).to_numpy()
-        starts = np.cumsum(lengths) - lengths  # no row is empty
-        return int(np.maximum.reduceat(pc.list_flatten(self._table["ids"]).to_numpy(), starts)[self._places].argmax())
-
-    def __len__(self) -> int:
-        """N."""
-        return len(self._places)
-
-    def select(self, indices: np.ndarray) -> Encoded:
-        """Some of the rows."""
-        return Encoded(self._table, self._places[indices])
-
-
-class Column(Sequence):
-    """Values of a column of an Arrow table, each read when it is asked for.
-
-    Args:
-        values: of the whole table.
-        places: (N,) int64, which of them.
-    """
-
-    def __init__(self, values: pa.ChunkedArray, places: np.ndarray) -> None:
-        self._chunks, self._places = values.chunks, places
-        self._starts = np.cumsum([0, *map(len, self._chunks)])
-
-    def __len__(self) -> int:
-        """N."""
-        return len(self._places)
-
-    def __getitem__(self, index: int | slice) -> Any:
-        """A value, or the list of some."""
-        if isinstance(index, slice):
-            return [self[each] for each in range(len(self))[index]]
-        place = self._places[range(len(self))[index]]
-        number = int(np.searchsorted(self._starts, place, side="right")) - 1
-        return self._chunks[number][int(place - self._starts[number])].as_py()
-
-    def __eq__(self, other: object) -> bool:
-        """Whether a sequence has the same values."""
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None
 
 
 def encode(
@@ -166,12 +68,14 @@ def _encoded(rows: Sequence[dict], tokenizer: Any, render: Render, check: Callab
     fingerprint = None if identity is None or len(rows) < MIN_CACHED else _fingerprint(rows, tokenizer, identity)
 
     def write(folder: Path) -> None:
-        _map(batch, len(rows), folder, progress)
-        _check_shapes(_mapped(folder), rows, check)
+        # Lists in memory would be sent to each process.
+        options = {"schema": _schema(), "batch_size": BATCH, "can_share": isinstance(rows, Rows), "progress": progress}
+        map_rows(batch, len(rows), folder, **options)
+        _check_shapes(mapped_table(sorted(folder.glob("*.arrow"))), rows, check)
 
-    folder = fingerprint and data_folder(f"prompts-{fingerprint}", write)
-    if folder:
-        return _mapped(folder)
+    kept = fingerprint and kept_table(f"prompts-{fingerprint}", write)
+    if kept:
+        return kept[0]
     table = _in_memory(batch, len(rows))
     _check_shapes(table, rows, check)
     return table
@@ -211,7 +115,7 @@ class _Batch:
             for kind, row in zip(kinds, rows, strict=True)
         ]
         digests = [_digest(text.encode()) for text in texts]
-        values = [_digest(_json({name: row[name] for name in sorted(row) if name != "prompt"})) for row in rows]
+        values = [_digest(_json(_beside_text(row, kind))) for row, kind in zip(rows, kinds, strict=True)]
         unknown = self._characters.unknown_in(texts, ids)
         return pa.record_batch([texts, ids, kinds, shapes, unknown, digests, values], schema=_schema())
 
@@ -277,6 +181,11 @@ class _Batch:
         return [encoding.ids for encoding in encodings]
 
 
+def _beside_text(row: dict, kind: str) -> dict:
+    """The columns that the text does not stand for; the prompt is one where the text is that of token ids."""
+    return {name: row[name] for name in sorted(row) if kind == "ids" or name != "prompt"}
+
+
 def where(rows: Sequence[dict], index: int) -> str:
     """A row as messages name it."""
     return rows.where(index) if isinstance(rows, Rows) else f"row {index}"
@@ -304,87 +213,21 @@ def _in_memory(batch: _Batch, count: int) -> pa.Table:
     return pa.Table.from_batches([batch(range(i, min(i + BATCH, count))) for i in starts], schema=_schema())
 
 
-def _mapped(folder: Path) -> pa.Table:
-    return mapped_table(sorted(folder.glob("*.arrow")))
-
-
-def _map(batch: _Batch, count: int, folder: Path, progress: bool) -> None:
-    """Encode all rows into Arrow files in a folder."""
-    import datasets
-
-    shows_bar = progress and sys.stderr.isatty()
-    if progress and not shows_bar:
-        logger.info("encoding %d prompts, which later starts with the same data find in %s ...", count, folder.parent)
-    numbers = datasets.Dataset.from_dict({"number": range(count)}).with_format("arrow")
-    # Lists in memory would be sent to each process.
-    num_processes = _num_processes(count) if isinstance(batch.rows, Rows) else 1
-    with _bars(shows_bar), _one_thread_per_process(num_processes > 1):
-        numbers.map(
-            partial(_mapped_batch, batch),
-            batched=True,
-            batch_size=BATCH,
-            remove_columns=["number"],
-            features=datasets.Features.from_arrow_schema(_schema()),
-            num_proc=num_processes if num_processes > 1 else None,
-            cache_file_name=str(folder / "prompts.arrow"),
-            load_from_cache_file=False,
-            new_fingerprint="prompts",  # the folder's name says what they are
-            desc="Encoding prompts",
-        )
-
-
-def _mapped_batch(batch: _Batch, numbers: pa.Table) -> pa.Table:
-    import pyarrow as pa
-
-    return pa.Table.from_batches([batch(numbers["number"].to_pylist())])
-
-
-def _num_processes(count: int) -> int:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the machine's other processes of the run
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return max(1, min(cores // local, count // ROWS_PER_PROCESS))
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Bars of `datasets`, or none."""
-    import datasets
-
-    before = datasets.are_progress_bars_disabled()
-    (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
-    try:
-        yield
-    finally:
-        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
-
-
-@contextmanager
-def _one_thread_per_process(enabled: bool) -> Iterator[None]:
-    """Keep the tokenizer from starting threads in each of several processes."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    if enabled:
-        os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if enabled and before is None:
-            del os.environ[name]
-        elif enabled:
-            os.environ[name] = before
-
-
 def _fingerprint(rows: Sequence[dict], tokenizer: Any, identity: Sequence) -> str | None:
     """What the encoded rows depend on; None if that cannot be said."""
     if not tokenizer.is_fast:
         return None
     content = rows.fingerprint if isinstance(rows, Rows) else _content(rows)
+    try:
+        backend = tokenizer.backend_tokenizer.to_str()
+    except Exception:  # of no narrower class: a part of the tokenizer is Python code
+        return None
     if content is None:
         return None
     names = ("transformers", "tokenizers", "jinja2")
     modules = (__name__, "common.data.prompts", "common.data.table", "common.data.vocabulary", "common.models.chat")
     modules += ("common.models.system_role",)
-    state = [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    state = [type(tokenizer).__name__, backend, tokenizer.chat_template]
     state += [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
     return digest_of(content, _json(state).decode(), list(identity), list(map(version, names)), code_digest(*modules))
 

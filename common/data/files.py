@@ -30,6 +30,7 @@ _MARKS = {  # byte order marks; the longer ones first, since one begins with the
     b"\xfe\xff": "utf-16",
 }
 _UTF8_MARK = b"\xef\xbb\xbf"
+_NOT_JSON = (ValueError, RecursionError)  # json's own errors, huge numbers; values nested too deeply
 _SURROGATE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
 
@@ -86,9 +87,9 @@ def _jsonl_rows(source: str) -> Iterator[tuple[str, str, Any]]:
             continue
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except _NOT_JSON as error:
             raise ValueError(
-                f"dataset={source}: line {number} is not JSON ({error.msg}); every line must be one row. "
+                f"dataset={source}: line {number} is not JSON ({_reason(error)}); every line must be one row. "
                 "Correct or remove the line."
             ) from error
         yield f"line {number}", text, value
@@ -98,12 +99,13 @@ def _json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
     text = "".join(_lines(source))
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except _NOT_JSON as error:
         if _is_object(text.lstrip().partition("\n")[0]):  # JSON lines under this name, as many have them
             yield from _jsonl_rows(source)
             return
+        place = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(
-            f"dataset={source}: not JSON (line {error.lineno}: {error.msg}); a list of rows is needed. "
+            f"dataset={source}: not JSON ({place}{_reason(error)}); a list of rows is needed. "
             "Correct the file, or name it .jsonl if each of its lines is a row."
         ) from error
     if not isinstance(rows, list):
@@ -118,23 +120,35 @@ def _json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except json.JSONDecodeError:
+    except _NOT_JSON:
         return False
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    """Why a text is not JSON, or none that Python reads."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    digits = sys.get_int_max_str_digits()
+    return "nested too deeply" if isinstance(error, RecursionError) else f"a number of more than {digits} digits"
 
 
 def _csv_rows(source: str) -> Iterator[tuple[str, str, Any]]:
     csv.field_size_limit(sys.maxsize)  # its own limit, 128 KiB, is less than a long prompt
     lines = _lines(source)
-    first = next(lines, "")
-    delimiter = "\t" if format_of(source) == "tsv" else _delimiter(first)
-    reader = csv.reader(_joined(first, lines), delimiter=delimiter, strict=True)
+    num_before, first, delimiter = _header(lines)
+    if format_of(source) == "tsv":
+        delimiter = "\t"
+    reader = csv.reader(_joined(first, lines), delimiter=delimiter or _delimiter(first), strict=True)
+    end = num_before  # line of the file in which the last row ends
     try:
         columns = next(reader, [])
         _check_header(source, columns)
+        end = num_before + reader.line_num
         for cells in reader:
+            end = num_before + reader.line_num
             if not cells:
                 continue
-            where = f"line {reader.line_num}"
+            where = f"line {end}"
             if len(cells) != len(columns):
                 raise ValueError(
                     f"dataset={source}: the row that ends in {where} has {len(cells)} cells, but the first line "
@@ -144,15 +158,29 @@ def _csv_rows(source: str) -> Iterator[tuple[str, str, Any]]:
             row = {name: _cell(source, where, cell) for name, cell in zip(columns, cells, strict=True)}
             yield where, json.dumps(row), row
     except csv.Error as error:
+        reason = "a quote that is opened there is not closed" if "end of data" in str(error) else str(error)
         raise ValueError(
-            f"dataset={source}: line {reader.line_num} is not CSV ({error}). Put cells with commas, quotes or line "
-            'breaks in "...", with quotes inside doubled.'
+            f"dataset={source}: the row that begins in line {end + 1} is not CSV ({reason}). Put cells with commas, "
+            'quotes or line breaks in "...", with quotes inside doubled.'
         ) from error
 
 
+def _header(lines: Iterator[str]) -> tuple[int, str, str | None]:
+    """How many lines come before the first that is not empty, that line, and the delimiter if the file notes it."""
+    number, delimiter = -1, None
+    for number, line in enumerate(lines):
+        if note := re.fullmatch(r'"?sep=(.)"?', line.strip("\r\n")):
+            delimiter = note[1]
+        elif line.strip():
+            return number, line, delimiter
+    return number + 1, "", delimiter
+
+
 def _delimiter(header: str) -> str:
-    """The comma, unless the header has none: spreadsheets of many countries write semicolons."""
-    return next((sign for sign in (",", ";", "\t") if sign in header), ",")
+    """What parts most names: the comma, or the semicolon that spreadsheets of many countries write, or the tab."""
+    unquoted = re.sub(r'"[^"]*"', "", header)
+    # A comma may be part of a name; a semicolon hardly is.
+    return max((";", ",", "\t"), key=unquoted.count) if re.search("[;,\t]", unquoted) else ","
 
 
 def _joined(first: str, rest: Iterable[str]) -> Iterator[str]:
@@ -176,7 +204,7 @@ def _cell(source: str, where: str, cell: str) -> Any:
         return cell or None
     try:
         value = json.loads(cell)
-    except json.JSONDecodeError:
+    except _NOT_JSON:
         if re.match(r"\[\s*\{\s*'(role|content)'", start):
             raise ValueError(
                 f"dataset={source}: {where} has chat messages as Python prints them ({start!r}...), which only Python "
@@ -201,6 +229,13 @@ def _lines(source: str) -> Iterator[str]:
             return
         for number, line in enumerate(file, start=1):
             content = line.removeprefix(_UTF8_MARK) if number == 1 else line
+            if b"\0" in line:
+                # The first characters of data are ASCII, whose other byte is zero.
+                order = "be" if line.startswith(b"\0") else "le"
+                raise ValueError(
+                    f"dataset={source}: line {number} has zero bytes, as UTF-16 without a byte order mark does. "
+                    f"Convert the file, such as: iconv -f utf-16{order} -t utf8 {source} > new{Path(source).suffix}"
+                )
             try:
                 text = content.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -210,11 +245,6 @@ def _lines(source: str) -> Iterator[str]:
                     f"{_around(content, error.start)}. Rows are read as UTF-8, or as UTF-16 with a byte order mark. "
                     f"Convert the file, such as: iconv -f latin1 -t utf8 {source} > new{Path(source).suffix}"
                 ) from None
-            if "\0" in text:
-                raise ValueError(
-                    f"dataset={source}: line {number} has zero bytes, as UTF-16 without a byte order mark does. "
-                    f"Convert the file, such as: iconv -f utf-16le -t utf8 {source} > new{Path(source).suffix}"
-                )
             yield text
 
 

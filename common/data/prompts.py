@@ -14,7 +14,8 @@ import numpy as np
 import transformers
 
 from common.config import RLConfig
-from common.data.encoding import Encoded, encode
+from common.data.encoded import Encoded
+from common.data.encoding import encode
 from common.models.chat import check_keeps, render_chat, render_chats
 from common.rollouts import PromptBatch
 from common.seeds import seeded_permutation
@@ -57,14 +58,33 @@ class PromptStyle:
         return cls(template=template, enable_thinking=config.enable_thinking, now=now)
 
     def around(self, prompt: str | list[dict]) -> str | list[dict]:
-        """The prompt, text or chat messages, with the template around it."""
+        """The prompt, text or chat messages, with the template around it.
+
+        Raises:
+            ValueError: the last user message has no text to put it around.
+        """
         if isinstance(prompt, str):
             return self.template.replace(PLACE, prompt)
         last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
         if self.template == PLACE or last is None:
             return prompt
-        content = self.template.replace(PLACE, prompt[last]["content"])
+        content = self._around_content(prompt[last].get("content"))
         return [*prompt[:last], {**prompt[last], "content": content}, *prompt[last + 1 :]]
+
+    def _around_content(self, content: str | list[dict] | None) -> str | list[dict]:
+        if isinstance(content, str):
+            return self.template.replace(PLACE, content)
+        parts = list(content or [])
+        places = [place for place, part in enumerate(parts) if isinstance(part.get("text"), str)]
+        if not places:
+            raise ValueError(
+                f"prompt_file with a user message whose content is {content!r:.80}: it has no text, so that nothing "
+                "can be put around it. Leave prompt_file out, or give the message some text."
+            )
+        before, after = self.template.split(PLACE)
+        parts[places[0]] = {**parts[places[0]], "text": before + parts[places[0]]["text"]}
+        parts[places[-1]] = {**parts[places[-1]], "text": parts[places[-1]]["text"] + after}
+        return parts
 
     def identity(self, tokenizer: transformers.PreTrainedTokenizerBase) -> list | None:
         """All that the text of a prompt depends on besides the prompt and the tokenizer; None: on the clock."""
@@ -73,8 +93,9 @@ class PromptStyle:
             return [self.template, self.enable_thinking]
         if self.now is None:
             return None
-        formats = re.findall(r"""strftime_now\(\s*(?:'([^']*)'|"([^"]*)")\s*\)""", template)
-        if len(formats) != template.count("strftime_now("):  # a format that the template computes
+        formats = re.findall(r"""\bstrftime_now\s*\(\s*(?:'([^'\\]*)'|"([^"\\]*)")\s*\)""", template)
+        asked = re.findall(r"\bstrftime_now\s+is\s+(?:not\s+)?defined\b", template)
+        if len(formats) + len(asked) != template.count("strftime_now"):  # another use, or a format that is computed
             return [self.template, self.enable_thinking, self.now.isoformat()]
         return [self.template, self.enable_thinking, [self.now.strftime(one or other) for one, other in formats]]
 

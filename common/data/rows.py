@@ -7,20 +7,23 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.data.cache import code_digest, data_folder, digest_of
+from common.data.cache import code_digest, digest_of
 from common.data.files import READABLE, format_of, is_path, json_rows, unreadable
 from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, table_digest
-from common.data.table import KEY, KEY_BYTES, ROW, Rows, mapped_table
+from common.data.table import KEY, KEY_BYTES, ROW, Rows, kept_table
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
+
+logger = logging.getLogger("nanorlhf")
 
 SPLIT_SEED = 42  # used by published results on Countdown and others; independent of the run's seed
 
@@ -41,7 +44,7 @@ def read_rows(source: str, split: str, columns: list[str] | None, *, examine: Ex
             `DatasetDict.save_to_disk` wrote, or of one with such files, whose splits are found as `load_dataset` finds
             them, such as a copy of a hub data set; or a hub id, with a configuration as `owner/name:config`.
         split: split of a hub data set, or a slice such as ``train[:1000]``; split of a folder that has several; single
-            files have none.
+            files have none, and a line says so if it is not "train".
         columns: the columns that the task needs, others are dropped; None: all columns.
         examine: checks each row and gives the key that `split_held_out` needs.
 
@@ -59,6 +62,7 @@ def read_rows(source: str, split: str, columns: list[str] | None, *, examine: Ex
         else:
             rows = _file_rows(files, source, examine, columns)
     elif path.is_file() and file_format is not None:
+        _mention_split(source, split)
         rows = _file_rows([source], source, examine, columns)
     elif path.is_file():
         raise ValueError(f"dataset={source}: a file of another kind. What is read: {READABLE}. Convert or rename it.")
@@ -153,15 +157,14 @@ def _file_rows(files: list[str], source: str, examine: Examine | None, columns: 
     code = code_digest(__name__, "common.data.files", *([examine.__module__] if examine else ()))
     fingerprint = digest_of("text", content, columns, checks, code)
     scan = _Scan(files, source, columns, examine)
-    folder = data_folder(f"rows-{fingerprint}", scan.write) if is_large else None
-    if folder is None:
-        scan, mapped = _Scan(files, source, columns, examine), None
-        table = scan.table()
+    kept = kept_table(f"rows-{fingerprint}", scan.write) if is_large else None
+    if kept is None:
+        scan = _Scan(files, source, columns, examine)
+        table, mapped, found = scan.table(), None, list(scan.columns)
     else:
-        mapped = [folder / "rows.arrow"]
-        table = mapped_table(mapped)
-        scan.columns = json.loads((folder / "columns.json").read_text())
-    return Rows(table, is_json=True, source=source, fingerprint=fingerprint, columns=list(scan.columns), files=mapped)
+        table, mapped = kept
+        found = json.loads((mapped[0].parent / "columns.json").read_text())
+    return Rows(table, is_json=True, source=source, fingerprint=fingerprint, columns=found, files=mapped)
 
 
 class _Scan:
@@ -218,6 +221,21 @@ class _Scan:
                 yield (text.encode(),) if self.examine is None else (text.encode(), _digest(self.examine(row, where)))
 
 
+def _mention_split(source: str, split: str) -> None:
+    """Say once that a file has no splits, if another than the default is named."""
+    if split not in ("", "train") and (source, split) not in _said:
+        logger.warning(
+            "dataset=%s, dataset_split=%s: a single file has no splits, so all its rows are read. Leave dataset_split "
+            "out, or pass --dataset with a file of the rows that are meant.",
+            source,
+            split,
+        )
+        _said.add((source, split))
+
+
+_said: set[tuple[str, str]] = set()
+
+
 def _lacking(where: str, row: Sequence[str] | dict, missing: list[str], columns: list[str]) -> str:
     return (
         f"{where} holds {', '.join(row) or 'nothing'}; the task needs the columns {', '.join(columns)}. Add or rename "
@@ -249,9 +267,10 @@ def _with_keys(rows: Rows, examine: Examine) -> Rows:
         with pa.OSFile(str(folder / "keys.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
             stream.write_table(table)
 
-    name = digest_of(rows.fingerprint, _name_of(examine), code_digest(__name__, examine.__module__))
-    folder = data_folder(f"keys-{name}", write) if len(rows) >= MIN_CACHED_ROWS else None
-    table = keys() if folder is None else mapped_table([folder / "keys.arrow"])
+    code = code_digest(__name__, "common.data.table", examine.__module__)
+    name = digest_of(rows.fingerprint, _name_of(examine), code)
+    kept = kept_table(f"keys-{name}", write) if len(rows) >= MIN_CACHED_ROWS else None
+    table = keys() if kept is None else kept[0]
     return rows.with_keys(table[KEY])
 
 

@@ -4,16 +4,25 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import hashlib
 import io
+import logging
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.data.cache import data_folder, digest_of
-from common.data.files import READABLE, format_of
-from common.data.table import mapped_table
+from common.data.cache import code_digest, digest_of
+from common.data.files import READABLE, format_of, unreadable
+from common.data.table import kept_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+logger = logging.getLogger("nanorlhf")
+
+# What `datasets` raises for a folder that it cannot read: without data, with a script, with a damaged archive.
+_NO_DATA = (OSError, ValueError, RuntimeError, zipfile.BadZipFile)
 
 
 def parquet_table(
@@ -30,30 +39,74 @@ def parquet_table(
         The table, its fingerprint if there is one, and its files in the cache if it is there.
 
     Raises:
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or the types of their columns do not go together.
     """
+    import pyarrow as pa
+
+    schema = _common_schema(files, source)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for file in files:
+            for batch in _parquet_batches(file, source):
+                # As in a table of all files: absent columns are empty, integers become floats if others are.
+                parts = [pa.Table.from_batches([], schema), pa.Table.from_batches([batch])]
+                yield from pa.concat_tables(parts, promote_options="permissive").to_batches()
+
+    def write(folder: Path) -> None:
+        with pa.OSFile(str(folder / "rows.arrow"), "wb") as copy, pa.ipc.new_stream(copy, schema) as stream:
+            for batch in batches():
+                stream.write_batch(batch)
+
+    name = digest_of("parquet", content, code_digest(__name__))
+    kept = None if content is None else kept_table(f"parquet-{name}", write)
+    return (kept[0], name, kept[1]) if kept else (pa.Table.from_batches(batches(), schema), None, None)
+
+
+def _common_schema(files: list[str], source: str) -> pa.Schema:
+    """The columns of all files, each of the type that holds the values of all."""
     import pyarrow as pa
     import pyarrow.parquet
 
-    def write(folder: Path) -> None:
-        for number, file in enumerate(files):
-            with (
-                pa.parquet.ParquetFile(file) as rows,
-                pa.OSFile(str(folder / f"{number:05d}.arrow"), "wb") as copy,
-                pa.ipc.new_stream(copy, rows.schema_arrow) as stream,
-            ):
-                for batch in rows.iter_batches(1000):
-                    stream.write_batch(batch)
+    schemas = []
+    for file in files:
+        with _unless_damaged(file, source):
+            schemas.append(pa.parquet.read_schema(file))
+        names = schemas[-1].names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"dataset={source}: {Path(file).name} has more than one column of the name {', '.join(twice)}. Write "
+                "it again with each name once."
+            )
+    try:
+        return pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"dataset={source}: its parquet files have columns of one name whose types do not go together ({error}). "
+            "Write each column with the same type in all files."
+        ) from error
+
+
+def _parquet_batches(file: str, source: str) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+
+    with _unless_damaged(file, source), pa.parquet.ParquetFile(file) as rows:
+        yield from rows.iter_batches(1000)
+
+
+@contextmanager
+def _unless_damaged(file: str, source: str) -> Iterator[None]:
+    import pyarrow as pa
 
     try:
-        folder = None if content is None else data_folder(f"parquet-{content}", write)
-        if folder is None:
-            tables = [pa.parquet.read_table(file, partitioning=None) for file in files]
-            return pa.concat_tables(tables, promote_options="permissive"), None, None
-    except pa.ArrowException as error:
-        raise ValueError(f"dataset={source}: unreadable parquet file ({error}). Write or fetch it again.") from error
-    copies = sorted(folder.glob("*.arrow"))
-    return mapped_table(copies), digest_of("parquet", content), copies
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(source, error) from error
+        where = "" if file == source else f" {Path(file).name}"
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"dataset={source}: unreadable parquet file{where} ({reason:.200}). Write or fetch it again."
+        ) from error
 
 
 def saved_table(source: str, split: str) -> pa.Table:
@@ -103,6 +156,7 @@ def files_of_folder(source: str, split: str) -> list[str] | None:
     if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return None
     found = _data_files(source)
+    _mention_left_out(source, found)
     files = list(map(str, found[_checked_split(source, split, list(found))]))
     kinds = {format_of(file) == "parquet" if format_of(file) else None for file in files}
     if None in kinds or len(kinds) > 1:
@@ -120,12 +174,36 @@ def _data_files(folder: str) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as cache:  # nothing is built there
         try:
             return datasets.load_dataset_builder(folder, cache_dir=cache).config.data_files
-        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        except _NO_DATA as error:
+            if "Config name is missing" in str(error):
+                configs = datasets.get_dataset_config_names(folder)
+                raise ValueError(
+                    f"dataset={folder}: a copy of a hub data set with the configurations {', '.join(configs)[:300]}. "
+                    "Pass --dataset with the files of one: a folder in it, or a file."
+                ) from error
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(
                 f"dataset={folder}: a folder without data that can be read ({reason}). Pass --dataset with a file, "
                 f"with a folder of files ({READABLE}), or with one that datasets' save_to_disk wrote."
             ) from error
+
+
+def _mention_left_out(folder: str, found: dict[str, list[str]]) -> None:
+    """Say which files `load_dataset` leaves out on its own: it reads those of the most frequent kind."""
+    card = Path(folder) / "README.md"
+    if card.is_file() and "data_files" in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    kinds = {format_of(str(file)) for files in found.values() for file in files}
+    visible = [path for path in sorted(Path(folder).rglob("*")) if not path.name.startswith(".") and path.is_file()]
+    others = [path.name for path in visible if format_of(path.name) not in {None, *kinds}]
+    if others and None not in kinds:
+        logger.warning(
+            "dataset=%s: of a folder only the files of its most frequent kind are read (%s), not %s. Convert these, "
+            "or move them away.",
+            folder,
+            ", ".join(f".{kind}" for kind in sorted(kinds)),
+            ", ".join(others[:3]) + (" ..." if others[3:] else ""),
+        )
 
 
 def _checked_split(source: str, split: str, splits: list[Any]) -> str:

@@ -8,13 +8,15 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from common.data.cache import digest_of
+from common.data.cache import data_folder, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,10 +62,12 @@ class Rows(Sequence):
         self._batches = table.to_batches()
         self._starts = np.cumsum([0, *map(len, self._batches)])
         self._keys = table[KEY] if self._is_json and KEY in table.column_names else None
+        decoders = {} if self._is_json else {field.name: _json_decoder(field.type) for field in table.schema}
+        self._decoders = {name: decode for name, decode in decoders.items() if decode}
 
     def __getstate__(self) -> dict:
         """Without the table, if it is in files."""
-        state = vars(self) | {"_batches": None}
+        state = vars(self) | {"_batches": None, "_decoders": None}
         return state | {"_table": None, "_keys": None} if self.files else state
 
     def __setstate__(self, state: dict) -> None:
@@ -157,8 +161,38 @@ class Rows(Sequence):
         return batch.column(ROW)[offset].as_py() if self._is_json else batch.slice(offset, 1).to_pylist()[0]
 
     def _decoded(self, cell: bytes | dict) -> dict:
-        row = json.loads(cell) if self._is_json else {name: _without_fillings(value) for name, value in cell.items()}
+        if self._is_json:
+            row = json.loads(cell)
+        else:
+            row = {name: _without_fillings(value) for name, value in cell.items()}
+            row |= {name: decode(row[name]) for name, decode in self._decoders.items()}
         return row if self.names is None else {name: row.get(name) for name in self.names}
+
+
+def kept_table(name: str, make: Callable[[Path], None]) -> tuple[pa.Table, list[Path]] | None:
+    """The rows of the Arrow streams in a folder of the cache of data, and these files.
+
+    Args:
+        name: see `common.data.cache.cached_folder`.
+        make: likewise; writes streams of one schema with names that end in .arrow.
+
+    Returns:
+        Both, or None if the cache cannot be written. A folder that cannot be read is made anew, once.
+    """
+    import pyarrow as pa
+
+    for is_last in (False, True):
+        folder = data_folder(name, make)
+        if folder is None:
+            return None
+        files = sorted(folder.glob("*.arrow"))
+        try:
+            return mapped_table(files), files
+        except (pa.ArrowException, OSError):
+            if is_last:
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
 
 
 def mapped_table(files: Sequence[Path]) -> pa.Table:
@@ -166,6 +200,29 @@ def mapped_table(files: Sequence[Path]) -> pa.Table:
     import pyarrow as pa
 
     return pa.concat_tables(pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files)
+
+
+def _json_decoder(kind: pa.DataType) -> Callable[[Any], Any] | None:
+    """Decodes values with JSON in them, as which `datasets` keeps values of mixed types; None if there is none."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return lambda value: None if value is None else json.loads(value)
+    if pa.types.is_struct(kind):
+        found = {field.name: _json_decoder(field.type) for field in kind}
+        decoders = {name: decode for name, decode in found.items() if decode}
+        if decoders:
+            return partial(_decoded_fields, decoders)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        item = _json_decoder(kind.value_type)
+        if item:
+            return lambda value: value and [item(each) for each in value]
+    return None
+
+
+def _decoded_fields(decoders: dict[str, Callable[[Any], Any]], value: dict | None) -> dict | None:
+    """A struct, which may have lost fields without a value."""
+    return value and {name: decoders[name](each) if name in decoders else each for name, each in value.items()}
 
 
 def _without_fillings(value: Any) -> Any:

@@ -1,17 +1,18 @@
 """What a tokenizer and a model know of a prompt: characters without a token, and tokens without an embedding."""
 
-from __future__ import annotations  # encoding.py imports this module
-
 import unicodedata
-from typing import TYPE_CHECKING
 
 import transformers
 
-if TYPE_CHECKING:
-    from common.data.encoding import Encoded
+from common.data.encoded import Encoded
 
 # Separators, controls, format characters and marks: tokenizers that clean texts leave them out on purpose.
 _CLEANED = ("Z", "C", "M")
+# A space before a word, as a piece of its own.
+_SPACES = (
+    "\N{LOWER ONE EIGHTH BLOCK}",
+    "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}",
+)
 
 
 class Characters:
@@ -62,7 +63,8 @@ class Characters:
         if unicodedata.category(character).startswith(_CLEANED):
             return True
         ids = self._tokenizer(character, add_special_tokens=False)["input_ids"]
-        return bool(ids) and self._unknown_id not in ids
+        pieces = self._tokenizer.convert_ids_to_tokens(ids)
+        return self._unknown_id not in ids and any(piece not in _SPACES or piece == character for piece in pieces)
 
 
 def describe_unknown(prompts: Encoded) -> list[str]:

@@ -73,7 +73,8 @@ def find_set(name: str, dataset: str | None, split: str | None = None, *, is_cha
         if is_chat and dataset is None:
             return COUNTDOWN_HELD_OUT
         return replace(named, dataset=dataset, num_held_out=len(problems(GENERATED[dataset])[1]))
-    return named if dataset is None else replace(named, dataset=dataset, split=split or named.split)
+    split = split or ("train" if is_data_file(dataset or "") else named.split)  # a file has no splits
+    return named if dataset is None else replace(named, dataset=dataset, split=split)
 
 
 def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:

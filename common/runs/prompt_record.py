@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Token ids are compared in about this many rows: they follow from the text, and only another tokenizer changes them.
 _ROWS_OF_TOKENS = 4096
 
-VERSION = 2  # of a record; the digests of text and columns of an older one were made in another way
+VERSION = 3  # of a record; the digests of text and columns of an older one were made in another way
 
 Record = dict[str, Any]
 

@@ -143,9 +143,16 @@ def is_prompt(prompt: object) -> bool:
     """Whether it is text, or a list of chat messages; not empty."""
     if not isinstance(prompt, list):
         return isinstance(prompt, str) and prompt != ""
-    return bool(prompt) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in prompt
-    )
+    return bool(prompt) and all(isinstance(message, dict) and _is_message(message) for message in prompt)
+
+
+def _is_message(message: dict) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):
+        says = bool(content) and all(isinstance(part, dict) for part in content)
+    else:
+        says = isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+    return isinstance(message.get("role"), str) and says
 
 
 def task_scorer(task: Task, config: RLConfig) -> Scorer:

@@ -9,6 +9,7 @@ from common.config import RLConfig
 from common.data.rows import read_rows, split_held_out
 from common.data.table import Rows
 from common.tasks import Task
+from common.tasks._task import is_prompt
 
 
 def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
@@ -61,23 +62,14 @@ def examine(row: dict, where: str) -> str:
             f"{where} has prompt_ids={prompt_ids!r:.80}; a list of token ids is needed, at least one, which are used "
             "as they are. Correct or remove the row, or leave the column out."
         )
-    if not _is_prompt(prompt) and (prompt_ids is None or prompt is not None):
+    if not is_prompt(prompt) and (prompt_ids is None or prompt is not None):
         found = f"prompt={prompt!r:.80}" if "prompt" in row else f"the columns {', '.join(row)}"
         raise ValueError(
-            f"{where} has {found}; a prompt must be text or a list of messages, "
-            'each with a "role" and a "content" that are text. Rename a column, or correct or remove the row.'
+            f"{where} has {found}; a prompt must be text or a list of messages, each with a "
+            '"role" and a "content", text or a list of parts. Rename a column, or correct or remove the row.'
         )
     return str(prompt_ids if prompt is None else prompt)
 
 
 def _are_ids(prompt_ids: object) -> bool:
     return isinstance(prompt_ids, list) and bool(prompt_ids) and all(type(token) is int for token in prompt_ids)
-
-
-def _is_prompt(prompt: object) -> bool:
-    if not isinstance(prompt, list):
-        return isinstance(prompt, str) and prompt != ""
-    return bool(prompt) and all(
-        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
-        for message in prompt
-    )
