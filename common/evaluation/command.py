@@ -115,11 +115,12 @@ class Evaluation:
             check_folder(self.folder)
         if self.folder.is_symlink():
             self.folder = self.folder.resolve()  # a result replaces a folder, not a link to one
-        if self.stored() is None:
+        is_new = self.stored() is None
+        if is_new:
             check_folder(self.folder, is_replaced=True)
         sampled = sampling_identity(self.settings, self.prompts.ids)
         self.unfinished = Unfinished(self.folder.with_name(f"{called}-{digest(sampled)}.unfinished.jsonl"), sampled)
-        if self.stored() is None:
+        if is_new:
             self.unfinished.check()
 
     def _seen_by_rewards(self) -> list:
