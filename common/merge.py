@@ -97,8 +97,10 @@ def merge(settings: MergeSettings) -> Source:
         ValueError: if parts are missing, do not fit or need no merge, or the output folder is not empty.
     """
     output = Path(settings.output)
-    check_folder(output, setting="output")
-    if output.exists() and any(output.iterdir()):
+    check_folder(output, setting="output", is_replaced=True)
+    if output.is_symlink():
+        output = output.resolve()  # the model replaces a folder, not a link to one
+    if any(output.iterdir() if output.exists() else ()):
         raise ValueError(f"output={output}: it is not empty, and nothing is overwritten. Pass another --output.")
     if not _SIZE.fullmatch(settings.max_shard_size):
         raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB.")

@@ -215,8 +215,32 @@ def test_a_folder_with_something_else_is_not_touched(tiny_folder, loads, tmp_pat
         evaluate(settings(tiny_folder, output_dir="thesis"))
     assert files() == ["thesis/chapter.md"] and not loads
     (tmp_path / "empty").mkdir()
-    evaluate(settings(tiny_folder, output_dir="empty"))
-    assert "empty/score.json" in files()
+    (tmp_path / "link").symlink_to("empty")
+    evaluate(settings(tiny_folder, output_dir="link"))
+    assert "empty/score.json" in files() and (tmp_path / "link").is_symlink()
+
+
+def test_columns_with_the_names_of_outputs_are_kept_beside_them(tiny_folder):
+    path = Path("mine.jsonl")
+    write(path, [{"prompt": f"{i} make\n", "problem": f"p{i}", "completions": i} for i in range(6)])
+    Path("rewards.py").write_text("def ones(completions):\n    return [1.0] * len(completions)\n")
+    own = {"task": "prompts", "dataset": str(path), "rewards": ["rewards.py:ones"], "output_dir": "out"}
+    with pytest.raises(ValueError, match="completions"):
+        evaluate(settings(tiny_folder, **own))
+    write(path, [{"prompt": f"{i} make\n", "problem": f"p{i}"} for i in range(6)])
+    evaluate(settings(tiny_folder, **own))
+    rows = result_of(Path("out"))[1]
+    assert [(row["problem"], row["problem_column"]) for row in rows] == [(i, f"p{i}") for i in range(6)]
+
+
+def test_prompts_that_rewards_see_beside_token_ids_are_part_of_an_evaluation(tiny_folder):
+    Path("rewards.py").write_text("def ones(completions):\n    return [1.0] * len(completions)\n")
+    folders = set()
+    for text in ("one", "two"):
+        path = write(Path("mine.jsonl"), [{"prompt_ids": [5, 6], "prompt": text}] * 2)
+        own = {"task": "prompts", "dataset": path, "rewards": ["rewards.py:ones"], "num_problems": None}
+        folders.add(Evaluation(settings(tiny_folder, **own)).folder)
+    assert len(folders) == 2
 
 
 def test_what_ends_midway_leaves_no_part_of_a_result(tiny_folder, monkeypatch):

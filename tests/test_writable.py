@@ -112,3 +112,11 @@ def test_every_command_refuses_a_folder_that_cannot_be_made(name, tiny_folder, t
     command = [str(tiny_folder) if word == "MODEL" else word for word in COMMANDS[name]]
     said = refused(command, tmp_path / "gone" / "run")
     assert len(said) <= 8 and "is a link to nowhere, which is not there" in said[-1]
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", tmp_path, "../" + tmp_path.name):
+        check_folder(name)
+        with pytest.raises(ValueError, match="it is the folder that you are in"):
+            check_folder(name, is_replaced=True)

@@ -104,18 +104,28 @@ class Evaluation:
             "model": self.model,
             "max_completion_length": config.max_completion_length,
             "weights": weights_digest(self.source),
-            "problems": digest(list(self.prompts.texts), self.prompts.columns),
+            "problems": digest(list(self.prompts.texts), self.prompts.columns, *self._seen_by_rewards()),
             "reward_sources": [reward_digest(name) for name in settings.rewards or ()],
         }
         called = self._called()
         self.name = f"{called}-{digest(self.settings)}"
         folder = settings.output_dir if parent is None else None
         self.folder = Path(folder or (parent or DEFAULT_PARENT) / self.name)
+        if not self.folder.exists():
+            check_folder(self.folder)
+        if self.folder.is_symlink():
+            self.folder = self.folder.resolve()  # a result replaces a folder, not a link to one
+        is_new = self.stored() is None
+        if is_new:
+            check_folder(self.folder, is_replaced=True)
         sampled = sampling_identity(self.settings, self.prompts.ids)
         self.unfinished = Unfinished(self.folder.with_name(f"{called}-{digest(sampled)}.unfinished.jsonl"), sampled)
-        if self.stored() is None:
-            check_folder(self.folder)
+        if is_new:
             self.unfinished.check()
+
+    def _seen_by_rewards(self) -> list:
+        """The prompts that rewards see beside token ids, which need not say the same."""
+        return [self.prompts.raw] if self.prompts.encoded.has("ids") else []
 
     def stored(self) -> Score | None:
         """The content of score.json; None if this evaluation is new.

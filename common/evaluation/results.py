@@ -102,9 +102,10 @@ def _outputs(
             | ({"extra": {name: values[row] for name, values in rollouts.extra.items()}} if rollouts.extra else {})
             for row in range(start, start + num_samples)
         ]
-        columns = {name: values[start] for name, values in rollouts.columns.items()}
-        problem = {"problem": start // num_samples, "prompt": rollouts.prompts[start]}
-        yield problem | columns | {"completions": completions}
+        row = {"problem": start // num_samples, "prompt": rollouts.prompts[start]}
+        for name, values in rollouts.columns.items():
+            row[f"{name}_column" if name in (*row, "completions") else name] = values[start]
+        yield row | {"completions": completions}
 
 
 def _columns(score: Score) -> dict[str, Callable[[Score], str]]:

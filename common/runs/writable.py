@@ -5,17 +5,23 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def check_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
+def check_folder(folder: str | Path, *, setting: str = "output_dir", is_replaced: bool = False) -> None:
     """Try out that a folder can be made and written to; nothing stays behind.
 
     Args:
         folder: which exists or not.
         setting: what the user named it with, for the message.
+        is_replaced: a finished folder will take its place, so it cannot be the one that the user is in.
 
     Raises:
         ValueError: it is a file, a link to nothing, or below one, or this user or file system cannot write there.
     """
     folder = Path(folder)
+    if is_replaced and folder.resolve() == Path.cwd():
+        raise ValueError(
+            f"{setting}={folder}: it is the folder that you are in, and a finished folder takes its place. Pass "
+            f"--{setting} with a folder in it."
+        )
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     trial = folder / f".tmp-{os.getpid()}"
     try:

@@ -149,7 +149,8 @@ def is_prompt(prompt: object) -> bool:
 def _is_message(message: dict) -> bool:
     content = message.get("content")
     if isinstance(content, list):
-        says = bool(content) and all(isinstance(part, dict) for part in content)
+        # Parts of another kind, such as images, would be left out of what the policy reads.
+        says = bool(content) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
     else:
         says = isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
     return isinstance(message.get("role"), str) and says
