@@ -8,6 +8,7 @@ line with any other value was edited by the user, and the preset keeps it.
 import ast
 import inspect
 import logging
+import os
 import re
 import sys
 import traceback
@@ -253,6 +254,8 @@ def run_script(
         sys.modules["huggingface_hub"].utils.enable_progress_bars()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
+    if os.environ.get("RANK", "0") != "0":  # the main process says what all would say; errors are printed
+        logging.getLogger("nanorlhf").setLevel(logging.ERROR)
     try:
         main()
     except ValueError as error:

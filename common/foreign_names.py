@@ -180,6 +180,9 @@ def _nearest(name: str, names: Collection[str], candidates: Collection[str]) -> 
         names: of settings. One of these may be incomplete, or have a word too many.
         candidates: of equally near ones the first is taken.
     """
+    begun = [each for each in names if each.startswith(name)]
+    if len(begun) == 1 and len(begun[0]) <= 2 * len(name):
+        return begun[0]
     words = [each for each in names if f"_{name}_" in f"_{each}_" or f"_{each}_" in f"_{name}_"]
     words = [each for each in words if max(len(each), len(name)) <= 2 * min(len(each), len(name))]
     if len(words) == 1:

@@ -1,6 +1,7 @@
 """What a script does: read its settings, train, and report."""
 
 import sys
+from functools import partial
 from typing import Any
 
 from common.cli import origins_in, parse_config, run_script
@@ -64,7 +65,8 @@ def report(trainer: OnPolicyTrainer) -> None:
     Args:
         trainer: ready to train.
     """
-    show = print if trainer.accelerator.is_main_process else _print_nothing
+    # At once: a killed run must not take along what it has said.
+    show = partial(print, flush=True) if trainer.accelerator.is_main_process else _print_nothing
     state = "new" if trainer.run.is_new else "begun again, since it had no checkpoint yet"
     if trainer.run.checkpoint:
         state = f"continued after step {trainer.run.first_step - 1}"

@@ -256,7 +256,7 @@ class OnPolicyTrainer(ABC):
     ) -> Tensor:
         """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
-        With kl_coef above 0, it sets rollouts.old_logprobs and ref_logprobs.
+        With kl_coef above 0 and with_kl, it sets rollouts.old_logprobs and ref_logprobs.
 
         Args:
             rollouts: B rows.
@@ -465,10 +465,12 @@ class OnPolicyTrainer(ABC):
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
-        rows = [config.completions_at_once, len(self.eval_prompts) * config.eval_num_samples if self._evaluates else 0]
-        most_rows = math.ceil(max(rows) / self.accelerator.num_processes)
+        processes = self.accelerator.num_processes
+        rows = [math.ceil(config.completions_at_once / processes)]
+        if self._evaluates:
+            rows.append(math.ceil(len(self.eval_prompts) / processes) * config.eval_num_samples)
         self.policy_sampler = PolicySampler(
-            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=most_rows, **tokens
+            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=max(rows), **tokens
         )
         plan = self.models.plan(sampler_bytes=self.policy_sampler.sampler.resident_bytes)
         if self.models.device.type == "cuda":

@@ -61,11 +61,8 @@ class Browser:
             os.close(end)
         self._buffer, self._number, self._session = b"", 0, None
         self._loads, self.errors = 0, []
-        target = self._call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            self._call(f"{domain}.enable")
-        self.resize(1280, 800)
+        self._target, self._looks = None, {"width": 1280, "height": 800}
+        self._new_tab()
 
     def close(self) -> None:
         """End the browser and all of its processes."""
@@ -76,17 +73,19 @@ class Browser:
 
     def resize(self, width: int, height: int, *, dark: bool = False) -> None:
         """Give the window another size in pixels, and a scheme of colours."""
+        self._looks = {"width": width, "height": height, "dark": dark}
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
 
     def open(self, path: Path, view: str = "") -> None:
-        """Load a file, with what the address says after "#"."""
-        before = self._loads
-        self._call("Page.navigate", url="about:blank")
-        self._until(lambda: self._loads > before)
+        """Load a file, with what the address says after "#"; in a new tab, since an old page may reload itself."""
+        self._new_tab()
         self._load("Page.navigate", url=f"file://{path.resolve()}{view and '#'}{view}")
+        self.wait(
+            "location.protocol === 'file:' && document.readyState === 'complete'"
+        )
 
     def reload(self) -> None:
         """Load the page again, as F5 does."""
@@ -148,6 +147,16 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]["exception"]["description"]
         return answer["result"].get("value")
 
+    def _new_tab(self) -> None:
+        old, self._session = self._target, None
+        self._target = self._call("Target.createTarget", url="about:blank")["targetId"]
+        if old is not None:
+            self._call("Target.closeTarget", targetId=old)
+        self._session = self._call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self._call(f"{domain}.enable")
+        self.resize(**self._looks)
+
     def _load(self, method: str, **given: Any) -> None:
         before = self._loads
         self._call(method, **given)
@@ -188,6 +197,8 @@ class Browser:
 
     def _note(self, message: dict[str, Any]) -> None:
         method, given = message.get("method"), message.get("params", {})
+        if message.get("sessionId") != self._session:  # of a tab that was closed
+            return
         if method == "Page.loadEventFired":
             self._loads += 1
         elif method == "Runtime.exceptionThrown":

@@ -51,7 +51,8 @@ TYPED = {
     "group_size": (4, "{num_generations=4}"),
     # Another value.
     "per_device_train_batch_size": (8, "prompts_per_step here: prompts"),
-    "gradient_accumulation_steps": (4, "num_minibatches here"),
+    "gradient_accumulation_steps": (4, "gradients are accumulated over the rest of a mini-batch without a number"),
+    "eval_dataset": ("test.jsonl", "it is num_eval_prompts here"),
     "generation_batch_size": (64, "prompts_per_step here: prompts, not completions"),
     "steps_per_generation": (4, "num_minibatches here"),
     "num_train_epochs": (1, "num_steps here: steps, not passes"),
@@ -304,6 +305,7 @@ def test_nothing_of_another_library_is_answered_with_a_slip():
         (EvaluationSettings, "max_new_tokens", "it is max_completion_length here. Write --max_completion_length 3."),
         (EvaluationSettings, "model_name_or_path", "it is model here. Write --model 3."),
         (EvaluationSettings, "eval_temperature", "Did you mean temperature?"),
+        (GRPOConfig, "eval_temp", "Did you mean eval_temperature?"),
         (EvaluationSettings, "beta", "it is kl_coef, a setting of the algorithms, which this command does not have."),
         (EvaluationSettings, "learning_rate", "it is a setting of the algorithms, which this command does not have."),
         (EvaluationSettings, "num_problem", "Did you mean num_problems?"),

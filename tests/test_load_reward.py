@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.rewards.choose import make_scorer
-from common.rewards.load import load_reward
+from common.rewards.load import load_reward, source_of
 
 ROOT = Path(__file__).parent.parent
 FUNCTION = "def {name}(completions, **columns):\n    return [{value}] * len(completions)\n"
@@ -269,3 +269,13 @@ def test_a_factory_that_is_not_called_is_answered_with_how():
         ValueError, match=r"no parameter `completions`.*file\.py:get_soft_overlong_punishment\(max_com"
     ):
         load_reward("trl.rewards:get_soft_overlong_punishment")
+
+
+def test_the_file_of_a_reward_is_found_however_it_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("twice_spelled.py").write_text("def a(completions):\n    return [0.0] * len(completions)\nb = a\n")
+    for where in ("twice_spelled.py:a", "twice_spelled:b"):
+        load_reward(where)
+        assert source_of(where).resolve() == tmp_path / "twice_spelled.py"
+    assert source_of("math:sqrt") is None or source_of("math:sqrt").suffix != ".py"

@@ -167,3 +167,15 @@ def test_after_ctrl_c_no_checkpoint_is_promised_that_is_not_there(
     with pytest.raises(SystemExit) as ended:
         start(GRPOTrainer, config)
     assert ended.value.code == 130 and capsys.readouterr().err == f"\ninterrupted: {said}\n"
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "VinePPO"])
+def test_a_run_from_before_the_kl_had_a_place_goes_on(algorithm, tiny_folder, tmp_path):
+    def trainer():
+        return toy_trainer(tiny_folder, tmp_path / "run", algorithm=algorithm, save_every=1, kl_coef=0.1, num_steps=2)
+
+    train_until(trainer(), 1)
+    path = tmp_path / "run" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith(("kl_place", "kl_estimator"))))
+    assert trainer().run.first_step == 2

@@ -323,6 +323,17 @@ def test_a_final_folder_that_is_not_whole_is_written_again(runs, tiny_folder, tm
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
 
+def test_a_final_folder_that_was_edited_is_not_overwritten(runs, tiny_folder, tmp_path):
+    run = shutil.copytree(runs()[1], tmp_path / "run", symlinks=True)
+    edited = run / "final" / "generation_config.json"
+    edited.write_text(edited.read_text().replace("{", '{"top_k": 5, ', 1))
+    before = edited.read_text()
+    for steps in ({}, {"num_steps": 9}):
+        with pytest.raises(ValueError, match=r"final/ is not as it was written: generation_config.json has .* Delete"):
+            continued(tiny_folder, run, **steps)
+    assert edited.read_text() == before
+
+
 @pytest.mark.usefixtures("no_model_is_loaded")
 @pytest.mark.parametrize(
     ("spoil", "message"),

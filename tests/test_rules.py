@@ -193,7 +193,7 @@ def raises(error: BaseException):
     ("returned", "message"),
     [
         (lambda: raises(SystemExit(3)), r"raised SystemExit: 3; row 0"),
-        (lambda: sys.exit(), r"raised SystemExit: ; row 0"),
+        (lambda: raises(SystemExit()), r"raised SystemExit; row 0"),
         (lambda: raises(Silent()), r"raised Silent, whose text cannot be shown because of another KeyError; row 0"),
         (lambda: Shy(), r"raised TypeError: returned <Shy instance at .* for 1 completion"),
         (lambda: [Shy()], r"raised TypeError: returned <Shy instance at .* for 1 completion"),

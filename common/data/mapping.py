@@ -106,9 +106,9 @@ def _follows_interrupt(error: BaseException | None) -> bool:
 
 
 def _num_processes(count: int) -> int:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the machine's other processes of the run
+    # The machine's other processes of the run wait meanwhile, for the cache.
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return max(1, min(cores // local, count // ROWS_PER_PROCESS))
+    return max(1, min(cores, count // ROWS_PER_PROCESS))
 
 
 @contextmanager

@@ -81,6 +81,23 @@ def rows_of_dataset(dataset: datasets.Dataset) -> Rows:
     return _table_rows(dataset.with_format("arrow")[:], source="Task")
 
 
+def is_prompt(prompt: object) -> bool:
+    """Whether it is text, or a list of chat messages; not empty."""
+    if not isinstance(prompt, list):
+        return isinstance(prompt, str) and prompt != ""
+    return bool(prompt) and all(isinstance(message, dict) and _is_message(message) for message in prompt)
+
+
+def _is_message(message: dict) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):
+        # Parts of another kind, such as images, would be left out of what the policy reads.
+        says = bool(content) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
+    else:
+        says = isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+    return isinstance(message.get("role"), str) and says
+
+
 def prompt_key(row: dict) -> str:
     """The key that rows with the same prompt share."""
     return str(row["prompt"])

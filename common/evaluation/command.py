@@ -231,7 +231,7 @@ class Evaluation:
     def _judge(self, rollouts: Rollouts, scorer: Scorer) -> Tensor:
         """(B,) float32: the scores; the refusal of a reward says that sampling was not in vain."""
         try:
-            return judge(rollouts, scorer, TrainerState())
+            return judge(rollouts, scorer, TrainerState(global_step=1))
         except ValueError as error:
             if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
                 raise

@@ -1,5 +1,6 @@
 """The settings of an evaluation, and their translation into those of a run."""
 
+import re
 import typing
 from dataclasses import dataclass, field, fields
 from datetime import date, datetime
@@ -11,6 +12,8 @@ from common.values import as_declared
 
 # Longer than any prompt or completion.
 NO_LIMIT = 2**31
+# Settings that begin with eval_ in a run.
+_SAMPLED = ("num_samples", "temperature", "top_p", "top_k")
 
 
 @dataclass(kw_only=True)
@@ -120,7 +123,7 @@ def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:
     names = ("prompt_file", "enable_thinking", "seed", "sampler", "dtype", "vllm_memory_share", "vllm_max_num_seqs")
     names += ("rewards", "reward_weights", "reward_format", "reward_time_limit", "reward_memory_limit")
     shared = {name: vars(settings)[name] for name in names}
-    sampled = {f"eval_{name}": vars(settings)[name] for name in ("num_samples", "temperature", "top_p", "top_k")}
+    sampled = {f"eval_{name}": vars(settings)[name] for name in _SAMPLED}
     lengths = {
         "max_prompt_length": settings.max_prompt_length,
         "max_completion_length": settings.max_completion_length,
@@ -130,4 +133,4 @@ def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:
         return RLConfig(model=model, vllm_sleep_level=0, **shared, **sampled, **given)
     except ValueError as error:
         # What a run calls eval_temperature is temperature here.
-        raise ValueError(str(error).replace("eval_", "")) from None
+        raise ValueError(re.sub(rf"\beval_(?=({'|'.join(_SAMPLED)})\b)", "", str(error))) from None

@@ -26,11 +26,6 @@ _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _stamps: dict[str, tuple[int, int]] = {}  # by path, of the files that were imported here: time and size
 
 
-def is_function_name(name: str) -> bool:
-    """Whether a value of the setting `rewards` means a function from a file or module."""
-    return _WRITTEN.fullmatch(name) is not None
-
-
 def reward_name(where: str) -> str:
     """The name of such a reward in metrics: that of its function."""
     return _WRITTEN.fullmatch(where)["name"]
@@ -39,8 +34,10 @@ def reward_name(where: str) -> str:
 def source_of(where: str) -> Path | None:
     """The file that has the function of a reward that was loaded; None if there is none, as in a C library."""
     place = _WRITTEN.fullmatch(where)["place"]
-    file = Path(place) if place.endswith(".py") else Path(_file_of(sys.modules[place]))
-    return file if file.is_file() else None
+    if place.endswith(".py"):
+        return Path(place)
+    spec = importlib.util.find_spec(place)  # not sys.modules: its file may have been loaded under another name
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 
 def load_reward(where: str) -> Any:
@@ -176,9 +173,6 @@ def _first_on_the_path(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
-
-
-# Python knows one module of a name, whoever imports it
 
 
 def _check_neighbours(where: str, folder: Path, modules: list[ModuleType]) -> None:

@@ -14,12 +14,12 @@ class TrainerState:
 
     Attributes:
         global_step: finished steps: 0 in the first step; in an evaluation, the steps before it.
-        max_steps: steps of the whole run; 0 where nothing is trained.
+        max_steps: steps of the whole run. Where nothing is trained, as in common.evaluation, both are 1: the end.
         epoch: how often each prompt has been used on average, in parts.
     """
 
     global_step: int = 0
-    max_steps: int = 0
+    max_steps: int = 1
     epoch: float = 0.0
 
 

@@ -326,7 +326,7 @@ class Scorer:
 def _text_of(error: Exception) -> str:
     """What was raised, in one line that is not too long."""
     text = error.text if isinstance(error, _RowError) else f"{type(error).__name__}: {error}"
-    return textwrap.shorten(text, _LONGEST_ERROR, placeholder=" ...")
+    return textwrap.shorten(text.rstrip(": "), _LONGEST_ERROR, placeholder=" ...")
 
 
 def _cause(error: Exception) -> Exception | None:

@@ -43,6 +43,9 @@ MAY_GROW = frozenset(("num_steps", "early_stopping_patience"))
 # Damaged checkpoints that a message names.
 _MOST_NAMED = 4
 
+# Settings that earlier versions of an algorithm did not have, and what it did instead. Class defaults would not do:
+# the run of another algorithm lacks settings too.
+_BEFORE_THEY_WERE_SETTINGS = {"kl_place": "reward", "kl_estimator": None}
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
 _held_locks: list[int] = []  # open for as long as this process lives, which keeps its run folders locked
@@ -97,6 +100,7 @@ def prepare_run_folder(
             "Pass --resume auto to continue it, or another --output_dir."
         )
     header, stored = _read_config(folder)
+    stored = {name: value for name, value in _BEFORE_THEY_WERE_SETTINGS.items() if name in settings} | stored
     grown = {name for name in may_grow if name in stored and name in settings and grows(name, stored, settings)}
     _check_same_run(folder, stored, settings, grown.union(may_change))
     if length_matters and resume != "extend":

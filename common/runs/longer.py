@@ -9,7 +9,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from common.runs.checkpoints import FINAL_FOLDER, damage_of, latest_checkpoint, load_state, named_checkpoints
+from common.runs.checkpoints import (
+    FINAL_FOLDER,
+    STATE_FILE,
+    damage_of,
+    latest_checkpoint,
+    load_state,
+    named_checkpoints,
+)
 
 logger = logging.getLogger("nanorlhf")
 
@@ -95,7 +102,7 @@ def check_unfinished(folder: Path, stored: Settings, now: Settings, length_matte
 
 
 def _state_of_final(folder: Path, *, has_checkpoints: bool) -> dict[str, Any] | None:
-    """What is stored with final/; None, with a warning, if it is damaged and will be written again."""
+    """What is stored with final/; None, with a warning, if something of it is missing and will be written again."""
     final = folder / FINAL_FOLDER
     if final.is_file():
         raise ValueError(
@@ -109,6 +116,12 @@ def _state_of_final(folder: Path, *, has_checkpoints: bool) -> dict[str, Any] | 
         raise ValueError(
             f"output_dir={folder}: {FINAL_FOLDER}/ is damaged ({damage}), and the run kept no checkpoint to continue "
             f"from. Delete {final} to run it again from its beginning, or pass another --output_dir."
+        )
+    if (final / STATE_FILE).is_file() and not damage.endswith("is missing"):  # perhaps somebody has edited it
+        raise ValueError(
+            f"output_dir={folder}: {FINAL_FOLDER}/ is not as it was written: {damage}. What is there is not "
+            f"overwritten. Delete {final} to have it written again from the last checkpoint, or pass another "
+            "--output_dir."
         )
     logger.warning("%s is damaged: %s. It is written again at the end of the run.", final, damage)
     return None

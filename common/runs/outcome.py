@@ -73,7 +73,8 @@ def how_to_continue(folder: Path, config: RLConfig) -> str:
             return f"the run has finished, and its model is in {final}"
     latest = latest_checkpoint(folder) if folder.is_dir() else None
     if latest is not None:
-        return f"the same command continues from {latest.name}"
+        resume = " with --resume auto" if config.resume == "never" else ""
+        return f"the same command{resume} continues from {latest.name}"
     reason = f"there is no checkpoint yet (save_every={config.save_every})"
     if not config.save_every:
         reason = "save_every=0 keeps no checkpoint"

@@ -12,7 +12,7 @@ from typing import Self
 import transformers
 
 from common.config import RLConfig
-from common.data.rows import rows_of_dataset
+from common.data.rows import is_prompt, rows_of_dataset
 from common.rewards.choose import ScoringSettings, make_scorer
 from common.rewards.rules import Limits
 from common.rewards.scorer import RewardFunction, Scorer
@@ -137,23 +137,6 @@ def check_rows(task: Task) -> None:
                     "need the same columns, since a reward gets one value for each completion. Add None, or remove "
                     "the row."
                 )
-
-
-def is_prompt(prompt: object) -> bool:
-    """Whether it is text, or a list of chat messages; not empty."""
-    if not isinstance(prompt, list):
-        return isinstance(prompt, str) and prompt != ""
-    return bool(prompt) and all(isinstance(message, dict) and _is_message(message) for message in prompt)
-
-
-def _is_message(message: dict) -> bool:
-    content = message.get("content")
-    if isinstance(content, list):
-        # Parts of another kind, such as images, would be left out of what the policy reads.
-        says = bool(content) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content)
-    else:
-        says = isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
-    return isinstance(message.get("role"), str) and says
 
 
 def task_scorer(task: Task, config: RLConfig) -> Scorer:

@@ -6,10 +6,9 @@ This task has no rewards of its own: the settings name them, and they get every 
 import transformers
 
 from common.config import RLConfig
-from common.data.rows import read_rows, split_held_out
+from common.data.rows import is_prompt, read_rows, split_held_out
 from common.data.table import Rows
 from common.tasks import Task
-from common.tasks._task import is_prompt
 
 
 def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
