@@ -83,9 +83,7 @@ class Browser:
         """Load a file, with what the address says after "#"; in a new tab, since an old page may reload itself."""
         self._new_tab()
         self._load("Page.navigate", url=f"file://{path.resolve()}{view and '#'}{view}")
-        self.wait(
-            "location.protocol === 'file:' && document.readyState === 'complete'"
-        )
+        self.wait("location.protocol === 'file:' && document.readyState === 'complete'")
 
     def reload(self) -> None:
         """Load the page again, as F5 does."""

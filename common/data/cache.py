@@ -99,6 +99,12 @@ def data_cache_dir() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "nanorlhf"
 
 
+def content_digest(path: Path | str) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_of(*content: object) -> str:
     """Sixteen hexadecimal digits that change when any of the content, which JSON can write, does."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -118,7 +124,7 @@ def _is_intact(folder: Path, by_content: bool) -> bool:
 
 def _digests(folder: Path, by_content: bool) -> dict[str, str]:
     files = sorted(path for path in folder.iterdir() if path.name != DIGESTS)
-    return {path.name: (_content_digest if by_content else _sample_digest)(path) for path in files}
+    return {path.name: (content_digest if by_content else _sample_digest)(path) for path in files}
 
 
 def _sample_digest(path: Path) -> str:
@@ -141,8 +147,3 @@ def _flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _content_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

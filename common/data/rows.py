@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.data.cache import code_digest, digest_of
+from common.data.cache import code_digest, content_digest, digest_of
 from common.data.files import READABLE, format_of, is_path, json_rows, unreadable
 from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, say_once, table_digest
 from common.data.table import KEY, KEY_BYTES, ROW, Rows, kept_table
@@ -292,7 +292,6 @@ def _name_of(function: Callable) -> str:
 
 def _content_digest(file: str) -> str:
     try:
-        with open(file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        return content_digest(file)
     except OSError as error:
         raise unreadable(file, error) from error

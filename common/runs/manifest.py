@@ -4,7 +4,6 @@ The manifest is written last. Sizes are compared whenever folders are listed, wh
 only of a folder that is about to be used, since they can be a hundred gigabytes.
 """
 
-import hashlib
 import json
 import os
 import zipfile
@@ -12,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from common.data.cache import content_digest
 
 MANIFEST_FILE = "manifest.json"
 # In a folder whose contents were found to be wrong although all sizes are right: one sentence that says so.
@@ -27,7 +28,7 @@ def write_manifest(folder: Path) -> None:
     paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE]
     names = sorted(str(path.relative_to(folder)) for path in paths)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        digests = list(pool.map(lambda name: _digest(folder / name), names))
+        digests = list(pool.map(lambda name: content_digest(folder / name), names))
     pairs = zip(names, digests, strict=True)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digest} for name, digest in pairs}
     temporary = folder / f"{MANIFEST_FILE}.tmp"
@@ -59,7 +60,7 @@ def find_damage(folder: Path, *, read: str | None = None) -> str | None:
         wrong = [_damage_of_size(folder / name, name, size) for name, (size, _) in files.items()]
         if not any(wrong):
             with ThreadPoolExecutor(_NUM_READERS) as pool:
-                digests = pool.map(lambda name: _digest(folder / name), chosen)
+                digests = pool.map(lambda name: content_digest(folder / name), chosen)
                 wrong = [
                     f"{name} has other contents than were saved"
                     for name, digest in zip(chosen, digests, strict=True)
@@ -76,11 +77,6 @@ def note_damage(folder: Path, damage: str | None) -> None:
         (folder / DAMAGE_FILE).unlink(missing_ok=True)
     elif find_damage(folder) is None:
         (folder / DAMAGE_FILE).write_text(f"{damage}\n", "utf-8")
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
