@@ -54,7 +54,7 @@ from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.writable import check_folder
-from common.sampling.policy_sampler import PolicySampler, check_sampler
+from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request
 from common.tasks import Task, check_rows, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
@@ -465,12 +465,10 @@ class OnPolicyTrainer(ABC):
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
-        processes = self.accelerator.num_processes
-        rows = [math.ceil(config.completions_at_once / processes)]
-        if self._evaluates:
-            rows.append(math.ceil(len(self.eval_prompts) / processes) * config.eval_num_samples)
+        num_held_out = len(self.eval_prompts) if self._evaluates else 0
+        most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
         self.policy_sampler = PolicySampler(
-            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=max(rows), **tokens
+            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=most_rows, **tokens
         )
         plan = self.models.plan(sampler_bytes=self.policy_sampler.sampler.resident_bytes)
         if self.models.device.type == "cuda":

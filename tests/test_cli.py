@@ -1,6 +1,7 @@
 """The command line: what wins over what, how a mistake is answered, and that a written configuration reads back."""
 
 import json
+import logging
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -503,3 +504,15 @@ def test_another_task_brings_its_own_data_and_rewards():
     parsed = parse("--task", "gsm8k", "--dataset", "x.jsonl", "--reward", "b", **settings)
     assert (parsed.dataset, parsed.rewards) == ("x.jsonl", ["b"])
     assert parse("--seed", "1", **settings).rewards == ["a"]
+
+
+@pytest.mark.parametrize(("rank", "level"), [("0", logging.INFO), ("1", logging.ERROR), (None, logging.INFO)])
+def test_of_several_processes_one_says_what_all_would_say(rank, level, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    logger = logging.getLogger("nanorlhf")
+    before = logger.level
+    run_script(lambda: None)
+    found, _ = logger.level, logger.setLevel(before)
+    assert found == level

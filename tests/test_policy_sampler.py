@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
 from common.models.loading import unused_token_ids
 from common.rollouts import Completion
+from common.sampling.policy_sampler import largest_request
 from common.sampling.torch_sampler import TransformersSampler
 from tests.toy import algorithms, facts, metrics_of, save_toy_policy, toy_config, toy_trainer
 
@@ -137,3 +139,9 @@ def test_an_evaluation_has_noise_of_its_own_for_the_same_rows_of_the_same_step(r
     trainer.policy_sampler.sample_for_evaluation(prompts)
     training, evaluation = map(set, trainer.policy_sampler.sampler.seeds)
     assert len(training) == len(evaluation) == len(prompts) and not training & evaluation
+
+
+@pytest.mark.parametrize(("processes", "held_out", "rows"), [(1, 255, 1020), (2, 255, 512), (4, 3, 16), (3, 0, 22)])
+def test_the_largest_request_of_a_process_is_of_whole_prompts(processes, held_out, rows):
+    config = RLConfig(prompts_per_step=8, num_generations=8, num_minibatches=1, eval_num_samples=4)
+    assert largest_request(config, held_out, processes) == rows

@@ -4,6 +4,7 @@ Ids beyond the tokenizer's vocabulary, which a model with a larger vocabulary ca
 length limit does: it counts as truncated. No id is masked, so training uses the distribution that was sampled from.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -67,6 +68,18 @@ def make_sampler(
         memory_share=config.vllm_memory_share,
         enforce_eager=config.vllm_enforce_eager,
     )
+
+
+def largest_request(config: RLConfig, num_held_out: int, num_processes: int) -> int:
+    """The most completions that one process asks for at once, in training or evaluation.
+
+    Args:
+        config: `completions_at_once` and `eval_num_samples` are read.
+        num_held_out: held-out prompts of all processes; 0 if nothing is evaluated.
+        num_processes: each evaluates whole prompts.
+    """
+    of_evaluation = math.ceil(num_held_out / num_processes) * config.eval_num_samples
+    return max(math.ceil(config.completions_at_once / num_processes), of_evaluation)
 
 
 class PolicySampler:
