@@ -132,7 +132,7 @@ def test_reward_models_get_the_gpu_that_vllm_has_used(tiny_folder):
 
 def test_what_rewards_log_is_kept(tiny_folder):
     (score,) = evaluate(own(tiny_folder, "logs", output_dir="out"))
-    assert score["logged"] == {"size": 12.0} and score["rewards"] == {"logs": 0.0}
+    assert score["logged"] == {"size": 12.0} and score["rewards"] == {"logs": 1.0}
     for row in result_of(Path("out"))[1]:
         assert all(c["extra"] == {"half": len(c["text"]) / 2} for c in row["completions"])
 
