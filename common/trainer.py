@@ -142,8 +142,9 @@ class OnPolicyTrainer(ABC):
         self._used_settings: set[str] = set()
         self._signal = SignalCheck(config, self.run.folder)
         self.model_path = resolve_model(config.model)
+        known = num_tokens(self.model_path)
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
-            check_vocabulary(prompts.encoded, num_tokens(self.model_path))
+            check_vocabulary(prompts.encoded, known)
         self._load_models()
 
     # ------------------------------------------------------------------------------------------------ the algorithm

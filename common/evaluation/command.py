@@ -98,7 +98,8 @@ class Evaluation:
         functions = self._check_rewards(config, settings.accuracy)
         # vLLM has done its part when a reward model needs the GPU.
         level = 2 if any(isinstance(function, RewardModel) for function in functions.values()) else 0
-        self.config = replace(config, max_prompt_length=max(map(len, self.prompts.ids)), vllm_sleep_level=level)
+        longest = int(self.prompts.encoded.lengths.max())
+        self.config = replace(config, max_prompt_length=longest, vllm_sleep_level=level)
         self._check_room(context)
         self.settings = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT} | {
             "model": self.model,
@@ -172,7 +173,7 @@ class Evaluation:
     def _check_rewards(self, config: RLConfig, accuracy: str | None) -> dict[str, RewardFunction]:
         """The rewards, which can be called; the task learns which of them is the accuracy."""
         scorer = task_scorer(self.task, config)
-        scorer.check_columns(list(self.prompts.columns))
+        scorer.check_columns(self.prompts.column_names)
         if accuracy is not None and accuracy not in scorer.functions:
             raise ValueError(
                 f"accuracy={accuracy!r}: no reward has this name; there are {', '.join(scorer.functions)}. Pass "

@@ -4,7 +4,6 @@ Two evaluations with the same sampling_identity have the same completions, whate
 """
 
 import ast
-import hashlib
 import os
 import sys
 import sysconfig
@@ -16,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import CONFIG_NAME
 
 import common
+from common.data.cache import content_digest
 from common.evaluation.results import digest
 from common.merge import Source
 from common.rewards.load import source_of
@@ -103,7 +103,7 @@ def reward_files(where: str) -> list[Path]:
 
 def _digest_of_loaded(where: str, file: Path) -> str:
     """The digest of a module's file; Python loads a module once, so it must be what this process has loaded."""
-    now = hashlib.sha256(file.read_bytes()).hexdigest()
+    now = content_digest(file)
     others = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     same_name = (Path(each) for each in others if isinstance(each, str) and Path(each).name == file.name)
     if any(each.resolve() == file for each in same_name) and _loaded.setdefault(file, now) != now:
