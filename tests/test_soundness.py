@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.cli import run_script
 from common.config import RLConfig
+from common.embedded.policy import build_tokenizer, save_untrained
 from common.mistakes import WrongNumbers
 from common.runs.best import better_checkpoint
 from common.runs.soundness import IMPOSSIBLE, SUSPICIOUS, Soundness
@@ -312,21 +313,35 @@ def test_all_processes_stop_if_the_sampler_of_one_is_wrong(toy_folder, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_model_that_vllm_gives_no_numbers_for_is_not_trained(tmp_path):
-    """vLLM's rope of type dynamic makes every log-prob NaN, also of a model that it reads from disk."""
-    from common.embedded.policy import build_tokenizer
-
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        # vLLM reads keys here that transformers does not know: positions turn otherwise, or by no number at all.
+        ({"max_trained_positions": 4096}, "log-probs of sampler and trainer differ by "),
+        ({"alpha": 0.0}, "log-probs of the sampler are not finite (NaN or infinite), those of the policy"),
+    ],
+)
+def test_a_model_that_vllm_runs_in_another_way_is_not_trained(tmp_path, rope, said):
     tokenizer = build_tokenizer()
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = AutoConfig.for_model("llama", **sizes, **heads, **ends, rope_parameters=rope)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0} | rope
+    config = AutoConfig.for_model("llama", **sizes, **heads, **ends, initializer_range=0.3, rope_parameters=rope)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     message = stopped(toy_trainer(tmp_path / "model", tmp_path / "run", sampler="vllm"))
-    assert "So vllm fails" in message and "rope" in message and "--sampler transformers" in message
+    assert said in message and "rope" in message and "--sampler transformers samples from the policy" in message
     toy_trainer(tmp_path / "model", tmp_path / "other", sampler="transformers").train()
+
+
+@pytest.mark.slow
+def test_a_policy_that_is_no_number_is_told_apart_from_a_sampler_that_is_none(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    save_untrained(tmp_path / "model", **sizes, num_attention_heads=2, num_key_value_heads=1)
+    trainer = toy_trainer(tmp_path / "model", tmp_path / "run", sampler="vllm")
+    message = stopped(spoil(trainer, "policy"))
+    assert message.startswith("step 1: the policy: ") and "input_layernorm" in message
 
 
 @pytest.mark.slow

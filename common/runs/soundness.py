@@ -197,12 +197,14 @@ class Soundness:
         )
 
     def _likely_causes(self, step: int, difference: float) -> str:
-        causes = [
-            f"* attn_implementation={self._config.attn_implementation} leaves out what the model needs, such as a "
-            "soft cap or sinks: --attn_implementation eager"
-        ]
+        attention, causes = self._config.attn_implementation, []
         if self._config.sampler == "vllm":
             causes.append("* vLLM computes this architecture in another way (rope, window, experts, logit scaling)")
+            if attention != "eager" and math.isfinite(difference):
+                causes.append(
+                    f"* the trainer's attn_implementation={attention} leaves out what the model needs, such as a soft "
+                    "cap or sinks: --attn_implementation eager"
+                )
             if step > 1:
                 causes.append("* the last update did not reach vLLM, or made weights huge: a lower --learning_rate")
         else:
