@@ -360,8 +360,8 @@ class OnPolicyTrainer(ABC):
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
         with self.stopwatch("update"), self.models.use(learner.name, train=True) as model:
-            if learner is self.policy:
-                settings["check"] = partial(self._soundness.check_first_minibatch, model=model, step=self.current_step)
+            check = partial(self._soundness.check_first_minibatch, model=model, step=self.current_step)
+            settings["check"] = check if learner is self.policy else None
             for epoch in range(num_epochs):
                 for part in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
                     self.metrics.add(*part)
