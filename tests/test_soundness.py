@@ -1,5 +1,6 @@
 """A run whose numbers cannot be right stops before its policy learns from them, and says what is likely wrong."""
 
+import json
 import logging
 import math
 import os
@@ -11,11 +12,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from common.cli import run_script
 from common.config import RLConfig
 from common.embedded.policy import build_tokenizer, save_untrained
+from common.evaluation.results import write_result
 from common.mistakes import WrongNumbers
 from common.runs.best import better_checkpoint
 from common.runs.soundness import IMPOSSIBLE, SUSPICIOUS, Soundness
@@ -250,6 +252,30 @@ def test_a_reward_that_is_no_number_is_refused(toy_folder, tmp_path, bad):
     trainer = algorithms()["GRPO"].trainer(toy_config(toy_folder, tmp_path / "run"), task=task)
     with pytest.raises(ValueError, match=rf"reward 'digits' returned {bad} in row 0 .* need a finite number"):
         trainer.train()
+
+
+def test_a_reward_model_that_gives_no_number_is_refused(toy_folder, tmp_path):
+    model = AutoModelForSequenceClassification.from_pretrained(toy_folder, num_labels=1)
+    with torch.no_grad():
+        model.score.weight[0, 0] = NAN
+    model.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(toy_folder).save_pretrained(tmp_path / "reward")
+    trainer = toy_trainer(toy_folder, tmp_path / "run", rewards=[str(tmp_path / "reward")])
+    with pytest.raises(ValueError, match=r"returned nan in row 0 .* Take another reward model"):
+        trainer.train()
+
+
+def test_what_a_reward_logs_in_an_evaluation_may_be_no_number_and_the_result_is_json(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path / "run")
+    rollouts = trainer.sample(trainer.training_prompts(1))
+    rollouts.scores = trainer.score(rollouts)
+    score = {"model": "m", "adapter": "", "task": "t", "num_problems": 4, "num_samples": 1, "score": 0.5}
+    score |= {"score_ci95": None, "rewards": {"digits": 0.5}, "length": 1.0, "truncated": 0.0, "num_too_long": 0}
+    sampled = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 0, "max_completion_length": 12}
+    score |= {"num_left_out": 0, "tokens_per_second": 1.0, "settings": sampled, "logged": {"mine": NAN}}
+    write_result(tmp_path / "result", score, rollouts, accuracy=None)
+    text = (tmp_path / "result" / "score.json").read_text()
+    assert "NaN" not in text and json.loads(text)["logged"] == {"mine": None}
 
 
 def test_an_evaluation_that_is_no_number_is_never_the_best():
