@@ -33,6 +33,7 @@ SETTINGS = PPOConfig(
     temperature=1.0,
     max_prompt_length=512,  # cpu: 16
     max_completion_length=1024,  # cpu: 240
+    max_logprob_diff=None,  # 0.01 in float32, 0.5 in bfloat16; 0: the run goes on with any difference
     # PPO
     gamma=1.0,
     gae_lambda=0.95,

@@ -23,7 +23,7 @@ import yaml
 
 from common.config import RLConfig
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import is_ours, name_of_script
+from common.mistakes import WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 
 Config = TypeVar("Config", bound=RLConfig)
@@ -246,7 +246,8 @@ def run_script(
         interrupted: what to say after Ctrl-C about the work so far, or what finds out.
 
     Raises:
-        SystemExit: with status 2 after such a message, 130 after Ctrl-C.
+        SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 130 after
+            Ctrl-C.
     """
     if "transformers" in sys.modules:
         # Bars for loading and saving would break the run's own progress bar; bars for downloads stay.
@@ -254,7 +255,8 @@ def run_script(
         sys.modules["huggingface_hub"].utils.enable_progress_bars()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
-    if os.environ.get("RANK", "0") != "0":  # the main process says what all would say; errors are printed
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main:  # the main process says what all would say; errors of one process are printed
         logging.getLogger("nanorlhf").setLevel(logging.ERROR)
     try:
         main()
@@ -263,6 +265,10 @@ def run_script(
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except WrongNumbers as error:
+        if is_main:  # all processes raise the same
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(WRONG_NUMBERS)
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         sys.exit(130)

@@ -7,6 +7,13 @@ from types import TracebackType
 
 ROOT = Path(__file__).parent.parent
 
+# Exit status of a script whose run stopped itself because of its numbers; 2 is a mistake in what it was given.
+WRONG_NUMBERS = 3
+
+
+class WrongNumbers(FloatingPointError):
+    """Numbers of a run cannot be right, so it stops before its policy learns from them; all processes raise it."""
+
 
 def is_ours(raised_at: traceback.FrameSummary) -> bool:
     """Whether this project raised an error on purpose.
@@ -25,7 +32,7 @@ def name_of_script(script: str | None) -> str:
 
 
 def explain_mistakes() -> None:
-    """Make an error of ours that ends a program a message with the program's line, and exit status 2.
+    """Make an error of ours that ends a program a message with the program's line, and exit status 2 (or 3).
 
     Every other error, and every error at Python's prompt, in a notebook or with `python -X dev`, keeps its traceback.
     """
@@ -34,10 +41,10 @@ def explain_mistakes() -> None:
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         frames = traceback.extract_tb(trace)
         is_script = len(frames) > 1 and frames[0].name == "<module>" and Path(frames[0].filename).is_file()
-        is_message = kind in (ValueError, TypeError) and is_script and is_ours(frames[-1])
+        is_message = kind in (ValueError, TypeError, WrongNumbers) and is_script and is_ours(frames[-1])
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
         print(f"error: {name_of_script(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(WRONG_NUMBERS if kind is WrongNumbers else 2)
 
     sys.excepthook = explain

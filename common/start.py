@@ -20,7 +20,7 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
         reading: other arguments of parse_config: `script`, and `embedded` if the preset cpu needs more.
 
     Raises:
-        SystemExit: with status 2 after a message about a user's mistake.
+        SystemExit: with status 2 after a message about a user's mistake, 3 if the run stopped because of its numbers.
     """
     run_script(
         lambda: report(prepare(trainer, parse_config(settings, **reading))),

@@ -49,10 +49,11 @@ from common.runs.measures import (
     rollout_means,
     with_confidence_interval,
 )
-from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, check_first_step, warn_of_unused_settings
+from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, warn_of_unused_settings
 from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, algorithm_name, run_folder
+from common.runs.soundness import Soundness
 from common.runs.writable import check_folder
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request
 from common.tasks import Task, check_rows, lenient_scorer, load_task, task_scorer
@@ -87,6 +88,7 @@ class OnPolicyTrainer(ABC):
     Raises:
         TypeError: for other arguments, such as those of trl's trainers.
         ValueError: for a mistake in settings, data, rewards, model or folder, if possible before a model is loaded.
+        WrongNumbers: if log-probs, values or gradients of the run cannot be right.
     """
 
     def __new__(cls, *args: object, **arguments: object) -> Self:
@@ -137,6 +139,7 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:
             warn_of_slow_dtype(self.dtype, self.accelerator.device)
         self.batches = Batches(config, self.accelerator, self.dtype)
+        self._soundness = Soundness(config, self.dtype, sum_over_processes=self.sum_over_processes)
         self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
@@ -211,6 +214,7 @@ class OnPolicyTrainer(ABC):
         if self.config.mask_truncated:
             rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]  # (B, C)
         self.batches.number(rollouts)
+        self._check_sampled(rollouts)
         kind = "greedy" if greedy else "refill" if prompts.refill else purpose
         counts = torch.stack([torch.tensor(len(rollouts)), rollouts.lengths.sum()])
         if kind != "train":
@@ -241,6 +245,7 @@ class OnPolicyTrainer(ABC):
         """
         request = {"step": self.current_step, "num_generations": num_generations, "purpose": purpose}
         continuations = self.policy_sampler.continue_from(rollouts, rows, places, **request)
+        self._check_sampled(continuations)
         num_tokens = continuations.lengths.sum() - num_generations * places.sum()
         self.run.count(tokens=int(self.sum_over_processes(num_tokens)))
         return continuations
@@ -333,7 +338,9 @@ class OnPolicyTrainer(ABC):
         if name == "ref":
             self._used_settings.add("kl_coef")
         with self.stopwatch(phase), self.models.use(name) as model:
-            return self.batches.for_each_token(rollouts, partial(forward, model), step=self.current_step)
+            outputs = self.batches.for_each_token(rollouts, partial(forward, model), step=self.current_step)
+            self._soundness.check_outputs(name, outputs, model, step=self.current_step)
+        return outputs
 
     @final
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
@@ -353,6 +360,8 @@ class OnPolicyTrainer(ABC):
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
         with self.stopwatch("update"), self.models.use(learner.name, train=True) as model:
+            check = partial(self._soundness.check_first_minibatch, model=model, step=self.current_step)
+            settings["check"] = check if learner is self.policy else None
             for epoch in range(num_epochs):
                 for part in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
                     self.metrics.add(*part)
@@ -406,6 +415,7 @@ class OnPolicyTrainer(ABC):
                 rollouts = self.policy_sampler.sample_for_evaluation(
                     prompts, finished=lambda _, completions: work.advance(len(completions))
                 )
+            self._check_sampled(rollouts)
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
@@ -494,6 +504,12 @@ class OnPolicyTrainer(ABC):
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores
 
+    def _check_sampled(self, rollouts: Rollouts) -> None:
+        """Refuse log-probs of the sampler that are not finite; those of the policy tell whose fault it is."""
+        if not self._soundness.all_finite(rollouts):
+            self.logprobs("policy", rollouts)  # which refuses its own
+            raise self._soundness.sampler_is_wrong(step=self.current_step)
+
     def _long_work(self, name: str, total: int, unit: str) -> LongWork:
         return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
 
@@ -512,11 +528,12 @@ class OnPolicyTrainer(ABC):
         metrics = self.metrics.reduce(self.accelerator)
         metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
-            check_first_step(metrics, step=step, dtype=self.dtype)
+            self._soundness.warn(metrics, step=step)
             self._signal.see(metrics, step=step)
         timings = self.stopwatch.read_and_reset()
         # Counted in the next step, because this step's line is being written.
         with self.stopwatch("save"):
             self.run.end_step(step, metrics, timings)
+            self._soundness.check_losses(metrics, step=step)
             self.run.save_if_due(step, self.tokenizer)
         return metrics

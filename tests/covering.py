@@ -46,6 +46,7 @@ SHARED = {
     "temperature": [1.0, 0.6, 1.5],
     "max_prompt_length": [32, 8],
     "max_completion_length": [12, 1, 5],
+    "max_logprob_diff": [None, 0.0, 1.0],
     "kl_coef": [0.0, 0.1, 5.0],
     "average_over": ["tokens", "rows", "constant"],
     "whiten_advantages": [False, True],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.config import RLConfig
+from common.mistakes import WrongNumbers
 from common.update.batches import Batches
 from common.update.learner import Learner, metric_part
 
@@ -174,7 +175,7 @@ def test_a_step_without_signal_does_not_hold_the_schedule_up(accelerator):
 def test_a_gradient_that_is_not_finite_ends_the_run_and_spoils_no_weight(accelerator, bad, limit):
     learner, weights = make_learner(max_grad_norm=limit)
     set_gradient(weights, [bad, 1.0])
-    with pytest.raises(FloatingPointError, match=r"step 7: the gradient of policy is .*--learning_rate"):
+    with pytest.raises(WrongNumbers, match=r"step 7: the gradient of policy is .*--learning_rate"):
         learner.optimizer_step(7, accelerator)
     assert weights.a.tolist() == [1.0, 1.0] and weights.b.flatten().tolist() == [2.0, 2.0]
 

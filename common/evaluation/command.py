@@ -8,12 +8,14 @@ evaluation goes on from the completions that it has.
 from __future__ import annotations  # types whose import takes seconds are not loaded
 
 import logging
+import math
 import os
 import subprocess
 import sys
 import traceback
 from dataclasses import asdict, replace
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -33,7 +35,7 @@ from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
-from common.mistakes import is_ours
+from common.mistakes import WrongNumbers, is_ours
 from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
@@ -222,11 +224,25 @@ class Evaluation:
         with LongWork("sampling", total, "completions", done=have) as work:
 
             def finished(problem: int, completions: list[Completion]) -> None:
+                self._check_sampled(completions)
                 kept.add(problem, completions, generation.texts(completions))
                 work.advance(num_samples)
 
             return generation.sample_for_evaluation(
                 self.prompts.share(), finished=finished, have=dict(kept.completions)
+            )
+
+    def _check_sampled(self, completions: list[Completion]) -> None:
+        """Refuse completions whose log-probs are not finite, before they are kept: they are not the model's."""
+        if not all(map(math.isfinite, chain.from_iterable(each.logprobs for each in completions))):
+            sampler, dtype = self.config.sampler, self.config.dtype
+            raise WrongNumbers(
+                f"{self.model}: log-probs of its completions are not finite (NaN or infinite), so they say nothing of "
+                "it, and none are kept. Likely causes:\n"
+                "* the files of the checkpoint are damaged, or its training had failed\n"
+                f"* {sampler} fails with this architecture: try --sampler "
+                f"{'transformers' if sampler == 'vllm' else 'vllm'}\n"
+                f"* numbers too large for dtype={dtype}: --dtype float32"
             )
 
     def _judge(self, rollouts: Rollouts, scorer: Scorer) -> Tensor:

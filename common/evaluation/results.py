@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from common.rollouts import Rollouts
-from common.runs.log import json_line
+from common.runs.log import finite_or_null, json_line
 from common.runs.measures import is_one, sizes_of_k
 
 SCORE_FILE, OUTPUTS_FILE, TABLE_FILE = "score.json", "outputs.jsonl", "table.md"
@@ -76,7 +76,7 @@ def write_result(
         with open(temporary / OUTPUTS_FILE, "wb") as file:
             file.writelines(map(json_line, _outputs(rollouts, score["num_samples"], accuracy, lenient)))
         (temporary / TABLE_FILE).write_text(table([score]), encoding="utf-8")
-        (temporary / SCORE_FILE).write_text(json.dumps(score, indent=2) + "\n")
+        (temporary / SCORE_FILE).write_text(json.dumps(finite_or_null(score), indent=2, allow_nan=False) + "\n")
         os.replace(temporary, folder)
     except BaseException:  # a full disk or Ctrl-C
         shutil.rmtree(temporary, ignore_errors=True)

@@ -265,15 +265,17 @@ class Scorer:
             )
         return [self._checked(name, reward, row, batch.completions[row]) for row, reward in enumerate(values)]
 
-    @staticmethod
-    def _checked(name: str, reward: object, row: int, completion: str) -> float:
+    def _checked(self, name: str, reward: object, row: int, completion: str) -> float:
         try:
             return number_of(reward)
         except TypeError as error:
+            remedy = "Fix the function, or return None there."
+            if isinstance(self.functions[name], RewardModel):
+                remedy = "Its files may be damaged, or its numbers overflow. Take another reward model."
             raise ValueError(
                 f"reward {name!r} returned {_SHORTEN.repr(reward)} in row {row} for {_SHORTEN.repr(completion)}: need "
                 f"a finite number of at most {LARGEST:g} in size, not text, since one such value would spoil the "
-                "whole batch. Fix the function, or return None there."
+                f"whole batch. {remedy}"
             ) from error
 
     def _refusal(

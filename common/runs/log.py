@@ -243,16 +243,17 @@ class RunLog:
 
 def json_line(row: dict[str, Any]) -> bytes:
     """A line of a .jsonl file; numbers that are not finite become null."""
-    text = json.dumps(_finite_or_null(row), ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(finite_or_null(row), ensure_ascii=False, allow_nan=False, default=str)
     # Half a surrogate pair, which a cut-off completion can contain, becomes its \\u escape of JSON.
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def _finite_or_null(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
+    """What JSON can hold of a value: None in place of each number that is not finite."""
     if isinstance(value, dict):
-        return {name: _finite_or_null(inner) for name, inner in value.items()}
+        return {name: finite_or_null(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite_or_null(inner) for inner in value]
+        return [finite_or_null(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

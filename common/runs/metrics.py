@@ -22,9 +22,6 @@ logger = logging.getLogger("nanorlhf")
 
 GB = 2**30
 
-# Mean |sampler's log-prob - trainer's log-prob| that is too large to be rounding: above it something is wrong.
-MAX_LOGPROB_DIFF = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-
 Number = float | torch.Tensor
 
 
@@ -58,11 +55,11 @@ class StepMetrics:
 
     def add_max(self, name: str, value: float) -> None:
         """Adds a value of a quantity whose global value is the maximum, such as a memory peak."""
-        self._maxima[name] = max(self._maxima.get(name, value), value)
+        self._maxima[name] = _highest(self._maxima.get(name, value), value)
 
     def add_min(self, name: str, value: float) -> None:
         """Adds a value of a quantity whose global value is the minimum."""
-        self._minima[name] = min(self._minima.get(name, value), value)
+        self._minima[name] = _lowest(self._minima.get(name, value), value)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The global values of everything added since the last call, in float64; every process gets the same.
@@ -74,14 +71,23 @@ class StepMetrics:
         self._totals, self._counts, self._sums, self._maxima, self._minima = {}, {}, {}, {}, {}
         everyone = gather_object([own]) if accelerator.num_processes > 1 else [own]
         totals, counts, sums = (_merge([parts[kind] for parts in everyone], operator.add) for kind in range(3))
-        maxima = _merge([parts[3] for parts in everyone], max)
-        minima = _merge([parts[4] for parts in everyone], min)
+        maxima = _merge([parts[3] for parts in everyone], _highest)
+        minima = _merge([parts[4] for parts in everyone], _lowest)
         means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
         return means | sums | maxima | minima
 
 
 def _as_scalar(value: Number) -> Number:
     return value.detach().double().reshape(()) if isinstance(value, torch.Tensor) else value
+
+
+def _highest(a: float, b: float) -> float:
+    """The larger one; NaN if one is NaN, which Python's own max keeps or drops by their order."""
+    return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
+
+
+def _lowest(a: float, b: float) -> float:
+    return -_highest(-a, -b)
 
 
 def _as_numbers(values: dict[str, Number]) -> dict[str, float]:
@@ -212,33 +218,6 @@ def warn_of_unused_settings(config: RLConfig, used: Collection[str], *, algorith
     for name, message in _UNUSED.items():
         if vars(config)[name] and name not in used:
             logger.warning(message, vars(config)[name], algorithm)
-
-
-def check_first_step(metrics: dict[str, float], *, step: int, dtype: torch.dtype) -> None:
-    """Warn if the policy that was updated seems to differ from the policy that sampled.
-
-    Args:
-        metrics: the step's; policy/first_ratio and sampler/logprob_diff are read if present.
-        step: the step.
-        dtype: precision of forward passes.
-    """
-    ratio = metrics.get("policy/first_ratio", 1.0)
-    if ratio != 1.0:
-        logger.warning(
-            "step %d: the ratio before the first optimizer step is %.8f, not 1: two forward passes over the same "
-            "tokens differ. Look for dropout or other randomness in the model.",
-            step,
-            ratio,
-        )
-    difference, bound = metrics.get("sampler/logprob_diff", 0.0), MAX_LOGPROB_DIFF[dtype]
-    if difference > bound:
-        logger.warning(
-            "step %d: log-probs of sampler and trainer differ by %.4f on average, more than %.4f: the sampler may "
-            "hold other weights. Try --sampler transformers to find out.",
-            step,
-            difference,
-            bound,
-        )
 
 
 class SignalCheck:

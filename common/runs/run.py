@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config import RLConfig
+from common.mistakes import WrongNumbers
 from common.models.loading import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
@@ -129,6 +130,8 @@ class Run:
         self._log.close()
         if self.accelerator.is_main_process:
             draw_curves(self.folder)
+        if kind is WrongNumbers:  # of all processes: a launcher ends the others as soon as one has ended
+            self.accelerator.wait_for_everyone()
 
     def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
         """Save a learner in every checkpoint from now on, and load its state from the one to continue from.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from common.config import RLConfig
+from common.mistakes import WrongNumbers
 from common.rollouts import Rollouts
 from common.update.batches import Batches
 
@@ -53,6 +54,7 @@ class Learner:
         rate: float | None = None,
         average_over: str = "tokens",
         num_minibatches: int | None = None,
+        check: Callable[[list[MetricPart]], None] | None = None,
     ) -> list[MetricPart]:
         """Make one pass over the rollouts, with an optimizer step for each mini-batch.
 
@@ -68,13 +70,15 @@ class Learner:
             rate: learning rate; None: the schedule's at `step`.
             average_over: "tokens", "rows" or "constant": what the mean is over.
             num_minibatches: None: the setting.
+            check: called on all processes with the metrics of epoch 0's first mini-batch, before its optimizer step;
+                what it raises leaves the weights as they are.
 
         Returns:
             This process's parts of the metrics. Those with the prefix first/ come from the first mini-batch of epoch 0
             only, and lose the prefix.
 
         Raises:
-            FloatingPointError: if a gradient is not finite.
+            WrongNumbers: if a gradient is not finite.
         """
         parts: list[MetricPart] = []
         is_first = epoch == 0
@@ -93,6 +97,8 @@ class Learner:
                 for name, values in metrics.items():
                     if is_first or not name.startswith("first/"):
                         parts.append((name.removeprefix("first/"), *metric_part(values, mask)))
+            if is_first and check is not None:
+                check(parts)
             parts.append((f"{self.name}/grad_norm", self.optimizer_step(step, batches.accelerator, rate=rate), 1))
             is_first = False
         return parts
@@ -111,13 +117,13 @@ class Learner:
             Norm of the gradient before clipping.
 
         Raises:
-            FloatingPointError: if the gradient is not finite.
+            WrongNumbers: if the gradient is not finite.
         """
         _sum_over_processes(self.parameters, accelerator)
         limit = self.config.max_grad_norm or math.inf
         norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm):
-            raise FloatingPointError(
+            raise WrongNumbers(
                 f"step {step}: the gradient of {self.name} is {norm}; one more step would spoil its weights. A run "
                 "keeps its settings, so start a new one with a lower --learning_rate or --max_grad_norm; the last "
                 "checkpoint of this one is intact."

@@ -40,6 +40,7 @@ SETTINGS = GRPOConfig(
     temperature=1.0,
     max_prompt_length=256,  # cpu: 16
     max_completion_length=1024,  # cpu: 360
+    max_logprob_diff=None,  # 0.01 in float32, 0.5 in bfloat16; 0: the run goes on with any difference
     # GRPO
     scale_by_std=True,
     whiten_rewards=False,
