@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config import RLConfig
-from common.models.loading import save_model
+from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
 from common.runs.best import better_checkpoint, link_best, restore_best
