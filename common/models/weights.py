@@ -159,11 +159,7 @@ def _without_tied(model: transformers.PreTrainedModel) -> list[_Weight]:
                 f"an adapter makes {name} differ from {source}, but the model's configuration ties the two, so that "
                 "a checkpoint has one tensor for both. Leave embeddings out of lora_target_modules."
             )
-    by_identity: dict[Hashable, _Weight] = {}
-    for name, weight in weights.items():
-        if name not in tied:
-            by_identity.setdefault(weight.identity, weight)
-    return list(by_identity.values())
+    return [weight for name, weight in weights.items() if name not in tied]
 
 
 def _weights(module: nn.Module, prefix: str = "") -> Iterator[_Weight]:
