@@ -34,6 +34,7 @@ CONFIGS = {
     "glm4_moe": SIZES | ROUTED | {"head_dim": 16},
     "kimi_linear": SIZES | LATENT | ROUTED,  # three convolutions become one
     "olmo_hybrid": SIZES | {"layer_types": ["linear_attention", "linear_attention", "full_attention"]},
+    "hrm_text": SIZES | {"num_layers_per_stack": 1, "head_dim": 16},  # parts in memory are one in a checkpoint
     "gemma4_text": SIZES | {"head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8},
     "gemma3": GEMMA3,  # the language model is inside another, and embeddings are tied
     "gpt2": {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},  # nothing to convert
@@ -81,7 +82,7 @@ def on_disk(folder: Path) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Of one row of tokens."""
-    return model(input_ids=torch.arange(5, 45)[None]).logits
+    return model(input_ids=torch.arange(5, 45)[None], use_cache=False).logits
 
 
 def loaded(folder: Path) -> transformers.PreTrainedModel:

@@ -119,22 +119,24 @@ def test_merged_and_converted_tensors_do_not_pile_up(kind):
 
 
 def test_a_group_comes_out_when_its_last_part_is_there_and_the_rest_at_once():
-    model = small_model("kimi_linear")
-    order = []
+    model = small_model("hrm_text")
+    names, order = [name for name, _ in weights_in_memory(model)], []
 
     def read():
         for name, tensor in weights_in_memory(model):
             order.append(f"read {name}")
             yield name, tensor
 
-    names = [name for name, _ in weights_in_memory(model)]
     for name, _ in in_checkpoint_layout(model, names, read()):
         order.append(f"write {name}")
-    plain = "model.layers.0.input_layernorm.weight"
-    assert order.index(f"write {plain}") == order.index(f"read {plain}") + 1
-    fused = order.index("read model.layers.0.self_attn.conv1d.weight")
-    written = [f"write model.layers.0.self_attn.{part}_conv1d.weight" for part in "qkv"]
-    assert order[fused + 1 : fused + 4] == written
+    at = order.index("read model.H_module.layers.0.mlp.up_proj.weight")
+    assert order[at - 1 : at + 2] == [
+        "read model.H_module.layers.0.mlp.gate_proj.weight",
+        "read model.H_module.layers.0.mlp.up_proj.weight",
+        "write model.H_module.layers.0.mlp.gate_up_proj.weight",
+    ]
+    plain = order.index("read model.H_module.layers.0.mlp.down_proj.weight")
+    assert order[plain + 1] == "write model.H_module.layers.0.mlp.down_proj.weight"
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3", "gemma3"])
