@@ -10,18 +10,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
 from safetensors import safe_open
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from common.cli import parse_settings, run_script
-from common.embedded import check_model, resolve_model
-from common.models.weights import checkpoint_shapes, policy_weights
+from common.embedded import check_model, resolve_model, skeleton
+from common.models.saving import copied_weights, save_weights
+from common.models.weight_files import check_weight_files, shards
 from common.runs.best import BEST_LINK, in_words
 from common.runs.checkpoints import (
     FINAL_FOLDER,
@@ -106,15 +108,16 @@ def merge(settings: MergeSettings) -> Source:
         raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB.")
     source = find_source(settings.model, settings.adapter)
     check_model(source.base)
+    check_weight_files(source.base)
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
     model = load(source)
-    weights = {name: tensor.detach().clone() for name, tensor in policy_weights(model)}
+    weights = copied_weights(model)
     base = model if source.adapter is None else model.get_base_model()
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
-        base.save_pretrained(temporary, state_dict=weights, max_shard_size=settings.max_shard_size)
+        save_weights(base, weights, temporary, max_shard_size=settings.max_shard_size)
         has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base)
         tokenizer.save_pretrained(temporary)
@@ -149,7 +152,7 @@ def find_source(model: str | None, adapter: str | None) -> Source:
         return _part_of_run(folder, _checkpoint_in_words(folder))
     if (folder / ADAPTER_CONFIG).is_file():
         return _part_of_run(folder, _adapter_in_words(folder))
-    if any(_shards(folder)):
+    if shards(folder):
         return Source(base=model, what=f"the shards of {model}")
     if not folder.is_dir():
         raise ValueError(
@@ -176,7 +179,7 @@ def _part_of_run(folder: Path, what: str) -> Source:
     if (folder / POLICY_FOLDER).is_dir():
         folder = folder / POLICY_FOLDER
     if not (folder / ADAPTER_CONFIG).is_file():
-        list(_shards(folder))
+        check_weight_files(folder)
         return Source(base=str(folder), what=what)
     base = _recorded_base(folder)
     what = what if what.startswith("adapter ") else f"{what}, an adapter,"
@@ -248,24 +251,6 @@ def _recorded_base(adapter: Path) -> str:
     return json.loads(path.read_text())["base_model_name_or_path"]
 
 
-def _shards(folder: Path) -> Iterator[str]:
-    """The weight files that a checkpoint's index names.
-
-    Raises:
-        ValueError: if one of them is missing.
-    """
-    for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
-        if not (folder / name).is_file():
-            continue
-        files = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-        if missing := [file for file in files if not (folder / file).is_file()]:
-            raise ValueError(
-                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: these "
-                "weights would stay uninitialised. Download or write the missing files again."
-            )
-        yield from files
-
-
 # Checks and loading
 
 
@@ -287,19 +272,30 @@ def check_adapter(adapter: Path, base: str) -> None:
             f"adapter={adapter}: there is no {ADAPTER_WEIGHTS} in it, which holds its weights. Pass --adapter with "
             "the folder that peft wrote."
         )
-    shapes = checkpoint_shapes(base)
+    modules = dict(skeleton(base).named_modules())
     with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118  it is not a dictionary
             found = _ADAPTER_TENSOR.fullmatch(name)
             if found is None:
                 continue
+            shape, path = tensors.get_slice(name).get_shape(), found["module"].replace(".base_layer", "")
+            module = modules.get(path)
             axis, base_axis = _SHARED_AXES[found["part"]]
-            shape, base_shape = tensors.get_slice(name).get_shape(), shapes.get(f"{found['module']}.weight")
-            if base_shape is None or shape[axis] != base_shape[base_axis]:
+            base_shape = None if module is None else _weight_shape(module)
+            if module is None or (base_shape and shape[axis] != base_shape[base_axis]):
                 raise ValueError(
-                    f"adapter={adapter}: its {name} has the shape {shape}, which does not fit {found['module']} of "
+                    f"adapter={adapter}: its {name} has the shape {shape}, which does not fit {path} of "
                     f"{base} with {base_shape}: it was trained on another model. Pass --model with its base."
                 )
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """Shape of a module's weight as (out, in) or (V, hidden); None for modules such as fused experts without one."""
+    weight = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return None
+    # GPT-2's layers keep (in, out).
+    return tuple(weight.shape)[::-1] if isinstance(module, Conv1D) else tuple(weight.shape)
 
 
 def load(source: Source) -> transformers.PreTrainedModel | PeftModel:

@@ -24,7 +24,8 @@ MOVED: dict[str, dict[str, str]] = {
         "common.embedded": "check_model resolve_model load_tokenizer",
         "common.models.chat": "turn_end_token",
         "common.models.loading": "end_token_ids unused_token_ids compute_dtype load_policy load_reference "
-        "load_without_dropout lora_config add_adapter save_model",
+        "load_without_dropout lora_config add_adapter",
+        "common.models.saving": "save_model",
         "common.update.batches": "forward_context",
     },
     "common.offload": {"common.models.pool": ""},

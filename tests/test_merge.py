@@ -10,10 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common.embedded.policy import save_untrained
+from common.embedded.policy import build_tokenizer, save_untrained
 from common.merge import MergeSettings, find_source, main, merge
 from common.models.weights import policy_weights
 from common.runs.checkpoints import save_checkpoint, save_final
+from tests.layouts import loaded, logits, small_model, with_lora
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -151,6 +152,57 @@ def test_a_checkpoint_that_lacks_weights_is_refused(base, tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"weights are missing or have another shape, such as model"):
         run_merge(tmp_path / "one", model=tmp_path / "sharded")
+
+
+# Architectures with other names, axes or buffers than Qwen's
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("gpt2", ["c_attn", "c_proj", "c_fc"]),  # their weights are (in, out)
+        ("deepseek_v3", ["o_proj", "q_b_proj"]),  # a buffer of the router belongs to the model
+        ("mixtral", "all-linear"),  # with fused experts
+        ("gpt_neox", "all-linear"),
+        ("gemma3", ["q_proj", "o_proj"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft", "ignore:fan_in_fan_out:UserWarning")
+def test_the_merged_folder_is_the_policy_for_each_kind_of_layout(kind, targets, tmp_path):
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    small_model(kind).save_pretrained(tmp_path / "base")
+    policy = with_lora(loaded(tmp_path / "base"), targets)
+    policy.save_pretrained(tmp_path / "adapter")
+    weights = run_merge(tmp_path / "merged", adapter=tmp_path / "adapter")
+    assert weights.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+    expected = logits(policy)
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged")), expected, atol=1e-5, rtol=0)
+    assert (logits(loaded(tmp_path / "base")) - expected).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+def test_an_adapter_of_another_gpt2_is_refused_by_its_shapes(tmp_path):
+    small_model("gpt2").save_pretrained(tmp_path / "base")
+    policy = with_lora(loaded(tmp_path / "base"), ["c_attn"])
+    policy.save_pretrained(tmp_path / "adapter")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    small_model("gpt2", n_embd=48).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"lora_A.weight has the shape \[2, 32\].* with \(144, 48\)"):
+        run_merge(tmp_path / "merged", adapter=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"])
+def test_a_base_with_a_damaged_file_is_refused_before_it_is_loaded(base, adapter, tmp_path, size):
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "base", max_shard_size=size)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    file = min((tmp_path / "base").glob("model*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=rf"{file.name} is damaged .*Download or write this file again"):
+        run_merge(tmp_path / "merged", adapter=tmp_path / "adapter")
+    assert not list(tmp_path.glob("merged*"))
 
 
 # Runs

@@ -13,7 +13,8 @@ from common import logprobs as logprobs_module
 from common.config import RLConfig
 from common.embedded import check_model
 from common.logprobs import token_logprobs
-from common.models.loading import end_token_ids, load_policy, load_reference, save_model, turn_end_token
+from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
+from common.models.saving import save_model
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.update.batches import forward_context
 

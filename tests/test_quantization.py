@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
-from common.models.loading import load_policy, save_model
+from common.models.loading import load_policy
 from common.models.pool import ModelPool
 from common.models.quantization import in_floating_point, is_quantized, scales
+from common.models.saving import save_model
 from common.models.weights import policy_weights
 from tests.toy import metrics_of, save_toy_policy, toy_trainer
 

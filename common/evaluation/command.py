@@ -39,7 +39,7 @@ from common.mistakes import WrongNumbers, is_ours
 from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
-from common.models.weights import policy_weights
+from common.models.weights import weights_in_memory
 from common.rewards.reports import TrainerState
 from common.rewards.reward_model import RewardModel
 from common.rewards.scorer import RewardFunction, Scorer
@@ -383,7 +383,7 @@ def _load_merged(source: Source) -> transformers.PreTrainedModel:
     model = load(source)
     if source.adapter is None:
         return model
-    weights = dict(policy_weights(model))
+    weights = dict(weights_in_memory(model))
     model = model.unload()
     model.load_state_dict(weights, strict=False)  # a tied head has no entry
     return model

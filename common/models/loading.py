@@ -1,9 +1,8 @@
-"""Load policy and reference, and save the policy. Everything is loaded on the CPU."""
+"""Load policy and reference. Everything is loaded on the CPU."""
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,9 @@ from torch import nn
 
 from common.config import RLConfig
 from common.environment import cpu_computes_bfloat16
-from common.logprobs import has_adapter
 from common.models.chat import turn_end_token
 from common.models.lora import targets
 from common.models.quantization import four_bits, keep_trainable
-from common.models.weights import policy_weights
 from common.seeds import hashed_seed
 
 logger = logging.getLogger("nanorlhf")
@@ -214,30 +211,3 @@ def add_adapter(model: transformers.PreTrainedModel, config: RLConfig, *, task_t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "lora"))
         return get_peft_model(model, lora_config(config, task_type=task_type, model=headless))
-
-
-def _without_quantization(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
-    plain = deepcopy(config)
-    vars(plain).pop("quantization_config", None)
-    return plain
-
-
-def save_model(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that AutoModelForCausalLM and vLLM load; with LoRA the merged model, with adapter/ inside.
-
-    Args:
-        model: the policy, on the CPU or the device.
-        tokenizer: saved in the same folder.
-        folder: created if it does not exist.
-    """
-    if has_adapter(model):
-        model.save_pretrained(folder / "adapter", selected_adapters=["default"])
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in policy_weights(model)}
-        base = model.get_base_model()
-        with torch.device("meta"):  # the merged weights are not quantized, so neither is this configuration
-            plain = transformers.AutoModelForCausalLM.from_config(_without_quantization(base.config))
-        plain.generation_config = base.generation_config
-        plain.save_pretrained(folder, state_dict=weights)
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -8,7 +8,8 @@ keeps tensors until it has all parts of a fused layer, would see the subtraction
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from common.logprobs import without_adapter
+from common.models.layout import in_checkpoint_layout, use_layout_of
 from common.models.quantization import in_floating_point
 
 if TYPE_CHECKING:
@@ -23,42 +25,43 @@ if TYPE_CHECKING:
 
 
 def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a causal language model under their checkpoint names, active LoRA adapters merged.
+    """What a checkpoint of a causal language model holds, active LoRA adapters merged.
+
+    These are the names and shapes of the checkpoint that the model was loaded from, which transformers may have
+    renamed, fused or split for use in memory.
 
     Args:
         model: a transformers model, or one inside peft. It must not change before the last tensor was used.
 
     Yields:
-        (name, tensor) in the order of the modules, without gradient; tied weights once. Tensors are the model's own,
-        except where an adapter is merged.
+        (name, tensor) in the order of the modules, without gradient: parameters, and buffers that belong to the
+        model; tied weights once. Tensors are the model's own or views of them, except where an adapter is merged.
 
     Raises:
         ValueError: if an adapter cannot be merged, or unties embeddings that the model's configuration ties.
     """
     base = without_adapter(model)
-    head = base.get_output_embeddings()
-    head_weight = next(f"{name}.weight" for name, module in base.named_modules() if module is head)
-    tied = base.config.get_text_config().tie_word_embeddings
-    known: set[nn.Parameter] = set()
-    for name, tensor in merged_weights(base):
-        if tensor in known:
-            continue
-        if tied and name == head_weight:
-            raise ValueError(
-                f"an adapter makes {name} differ from the input embeddings, but the model's configuration ties "
-                "the two, so that a checkpoint has one tensor for both. Leave embeddings out of lora_target_modules."
-            )
-        if isinstance(tensor, nn.Parameter):  # not merged tensors, which would all stay in memory
-            known.add(tensor)
-            tensor = tensor.detach()
-        yield name, tensor
+    weights = _without_tied(base)
+    values = ((weight.name, weight.value()) for weight in weights)
+    yield from in_checkpoint_layout(base, [weight.name for weight in weights], values)
+
+
+def weights_in_memory(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What policy_weights yields, under the names that the model's own state_dict has, for load_state_dict."""
+    for weight in _without_tied(without_adapter(model)):
+        yield weight.name, weight.value()
 
 
 def checkpoint_shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a complete checkpoint, tied weights once, from a model without storage."""
+    """Names and shapes of a complete checkpoint, tied weights once, from a model without storage.
+
+    Args:
+        model: hub id or folder. If it holds weights, the layout is theirs, else that of a new checkpoint.
+    """
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model))
-    return {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    use_layout_of(skeleton, model)
+    return {name: tuple(tensor.shape) for name, tensor in policy_weights(skeleton)}
 
 
 def complete_weights(
@@ -88,25 +91,93 @@ def complete_weights(
 
 
 def merged_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Weights of a module and its children under their own names, active LoRA adapters merged.
+    """Parameters and persistent buffers of a module and its children under their own names, active adapters merged.
 
     Args:
         module: a model, or a part of one inside peft.
         prefix: put before each name.
 
     Yields:
-        (name, tensor), tied weights as often as they occur.
+        (name, tensor) without gradient, tied weights as often as they occur.
 
     Raises:
         ValueError: if an adapter cannot be merged.
     """
+    for weight in _weights(module, prefix):
+        yield weight.name, weight.value()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Weight:
+    """One weight of the model, not yet merged.
+
+    Attributes:
+        name: in the model's own state_dict, without peft's parts.
+        tensor: the model's own.
+        layers: those of peft with an active adapter on it.
+    """
+
+    name: str
+    tensor: Tensor
+    layers: tuple[LoraLayer, ...] = ()
+
+    @property
+    def identity(self) -> Hashable:
+        """The same for two weights that are one, with the same adapters."""
+        return (id(self.tensor), *map(id, self.layers))
+
+    @torch.no_grad()
+    def value(self) -> Tensor:
+        """W + sum of scaling x B A over the active adapters, summed in float32 and rounded once; else W itself."""
+        weight = in_floating_point(self.tensor)
+        if not self.layers:
+            return weight.detach()
+        if not weight.is_floating_point():
+            raise _cannot_merge(self.name, f"weights in {weight.dtype}")
+        merged = weight.to(torch.float32, copy=True)
+        for layer in self.layers:
+            for adapter in _active(layer):
+                if adapter in layer.lora_variant:
+                    raise _cannot_merge(self.name, type(layer.lora_variant[adapter]).__name__)
+                if layer.lora_bias[adapter]:
+                    raise _cannot_merge(self.name, "lora_bias")
+                merged += layer.get_delta_weight(adapter)
+        return merged.to(weight.dtype)
+
+
+def _without_tied(model: transformers.PreTrainedModel) -> list[_Weight]:
+    """The weights that a checkpoint has: of those that are one, the one that transformers saves.
+
+    Raises:
+        ValueError: if an adapter makes weights differ that the configuration ties.
+    """
+    weights = {weight.name: weight for weight in _weights(model)}
+    tied = {name: source for name, source in model.all_tied_weights_keys.items() if {name, source} <= weights.keys()}
+    for name, source in tied.items():
+        if weights[name].identity != weights[source].identity:
+            raise ValueError(
+                f"an adapter makes {name} differ from {source}, but the model's configuration ties the two, so that "
+                "a checkpoint has one tensor for both. Leave embeddings out of lora_target_modules."
+            )
+    return [weight for name, weight in weights.items() if name not in tied]
+
+
+def _weights(module: nn.Module, prefix: str = "") -> Iterator[_Weight]:
+    """The weights of a module and its children, in their order."""
+    adapted: dict[str, list[LoraLayer]] = {}
     if _is_from_peft(module):
-        yield from _merged_layer(module, prefix)
-    else:
-        for name, parameter in module.named_parameters(recurse=False):
-            yield prefix + name, in_floating_point(parameter)
-        for name, child in module.named_children():
-            yield from merged_weights(child, f"{prefix}{name}.")
+        module, adapted = _inside(module, prefix)
+    own = dict(module.named_parameters(recurse=False))
+    # Which buffers a checkpoint holds; state_dict() reads the same set.
+    persistent = (name for name in module._buffers if name not in module._non_persistent_buffers_set)
+    own |= {name: module._buffers[name] for name in persistent if module._buffers[name] is not None}
+    if adapted.keys() - own.keys():
+        raise _cannot_merge(prefix, f"an adapter on {type(module).__name__}")
+    for name, tensor in own.items():
+        layers = tuple(layer for layer in adapted.get(name, ()) if _active(layer))
+        yield _Weight(name=prefix + name, tensor=tensor, layers=layers)
+    for name, child in module.named_children():
+        yield from _weights(child, f"{prefix}{name}.")
 
 
 def _is_from_peft(module: nn.Module) -> bool:
@@ -119,50 +190,38 @@ def _is_from_peft(module: nn.Module) -> bool:
     return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
 
 
-def _merged_layer(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """What merged_weights yields for a module that peft put in place of the model's own."""
+def _inside(module: nn.Module, prefix: str) -> tuple[nn.Module, dict[str, list[LoraLayer]]]:
+    """The module that peft wrapped, or a trained copy of it, and the LoRA layers around it by parameter."""
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
     from peft.utils.other import ModulesToSaveWrapper
 
-    if isinstance(module, ModulesToSaveWrapper):
-        trained = [name for name in module.active_adapters if name in module.modules_to_save]
-        use_trained = trained and not module.disable_adapters
-        yield from merged_weights(
-            module.modules_to_save[trained[0]] if use_trained else module.original_module, prefix
-        )
-    elif isinstance(module, LoraLayer):
-        layer = module.get_base_layer()
-        yield f"{prefix}weight", _merged_weight(module, prefix)
-        for name, parameter in layer.named_parameters(recurse=False):
-            if name != "weight":
-                yield prefix + name, parameter
-    else:
-        raise _cannot_merge(prefix, type(module).__name__)
+    adapted: dict[str, list[LoraLayer]] = {}
+    while _is_from_peft(module):
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = [name for name in module.active_adapters if name in module.modules_to_save]
+            use_trained = trained and not module.disable_adapters
+            module = module.modules_to_save[trained[0]] if use_trained else module.original_module
+        elif isinstance(module, LoraLayer):
+            # Layers on parameters, such as fused experts, are inside each other: one for each parameter.
+            parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            adapted.setdefault(parameter, []).append(module)
+            module = module.base_layer
+        else:
+            raise _cannot_merge(prefix, type(module).__name__)
+    return module, adapted
 
 
-@torch.no_grad()
-def _merged_weight(module: LoraLayer, prefix: str) -> Tensor:
-    """W + sum of scaling x B A over the active adapters, summed in float32 and rounded once; W itself without any."""
-    weight = in_floating_point(module.get_base_layer().weight)
-    adapters = [
-        name for name in module.active_adapters if name in module.scaling and name not in module.merged_adapters
-    ]
-    if module.disable_adapters or not adapters:
-        return weight
-    merged = weight.to(torch.float32, copy=True)
-    for adapter in adapters:
-        if adapter in module.lora_variant:
-            raise _cannot_merge(prefix, type(module.lora_variant[adapter]).__name__)
-        if module.lora_bias[adapter]:
-            raise _cannot_merge(prefix, "lora_bias")
-        if not weight.is_floating_point():
-            raise _cannot_merge(prefix, f"weights in {weight.dtype}")
-        merged += module.get_delta_weight(adapter)
-    return merged.to(weight.dtype)
+def _active(layer: LoraLayer) -> list[str]:
+    """Adapters of a layer that act and are not yet part of its weight."""
+    if layer.disable_adapters:
+        return []
+    return [name for name in layer.active_adapters if name in layer.scaling and name not in layer.merged_adapters]
 
 
-def _cannot_merge(prefix: str, kind: str) -> ValueError:
+def _cannot_merge(name: str, kind: str) -> ValueError:
     return ValueError(
-        f"{prefix.removesuffix('.')} has {kind}: the sampler gets the policy with its adapter merged, and only "
-        "plain LoRA can be merged. Use LoRA without variants on Linear and Embedding modules, or sampler=transformers."
+        f"{name.removesuffix('.weight').removesuffix('.')} has {kind}: the sampler gets the policy with its adapter "
+        "merged, and only plain LoRA can be merged. Use LoRA without variants on Linear and Embedding modules, or "
+        "sampler=transformers."
     )

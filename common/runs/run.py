@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.mistakes import WrongNumbers
-from common.models.loading import save_model
+from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
 from common.runs.best import better_checkpoint, link_best, restore_best
