@@ -14,7 +14,8 @@ from tests.toy import algorithms
 # From left to right: a room imports only from rooms to its right. What the author of an algorithm reads is flat.
 ORDER = [
     *("examples", "benchmarks", "ALGORITHMS"),
-    *("common.evaluation", "common.merge", "common.samples", "common.start", "common.cli", "common.presets"),
+    *("common.evaluation", "common.merge", "common.check_model", "common.samples", "common.start", "common.cli"),
+    "common.presets",
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.data", "common.update", "common.models", "common.logprobs", "common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
