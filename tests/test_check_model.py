@@ -1,5 +1,6 @@
 """The check of a model before anything is loaded: its table, its verdict, and trying it out."""
 
+import math
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from common import check_model
 from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
 from common.models.facts import Memory, Size, check_memory
+from common.sampling.comparison import Difference
 from common.tasks import Task
 from tests.imports import ROOT
 from tests.toy import algorithms
@@ -176,6 +178,20 @@ def test_a_mistyped_task_is_told_before_the_model_is_looked_at(tmp_path, monkeyp
 
 
 # Trying it out
+
+
+@pytest.mark.parametrize(("mean", "is_move", "is_right"), [
+    (1e-6, False, True), (1e-4, False, False), (math.nan, False, False),
+    (1e-3, True, True), (1e-5, True, False), (math.nan, True, False),
+])  # fmt: skip
+def test_a_difference_is_right_within_its_bound_and_never_if_it_is_nan(mean, is_move, is_right):
+    assert Difference(what="", mean=mean, largest=mean, is_move=is_move).is_right(1e-5) == is_right
+
+
+def test_one_log_prob_that_is_nan_makes_the_difference_nan(rollouts):
+    other = rollouts.sampling_logprobs.clone()
+    other[0, 0] = math.nan
+    assert math.isnan(Difference.of(rollouts.sampling_logprobs, other, rollouts, what="").mean)
 
 
 @pytest.mark.parametrize("use_lora", [False, True])

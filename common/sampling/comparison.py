@@ -16,6 +16,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from common.config import RLConfig
 from common.logprobs import token_logprobs, without_adapter
@@ -31,6 +32,12 @@ _MOVE = 0.02
 # The same for tensors of zeros, such as those of a new adapter.
 _MOVE_OF_ZEROS = 0.01
 
+# What to do about a difference.
+_OTHER_MODEL = "the sampler computes another model than the trainer; try --sampler transformers"
+_OTHER_ATTENTION = "the attention leaves out a part of the model; try --attn_implementation eager"
+_NO_MOVE = "the trained weights hardly act on the log-probs, so the next line shows little"
+_OLD_WEIGHTS = "the sampler keeps a part of the old weights; try --sampler transformers"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
@@ -41,18 +48,27 @@ class Difference:
         mean: mean absolute difference; NaN if any log-prob is.
         largest: the largest one.
         is_move: weights changed in between, so that a difference is what is wanted.
+        advice: what to do about a difference that is wrong.
     """
 
     what: str
     mean: float
     largest: float
     is_move: bool = False
+    advice: str = ""
+
+    # A move must change log-probs by so many times the bound, or a push after it would show nothing.
+    VISIBLE = 10
 
     @classmethod
-    def of(cls, what: str, one: Tensor, other: Tensor, rollouts: Rollouts, *, is_move: bool = False) -> Difference:
+    def of(cls, one: Tensor, other: Tensor, rollouts: Rollouts, **described: str | bool) -> Difference:
         """Compare log-probs, (B, C) both, at the real tokens of rollouts."""
         apart = (one - other)[rollouts.completion_mask].abs()  # (tokens,)
-        return cls(what=what, mean=apart.mean().item(), largest=apart.max().item(), is_move=is_move)
+        return cls(mean=apart.mean().item(), largest=apart.max().item(), **described)
+
+    def is_right(self, bound: float) -> bool:
+        """Whether the mean is at most `bound`, or after a move far above it; NaN is never right."""
+        return self.mean >= self.VISIBLE * bound if self.is_move else self.mean <= bound
 
 
 class Comparison:
@@ -101,14 +117,15 @@ class Comparison:
         """Each difference as soon as it is known."""
         rollouts = self._sample()
         before = self._logprobs(rollouts)
-        yield Difference.of("sampler and trainer, first push", rollouts.sampling_logprobs, before, rollouts)
+        what = {"what": "sampler and trainer, first push", "advice": _OTHER_MODEL}
+        yield Difference.of(rollouts.sampling_logprobs, before, rollouts, **what)
         yield from self._eager(rollouts, before)
         self._move()
-        what = "trainer before and after its weights moved"
-        yield Difference.of(what, before, self._logprobs(rollouts), rollouts, is_move=True)
+        what = {"what": "trainer before and after its weights moved", "is_move": True, "advice": _NO_MOVE}
+        yield Difference.of(before, self._logprobs(rollouts), rollouts, **what)
         rollouts = self._sample()
-        after = self._logprobs(rollouts)
-        yield Difference.of("sampler and trainer, second push", rollouts.sampling_logprobs, after, rollouts)
+        what = {"what": "sampler and trainer, second push", "advice": _OLD_WEIGHTS}
+        yield Difference.of(rollouts.sampling_logprobs, self._logprobs(rollouts), rollouts, **what)
 
     def _sample(self) -> Rollouts:
         rollouts = self.sampler.sample(self.prompts, num_generations=_NUM_GENERATIONS, purpose="check")
@@ -125,13 +142,19 @@ class Comparison:
         """The same with attention written out, which leaves nothing out: a second witness beside the sampler."""
         with self.models.use("policy") as policy:
             base = without_adapter(policy)
-            used = base.config._attn_implementation
-            if used == "eager":
-                return
-            base.set_attn_implementation("eager")
-            eager = self._logprobs(rollouts)
-            base.set_attn_implementation(used)
-        yield Difference.of(f"attention {used} and eager", logprobs, eager, rollouts)
+        used = base.config._attn_implementation
+        if used == "eager" or not type(base)._can_set_attn_implementation():
+            return
+        # Modules read it from a configuration that need not be the same object as the model's.
+        configs = [each.config for each in base.modules() if isinstance(vars(each).get("config"), PreTrainedConfig)]
+        before = [each._attn_implementation for each in configs]
+        for each in configs:
+            each._attn_implementation = "eager"
+        eager = self._logprobs(rollouts)
+        for each, implementation in zip(configs, before, strict=True):
+            each._attn_implementation = implementation
+        what = {"what": f"attention {used} and eager", "advice": _OTHER_ATTENTION}
+        yield Difference.of(logprobs, eager, rollouts, **what)
 
     @torch.no_grad()
     def _move(self) -> None:
