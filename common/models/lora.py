@@ -88,16 +88,6 @@ def targets(config: RLConfig, headless: transformers.PreTrainedModel | None = No
     return [name for name in names if name not in unmatched]
 
 
-def adapted_modules(model: nn.Module, config: RLConfig) -> list[str]:
-    """Names of the modules that get an adapter; names that match nothing are left out.
-
-    Args:
-        model: the policy; one without storage is enough.
-        config: lora_target_modules is read.
-    """
-    return list(dict.fromkeys(each for name in _names(config) for each in _matching(model, name)))
-
-
 def describe_adapter(model: PeftModel) -> str:
     """A line that says which modules are adapted, and how many parameters train."""
     from peft.tuners.lora import LoraLayer
@@ -153,3 +143,13 @@ def _refusal(config: RLConfig, reason: str) -> ValueError:
         f"lora_target_modules={config.lora_target_modules}: {reason}. Pass --lora_target_modules with other names, "
         "separated by commas, or all-linear."
     )
+
+
+def adapted_modules(model: nn.Module, config: RLConfig) -> list[str]:
+    """Names of the modules that get an adapter; names that match nothing are left out.
+
+    Args:
+        model: the policy; one without storage is enough.
+        config: lora_target_modules is read.
+    """
+    return list(dict.fromkeys(each for name in _names(config) for each in _matching(model, name)))
