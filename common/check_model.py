@@ -10,7 +10,7 @@ from __future__ import annotations  # for type hints whose import would take sec
 import sys
 import textwrap
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from common.cli import parse_settings, run_script
@@ -88,53 +88,24 @@ class Model:
         skeleton: without storage.
         tokenizer: its tokenizer.
         is_known: it is embedded, and every run can train it.
+        said_by: by sampler, why it refuses the model; None if it does not.
     """
 
     skeleton: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     is_known: bool
 
+    def _sampling_refusal(config: RLConfig, model: Model, device: torch.device) -> str | None:
+    """Why the sampler refuses the model; asked once of each sampler, since vLLM takes seconds to answer."""
+    from common.sampling.checks import check_sampling
 
-def read_model(name: str) -> Model:
-    """Read what is said of a model outside of its weights.
-
-    Args:
-        name: hub id, folder, or the name of an embedded policy.
-
-    Raises:
-        ValueError: there is no such model, or it is of a kind that cannot be trained.
-    """
-    import transformers
-
-    from common.embedded import check_model, is_embedded, load_tokenizer, skeleton
-
-    check_model(name)
-    model = skeleton(name)
-    if not is_embedded(name):
-        with suppress(OSError):  # a model need not have one; its end tokens are then those of its configuration
-            model.generation_config = transformers.GenerationConfig.from_pretrained(name)
-    return Model(skeleton=model, tokenizer=load_tokenizer(name), is_known=is_embedded(name))
-
-
-def refusal(config: RLConfig, model: Model, device: torch.device) -> str | None:
-    """Why a run with these settings would not start; None if it would.
-
-    Args:
-        config: of the run.
-        model: its policy.
-        device: where models are used.
-    """
-    from common.sampling.checks import check_policy, check_sampling
-    from common.sampling.policy_sampler import check_sampler
-
-    try:
-        check_sampler(config)
-        check_policy(config, model.skeleton, device)
-        if not model.is_known:
+    if config.sampler not in model.said_by:
+        try:
             check_sampling(config, model.skeleton)
-    except ValueError as error:
-        return str(error)
-    return None
+            model.said_by[config.sampler] = None
+        except ValueError as error:
+            model.said_by[config.sampler] = str(error)
+    return model.said_by[config.sampler]
 
 
 def table(config: RLConfig, model: Model, device: torch.device) -> list[str]:
@@ -147,10 +118,7 @@ def table(config: RLConfig, model: Model, device: torch.device) -> list[str]:
     """
     rows = {"model": config.model, **_facts(config, model, device)}
     for name, settings in _RUNS.items():
-        try:
-            reason = refusal(replace(config, **settings, load_in_4bit=False), model, device)
-        except ValueError as error:
-            reason = str(error)
+        reason = model.refusal(replace(config, **settings, load_in_4bit=False), device)
         rows[name] = "yes" if reason is None else f"no: {textwrap.shorten(reason, _REASON_WIDTH, placeholder=' ...')}"
     return [f"{name:<{_NAME_WIDTH}} {text}" for name, text in rows.items()]
 
@@ -223,7 +191,7 @@ def main(args: list[str] | None = None) -> None:
     config = settings.as_run_settings(context_length(model.skeleton.config))
     print(*table(config, model, device), sep="\n", flush=True)
     run = f"sampler={config.sampler}, {'LoRA' if config.use_lora else 'full training'}"
-    reason = refusal(config, model, device)
+    reason = model.refusal(config, device)
     if reason is not None:
         print(f"{'verdict':<{_NAME_WIDTH}} refused with {run}")
         raise ValueError(reason)
