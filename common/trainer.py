@@ -109,14 +109,14 @@ class OnPolicyTrainer(ABC):
         self.config = config
         check_launch()
         check_sampler(config)
-        check_model(config.model)
+        check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
         if config.use_lora:
             check_targets(skeleton(config.model), config)
         # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
