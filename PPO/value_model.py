@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from common.advantages import is_spread, moments
 from common.config import RLConfig
 from common.logprobs import without_adapter
-from common.models.loading import add_adapter, load_without_dropout, lora_config
+from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode
 from common.models.weights import merged_weights
 from common.rollouts import Rollouts
 from common.seeds import hashed_seed
@@ -240,7 +240,7 @@ def _with_head(backbone: nn.Module, head: nn.Linear, config: RLConfig) -> ValueM
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.use_lora:
         backbone = add_adapter(backbone, config, task_type="FEATURE_EXTRACTION")
-    return ValueModel(backbone, head).train()
+    return set_mode(ValueModel(backbone, head))
 
 
 def _new_head(hidden_size: int, seed: int, *, zero: bool) -> nn.Linear:

@@ -94,18 +94,57 @@ class Model:
     skeleton: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     is_known: bool
+    said_by: dict[str, str | None] = field(default_factory=dict)
 
-    def _sampling_refusal(config: RLConfig, model: Model, device: torch.device) -> str | None:
-    """Why the sampler refuses the model; asked once of each sampler, since vLLM takes seconds to answer."""
-    from common.sampling.checks import check_sampling
+    def refusal(self, config: RLConfig, device: torch.device) -> str | None:
+        """Why a run with these settings would not start; None if it would.
 
-    if config.sampler not in model.said_by:
+        Args:
+            config: of the run, with this model.
+            device: where models are used.
+        """
+        from common.sampling.checks import check_policy
+        from common.sampling.policy_sampler import check_sampler
+
         try:
-            check_sampling(config, model.skeleton)
-            model.said_by[config.sampler] = None
+            check_sampler(config)
+            check_policy(config, self.skeleton, device)
         except ValueError as error:
-            model.said_by[config.sampler] = str(error)
-    return model.said_by[config.sampler]
+            return str(error)
+        return None if self.is_known else self._refusal_of_sampler(config, device)
+
+    def _refusal_of_sampler(self, config: RLConfig, device: torch.device) -> str | None:
+        """Asked once of each sampler, since vLLM takes seconds to answer."""
+        from common.sampling.checks import check_sampling
+
+        if config.sampler not in self.said_by:
+            try:
+                check_sampling(config, self.skeleton)
+                self.said_by[config.sampler] = None
+            except ValueError as error:
+                self.said_by[config.sampler] = str(error)
+        return self.said_by[config.sampler]
+
+
+def read_model(name: str) -> Model:
+    """Read what is said of a model outside of its weights.
+
+    Args:
+        name: hub id, folder, or the name of an embedded policy.
+
+    Raises:
+        ValueError: there is no such model, or it is of a kind that cannot be trained.
+    """
+    import transformers
+
+    from common.embedded import check_model, is_embedded, load_tokenizer, skeleton
+
+    check_model(name)
+    model = skeleton(name)
+    if not is_embedded(name):
+        with suppress(OSError):  # a model need not have one; its end tokens are then those of its configuration
+            model.generation_config = transformers.GenerationConfig.from_pretrained(name)
+    return Model(skeleton=model, tokenizer=load_tokenizer(name), is_known=is_embedded(name))
 
 
 def table(config: RLConfig, model: Model, device: torch.device) -> list[str]:

@@ -112,7 +112,7 @@ class OnPolicyTrainer(ABC):
         check_sampler(config)
         if task is None:
             check_task(config.task)
-        check_model(config.model)
+        check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
         # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
@@ -122,7 +122,7 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:
             check_folder(folder)
         self._check_policy()
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)

@@ -56,6 +56,7 @@ class EngineSettings:
             memory, at most what the cache can use.
         enforce_eager: do not capture CUDA graphs.
         can_sleep: memory can be freed for a while, on CUDA.
+        trust_remote_code: run Python files that come with the model.
     """
 
     model: str
@@ -66,6 +67,7 @@ class EngineSettings:
     memory_share: float = 0.4
     enforce_eager: bool = False
     can_sleep: bool = False
+    trust_remote_code: bool = False
 
     @property
     def num_seqs_on_cpu(self) -> int:
@@ -259,6 +261,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 
     arguments = {
         "model": settings.model,
+        "trust_remote_code": settings.trust_remote_code,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
