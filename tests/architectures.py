@@ -1,9 +1,9 @@
 """Tiny random models of the architectures that vLLM and transformers share, made on the spot.
 
-Two layers or as few as show every kind of layer, float32, one tokenizer for all. No weight is at a neutral value, where
-leaving it out would not show: norms, biases, biases of routers and persistent buffers are moved, and soft caps, windows,
-multipliers and kinds of rope are switched on. Each folder is as a real model ships: with a chat template, several end
-tokens, and a generation_config.json whose sampling values training must not use.
+Two layers or as few as show every kind of layer, float32, one tokenizer for all. No weight is at a neutral value,
+where leaving it out would not show: norms, biases, biases of routers and persistent buffers are moved, and soft caps,
+windows, multipliers and kinds of rope are switched on. Each folder is as a real model ships: with a chat template,
+several end tokens, and a generation_config.json whose sampling values training must not use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GENERATION = {
 }
 # Moves a weight off its neutral value.
 NOISE = 0.2
-# The window is shorter than every prompt. It is even: vLLM's kernels have no rounding of their own for it.
+# Shorter than every prompt.
 WINDOW = 24
 
 # What every configuration gets of this, if its class has such a setting.
@@ -69,7 +69,6 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": 
 LATENT = {"num_key_value_heads": 2}  # as many as heads: keys come from the latent vector
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2}
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 1024}
-SWITCHES = {"use_qk_norm": True, "use_bias": True}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -136,6 +135,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "vaultgemma": ("vaultgemma", TIED | SLIDING),
     "phi": ("phi", {"num_key_value_heads": 2}),
     "phi3": ("phi3", {}),
+    # Sequences shorter than the original length, in an engine whose longest is not.
+    "phi3_short": ("phi3", {"original_max_position_embeddings": 640, "rope_parameters": LONGROPE}),
     "phi3_long": ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "olmo": ("olmo", {"clip_qkv": 1.0}),

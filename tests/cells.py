@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -34,6 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
 # float32: mean difference of log-probs between sampler and trainer, and logits of what was saved from the policy's.
 MAX_LOGPROB_DIFF, MAX_LOGIT_DIFF, MAX_RATIO_ERROR = 1e-5, 5e-5, 1e-6
 MAX_REFUSAL_LINES, COLUMNS = 8, 119
+# Models that a run saves.
+FOLDERS = ("final", "merged")
 TIME_LIMIT = 120  # seconds of a cell
 # About 500 tokens, one a character: longer than every window, and than the original length of longrope.
 PROMPTS = [" ".join(f"{a * b % 97} and {a} make {b};" for b in range(1, 30)) for a in range(3, 9)]
@@ -249,35 +252,47 @@ def judge(found: dict[str, Any], output: str) -> Cell:
         found: exit, loaded, diff, ratio, kl, gradient, final, merged, as far as it came.
         output: what the run printed.
     """
-    diffs = found.get("diff", [])
-    saved = [found[name] for name in ("final", "merged") if name in found]
-    # JSON has no NaN that compares; None stands for what was not measured or is no number.
-    diff = None if not diffs or None in diffs else max(diffs, key=lambda each: (each != each, each))
-    measured = {"logprob_diff": diff, "logit_diff": max(saved, default=None)}
+    diffs, saved = found.get("diff", []), [found[name] for name in FOLDERS if name in found]
+    measured = {"logprob_diff": _largest(diffs), "logit_diff": _largest(saved)}
     if found["exit"] == 2:
-        message = output[output.rfind("error: ") :].strip()
-        lines = sum(len(textwrap.wrap(line, COLUMNS)) or 1 for line in message.splitlines())
-        short = message.removeprefix("error: ").split("\n")[0]
-        if found.get("loaded"):
-            return Cell(verdict="WRONG", reason=f"refused after weights were loaded: {short}", **measured)
-        if lines > MAX_REFUSAL_LINES:
-            return Cell(verdict="WRONG", reason=f"refused in {lines} lines: {short}", **measured)
-        return Cell(verdict="refused", reason=short, **measured)
+        return Cell(**_refusal(output, loaded=found.get("loaded", False)), **measured)
     if found["exit"] != 0:
         return Cell(verdict="WRONG", reason=str(found["exit"]).strip().split("\n")[0][:300], **measured)
     problems = [
-        (diff is not None and diff <= MAX_LOGPROB_DIFF and len(diffs) == 2, f"logprob_diff {diff}"),
-        (all(abs(ratio - 1) <= MAX_RATIO_ERROR for ratio in found["ratio"]), f"first ratio {found['ratio']}"),
-        (found["kl"][0] == 0, f"KL at step 1 {found['kl'][0]}"),
-        (all(norm and norm == norm for norm in found["gradient"]), f"gradient {found['gradient']}"),
-        *((value <= MAX_LOGIT_DIFF, f"{name} {value:.1e}") for name, value in found.items() if name in FOLDERS),
+        (len(diffs) == 2 and _within(measured["logprob_diff"], MAX_LOGPROB_DIFF), f"logprob_diff {diffs}"),
+        (
+            all(ratio and abs(ratio - 1) <= MAX_RATIO_ERROR for ratio in found["ratio"]),
+            f"first ratio {found['ratio']}",
+        ),
+        (found["kl"][:1] == [0], f"KL at step 1 {found['kl'][:1]}"),
+        (all(norm and norm > 0 for norm in found["gradient"]), f"gradient {found['gradient']}"),
+        *((_within(found[name], MAX_LOGIT_DIFF), f"{name} {found[name]:.1e}") for name in FOLDERS if name in found),
         *((not found[name], f"{name} {found[name]}") for name in found if name.endswith("misfits")),
     ]
-    wrong = [text for fine, text in problems if not fine]
+    wrong = [text for is_fine, text in problems if not is_fine]
     return Cell(verdict="WRONG" if wrong else "right", reason=", ".join(wrong), **measured)
 
 
-FOLDERS = ("final", "merged")
+def _refusal(output: str, *, loaded: bool) -> dict[str, str]:
+    """Verdict and reason of a run that ended with a message."""
+    message = output[output.rfind("error: ") :].strip().removeprefix("error: ")
+    num_lines = sum(len(textwrap.wrap(line, COLUMNS)) or 1 for line in message.splitlines())
+    first = message.split("\n")[0]
+    if loaded:
+        return {"verdict": "WRONG", "reason": f"refused after weights were loaded: {first}"}
+    if num_lines > MAX_REFUSAL_LINES:
+        return {"verdict": "WRONG", "reason": f"refused in {num_lines} lines: {first}"}
+    return {"verdict": "refused", "reason": first}
+
+
+def _largest(values: list[float | None]) -> float | None:
+    """The largest, NaN above all; None if there is none, or one was not measured."""
+    return None if not values or None in values else max(values, key=lambda value: (math.isnan(value), value))
+
+
+def _within(value: float | None, bound: float) -> bool:
+    return value is not None and value <= bound
+
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):

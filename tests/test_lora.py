@@ -169,7 +169,7 @@ def test_a_value_model_gets_the_same_layers_under_its_shorter_names(tiny_folder)
 
 def test_the_line_counts_modules_and_parameters():
     config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="q_proj,v_proj")
-    line = describe_adapter(add_adapter(model(), config, task_type="CAUSAL_LM"))
+    line = describe_adapter(add_adapter(model(), config, task_type="CAUSAL_LM"), config)
     # q: 16 -> 16, v: 16 -> 8, rank 4: 4 x 32 and 4 x 24 in two layers.
     total = sum(parameter.numel() for parameter in model().parameters()) + 448
     assert line == f"LoRA: 4 modules adapted (q_proj 2, v_proj 2), 448 of {total:,} parameters train"
