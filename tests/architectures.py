@@ -81,6 +81,7 @@ QWEN_VISION = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "
 QWEN_IMAGES = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id": 2, "vision_end_token_id": 3}
 
 # Architecture -> (model_type, settings beside the small ones). A setting "text_config" is a configuration of its own.
+# Some settings are unknown to transformers: vLLM reads them, and the real folders have them.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # Dense models.
     "qwen2": ("qwen2", {}),
@@ -192,8 +193,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("deepseek_v2", LATENT | {"q_lora_rank": None}),
     "deepseek_v3": ("deepseek_v3", LATENT | {"n_routed_experts": 8, "n_group": 2}),
     "deepseek_v32": ("deepseek_v32", LATENT | {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 16}),
-    "glm4_moe": ("glm4_moe", {"n_routed_experts": 8, "use_qk_norm": True}),
-    "glm4_moe_lite": ("glm4_moe_lite", LATENT | {"mlp_layer_types": ["dense", "sparse"]}),
+    "glm4_moe": ("glm4_moe", {"n_routed_experts": 8, "use_qk_norm": True, "head_dim": 32}),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT | {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 1}),
     "glm_moe_dsa": ("glm_moe_dsa", LATENT | {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 16}),
     "dbrx": (
         "dbrx",
@@ -207,7 +208,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": 1}),
-    "exaone_moe": ("exaone_moe", SLIDING | {"mlp_layer_types": ["dense", "sparse"]}),
+    "exaone_moe": (
+        "exaone_moe",
+        SLIDING | {"mlp_layer_types": ["dense", "sparse"], "sliding_windows": [WINDOW, None]},
+    ),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {}),
     "minimax_m2": ("minimax_m2", {"rotary_dim": 16}),
     "mimo_v2_flash": ("mimo_v2_flash", SLIDING),
@@ -230,7 +234,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "longcat_flash": (
         "longcat_flash",
-        LATENT | {"num_layers": 1, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32, "zero_expert_num": 2},
+        LATENT
+        | {
+            "num_layers": 1,
+            "ffn_hidden_size": 96,
+            "expert_ffn_hidden_size": 32,
+            "zero_expert_num": 2,
+            "zero_expert_type": "identity",
+        },
     ),
     "inkling_text": (
         "inkling_text",
@@ -407,7 +418,7 @@ def make(name: str, folder: Path) -> transformers.PreTrainedModel:
     if config.model_type not in CAUSAL:
         auto = transformers.AutoModelForImageTextToText
     model = auto.from_config(config, attn_implementation="eager").float().eval()
-    _move_off_neutral(model)
+    move_off_neutral(model)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=1))
@@ -415,7 +426,8 @@ def make(name: str, folder: Path) -> transformers.PreTrainedModel:
 
 
 @torch.no_grad()
-def _move_off_neutral(model: torch.nn.Module) -> None:
+def move_off_neutral(model: torch.nn.Module) -> None:
+    """Add noise to whatever is constant, a vector or a persistent buffer."""
     saved = model.state_dict()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     for name, tensor in (*model.named_parameters(), *buffers.items()):

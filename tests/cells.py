@@ -37,7 +37,7 @@ MAX_LOGPROB_DIFF, MAX_LOGIT_DIFF, MAX_RATIO_ERROR = 1e-5, 5e-5, 1e-6
 MAX_REFUSAL_LINES, COLUMNS = 8, 119
 # Models that a run saves.
 FOLDERS = ("final", "merged")
-TIME_LIMIT = 120  # seconds of a cell
+TIME_LIMIT = 240  # seconds of a cell; it takes 2 to 5 on a free core
 # About 500 tokens, one a character: longer than every window, and than the original length of longrope.
 PROMPTS = [" ".join(f"{a * b % 97} and {a} make {b};" for b in range(1, 30)) for a in range(3, 9)]
 

@@ -10,6 +10,7 @@ import json
 import platform
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,6 @@ from tests.cells import MODES, Cell, Cells  # noqa: E402
 PAGE = ROOT / "docs" / "models.md"
 # What decides on a cell, besides the versions.
 SOURCES = ("common/**/*.py", "GRPO/*.py", "tests/architectures.py", "tests/cells.py")
-MAX_REASON = 100  # characters in the table; the list below it has all of them
 HEADINGS = {"vllm": "vLLM", "vllm-lora": "vLLM, LoRA", "transformers": "transformers", "transformers-lora": "and LoRA"}
 
 INTRODUCTION = """# Models
@@ -89,9 +89,7 @@ def measure(names: list[str], folder: Path, num_processes: int) -> dict[tuple[st
 def page(cells: dict[tuple[str, str], Cell]) -> str:
     """The content of docs/models.md."""
     names = list(dict.fromkeys(name for name, _ in cells))
-    counts = {
-        verdict: sum(cell.verdict == verdict for cell in cells.values()) for verdict in ("right", "refused", "WRONG")
-    }
+    counts = Counter(cell.verdict for cell in cells.values())
     lines = [
         INTRODUCTION,
         f"Measured by `python tools/models.py --write` with {versions()}: of {len(cells)} cells, {counts['right']} "
@@ -104,10 +102,8 @@ def page(cells: dict[tuple[str, str], Cell]) -> str:
     reasons: dict[str, list[str]] = {}
     for (name, mode), cell in cells.items():
         if cell.verdict != "right":
-            reason = (
-                cell.reason.split(name, 1)[-1].partition(": ")[2] if name in cell.reason.split(":")[0] else cell.reason
-            )
-            reasons.setdefault(f"{cell.verdict}: {reason.replace('|', '/')}", []).append(f"{name} ({HEADINGS[mode]})")
+            text = f"{cell.verdict}: {cell.reason}".replace("|", "/")
+            reasons.setdefault(text, []).append(f"{name} ({HEADINGS[mode]})")
     if reasons:
         lines += ["", "## What is refused, and why", ""]
         lines += [f"* {', '.join(who)}: {reason}" for reason, who in reasons.items()]
