@@ -149,7 +149,8 @@ def share_backbone(policy: PeftModel, config: RLConfig, *, zero_head: bool) -> V
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "value lora"))
-        policy.add_adapter(VALUE_ADAPTER, lora_config(config, task_type="CAUSAL_LM"))
+        names = policy.peft_config["default"].target_modules
+        policy.add_adapter(VALUE_ADAPTER, lora_config(config, task_type="CAUSAL_LM", target_modules=names))
     base = policy.get_base_model()
     return ValueModel(base.base_model, _new_head(base.config.hidden_size, config.seed, zero=zero_head))
 

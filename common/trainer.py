@@ -468,7 +468,7 @@ class OnPolicyTrainer(ABC):
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:
-            logger.info("%s", describe_adapter(module))
+            logger.info("%s", describe_adapter(module, config))
         self.policy = self.add_learner("policy", module, config)
         needs_reference = config.kl_coef or (config.eval_kl and self._evaluates)
         if needs_reference and config.use_lora:

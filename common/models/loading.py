@@ -3,7 +3,7 @@
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -297,32 +297,33 @@ def _load(
     return model
 
 
-def lora_config(config: RLConfig, *, task_type: str, model: transformers.PreTrainedModel | None = None) -> LoraConfig:
+def lora_config(config: RLConfig, *, task_type: str, target_modules: Collection[str]) -> LoraConfig:
     """Peft's configuration for the LoRA settings.
 
     Args:
         config: the settings.
         task_type: of peft.
-        model: a model without the policy's head, whose modules have other names; None: the policy.
-
-    Raises:
-        ValueError: a name matches nothing in that model.
+        target_modules: names of modules, or the ends of names.
     """
     from peft import LoraConfig
 
     return LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets(config, model), task_type=task_type
+        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=target_modules, task_type=task_type
     )
 
 
 def add_adapter(model: transformers.PreTrainedModel, config: RLConfig, *, task_type: str) -> PeftModel:
-    """Add a new LoRA adapter, initialised from the seed, and freeze the model's own weights."""
+    """Add a new LoRA adapter, initialised from the seed, and freeze the model's own weights.
+
+    Raises:
+        ValueError: a name matches nothing in a model without the policy's head.
+    """
     from peft import get_peft_model
 
-    headless = None if task_type == "CAUSAL_LM" else model
+    names = targets(config, model, headless=task_type != "CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "lora"))
-        return get_peft_model(model, lora_config(config, task_type=task_type, model=headless))
+        return get_peft_model(model, lora_config(config, task_type=task_type, target_modules=names))
 
 
 def _without_quantization(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
