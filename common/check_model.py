@@ -40,6 +40,8 @@ class CheckSettings:
 
     model: str
     """Hub id, folder, or "tiny"; also without --model, as the first word."""
+    trust_remote_code: bool = RLConfig.trust_remote_code
+    """Run the Python files that come with the model, as in a run."""
     run: bool = False
     """Load it, sample eight completions, and compare the log-probs of sampler and trainer."""
     sampler: str = RLConfig.sampler
@@ -103,11 +105,13 @@ class Model:
             config: of the run, with this model.
             device: where models are used.
         """
+        from common.models.attention import check_attention
         from common.sampling.checks import check_policy
         from common.sampling.policy_sampler import check_sampler
 
         try:
             check_sampler(config)
+            check_attention(self.skeleton.config, config.attn_implementation)
             check_policy(config, self.skeleton, device)
         except ValueError as error:
             return str(error)
@@ -119,18 +123,19 @@ class Model:
 
         if config.sampler not in self.said_by:
             try:
-                check_sampling(config, self.skeleton)
+                check_sampling(config, device)
                 self.said_by[config.sampler] = None
             except ValueError as error:
                 self.said_by[config.sampler] = str(error)
         return self.said_by[config.sampler]
 
 
-def read_model(name: str) -> Model:
+def read_model(name: str, *, trust_remote_code: bool = False) -> Model:
     """Read what is said of a model outside of its weights.
 
     Args:
         name: hub id, folder, or the name of an embedded policy.
+        trust_remote_code: run Python files that come with it.
 
     Raises:
         ValueError: there is no such model, or it is of a kind that cannot be trained.
@@ -139,12 +144,13 @@ def read_model(name: str) -> Model:
 
     from common.embedded import check_model, is_embedded, load_tokenizer, skeleton
 
-    check_model(name)
+    check_model(name, trust_remote_code=trust_remote_code)
     model = skeleton(name)
     if not is_embedded(name):
         with suppress(OSError):  # a model need not have one; its end tokens are then those of its configuration
             model.generation_config = transformers.GenerationConfig.from_pretrained(name)
-    return Model(skeleton=model, tokenizer=load_tokenizer(name), is_known=is_embedded(name))
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return Model(skeleton=model, tokenizer=tokenizer, is_known=is_embedded(name))
 
 
 def table(config: RLConfig, model: Model, device: torch.device) -> list[str]:
@@ -165,14 +171,16 @@ def table(config: RLConfig, model: Model, device: torch.device) -> list[str]:
 def _facts(config: RLConfig, model: Model, device: torch.device) -> dict[str, str]:
     """The rows about the model and about memory."""
     from common.models.facts import GB, Memory, adapter_parameters, describe_model, memory_there
-    from common.models.lora import adapted_modules
+    from common.models.lora import adapted_modules, describe_left_out, names_in
 
     skeleton = model.skeleton
-    rows = describe_model(skeleton, model.tokenizer, config)
+    rows = describe_model(skeleton, model.tokenizer, config, device)
     count = sum(parameter.numel() for parameter in skeleton.parameters())
     names = adapted_modules(skeleton, config)
     adapter = adapter_parameters(skeleton, names, config.lora_r)
-    rows["LoRA"] = f"{adapter:,} parameters at r={config.lora_r}, {len(names)} modules"
+    left_out = describe_left_out(skeleton, config)
+    adapted = f"{adapter:,} parameters at r={config.lora_r} in {len(names)} modules: {names_in(names)}{left_out}"
+    rows["LoRA"] = textwrap.shorten(adapted, 2 * _REASON_WIDTH, placeholder=" ...")
     for name, use_lora in (("full", False), ("LoRA", True)):
         run = replace(config, use_lora=use_lora, load_in_4bit=config.load_in_4bit and use_lora)
         rows[f"memory, {name}"] = str(Memory.of(count, adapter, run, device))
@@ -226,7 +234,7 @@ def main(args: list[str] | None = None) -> None:
     from common.models.facts import context_length
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = read_model(settings.model)
+    model = read_model(settings.model, trust_remote_code=settings.trust_remote_code)
     config = settings.as_run_settings(context_length(model.skeleton.config))
     print(*table(config, model, device), sep="\n", flush=True)
     run = f"sampler={config.sampler}, {'LoRA' if config.use_lora else 'full training'}"

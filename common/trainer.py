@@ -419,12 +419,9 @@ class OnPolicyTrainer(ABC):
 
     def _check_policy(self) -> None:
         """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
-        is_known = is_embedded(self.config.model)
-        if self.config.use_lora or not is_known:
-            model = skeleton(self.config.model)
-            check_policy(self.config, model, self.accelerator.device)
-            if not is_known:  # the sampler's check may import vLLM, which takes seconds
-                check_sampling(self.config, model)
+        check_policy(self.config, skeleton(self.config.model), self.accelerator.device)
+        if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
+            check_sampling(self.config, self.accelerator.device)
 
     def _load_data(self, task: Task) -> None:
         check_rows(task)

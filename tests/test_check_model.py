@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ import transformers
 from common import check_model
 from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
-from common.models.facts import Memory, Size, check_memory
+from common.evaluation.command import Evaluation
+from common.evaluation.settings import EvaluationSettings
+from common.models.facts import Memory, Size, check_memory, check_room
 from common.sampling.comparison import Difference
 from common.tasks import Task
 from tests.imports import ROOT
@@ -58,7 +61,8 @@ def test_a_dense_model_is_described_from_its_configuration(tmp_path, capsys):
     assert found["heads"] == "2 of 32, 1 of keys and values"
     assert found["context"].startswith("1,024 tokens; max_prompt_length 512 + max_completion_length 512 = 1,024")
     assert found["vocabulary"] == "459 tokens" and found["end tokens"] == "1 <eos>"
-    assert found["LoRA"].endswith("14 modules")
+    modules = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    assert found["LoRA"] == f"118,784 parameters at r=64 in 14 modules: {modules}"
     assert all(found[name] == "none" for name in ("wrapper", "experts", "recurrent state", "sliding window"))
     assert found["verdict"] == "a run starts with sampler=transformers, full training"
 
@@ -116,6 +120,22 @@ def test_only_weights_that_no_memory_holds_are_refused(monkeypatch):
         check_memory(model, RLConfig(), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("kind", "sampler", "is_refused"), [
+    ("gpt2", "transformers", True), ("qwen2", "transformers", False), ("qwen2", "vllm", True),
+])  # fmt: skip
+def test_lengths_beyond_the_context_are_refused_where_there_are_no_positions_for_them(kind, sampler, is_refused):
+    config = transformers.AutoConfig.for_model(kind, **SMALL)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    check_room(model, RLConfig(sampler=sampler, max_prompt_length=512, max_completion_length=512))
+    longer = RLConfig(sampler=sampler, max_prompt_length=512, max_completion_length=513)
+    if is_refused:
+        with pytest.raises(ValueError, match=r"room for 1,024 tokens.*--max_completion_length 512"):
+            check_room(model, longer)
+    else:
+        check_room(model, longer)
+
+
 def test_the_embedded_policy_is_not_built_to_be_described(monkeypatch, capsys):
     monkeypatch.setattr("common.embedded.policy.tiny_policy", lambda *_: pytest.fail("built"))
     found = rows("tiny", capsys=capsys)
@@ -170,6 +190,30 @@ def test_a_run_refuses_a_model_before_it_reads_data(tmp_path, monkeypatch):
         algorithm.trainer(algorithm.config(**settings), task=task)
 
 
+@pytest.mark.slow
+def test_heads_that_vllm_does_not_take_are_refused_before_data_are_read(tmp_path, monkeypatch, capsys):
+    folder = save(tmp_path / "model", "qwen3", head_dim=16)
+    monkeypatch.setattr("common.trainer.load_task", lambda *_: pytest.fail("data were read"))
+    algorithm, settings = algorithms()["GRPO"], {"output_dir": str(tmp_path / "run"), "max_completion_length": 64}
+    with pytest.raises(ValueError, match=r"attention heads of 16.*--sampler transformers"):
+        algorithm.trainer(algorithm.config(task="countdown", model=str(folder), **settings))
+    with pytest.raises(ValueError, match="attention heads of 16"):
+        rows(folder, capsys=capsys)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith("refused with sampler=vllm, full training")
+    answers = [line.split()[2] for line in lines if line.startswith(("vLLM, ", "transformers, "))]
+    assert answers == ["no:", "no:", "yes", "yes"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_refuses_them_before_it_loads(tmp_path, monkeypatch):
+    folder = save(tmp_path / "model", "qwen3", head_dim=16)
+    monkeypatch.setattr("common.evaluation.command.load", lambda *_: pytest.fail("loaded"))
+    settings = EvaluationSettings(model=[str(folder)], task="countdown", num_problems=2, max_completion_length=16)
+    with pytest.raises(ValueError, match="attention heads of 16"):
+        Evaluation(replace(settings, output_dir=str(tmp_path / "evaluation")))
+
+
 def test_a_mistyped_task_is_told_before_the_model_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.setattr("common.trainer.check_model", lambda *_: pytest.fail("looked at"))
     algorithm = algorithms()["GRPO"]
@@ -204,14 +248,15 @@ def test_sampler_and_trainer_agree_before_and_after_the_weights_moved(tmp_path, 
     assert "PASS with sampler=transformers" in lines[-1]
 
 
-def test_attention_that_leaves_something_out_fails(tmp_path, capsys):
+def test_attention_that_leaves_something_out_fails(tmp_path, capsys, monkeypatch):
     folder = save(tmp_path, "gemma2", attn_logit_softcapping=2.0)
-    words = ["--run", "--sampler", "transformers", "--attn_implementation", "sdpa", "--max_completion_length", "32"]
+    monkeypatch.setattr("common.models.loading.attention_for", lambda *_, **__: ("sdpa", None))  # which drops the cap
     with pytest.raises(SystemExit) as stopped:
-        check_model.main([str(folder), *words])
+        check_model.main([str(folder), "--run", "--sampler", "transformers", "--max_completion_length", "32"])
     assert stopped.value.code == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines if line.startswith("FAIL")] == ["FAIL attention sdpa and eager"]
+    assert lines[-1].startswith("verdict") and "FAIL with sampler=transformers" in lines[-1]
 
 
 @pytest.mark.slow

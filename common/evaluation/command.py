@@ -26,7 +26,7 @@ from common.cli import as_arguments, parse_settings
 from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.data.vocabulary import check_vocabulary, describe_unknown
-from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
+from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model
 from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
@@ -125,7 +125,7 @@ class Evaluation:
         if is_new:
             self.unfinished.check()
             if not is_embedded(source.base):  # after the rest: it may import vLLM, which a stored result never needs
-                check_sampling(self.config, skeleton(source.base))
+                check_sampling(self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _seen_by_rewards(self) -> list:
         """The prompts that rewards see beside token ids, which need not say the same."""

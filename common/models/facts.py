@@ -16,6 +16,8 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
+from common.models.attention import attention_for
+from common.models.configs import describe_multimodal
 from common.models.loading import compute_dtype, end_token_ids
 
 # Bytes of a trained parameter: weight, gradient and two moments of Adam, all in float32.
@@ -87,27 +89,34 @@ def _are_alike(modules: nn.ModuleList) -> bool:
 
 
 def describe_model(
-    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, config: RLConfig
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    config: RLConfig,
+    device: torch.device,
 ) -> dict[str, str]:
     """The rows of the table that concern the model itself, by their names.
 
     Args:
         model: without storage, with its generation configuration.
         tokenizer: its tokenizer.
-        config: lengths, LoRA and dtype are read.
+        config: lengths, attention, dtype, load_in_4bit and trust_remote_code are read.
+        device: where models are used.
     """
     whole, text = model.config, model.config.get_text_config()
     return {
         "architecture": f"{type(model).__name__}, model_type {whole.model_type}, a causal language model",
-        "wrapper": _wrapper(model),
+        "code": "the model's own, run with trust_remote_code" if _is_remote(model) else "of transformers",
+        "wrapper": describe_multimodal(whole) or "none",
         "parameters": _parameters(model, text),
         "layers": _layers(text),
         "heads": _heads(text),
+        "attention": _attention(model, config, device),
         "experts": _experts(text),
         "recurrent state": _recurrent(model, text),
         "sliding window": _window(text),
         "rope": _rope(text),
         "logits": _logits(text),
+        "quantisation": "the frozen base in 4 bits" if config.load_in_4bit else "none",
         "vocabulary": _vocabulary(text, tokenizer),
         "context": _context(text, config),
         "chat template": "yes" if tokenizer.chat_template else "none: prompts have to be plain text",
@@ -115,14 +124,17 @@ def describe_model(
     }
 
 
-def _wrapper(model: transformers.PreTrainedModel) -> str:
-    whole, text = model.config, model.config.get_text_config()
-    if text is whole:
-        return "none"
-    return (
-        f"{whole.model_type} around {text.model_type}: its language model is trained on text, the other parts stay "
-        "as they are"
-    )
+def _is_remote(model: nn.Module) -> bool:
+    return not type(model).__module__.startswith("transformers.")
+
+
+def _attention(model: transformers.PreTrainedModel, config: RLConfig, device: torch.device) -> str:
+    asked, dtype = config.attn_implementation, compute_dtype(config, device)
+    try:
+        chosen, reason = attention_for(model.config, asked, device, dtype=dtype, cls=type(model))
+    except ValueError as error:
+        return f"refused: {error}"
+    return f"{chosen}{'' if asked == 'auto' else ', as asked'}{f'; not sdpa: {reason}' if reason else ''}"
 
 
 def _parameters(model: nn.Module, text: transformers.PreTrainedConfig) -> str:
@@ -208,7 +220,33 @@ def context_length(config: transformers.PreTrainedConfig) -> int | None:
     Args:
         config: of the model.
     """
-    return setting(config.get_text_config(), "max_position_embeddings", "max_seq_len", "seq_length")
+    return setting(config.get_text_config(), "max_position_embeddings")
+
+
+def check_room(model: transformers.PreTrainedModel, config: RLConfig) -> None:
+    """Refuse lengths for which the model has no positions.
+
+    A model with rotary embeddings computes something beyond its context too, but vLLM refuses to; where the embeddings
+    are scaled, vLLM says how far they reach.
+
+    Args:
+        model: the policy, without storage.
+        config: sampler, max_prompt_length and max_completion_length are read.
+
+    Raises:
+        ValueError: names the model's context.
+    """
+    context, needed = context_length(model.config), config.max_prompt_length + config.max_completion_length
+    rope = setting(model.config.get_text_config(), "rope_parameters") or {}
+    kinds = {each["rope_type"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each}
+    is_refused = not kinds or (config.sampler == "vllm" and kinds == {"default"})
+    if context is not None and needed > context and is_refused:
+        raise ValueError(
+            f"max_prompt_length={config.max_prompt_length} and max_completion_length={config.max_completion_length}: "
+            f"{config.model} has room for {context:,} tokens in total, prompt and completion. Pass smaller ones, such "
+            f"as --max_prompt_length {min(config.max_prompt_length, context // 2)} --max_completion_length "
+            f"{min(config.max_completion_length, context // 2)}."
+        )
 
 
 def _context(text: transformers.PreTrainedConfig, config: RLConfig) -> str:

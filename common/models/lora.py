@@ -116,13 +116,23 @@ def describe_adapter(model: PeftModel, config: RLConfig) -> str:
     kinds = ", ".join(f"{name} {count}" for name, count in counts.items())
     trained, total = model.get_nb_trainable_parameters()
     line = f"LoRA: {len(adapted)} modules adapted ({kinds}), {trained:,} of {total:,} parameters train"
+    return line + describe_left_out(model.get_base_model(), config)
+
+
+def describe_left_out(model: transformers.PreTrainedModel, config: RLConfig) -> str:
+    """What all-linear leaves out, and why, to be added to a line; empty if it is nothing, or names were given.
+
+    Args:
+        model: without its adapter; one without storage is enough.
+        config: lora_target_modules is read.
+    """
     if _names(config) != [ALL_LINEAR]:
-        return line
+        return ""
     left_out: dict[str, list[str]] = {}
-    for name, reason in _obstacles(model.get_base_model()).items():
+    for name, reason in _obstacles(model).items():
         left_out.setdefault(reason, []).append(name)
     reasons = [f"{names_in(names)} ({reason})" for reason, names in left_out.items()]
-    return f"{line}; left out: {'; '.join(reasons)}" if reasons else line
+    return f"; left out: {'; '.join(reasons)}" if reasons else ""
 
 
 def names_in(modules: list[str]) -> str:
