@@ -53,6 +53,11 @@ def read_config(
         ValueError: there is none, it is damaged, nobody knows its architecture, or it needs code of its own.
     """
     label = label or f"model={str(path)!r}"
+    folder = Path(path)
+    if folder.is_dir() and not (folder / transformers.utils.CONFIG_NAME).is_file():
+        raise ValueError(f"{label}: the folder has no config.json, which says what the model is. {remedy}")
+    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or folder.is_file()):
+        raise ValueError(f"{label}: there is no such folder. {remedy}")
     try:
         with _one_line_without_a_network(str(path)):
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
