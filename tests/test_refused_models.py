@@ -87,6 +87,7 @@ SPOILT = {
     "config without a type": (write("config.json", "{}"), "does not know its architecture"),
     "unreadable config": (write("config.json", "{"), "not a valid JSON"),
     "config of wrong types": (lambda folder: change(folder, hidden_size="wide"), "hidden_size"),
+    "impossible sizes": (lambda folder: change(folder, pad_token_id=10_000), "cannot be built from its config.json"),
     "unknown architecture": (lambda folder: change(folder, model_type="qwen99"), "does not know its architecture"),
     "no weights": (remove(WEIGHTS), "has no weights"),
     "damaged weights": (cut, "model.safetensors is damaged"),
@@ -221,7 +222,7 @@ trust_and_train(*map(Path, sys.argv[1:]))
 def trust_and_train(folder: Path, output: Path) -> None:
     """Refuse a model's own code, then run it; in a process of its own, since it becomes known to transformers."""
     message = refusal(folder)
-    assert "Python code that comes with the model" in message and "--trust_remote_code true" in message
+    assert "Python code that comes with it" in message and "--trust_remote_code true" in message
     check_model(str(folder), trust_remote_code=True)
     assert num_tokens(str(folder)) == 459 and type(skeleton(str(folder))).__name__ == "MarkedForCausalLM"
     policy = load_policy(str(folder), RLConfig(trust_remote_code=True), dtype=torch.float32)
