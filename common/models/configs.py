@@ -12,10 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-)
 
 logger = logging.getLogger("nanorlhf")
 
@@ -116,7 +112,7 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
             "decoder-only model, such as Qwen/Qwen2.5-0.5B."
         )
     is_decoder = config.to_dict().get("is_decoder", True)
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
+    if type(config) in transformers.AutoModelForMaskedLM._model_mapping and not is_decoder:
         return (
             f"{kind} is an encoder: each token sees those after it, so it cannot write a completion. Pass a causal "
             "language model, such as Qwen/Qwen2.5-0.5B."
@@ -129,7 +125,10 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
         )
     if model_class(config) is not None:
         return None
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.get_text_config() is not config:
+    if (
+        type(config) in transformers.AutoModelForImageTextToText._model_mapping
+        or config.get_text_config() is not config
+    ):
         return (
             f"AutoModelForCausalLM does not know {kind}, a model for images and text, so its language model cannot "
             "be loaded alone. Pass a model for text of the same family."
@@ -141,14 +140,15 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
 
 
 def model_class(
-    config: transformers.PreTrainedConfig, auto_class: type = transformers.AutoModelForCausalLM
+    config: transformers.PreTrainedConfig, auto_class: type | None = None
 ) -> type[transformers.PreTrainedModel] | None:
     """The class that an Auto class makes of a configuration; None if there is none.
 
     Args:
         config: of the model.
-        auto_class: such as AutoModel.
+        auto_class: such as AutoModel; None: AutoModelForCausalLM.
     """
+    auto_class = auto_class or transformers.AutoModelForCausalLM
     if type(config) not in auto_class._model_mapping:
         return None
     found = auto_class._model_mapping[type(config)]
