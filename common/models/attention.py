@@ -11,7 +11,6 @@ import re
 
 import torch
 import transformers
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from common.models.configs import model_class
@@ -99,6 +98,8 @@ def why_not(implementation: str, config: transformers.PreTrainedConfig, cls: typ
     cap = soft_cap(config)
     if cap is None or implementation == "eager":
         return None
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # importing it takes seconds
+
     function = ALL_ATTENTION_FUNCTIONS.get(implementation)
     if function is None or "softcap" in inspect.signature(function).parameters:
         return None

@@ -12,10 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import transformers
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-)
 
 logger = logging.getLogger("nanorlhf")
 
@@ -24,6 +20,7 @@ REMEDY = (
     "Need a folder with a config.json or a hub id that this machine can reach. Pass --model with one, or --model tiny "
     "for the embedded policy."
 )
+_TRUST = "Read the .py files in its repository, then pass --trust_remote_code true, or pass another model."
 # Ends of the names of classes whose weights hold no language model head.
 _OTHER_HEADS = (
     "ForSequenceClassification",
@@ -36,7 +33,12 @@ _OTHER_HEADS = (
 
 
 def read_config(
-    path: str | Path, *, trust_remote_code: bool = False, label: str | None = None, remedy: str = REMEDY
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    label: str | None = None,
+    remedy: str = REMEDY,
+    own_code_remedy: str = _TRUST,
 ) -> transformers.PreTrainedConfig:
     """Read config.json of a folder or of the hub.
 
@@ -48,16 +50,22 @@ def read_config(
         trust_remote_code: run Python files that come with the model.
         label: what the path is, for messages; None: the setting `model`.
         remedy: what to do about a model that is not there.
+        own_code_remedy: what to do about one with code of its own.
 
     Raises:
         ValueError: there is none, it is damaged, nobody knows its architecture, or it needs code of its own.
     """
     label = label or f"model={str(path)!r}"
+    folder = Path(path)
+    if folder.is_dir() and not (folder / transformers.utils.CONFIG_NAME).is_file():
+        raise ValueError(f"{label}: the folder has no config.json, which says what the model is. {remedy}")
+    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or folder.is_file()):
+        raise ValueError(f"{label}: cannot be loaded: there is no such folder. {remedy}")
     try:
         with _one_line_without_a_network(str(path)):
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # also what classes of configurations raise for values of the wrong type
-        raise ValueError(f"{label}: {_why_unreadable(error, remedy)}") from error
+        raise ValueError(f"{label}: {_why_unreadable(error, remedy, own_code_remedy)}") from error
     if trust_remote_code:
         _register(config, str(path))
     return config
@@ -104,7 +112,7 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
             "decoder-only model, such as Qwen/Qwen2.5-0.5B."
         )
     is_decoder = config.to_dict().get("is_decoder", True)
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
+    if type(config) in transformers.AutoModelForMaskedLM._model_mapping and not is_decoder:
         return (
             f"{kind} is an encoder: each token sees those after it, so it cannot write a completion. Pass a causal "
             "language model, such as Qwen/Qwen2.5-0.5B."
@@ -117,7 +125,10 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
         )
     if model_class(config) is not None:
         return None
-    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.get_text_config() is not config:
+    if (
+        type(config) in transformers.AutoModelForImageTextToText._model_mapping
+        or config.get_text_config() is not config
+    ):
         return (
             f"AutoModelForCausalLM does not know {kind}, a model for images and text, so its language model cannot "
             "be loaded alone. Pass a model for text of the same family."
@@ -129,14 +140,15 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
 
 
 def model_class(
-    config: transformers.PreTrainedConfig, auto_class: type = transformers.AutoModelForCausalLM
+    config: transformers.PreTrainedConfig, auto_class: type | None = None
 ) -> type[transformers.PreTrainedModel] | None:
     """The class that an Auto class makes of a configuration; None if there is none.
 
     Args:
         config: of the model.
-        auto_class: such as AutoModel.
+        auto_class: such as AutoModel; None: AutoModelForCausalLM.
     """
+    auto_class = auto_class or transformers.AutoModelForCausalLM
     if type(config) not in auto_class._model_mapping:
         return None
     found = auto_class._model_mapping[type(config)]
@@ -159,13 +171,12 @@ def describe_multimodal(config: transformers.PreTrainedConfig) -> str | None:
     return f"{config.model_type} also takes other inputs than text: its language model is trained, and {rest}"
 
 
-def _why_unreadable(error: Exception, remedy: str) -> str:
+def _why_unreadable(error: Exception, remedy: str, own_code_remedy: str) -> str:
     """The first line of an error of transformers, or our own words for the common ones, with what to do."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if "trust_remote_code" in str(error):
         return (
-            "its architecture is Python code that comes with the model, which is not run unasked. Read the .py files "
-            "in its repository, then pass --trust_remote_code true, or pass another model."
+            f"its architecture is Python code that comes with the model, which is not run unasked. {own_code_remedy}"
         )
     if "does not recognize this architecture" in str(error) or "Unrecognized model" in str(error):
         return (
@@ -183,12 +194,13 @@ def _register(config: transformers.PreTrainedConfig, path: str) -> None:
     if "AutoConfig" not in places or type(config).__module__.startswith("transformers.models."):
         return
     transformers.AutoConfig.register(config.model_type, type(config), exist_ok=True)
-    for name in ("AutoModelForCausalLM", "AutoModel", "AutoModelForSequenceClassification"):
+    for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        name = auto_class.__name__
         if name in places:
             found = get_class_from_dynamic_module(places[name], path)
             found.config_class = type(config)
             found.register_for_auto_class(name)  # its file is saved with the model
-            vars(transformers)[name].register(type(config), found, exist_ok=True)
+            auto_class.register(type(config), found, exist_ok=True)
 
 
 @contextmanager

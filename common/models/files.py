@@ -75,15 +75,23 @@ def check_weights_fit(path: str | Path, auto_class: type, config: transformers.P
     """
     if not Path(path).is_dir():
         return
-    with without_report():
-        _, found = auto_class.from_pretrained(
-            path,
-            config=config,
-            device_map={"": "meta"},  # names and shapes only
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    check_report(found, f"model={str(path)!r}")
+    label = f"model={str(path)!r}"
+    try:
+        with without_report():
+            _, found = auto_class.from_pretrained(
+                path,
+                config=config,
+                device_map={"": "meta"},  # names and shapes only
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:  # whatever impossible sizes, or a package that it needs, make of a model
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"{label}: the model cannot be built from its config.json: {reason}. Correct the file, or pass another "
+            "model."
+        ) from error
+    check_report(found, label)
 
 
 def check_report(found: dict[str, Any], label: str) -> None:
