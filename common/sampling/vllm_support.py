@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
@@ -147,17 +148,34 @@ def has_state(config: Any) -> bool:
 
 
 def overrides(config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments of vLLM's LLM with which it computes what transformers computes for a configuration."""
+    """Values of a configuration with which vLLM computes what transformers computes for it."""
     # Windows of Cohere 2 are one token wider in vLLM, which takes that for the convention of its training
     # (vllm/model_executor/models/commandr.py, cohere2_moe.py). `check_model` notices when that changes.
     if config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window is not None:
-        return {"hf_overrides": _with_narrower_windows}
+        return {"sliding_window": config.sliding_window - 1}
+    if config.model_type == "deepseek_v3":
+        # transformers has no other method, and need not save its name; without it, vLLM has no router bias.
+        return {"topk_method": "noaux_tc"}
+    if config.model_type == "lfm2":
+        # Names of Liquid AI's own first configuration, which transformers does not write.
+        return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
     return {}
 
 
-def _with_narrower_windows(config: PreTrainedConfig) -> PreTrainedConfig:
-    config.sliding_window -= 1
-    return config
+@contextmanager
+def kernels_for(dtype: str) -> Iterator[None]:
+    """Let vLLM on the CPU take kernels that exist for a dtype, while weights are prepared or the model runs.
+
+    For convolutions of state-space models, it takes kernels of bfloat16 whenever the CPU has them, and fails for
+    another dtype: "causal_conv1d_fwd_kernel_impl" not implemented for 'Float' (vLLM 0.31).
+    """
+    supported = torch.cpu._is_avx512_bf16_supported
+    if dtype != "bfloat16":
+        torch.cpu._is_avx512_bf16_supported = lambda: False
+    try:
+        yield
+    finally:
+        torch.cpu._is_avx512_bf16_supported = supported
 
 
 def correct_classes(config: PreTrainedConfig) -> None:
