@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -68,7 +68,7 @@ def _transformers_unchanged() -> Iterator[None]:
         CONFIG_MAPPING._extra_content = classes
 
 
-# ---------------------------------------------------------------------------------------------------- from configurations
+# ------------------------------------------------------------------------------------------------- from configurations
 
 
 def check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
@@ -78,8 +78,8 @@ def check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
         if kind == "dynamic" and "alpha" not in rope:  # alpha, of Hunyuan, makes it independent of the length
             # vllm/model_executor/layers/rotary_embedding/dynamic_ntk_scaling_rope.py, in 0.31: log-probs are NaN.
             raise ValueError(
-                f'{text.model_type} with rope_type "dynamic": the model scales by the length of each sequence, vLLM by '
-                f"the longest that is possible, and its log-probs can be NaN. {_WAY_OUT}."
+                f'{text.model_type} with rope_type "dynamic": the model scales by the length of each sequence, vLLM '
+                f"by the longest that is possible, and its log-probs can be NaN. {_WAY_OUT}."
             )
         original = rope.get("original_max_position_embeddings")
         if kind == "longrope" and original and max_model_len > original:
@@ -116,8 +116,10 @@ def supported_config(arguments: dict[str, Any]) -> Any:
         config = EngineArgs(**arguments | {"skip_tokenizer_init": True}).create_model_config()
     except Exception as error:
         raise ValueError(f"vLLM does not run {model}: {_reason(error)} {_WAY_OUT}.") from error
-    if current_platform.is_cpu() and not config.is_attention_free:
-        _check_head_size(config)
+    if current_platform.is_cpu():
+        _check_state(config)
+        if not config.is_attention_free:
+            _check_head_size(config)
     return config
 
 
@@ -128,14 +130,26 @@ def _reason(error: Exception) -> str:
     return text[:300].rstrip(". ") + "."
 
 
+def _check_state(config: Any) -> None:
+    """Refuse states for which vLLM has no kernel on the CPU (0.31)."""
+    named = config.hf_text_config.to_dict()
+    if has_state(config) and ("time_step_rank" in named or "mamba_dt_rank" in named):  # only Mamba 1 has a rank
+        missing = "its kernels for the CPU have no selective scan of Mamba 1"
+    elif has_state(config) and "linear_num_value_heads" in named and config.dtype != torch.bfloat16:
+        missing = f"its gated delta rule for the CPU is in bfloat16 only, not in {str(config.dtype).split('.')[1]}"
+    else:
+        return
+    raise ValueError(f"{named['model_type']}: vLLM does not run it here, {missing}. {_WAY_OUT}, or sample on a GPU.")
+
+
 def _check_head_size(config: Any) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     size, known = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
     if size not in known:
         raise ValueError(
-            f"{config.hf_text_config.model_type} with attention heads of {size}: vLLM's kernels for the CPU take heads "
-            f"of {', '.join(map(str, known))}. {_WAY_OUT}, or sample on a GPU."
+            f"{config.hf_text_config.model_type} with attention heads of {size}: vLLM's kernels for the CPU take "
+            f"heads of {', '.join(map(str, known))}. {_WAY_OUT}, or sample on a GPU."
         )
 
 
@@ -144,7 +158,7 @@ def has_state(config: Any) -> bool:
     return config.is_hybrid or config.is_attention_free
 
 
-# ----------------------------------------------------------------------------------- where vLLM differs from transformers
+# --------------------------------------------------------------------------------- where vLLM differs from transformers
 
 
 def overrides(config: PreTrainedConfig) -> dict[str, Any]:
@@ -180,12 +194,28 @@ def kernels_for(dtype: str) -> Iterator[None]:
 
 def correct_classes(config: PreTrainedConfig) -> None:
     """Correct classes of vLLM that differ from transformers', before an engine makes their objects."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        RotaryEmbedding.forward_cpu = _rotate
     if config.model_type == "bloom":
         from vllm.model_executor.layers.activation import get_act_fn
         from vllm.model_executor.models import bloom
 
         # Bloom was trained with the tanh approximation; vLLM has the exact function (0.31): 8e-4 in log-probs.
         bloom.get_act_fn = lambda name: get_act_fn("gelu_pytorch_tanh" if name == "gelu" else name)
+
+
+def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """RotaryEmbedding.forward_cpu; its kernel rotates only the first head of (tokens, heads, size) (vLLM 0.31)."""
+    if query.dim() == 3:
+        return rotary.forward_native(positions, query, key)
+    from vllm import _custom_ops
+
+    cache = rotary._match_cos_sin_cache_dtype(query)
+    _custom_ops.rotary_embedding(positions, query, key, rotary.head_size, cache, rotary.is_neox_style)
+    return query, key
 
 
 def check_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) -> None:
