@@ -166,9 +166,13 @@ def generate(
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
     small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
-        with preserved_random_state(), num_threads(1 if small else None), _reporting(engine, finished):
-            with vllm_support.kernels_for(engine.dtype):
-                outputs = engine.llm.generate(prompts, params, use_tqdm=False)
+        with (
+            preserved_random_state(),
+            num_threads(1 if small else None),
+            _reporting(engine, finished),
+            vllm_support.kernels_for(engine.dtype),
+        ):
+            outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
         abort_requests(engine)
         raise

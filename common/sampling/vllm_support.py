@@ -158,7 +158,7 @@ def has_state(config: Any) -> bool:
     return config.is_hybrid or config.is_attention_free
 
 
-# --------------------------------------------------------------------------------- where vLLM differs from transformers
+# -------------------------------------------------------------------------------- where vLLM differs from transformers
 
 
 def overrides(config: PreTrainedConfig) -> dict[str, Any]:
@@ -168,8 +168,8 @@ def overrides(config: PreTrainedConfig) -> dict[str, Any]:
     if config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window is not None:
         return {"sliding_window": config.sliding_window - 1}
     if config.model_type == "deepseek_v3":
-        # transformers has no other method, and need not save its name; without it, vLLM has no router bias.
-        return {"topk_method": "noaux_tc"}
+        # transformers has no other routing, and does not write these names; without them, vLLM has another.
+        return {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     if config.model_type == "lfm2":
         # Names of Liquid AI's own first configuration, which transformers does not write.
         return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
