@@ -38,6 +38,7 @@ KINDS = {
         "cohere2",
         {"head_dim": 32, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "a convolution": ("lfm2", {"layer_types": ["conv", "full_attention"], "tie_word_embeddings": True}),
     "latent attention": (
         "deepseek_v2",
         {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "kv_lora_rank": 32}
@@ -53,7 +54,7 @@ def save_model(path, kind: str, **settings: object):
     config = transformers.AutoConfig.for_model(kind, **SIZES | settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(path)
@@ -158,3 +159,11 @@ def test_what_vllm_does_not_sample_rightly_is_refused_by_its_configuration(tmp_p
         check(tmp_path, "phi3", rope_parameters=rope, max_model_len=65)
     with pytest.raises(ValueError, match="dynamic"):
         check(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+
+@pytest.mark.slow
+def test_a_head_that_vllm_ties_and_the_policy_does_not_is_refused(tmp_path):
+    kinds = {"layer_types": ["conv", "full_attention"], "tie_word_embeddings": False}
+    path = save_model(tmp_path / "model", "lfm2", **kinds)
+    with pytest.raises(ValueError, match="tie_word_embeddings=false"):
+        engine_for(path)

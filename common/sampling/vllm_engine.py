@@ -1,4 +1,4 @@
-"""The vLLM engine. Only this module imports vllm, so that all workarounds for it are in one place.
+"""The vLLM engine. Workarounds for vllm are here, and in vllm_reload.py and vllm_support.py, which it uses.
 
 The engine runs in the training process. Creating one would change much of that process: random state, threads, the
 environment, process groups, the garbage collector. All of this is avoided or undone here. policy_sampler.py decides

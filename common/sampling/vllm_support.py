@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from common.environment import process_unchanged
 
@@ -60,6 +59,8 @@ def imported() -> Iterator[None]:
 @contextmanager
 def _transformers_unchanged() -> Iterator[None]:
     """Undo what vLLM does to classes that the trainer's model shares."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     # vLLM puts its own configuration classes in place of transformers', for which AutoModel knows no model.
     classes = dict(CONFIG_MAPPING._extra_content)
     try:
@@ -219,10 +220,23 @@ def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = 
 
 
 def check_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) -> None:
-    """Raise a ValueError if attention of a vLLM model reaches other tokens than the configuration says."""
+    """Raise a ValueError if vLLM built another model than the configuration describes: other windows, another head."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    text = config.get_text_config()
+    _check_windows(model, text.to_dict(), max_model_len)
+    tables = [each for each in model.modules() if isinstance(each, VocabParallelEmbedding)]
+    is_tied = len({id(each.weight) for each in tables}) < len(tables)  # the head is one too
+    if is_tied and not text.tie_word_embeddings:
+        raise ValueError(
+            f"{text.model_type} with tie_word_embeddings=false: vLLM takes the input embeddings for the head, so its "
+            f"log-probs would not be the policy's. {_WAY_OUT}."
+        )
+
+
+def _check_windows(model: nn.Module, text: dict[str, Any], max_model_len: int) -> None:
     from vllm.model_executor.layers.attention import Attention
 
-    text = config.get_text_config().to_dict()
     window, kinds = text.get("sliding_window"), text.get("layer_types") or []
     if window is None or max_model_len <= window:
         return
