@@ -1,4 +1,4 @@
-"""The vLLM engine. Only this module imports vllm, so that all workarounds for it are in one place.
+"""The vLLM engine. Workarounds for vllm are here, and in vllm_reload.py and vllm_support.py, which it uses.
 
 The engine runs in the training process. Creating one would change much of that process: random state, threads, the
 environment, process groups, the garbage collector. All of this is avoided or undone here. policy_sampler.py decides
@@ -78,8 +78,9 @@ class Engine:
     Deleting it frees its memory and keeps the process groups of the trainer.
     """
 
-    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
         self.llm = llm
+        self.dtype = dtype
         self.shapes = shapes
         _Groups.users += 1
         weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
@@ -101,17 +102,17 @@ def create_engine(settings: EngineSettings) -> Engine:
         _avoid_side_effects()
         _take_head_from_push(shapes)
         vllm_support.correct_classes(config)
-        arguments = _engine_arguments(settings) | vllm_support.overrides(config)
+        arguments = _engine_arguments(settings) | {"hf_overrides": vllm_support.overrides(config)}
         if vllm_support.has_state(vllm_support.supported_config(arguments)):
             # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
             arguments["enable_prefix_caching"] = False
         _Groups.owned |= not torch.distributed.is_initialized()
-        with _cache_for(settings):
+        with _cache_for(settings), vllm_support.kernels_for(settings.dtype):
             llm = LLM(**arguments)
         llm.apply_model(lambda model: vllm_support.check_model(model, config, settings.max_model_len))
     # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
-    return Engine(llm, shapes)
+    return Engine(llm, shapes, settings.dtype)
 
 
 def check_installed() -> None:
@@ -167,7 +168,12 @@ def generate(
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
     small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
-        with preserved_random_state(), num_threads(1 if small else None), _reporting(engine, finished):
+        with (
+            preserved_random_state(),
+            num_threads(1 if small else None),
+            _reporting(engine, finished),
+            vllm_support.kernels_for(engine.dtype),
+        ):
             outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
         abort_requests(engine)
@@ -219,7 +225,8 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
     """
     pushed = complete_weights(weights, engine.shapes)
     config = engine.llm.llm_engine.vllm_config
-    engine.llm.apply_model(lambda model: vllm_reload.reload(model, pushed, config))
+    with vllm_support.kernels_for(engine.dtype):
+        engine.llm.apply_model(lambda model: vllm_reload.reload(model, pushed, config))
     # Cache blocks are found by their tokens: without this, prompts would reuse blocks of the old weights.
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError("the cache could not be reset: requests are running. Call abort_requests first.")

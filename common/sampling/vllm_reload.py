@@ -151,5 +151,5 @@ def _check_loaded(missing: set[str]) -> None:
     if missing:
         raise ValueError(
             f"a push left {len(missing)} weights of vLLM's model as they were, such as {min(missing)}: it would not "
-            "sample from the policy. vLLM cannot replace the weights of this architecture. Pass --sampler transformers."
+            "sample from the policy. vLLM cannot replace weights of this architecture. Pass --sampler transformers."
         )

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from common.environment import process_unchanged
 
@@ -59,6 +59,8 @@ def imported() -> Iterator[None]:
 @contextmanager
 def _transformers_unchanged() -> Iterator[None]:
     """Undo what vLLM does to classes that the trainer's model shares."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     # vLLM puts its own configuration classes in place of transformers', for which AutoModel knows no model.
     classes = dict(CONFIG_MAPPING._extra_content)
     try:
@@ -67,7 +69,7 @@ def _transformers_unchanged() -> Iterator[None]:
         CONFIG_MAPPING._extra_content = classes
 
 
-# ---------------------------------------------------------------------------------------------------- from configurations
+# ------------------------------------------------------------------------------------------------- from configurations
 
 
 def check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
@@ -77,8 +79,8 @@ def check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
         if kind == "dynamic" and "alpha" not in rope:  # alpha, of Hunyuan, makes it independent of the length
             # vllm/model_executor/layers/rotary_embedding/dynamic_ntk_scaling_rope.py, in 0.31: log-probs are NaN.
             raise ValueError(
-                f'{text.model_type} with rope_type "dynamic": the model scales by the length of each sequence, vLLM by '
-                f"the longest that is possible, and its log-probs can be NaN. {_WAY_OUT}."
+                f'{text.model_type} with rope_type "dynamic": the model scales by the length of each sequence, vLLM '
+                f"by the longest that is possible, and its log-probs can be NaN. {_WAY_OUT}."
             )
         original = rope.get("original_max_position_embeddings")
         if kind == "longrope" and original and max_model_len > original:
@@ -115,8 +117,10 @@ def supported_config(arguments: dict[str, Any]) -> Any:
         config = EngineArgs(**arguments | {"skip_tokenizer_init": True}).create_model_config()
     except Exception as error:
         raise ValueError(f"vLLM does not run {model}: {_reason(error)} {_WAY_OUT}.") from error
-    if current_platform.is_cpu() and not config.is_attention_free:
-        _check_head_size(config)
+    if current_platform.is_cpu():
+        _check_state(config)
+        if not config.is_attention_free:
+            _check_head_size(config)
     return config
 
 
@@ -127,14 +131,26 @@ def _reason(error: Exception) -> str:
     return text[:300].rstrip(". ") + "."
 
 
+def _check_state(config: Any) -> None:
+    """Refuse states for which vLLM has no kernel on the CPU (0.31)."""
+    named = config.hf_text_config.to_dict()
+    if has_state(config) and ("time_step_rank" in named or "mamba_dt_rank" in named):  # only Mamba 1 has a rank
+        missing = "its kernels for the CPU have no selective scan of Mamba 1"
+    elif has_state(config) and "linear_num_value_heads" in named and config.dtype != torch.bfloat16:
+        missing = f"its gated delta rule for the CPU is in bfloat16 only, not in {str(config.dtype).split('.')[1]}"
+    else:
+        return
+    raise ValueError(f"{named['model_type']}: vLLM does not run it here, {missing}. {_WAY_OUT}, or sample on a GPU.")
+
+
 def _check_head_size(config: Any) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     size, known = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
     if size not in known:
         raise ValueError(
-            f"{config.hf_text_config.model_type} with attention heads of {size}: vLLM's kernels for the CPU take heads "
-            f"of {', '.join(map(str, known))}. {_WAY_OUT}, or sample on a GPU."
+            f"{config.hf_text_config.model_type} with attention heads of {size}: vLLM's kernels for the CPU take "
+            f"heads of {', '.join(map(str, known))}. {_WAY_OUT}, or sample on a GPU."
         )
 
 
@@ -143,25 +159,47 @@ def has_state(config: Any) -> bool:
     return config.is_hybrid or config.is_attention_free
 
 
-# ----------------------------------------------------------------------------------- where vLLM differs from transformers
+# -------------------------------------------------------------------------------- where vLLM differs from transformers
 
 
 def overrides(config: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments of vLLM's LLM with which it computes what transformers computes for a configuration."""
+    """Values of a configuration with which vLLM computes what transformers computes for it."""
     # Windows of Cohere 2 are one token wider in vLLM, which takes that for the convention of its training
     # (vllm/model_executor/models/commandr.py, cohere2_moe.py). `check_model` notices when that changes.
     if config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window is not None:
-        return {"hf_overrides": _with_narrower_windows}
+        return {"sliding_window": config.sliding_window - 1}
+    if config.model_type == "deepseek_v3":
+        # transformers has no other routing, and does not write these names; without them, vLLM has another.
+        return {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    if config.model_type == "lfm2":
+        # Names of Liquid AI's own first configuration, which transformers does not write.
+        return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
     return {}
 
 
-def _with_narrower_windows(config: PreTrainedConfig) -> PreTrainedConfig:
-    config.sliding_window -= 1
-    return config
+@contextmanager
+def kernels_for(dtype: str) -> Iterator[None]:
+    """Let vLLM on the CPU take kernels that exist for a dtype, while weights are prepared or the model runs.
+
+    For convolutions of state-space models, it takes kernels of bfloat16 whenever the CPU has them, and fails for
+    another dtype: "causal_conv1d_fwd_kernel_impl" not implemented for 'Float' (vLLM 0.31).
+    """
+    supported = torch.cpu._is_avx512_bf16_supported
+    if dtype != "bfloat16":
+        torch.cpu._is_avx512_bf16_supported = lambda: False
+    try:
+        yield
+    finally:
+        torch.cpu._is_avx512_bf16_supported = supported
 
 
 def correct_classes(config: PreTrainedConfig) -> None:
     """Correct classes of vLLM that differ from transformers', before an engine makes their objects."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        RotaryEmbedding.forward_cpu = _rotate
     if config.model_type == "bloom":
         from vllm.model_executor.layers.activation import get_act_fn
         from vllm.model_executor.models import bloom
@@ -170,11 +208,35 @@ def correct_classes(config: PreTrainedConfig) -> None:
         bloom.get_act_fn = lambda name: get_act_fn("gelu_pytorch_tanh" if name == "gelu" else name)
 
 
+def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """RotaryEmbedding.forward_cpu; its kernel rotates only the first head of (tokens, heads, size) (vLLM 0.31)."""
+    if query.dim() == 3:
+        return rotary.forward_native(positions, query, key)
+    from vllm import _custom_ops
+
+    cache = rotary._match_cos_sin_cache_dtype(query)
+    _custom_ops.rotary_embedding(positions, query, key, rotary.head_size, cache, rotary.is_neox_style)
+    return query, key
+
+
 def check_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) -> None:
-    """Raise a ValueError if attention of a vLLM model reaches other tokens than the configuration says."""
+    """Raise a ValueError if vLLM built another model than the configuration describes: other windows, another head."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    text = config.get_text_config()
+    _check_windows(model, text.to_dict(), max_model_len)
+    tables = [each for each in model.modules() if isinstance(each, VocabParallelEmbedding)]
+    is_tied = len({id(each.weight) for each in tables}) < len(tables)  # the head is one too
+    if is_tied and not text.tie_word_embeddings:
+        raise ValueError(
+            f"{text.model_type} with tie_word_embeddings=false: vLLM takes the input embeddings for the head, so its "
+            f"log-probs would not be the policy's. {_WAY_OUT}."
+        )
+
+
+def _check_windows(model: nn.Module, text: dict[str, Any], max_model_len: int) -> None:
     from vllm.model_executor.layers.attention import Attention
 
-    text = config.get_text_config().to_dict()
     window, kinds = text.get("sliding_window"), text.get("layer_types") or []
     if window is None or max_model_len <= window:
         return
