@@ -109,6 +109,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
         },
     ),
+    "llama_dynamic_long": (
+        "llama",
+        {
+            "max_position_embeddings": 256,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+        },
+    ),
     "llama_dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
     "mistral": ("mistral", {}),
     "ministral3": ("ministral3", {"sliding_window": None}),
