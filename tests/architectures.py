@@ -82,57 +82,33 @@ QWEN_IMAGES = {"image_token_id": 6, "video_token_id": 7, "vision_start_token_id"
 
 # Architecture -> (model_type, settings beside the small ones). A setting "text_config" is a configuration of its own.
 # Some settings are unknown to transformers: vLLM reads them, and the real folders have them.
+# fmt: off
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # Dense models.
     "qwen2": ("qwen2", {}),
     "qwen2_tied": ("qwen2", TIED),
-    "qwen2_padded": ("qwen2", {"vocab_size": 464}),  # 200 tokens that the tokenizer does not know, or near it
+    "qwen2_padded": ("qwen2", {"vocab_size": 464}),
     "qwen3": ("qwen3", TIED),
-    "qwen3_yarn": (
-        "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 4.0,
-                "rope_theta": 1e4,
-                "original_max_position_embeddings": 256,
-            }
-        },
-    ),
+    "qwen3_yarn": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+        "original_max_position_embeddings": 256}}),
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
     "qwen3_bias": ("qwen3", {"attention_bias": True}),
-    "llama_linear": (
-        "llama",
-        {
-            "attention_bias": True,
-            "mlp_bias": True,
-            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-        },
-    ),
-    "llama_dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama_linear": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_type": "linear",
+        "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama_dynamic_long": ("llama", {"max_position_embeddings": 256, "rope_parameters": {"rope_type": "dynamic",
+        "factor": 4.0, "rope_theta": 10000.0}}),
+    "llama_dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}}),
     "mistral": ("mistral", {}),
     "ministral3": ("ministral3", {"sliding_window": None}),
     "gemma": ("gemma", TIED),
     "gemma2": ("gemma2", TIED),
     "gemma3_text": ("gemma3_text", TIED | SLIDING),
-    "gemma3n_text": (
-        "gemma3n_text",
-        TIED
-        | {
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
-            "hidden_size_per_layer_input": 16,
-            "laurel_rank": 8,
-            "layer_types": SLIDING["layer_types"] * 2,
-            "vocab_size_per_layer_input": 264,
-            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
-            "intermediate_size": [96] * 4,
-        },
-    ),
-    "gemma4_text": (
-        "gemma4_text",
-        TIED | SLIDING | {"hidden_size_per_layer_input": 16, "global_head_dim": 64, "vocab_size_per_layer_input": 264},
-    ),
+    "gemma3n_text": ("gemma3n_text", TIED | {"num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16, "laurel_rank": 8, "layer_types": SLIDING["layer_types"] * 2,
+        "vocab_size_per_layer_input": 264, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "intermediate_size":
+        [96] * 4}),
+    "gemma4_text": ("gemma4_text", TIED | SLIDING | {"hidden_size_per_layer_input": 16, "global_head_dim": 64,
+        "vocab_size_per_layer_input": 264}),
     "vaultgemma": ("vaultgemma", TIED | SLIDING),
     "phi": ("phi", {"num_key_value_heads": 2}),
     "phi3": ("phi3", {}),
@@ -175,10 +151,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
     "jais2": ("jais2", {"num_key_value_heads": 2}),
     "cwm": ("cwm", SLIDING | {"rope_parameters": LLAMA3, "bos_token_id": 2}),
-    "hrm_text": (
-        "hrm_text",
-        {"num_layers_per_stack": 1, "num_hidden_layers": 4, "L_cycles": 1, "L_bp_cycles": [1], "prefix_lm": False},
-    ),
+    "hrm_text": ("hrm_text", {"num_layers_per_stack": 1, "num_hidden_layers": 4, "L_cycles": 1, "L_bp_cycles": [1],
+        "prefix_lm": False}),
     # Experts.
     "mixtral": ("mixtral", {}),
     "qwen2_moe": ("qwen2_moe", {"sliding_window": None, "num_hidden_layers": 2, "mlp_only_layers": [0]}),
@@ -196,22 +170,12 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": ("glm4_moe", {"n_routed_experts": 8, "use_qk_norm": True, "head_dim": 32}),
     "glm4_moe_lite": ("glm4_moe_lite", LATENT | {"mlp_layer_types": ["dense", "sparse"], "first_k_dense_replace": 1}),
     "glm_moe_dsa": ("glm_moe_dsa", LATENT | {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 16}),
-    "dbrx": (
-        "dbrx",
-        {
-            "d_model": 64,
-            "n_heads": 2,
-            "n_layers": 2,
-            "max_seq_len": 1024,
-            "attn_config": {"kv_n_heads": 1, "clip_qkv": 1.0, "rope_theta": 1e4},
-            "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
-        },
-    ),
+    "dbrx": ("dbrx", {"d_model": 64, "n_heads": 2, "n_layers": 2, "max_seq_len": 1024, "attn_config": {"kv_n_heads": 1,
+        "clip_qkv": 1.0, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4,
+        "moe_top_k": 2, "hidden_size": 64}}),
     "ernie4_5_moe": ("ernie4_5_moe", {"moe_layer_start_index": 1, "moe_layer_end_index": 1}),
-    "exaone_moe": (
-        "exaone_moe",
-        SLIDING | {"mlp_layer_types": ["dense", "sparse"], "sliding_windows": [WINDOW, None]},
-    ),
+    "exaone_moe": ("exaone_moe", SLIDING | {"mlp_layer_types": ["dense", "sparse"], "sliding_windows": [WINDOW,
+        None]}),
     "hunyuan_v1_moe": ("hunyuan_v1_moe", {}),
     "minimax_m2": ("minimax_m2", {"rotary_dim": 16}),
     "mimo_v2_flash": ("mimo_v2_flash", SLIDING),
@@ -222,51 +186,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v3": ("hy_v3", {}),
     "hy_v4": ("hy_v4", LATENT | {"index_n_heads": 2, "index_head_dim": 32, "index_topk": 16}),
     "laguna": ("laguna", SLIDING),
-    "llama4_text": (
-        "llama4_text",
-        {
-            "intermediate_size_mlp": 96,
-            "attention_chunk_size": 128,
-            "num_experts_per_tok": 1,
-            "no_rope_layers": [1, 0],
-            "interleave_moe_layer_step": 2,
-        },
-    ),
-    "longcat_flash": (
-        "longcat_flash",
-        LATENT
-        | {
-            "num_layers": 1,
-            "ffn_hidden_size": 96,
-            "expert_ffn_hidden_size": 32,
-            "zero_expert_num": 2,
-            "zero_expert_type": "identity",
-        },
-    ),
-    "inkling_text": (
-        "inkling_text",
-        {
-            "swa_num_attention_heads": 2,
-            "swa_num_key_value_heads": 1,
-            "swa_head_dim": 32,
-            "sliding_window_size": WINDOW,
-            "d_rel": 8,
-            "rel_extent": 64,
-            "local_layer_ids": [0],
-        },
-    ),
-    "deepseek_v4": (
-        "deepseek_v4",
-        {
-            "o_groups": 1,
-            "o_lora_rank": 32,
-            "index_n_heads": 2,
-            "index_head_dim": 32,
-            "index_topk": 16,
-            "num_key_value_heads": 1,
-            "hc_mult": 2,
-        },
-    ),
+    "llama4_text": ("llama4_text", {"intermediate_size_mlp": 96, "attention_chunk_size": 128, "num_experts_per_tok": 1,
+        "no_rope_layers": [1, 0], "interleave_moe_layer_step": 2}),
+    "longcat_flash": ("longcat_flash", LATENT | {"num_layers": 1, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 32,
+        "zero_expert_num": 2, "zero_expert_type": "identity"}),
+    "inkling_text": ("inkling_text", {"swa_num_attention_heads": 2, "swa_num_key_value_heads": 1, "swa_head_dim": 32,
+        "sliding_window_size": WINDOW, "d_rel": 8, "rel_extent": 64, "local_layer_ids": [0]}),
+    "deepseek_v4": ("deepseek_v4", {"o_groups": 1, "o_lora_rank": 32, "index_n_heads": 2, "index_head_dim": 32,
+        "index_topk": 16, "num_key_value_heads": 1, "hc_mult": 2}),
     # State spaces and linear attention.
     "mamba": ("mamba", {}),
     "mamba2": ("mamba2", {"num_heads": 4, "head_dim": 32}),
@@ -274,89 +201,34 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1": ("falcon_h1", MAMBA2 | {"mamba_d_ssm": 128, "lm_head_multiplier": 0.3}),
     "bamba": ("bamba", MAMBA2 | {"attn_layer_indices": [1]}),
     "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
-    "zamba2": (
-        "zamba2",
-        {
-            "num_hidden_layers": 3,
-            "layers_block_type": ["mamba", "mamba", "hybrid"],
-            "n_mamba_heads": 4,
-            "hybrid_layer_ids": [2],
-            "mamba_ngroups": 1,
-            "adapter_rank": 8,
-            "attention_hidden_size": 128,
-            "attention_head_dim": 64,
-            "mamba_headdim": 32,
-            "kv_channels": 32,
-            "num_query_groups": 2,
-            "num_key_value_heads": 2,
-            "use_mamba_kernels": False,
-        },
-    ),
-    "nemotron_h": (
-        "nemotron_h",
-        {
-            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
-            "mamba_num_heads": 4,
-            "mamba_head_dim": 32,
-            "moe_shared_expert_intermediate_size": 32,
-            "use_mamba_kernels": False,
-            "sliding_window": None,
-        },
-    ),
-    "granitemoehybrid": (
-        "granitemoehybrid",
-        MAMBA2 | {"layer_types": ["linear_attention", "full_attention"], "position_embedding_type": "rope"},
-    ),
+    "zamba2": ("zamba2", {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"], "n_mamba_heads":
+        4, "hybrid_layer_ids": [2], "mamba_ngroups": 1, "adapter_rank": 8, "attention_hidden_size": 128,
+        "attention_head_dim": 64, "mamba_headdim": 32, "kv_channels": 32, "num_query_groups": 2, "num_key_value_heads":
+        2, "use_mamba_kernels": False}),
+    "nemotron_h": ("nemotron_h", {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "mamba_num_heads": 4, "mamba_head_dim": 32, "moe_shared_expert_intermediate_size": 32, "use_mamba_kernels":
+        False, "sliding_window": None}),
+    "granitemoehybrid": ("granitemoehybrid", MAMBA2 | {"layer_types": ["linear_attention", "full_attention"],
+        "position_embedding_type": "rope"}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
     "qwen3_next": ("qwen3_next", LINEAR),
     "qwen3_5_text": ("qwen3_5_text", LINEAR),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", LINEAR),
     "olmo_hybrid": ("olmo_hybrid", LINEAR),
-    "kimi_linear": (
-        "kimi_linear",
-        LATENT
-        | LINEAR
-        | {"linear_head_dim": 16, "linear_num_heads": 4, "q_lora_rank": None, "mlp_layer_types": ["dense", "sparse"]},
-    ),
-    "qwen4_exp_text": (
-        "qwen4_exp_text",
-        LINEAR
-        | {
-            "hc_count": 2,
-            "hc_lowrank": 16,
-            "ple_embed_dim": 16,
-            "ngram_vocab_size_base": 100,
-            "split_ngram_parts": 1,
-            "indexer_n_heads": 2,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 32,
-            "indexer_budget": 32,
-            "indexer_compress_ratio": 8,
-        },
-    ),
+    "kimi_linear": ("kimi_linear", LATENT | LINEAR | {"linear_head_dim": 16, "linear_num_heads": 4, "q_lora_rank":
+        None, "mlp_layer_types": ["dense", "sparse"]}),
+    "qwen4_exp_text": ("qwen4_exp_text", LINEAR | {"hc_count": 2, "hc_lowrank": 16, "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 100, "split_ngram_parts": 1, "indexer_n_heads": 2, "indexer_kv_heads": 1,
+        "indexer_head_dim": 32, "indexer_budget": 32, "indexer_compress_ratio": 8}),
     # Language models inside multimodal ones.
-    "gemma3": (
-        "gemma3",
-        TIED
-        | {
-            "text_config": {"model_type": "gemma3_text", **SLIDING},
-            "vision_config": VISION | {"image_size": 28},
-            "mm_tokens_per_image": 4,
-            "image_token_index": 6,
-            "boi_token_index": 2,
-            "eoi_token_index": 3,
-        },
-    ),
-    "qwen2_vl": (
-        "qwen2_vl",
-        {
-            "text_config": {"model_type": "qwen2_vl_text", "rope_parameters": MROPE, "sliding_window": None},
-            "vision_config": QWEN_VISION,
-            **QWEN_IMAGES,
-        },
-    ),
+    "gemma3": ("gemma3", TIED | {"text_config": {"model_type": "gemma3_text", **SLIDING}, "vision_config": VISION |
+        {"image_size": 28}, "mm_tokens_per_image": 4, "image_token_index": 6, "boi_token_index": 2, "eoi_token_index":
+        3}),
+    "qwen2_vl": ("qwen2_vl", {"text_config": {"model_type": "qwen2_vl_text", "rope_parameters": MROPE,
+        "sliding_window": None}, "vision_config": QWEN_VISION, **QWEN_IMAGES}),
 }
+# fmt: on
 # One of each kind, which `make test` trains: dense and tied, experts, a state space, renamed weights, a soft cap, and
 # one that vLLM runs through transformers.
 OF_EACH_KIND = ("qwen3", "qwen3_moe", "mamba", "gpt_neox", "gemma2", "smollm3")
@@ -380,26 +252,19 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 def configuration(name: str) -> transformers.PreTrainedConfig:
     """The tiny configuration of an architecture."""
     model_type, settings = ARCHITECTURES[name]
-    settings = {
-        key: _small(value.pop("model_type"), value)[1] | {"model_type": ARCHITECTURES[name][1][key]["model_type"]}
-        if key == "text_config"
-        else value
-        for key, value in ((key, dict(value) if isinstance(value, dict) else value) for key, value in settings.items())
-    }
-    return transformers.AutoConfig.for_model(model_type, **_small(model_type, settings)[1])
+    if "text_config" in settings:
+        inner = settings["text_config"]
+        settings = settings | {"text_config": _small(inner["model_type"], inner)}
+    return transformers.AutoConfig.for_model(model_type, **_small(model_type, settings))
 
 
-def _small(model_type: str, settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _small(model_type: str, settings: dict[str, Any]) -> dict[str, Any]:
     """All settings of a configuration: the small ones that its class has, and its own."""
     default = transformers.AutoConfig.for_model(model_type)
-    own_names = {default.attribute_map.get(key, key) for key in settings}
-    known = set(default.to_dict()) | set(default.attribute_map)
-    small = {
-        key: value
-        for key, value in (SMALL | {"vocab_size": len(tokenizer())}).items()
-        if key in known and default.attribute_map.get(key, key) not in own_names
-    }
-    return model_type, small | settings
+    names = default.attribute_map  # n_embd and hidden_size may be one setting
+    known, own = set(default.to_dict()) | set(names), {names.get(key, key) for key in settings}
+    small = SMALL | {"vocab_size": len(tokenizer())}
+    return {key: value for key, value in small.items() if key in known and names.get(key, key) not in own} | settings
 
 
 def make(name: str, folder: Path) -> transformers.PreTrainedModel:

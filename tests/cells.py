@@ -98,7 +98,10 @@ class Cells:
             mode: key of MODES.
         """
         print(architecture, mode, file=self._process.stdin, flush=True)
-        return Cell(**json.loads(self._process.stdout.readline()))
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that measures ended with {self._process.wait()} at {architecture} {mode}")
+        return Cell(**json.loads(answer))
 
 
 def noisy(prompts: list[str], completions: list[str], **_: list) -> list[float]:
@@ -151,6 +154,8 @@ def _measure(folder: Path, architecture: str, mode: str) -> Cell:
     result = run / "cell.json"
     found = json.loads(result.read_text()) if result.exists() else {"exit": f"killed, status {status[1]}"}
     cell = judge(found, (run / "output.txt").read_text(errors="replace"))
+    for path in (f"{run}/", f"{folder}/models/"):  # the table is the same wherever it was measured
+        cell.reason = cell.reason.replace(path, "")
     cell.seconds = round(time.monotonic() - start, 1)
     for large in ("run", "merged"):
         shutil.rmtree(run / large, ignore_errors=True)
@@ -259,13 +264,13 @@ def judge(found: dict[str, Any], output: str) -> Cell:
     if found["exit"] != 0:
         return Cell(verdict="WRONG", reason=str(found["exit"]).strip().split("\n")[0][:300], **measured)
     problems = [
-        (len(diffs) == 2 and _within(measured["logprob_diff"], MAX_LOGPROB_DIFF), f"logprob_diff {diffs}"),
+        (len(diffs) == 2 and _within(measured["logprob_diff"], MAX_LOGPROB_DIFF), f"logprob_diff {_short(diffs)}"),
         (
             all(ratio and abs(ratio - 1) <= MAX_RATIO_ERROR for ratio in found["ratio"]),
-            f"first ratio {found['ratio']}",
+            f"first ratio {_short(found['ratio'])}",
         ),
-        (found["kl"][:1] == [0], f"KL at step 1 {found['kl'][:1]}"),
-        (all(norm and norm > 0 for norm in found["gradient"]), f"gradient {found['gradient']}"),
+        (found["kl"][:1] == [0], f"KL at step 1 {_short(found['kl'][:1])}"),
+        (all(norm and norm > 0 for norm in found["gradient"]), f"gradient {_short(found['gradient'])}"),
         *((_within(found[name], MAX_LOGIT_DIFF), f"{name} {found[name]:.1e}") for name in FOLDERS if name in found),
         *((not found[name], f"{name} {found[name]}") for name in found if name.endswith("misfits")),
     ]
@@ -290,10 +295,15 @@ def _largest(values: list[float | None]) -> float | None:
     return None if not values or None in values else max(values, key=lambda value: (math.isnan(value), value))
 
 
+def _short(values: list[float | None]) -> str:
+    return " and ".join("nothing" if value is None else f"{value:.5g}" for value in values)
+
+
 def _within(value: float | None, bound: float) -> bool:
     return value is not None and value <= bound
 
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        serve(Path(sys.argv[1]))
+        serve(Path(sys.argv[1]).resolve())
+    os._exit(0)  # what was imported takes seconds to end

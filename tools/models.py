@@ -25,7 +25,12 @@ from tests.cells import MODES, Cell, Cells  # noqa: E402
 PAGE = ROOT / "docs" / "models.md"
 # What decides on a cell, besides the versions.
 SOURCES = ("common/**/*.py", "GRPO/*.py", "tests/architectures.py", "tests/cells.py")
-HEADINGS = {"vllm": "vLLM", "vllm-lora": "vLLM, LoRA", "transformers": "transformers", "transformers-lora": "and LoRA"}
+HEADINGS = {
+    "vllm": "vLLM",
+    "vllm-lora": "vLLM, LoRA",
+    "transformers": "transformers",
+    "transformers-lora": "transformers, LoRA",
+}
 
 INTRODUCTION = """# Models
 
@@ -102,7 +107,7 @@ def page(cells: dict[tuple[str, str], Cell]) -> str:
     reasons: dict[str, list[str]] = {}
     for (name, mode), cell in cells.items():
         if cell.verdict != "right":
-            text = f"{cell.verdict}: {cell.reason}".replace("|", "/")
+            text = f"{cell.verdict}: {cell.reason.replace(f'model={name}', 'model=...')}"
             reasons.setdefault(text, []).append(f"{name} ({HEADINGS[mode]})")
     if reasons:
         lines += ["", "## What is refused, and why", ""]
