@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -145,18 +146,24 @@ def test_conv1d_layers_are_linear_layers():
         check_targets(gpt2, RLConfig(lora_target_modules="q_proj"))
 
 
-def test_an_adapter_on_the_head_is_part_of_the_logprobs_or_refused(tmp_path, rollouts):
-    Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=False)).save_pretrained(tmp_path)
-    config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="lm_head")
+@pytest.mark.parametrize(
+    "model_class, options", [(Qwen2ForCausalLM, {}), (Gemma2ForCausalLM, {"final_logit_softcapping": 0.5})]
+)
+def test_an_adapter_on_the_head_is_part_of_the_logprobs(tmp_path, rollouts, model_class, options):
+    sizes = {**SIZES, **HEADS, "tie_word_embeddings": False, **options}
+    model_class(model_class.config_class(**sizes)).save_pretrained(tmp_path)
+    config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="lm_head", attn_implementation="eager")
     policy = load_policy(str(tmp_path), config, dtype=torch.float32)
     before = token_logprobs(policy, rollouts, 1.0)[0].detach()
     with torch.no_grad():
         policy.get_output_embeddings().lora_B["default"].weight.add_(0.1)
-    assert not torch.equal(token_logprobs(policy, rollouts, 1.0)[0], before)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path)
-    base.config.final_logit_softcapping = 0.5
-    with pytest.raises(ValueError, match="changes its logits after the head"):
-        check_targets(base, config)
+    after = token_logprobs(policy, rollouts, 1.0)[0].detach()
+    assert not torch.equal(after, before)
+    length, end = int(rollouts.prompt_mask[0].sum()), int(rollouts.total_lengths[0])
+    ids = rollouts.sequences()[0][:1, :end]
+    logits = policy(input_ids=ids).logits[0, length - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, ids[0, length:, None]).squeeze(1)
+    torch.testing.assert_close(after[0, : end - length], expected, atol=1e-5, rtol=0)
 
 
 def test_a_value_model_gets_the_same_layers_under_its_shorter_names(tiny_folder):

@@ -17,7 +17,6 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
-from common.logprobs import changes_logits
 from common.values import ALL_LINEAR
 
 if TYPE_CHECKING:
@@ -38,8 +37,8 @@ def check_targets(model: transformers.PreTrainedModel, config: RLConfig) -> None
         config: lora_target_modules is read.
 
     Raises:
-        ValueError: a name matches nothing, or a module that LoRA cannot be added to; an adapter would untie weights
-            that the model ties, or would not be seen by the log-probs.
+        ValueError: a name matches nothing, or a module that LoRA cannot be added to, or an adapter would untie
+            weights that the model ties.
     """
     names = _names(config)
     matches = {name: _matching(model, name) for name in names}
@@ -65,13 +64,6 @@ def check_targets(model: transformers.PreTrainedModel, config: RLConfig) -> None
             config,
             f"the model ties {' and '.join(sorted(tied))}: they are one weight, and an adapter on "
             f"{' and '.join(untied)} would make two of it, which no checkpoint of this model can hold. Leave it out",
-        )
-    head = model.get_output_embeddings()
-    if head is not None and any(modules[name] is head for name in chosen) and changes_logits(model):
-        raise _refusal(
-            config,
-            "this model changes its logits after the head, and the log-probs are then computed without an adapter "
-            "on the head. Leave it out",
         )
 
 
