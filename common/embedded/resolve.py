@@ -33,10 +33,11 @@ def check_model(model: str, *, trust_remote_code: bool = False, attention: str =
 
     from common.models.attention import check_attention
     from common.models.configs import read_config, why_not_trainable
+    from common.models.decoding_support import why_not_decodable
     from common.models.files import check_files, check_weights_fit
 
     config = read_config(model, trust_remote_code=trust_remote_code)
-    reason = why_not_trainable(config)
+    reason = why_not_trainable(config) or why_not_decodable(config)
     if reason is not None:
         raise ValueError(f"model={model!r}: {reason}")
     check_attention(config, attention)

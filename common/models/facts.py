@@ -1,6 +1,7 @@
 """What a model is, from its configuration and its modules without weights: the rows of `python -m common.check_model`.
 
-Nothing is loaded, and nothing is refused here except weights that no memory of this machine can hold. What a sampler,
+Nothing is loaded, and nothing is refused here except lengths without positions, and weights that no memory of this
+machine can hold. What a sampler,
 an attention or LoRA cannot do is decided where they are.
 """
 
@@ -18,6 +19,7 @@ from torch import nn
 from common.config import RLConfig
 from common.models.attention import attention_for
 from common.models.configs import describe_multimodal
+from common.models.decoding_support import decoding_of
 from common.models.loading import compute_dtype, end_token_ids
 
 # Bytes of a trained parameter: weight, gradient and two moments of Adam, all in float32.
@@ -117,6 +119,7 @@ def describe_model(
         "rope": _rope(text),
         "logits": _logits(text),
         "quantisation": "the frozen base in 4 bits" if config.load_in_4bit else "none",
+        "decoding": _decoding(model),
         "vocabulary": _vocabulary(text, tokenizer),
         "context": _context(text, config),
         "chat template": "yes" if tokenizer.chat_template else "none: prompts have to be plain text",
@@ -135,6 +138,12 @@ def _attention(model: transformers.PreTrainedModel, config: RLConfig, device: to
     except ValueError as error:
         return f"refused: {error}"
     return f"{chosen}{'' if asked == 'auto' else ', as asked'}{f'; not sdpa: {reason}' if reason else ''}"
+
+
+def _decoding(model: transformers.PreTrainedModel) -> str:
+    if decoding_of(model).cache_argument is None:
+        return "with transformers each token is a pass over the whole sequence: slow"
+    return "with transformers one token per pass, from its cache"
 
 
 def _parameters(model: nn.Module, text: transformers.PreTrainedConfig) -> str:
