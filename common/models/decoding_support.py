@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import transformers
 from transformers import cache_utils
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 # Kinds of models that AutoModelForCausalLM makes and that are no plain decoders of text, as only their code tells.
 _NO_DECODERS = {
@@ -52,6 +51,9 @@ def why_not_decodable(config: transformers.PreTrainedConfig) -> str | None:
     Args:
         config: of a model that AutoModelForCausalLM loads.
     """
+    # Imported here: a mistyped setting is told before the list of all models is read.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         reason = (
             "it is a text encoder, which is causal only with masks and positions that a decoder needs none of: "

@@ -17,9 +17,6 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
-from common.models.attention import attention_for
-from common.models.configs import describe_multimodal
-from common.models.decoding_support import decoding_of
 from common.models.loading import compute_dtype, end_token_ids
 
 # Bytes of a trained parameter: weight, gradient and two moments of Adam, all in float32.
@@ -104,6 +101,8 @@ def describe_model(
         config: lengths, attention, dtype, load_in_4bit and trust_remote_code are read.
         device: where models are used.
     """
+    from common.models.configs import describe_multimodal
+
     whole, text = model.config, model.config.get_text_config()
     return {
         "architecture": f"{type(model).__name__}, model_type {whole.model_type}, a causal language model",
@@ -132,6 +131,8 @@ def _is_remote(model: nn.Module) -> bool:
 
 
 def _attention(model: transformers.PreTrainedModel, config: RLConfig, device: torch.device) -> str:
+    from common.models.attention import attention_for
+
     asked, dtype = config.attn_implementation, compute_dtype(config, device)
     try:
         chosen, reason = attention_for(model.config, asked, device, dtype=dtype, cls=type(model))
@@ -141,6 +142,8 @@ def _attention(model: transformers.PreTrainedModel, config: RLConfig, device: to
 
 
 def _decoding(model: transformers.PreTrainedModel) -> str:
+    from common.models.decoding_support import decoding_of
+
     if decoding_of(model).cache_argument is None:
         return "with transformers each token is a pass over the whole sequence: slow"
     return "with transformers one token per pass, from its cache"

@@ -11,7 +11,6 @@ from common.config import RLConfig
 from common.models.facts import check_memory, check_room
 from common.models.loading import compute_dtype
 from common.models.lora import check_targets
-from common.sampling.vllm_support import check_engine
 
 
 def check_policy(config: RLConfig, model: transformers.PreTrainedModel, device: torch.device) -> None:
@@ -43,6 +42,8 @@ def check_sampling(config: RLConfig, device: torch.device) -> None:
         ValueError: with the reason, and the sampler that can, if there is one.
     """
     if config.sampler == "vllm":
+        from common.sampling.vllm_support import check_engine
+
         dtype = str(compute_dtype(config, device)).removeprefix("torch.")
         max_model_len = config.max_prompt_length + config.max_completion_length
         check_engine(config.model, dtype=dtype, max_model_len=max_model_len)
