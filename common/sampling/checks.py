@@ -4,6 +4,8 @@ A run asks this first, before it reads data: what fails later fails after minute
 `check_sampling` may import vLLM, which takes seconds.
 """
 
+from __future__ import annotations  # for type hints whose import would take seconds
+
 import torch
 import transformers
 
