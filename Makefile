@@ -26,7 +26,7 @@ test: install
 check: install
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
-	$(PYTEST) -m "not slow and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not models" $(ARGS)
 
 style: install
 	.venv/bin/ruff check --fix

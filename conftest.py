@@ -52,7 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     With the longest files first, workers side by side end at about the same time.
     """
     for item in items:
-        if ENGINE_FIXTURES.intersection(item.fixturenames) or "vllm" in item.name.partition("[")[2]:
+        has_engine = "vllm" in item.name.partition("[")[2] and "models" not in item.keywords
+        if ENGINE_FIXTURES.intersection(item.fixturenames) or has_engine:
             item.add_marker("slow")
     slow = Counter(item.path for item in items if "slow" in item.keywords)
     items.sort(key=lambda item: -slow[item.path])  # stable: the order within a file stays

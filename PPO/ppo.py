@@ -11,6 +11,7 @@ from PPO.ppo_trainer import PPOConfig, PPOTrainer
 SETTINGS = PPOConfig(
     # What to train, on what
     model="Qwen/Qwen2.5-1.5B-Instruct",  # cpu: "tiny"
+    trust_remote_code=False,
     task="hh_rlhf",  # cpu: "countdown"
     dataset=None,  # the task's own: Anthropic/hh-rlhf
     dataset_split="train",
@@ -78,7 +79,7 @@ SETTINGS = PPOConfig(
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
-    attn_implementation="sdpa",
+    attn_implementation="auto",
     vllm_memory_share=0.4,
     vllm_sleep_level=1,
     vllm_enforce_eager=False,

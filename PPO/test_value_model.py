@@ -3,6 +3,8 @@
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     Qwen2Config,
@@ -174,6 +176,37 @@ def test_a_saved_value_model_is_read_back_with_its_bias(tiny_folder, tmp_path, t
     row, start, length = 2, int(prompt_lengths[2]), int(rollouts.lengths[2])
     scores = plain(input_ids=ids[row : row + 1]).logits[0, start - 1 : start - 1 + length, 0]
     torch.testing.assert_close(scores, values[row, :length], atol=1e-5, rtol=1e-5)
+
+
+OTHERS = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},  # its classifier's head has another name
+    "opt": {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 32, "do_layer_norm_before": False}
+    | {"num_attention_heads": 2, "num_hidden_layers": 2},  # its output is smaller than its hidden states
+    "gemma3_text": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "head_dim": 16},  # transformers has no classifier of it, as of the next two
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "olmoe": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures_have_values_that_are_saved_and_read_back(kind, tmp_path, tokenizer, rollouts):
+    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, vocab_size=len(tokenizer), **ends, **OTHERS[kind]), attn_implementation="eager"
+    )
+    policy.save_pretrained(tmp_path / "policy")
+    config = RLConfig(attn_implementation="eager")
+    model = load_value_model(str(tmp_path / "policy"), config, zero_head=False, **FLOAT32).eval()
+    with torch.no_grad():
+        model.head.bias.fill_(0.75)
+    values = token_values(model, rollouts)
+    assert values[rollouts.completion_mask].std() > 0
+    save_value_model(model, tokenizer, tmp_path / "saved")
+    again = load_scored_value_model(str(tmp_path / "saved"), config, tokenizer=tokenizer, **FLOAT32).eval()
+    torch.testing.assert_close(token_values(again, rollouts), values, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.advantages import is_spread, moments
 from common.config import RLConfig
 from common.logprobs import without_adapter
-from common.models.loading import add_adapter, load_without_dropout, lora_config
+from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode
 from common.models.weights import merged_weights
 from common.rollouts import Rollouts
 from common.seeds import hashed_seed
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 # Name of the value model's adapter; peft calls the policy's "default".
 VALUE_ADAPTER = "value"
+
+# Holds the head of a saved value model whose architecture has no class for token classification.
+HEAD_FILE = "value_head.safetensors"
 
 # Standard deviation of a random head's weights, as transformers initialises new heads.
 RANDOM_HEAD_STD = 0.02
@@ -85,15 +89,19 @@ def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_he
     """A value model with a backbone of its own, on the CPU.
 
     Args:
-        path: hub id or folder of the backbone.
+        path: hub id or folder of a causal language model; its backbone becomes that of the value model.
         config: seed, LoRA, attention and gradient checkpointing are read.
         dtype: precision of forward passes; weights that are trained are float32.
         zero_head: every value is 0 at first; otherwise the head's weights are random.
+
+    Raises:
+        ValueError: if transformers cannot tell the model's backbone from its head.
     """
-    backbone = load_without_dropout(
-        transformers.AutoModel, path, config, dtype=dtype if config.use_lora else torch.float32
+    policy = load_without_dropout(
+        transformers.AutoModelForCausalLM, path, config, dtype=dtype if config.use_lora else torch.float32
     )
-    return _with_head(backbone, _new_head(backbone.config.hidden_size, config.seed, zero=zero_head), config)
+    backbone = _backbone(policy)
+    return _with_head(backbone, _new_head(_output_size(backbone), config.seed, zero=zero_head), config)
 
 
 def load_scored_value_model(
@@ -102,7 +110,8 @@ def load_scored_value_model(
     """A value model from a reward model or a saved value model: backbone and head.
 
     Args:
-        path: hub id or folder of a model for sequence or token classification with one label.
+        path: hub id or folder of a model for sequence or token classification with one label, or of a saved value
+            model.
         config: as in load_value_model.
         dtype: as in load_value_model.
         tokenizer: the policy's; the model must know the same tokens.
@@ -117,26 +126,35 @@ def load_scored_value_model(
             f"value_init={path!r}: cannot be loaded: {str(error).splitlines()[0]}. Pass --value_init none, zero_head, "
             "fit, or a folder or hub id of a model with a score."
         ) from error
+    options = {"dtype": dtype if config.use_lora else torch.float32}
+    is_saved = (Path(path) / HEAD_FILE).is_file()
     architecture = (model_config.architectures or [""])[0]
     kinds = {
         "ForTokenClassification": transformers.AutoModelForTokenClassification,
         "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
     }
     kind = next((kind for ending, kind in kinds.items() if architecture.endswith(ending)), None)
-    if kind is None or model_config.num_labels != 1 or model_config.vocab_size < len(tokenizer):
+    num_tokens = model_config.get_text_config().vocab_size
+    if (kind is None and not is_saved) or model_config.num_labels != 1 or num_tokens < len(tokenizer):
         raise ValueError(
             f"value_init={path!r}: {architecture or 'a model'} with {model_config.num_labels} labels and "
-            f"{model_config.vocab_size} tokens; need one for sequence or token classification with 1 label and the "
+            f"{num_tokens} tokens; need one for sequence or token classification with 1 label and the "
             f"policy's {len(tokenizer)} tokens, since it reads the policy's token ids. Pass --value_init fit, or such "
             "a model."
         )
-    model = load_without_dropout(kind, path, config, dtype=dtype if config.use_lora else torch.float32)
-    head = _new_head(model_config.hidden_size, config.seed, zero=True)
-    with torch.no_grad():
-        head.weight.copy_(model.score.weight)
-        if model.score.bias is not None:
-            head.bias.copy_(model.score.bias)
-    return _with_head(model.base_model, head, config)
+    if is_saved:
+        backbone = load_without_dropout(transformers.AutoModel, path, config, **options)
+        weights = load_file(Path(path) / HEAD_FILE)
+        return _with_head(backbone, _copied_head(weights["weight"], weights["bias"]), config)
+    model = load_without_dropout(kind, path, config, **options)
+    name = _head_name(model)
+    if name is None:
+        raise ValueError(
+            f"value_init={path!r}: the score of {architecture} is not one linear layer on each token's hidden state, "
+            "so that there is no value of a token. Pass --value_init fit, or another model."
+        )
+    head = model.get_submodule(name)
+    return _with_head(model.base_model, _copied_head(head.weight, head.bias), config)
 
 
 def share_backbone(policy: PeftModel, config: RLConfig, *, zero_head: bool) -> ValueModel:
@@ -149,9 +167,10 @@ def share_backbone(policy: PeftModel, config: RLConfig, *, zero_head: bool) -> V
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "value lora"))
-        policy.add_adapter(VALUE_ADAPTER, lora_config(config, task_type="CAUSAL_LM"))
-    base = policy.get_base_model()
-    return ValueModel(base.base_model, _new_head(base.config.hidden_size, config.seed, zero=zero_head))
+        names = policy.peft_config["default"].target_modules
+        policy.add_adapter(VALUE_ADAPTER, lora_config(config, task_type="CAUSAL_LM", target_modules=names))
+    backbone = _backbone(policy.get_base_model())
+    return ValueModel(backbone, _new_head(_output_size(backbone), config.seed, zero=zero_head))
 
 
 @contextmanager
@@ -165,7 +184,10 @@ def value_adapter(policy: PeftModel) -> Iterator[None]:
 
 
 def save_value_model(model: ValueModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a folder that AutoModelForTokenClassification loads, adapters merged.
+    """Write a folder that `load_scored_value_model` loads, adapters merged.
+
+    AutoModelForTokenClassification loads it too, for architectures that transformers has such a class of. For others
+    AutoModel loads the backbone, and the head is in a file of its own.
 
     Args:
         model: on the CPU or the device; one that shares the policy's base needs `value_adapter` around the call.
@@ -175,18 +197,70 @@ def save_value_model(model: ValueModel, tokenizer: transformers.PreTrainedTokeni
     backbone = without_adapter(model.backbone)
     config = deepcopy(backbone.config)
     config.num_labels = 1
+    whole = _token_classifier(config, backbone, model.head)
+    if whole is not None:
+        parts = {f"{whole.base_model_prefix}.": backbone, f"{_head_name(whole)}.": model.head}
+        whole.save_pretrained(folder, state_dict=_weights(parts))
+    else:
+        with torch.device("meta"):
+            plain = type(backbone)._from_config(config, dtype=torch.float32)
+        plain.save_pretrained(folder, state_dict=_weights({"": backbone}))
+        save_file(_weights({"": model.head}), folder / HEAD_FILE)
+    tokenizer.save_pretrained(folder)
+
+
+def _weights(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Copies on the CPU of the weights of modules by prefix, adapters merged."""
+    return {
+        name: tensor.detach().cpu().clone()
+        for prefix, module in parts.items()
+        for name, tensor in merged_weights(module, prefix)
+    }
+
+
+def _token_classifier(
+    config: transformers.PreTrainedConfig, backbone: nn.Module, head: nn.Linear
+) -> transformers.PreTrainedModel | None:
+    """The architecture's model for token classification, without weights; None if there is none with such parts."""
+    if type(config) not in transformers.AutoModelForTokenClassification._model_mapping:
+        return None
     with torch.device("meta"):
         whole = transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
-    prefixes = {f"{whole.base_model_prefix}.": backbone, "score.": model.head}
-    whole.save_pretrained(
-        folder,
-        state_dict={
-            name: tensor.detach().cpu().clone()
-            for prefix, module in prefixes.items()
-            for name, tensor in merged_weights(module, prefix)
-        },
-    )
-    tokenizer.save_pretrained(folder)
+    name = _head_name(whole)
+    fits = type(whole.base_model) is type(backbone) and name is not None
+    if not fits or whole.get_submodule(name).in_features != head.in_features or whole.get_submodule(name).bias is None:
+        return None
+    return whole
+
+
+def _head_name(model: transformers.PreTrainedModel) -> str | None:
+    """Name of the one linear layer with one output beside a classifier's backbone; None if its head is another."""
+    others = [(name, part) for name, part in model.named_children() if name != model.base_model_prefix]
+    others = [(name, part) for name, part in others if not isinstance(part, nn.Dropout)]
+    if len(others) == 1 and isinstance(others[0][1], nn.Linear) and others[0][1].out_features == 1:
+        return others[0][0]
+    return None
+
+
+def _backbone(policy: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The part of a causal language model below its head.
+
+    Raises:
+        ValueError: if transformers cannot tell.
+    """
+    if policy.base_model is policy:
+        raise ValueError(
+            f"{type(policy).__name__} has no part that is named as its base_model, so no value model can be made of "
+            "it. Use GRPO/ or RLOO/, which need none."
+        )
+    return policy.base_model
+
+
+@torch.no_grad()
+def _output_size(backbone: nn.Module) -> int:
+    """Features of a backbone's output: not always hidden_size, as in OPT with a projection, so it is looked at."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=next(backbone.parameters()).device)
+    return backbone(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
 
 
 def clipped_value_loss(
@@ -240,7 +314,7 @@ def _with_head(backbone: nn.Module, head: nn.Linear, config: RLConfig) -> ValueM
         backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.use_lora:
         backbone = add_adapter(backbone, config, task_type="FEATURE_EXTRACTION")
-    return ValueModel(backbone, head).train()
+    return set_mode(ValueModel(backbone, head))
 
 
 def _new_head(hidden_size: int, seed: int, *, zero: bool) -> nn.Linear:
@@ -248,4 +322,13 @@ def _new_head(hidden_size: int, seed: int, *, zero: bool) -> nn.Linear:
     generator = torch.Generator().manual_seed(hashed_seed(seed, "value head"))
     nn.init.zeros_(head.bias)
     nn.init.normal_(head.weight, std=0.0 if zero else RANDOM_HEAD_STD, generator=generator)
+    return head
+
+
+def _copied_head(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A float32 head with these numbers: weight (1, hidden), bias (1,) or None for 0."""
+    head = nn.utils.skip_init(nn.Linear, weight.shape[1], 1)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        nn.init.zeros_(head.bias) if bias is None else head.bias.copy_(bias)
     return head

@@ -11,6 +11,7 @@ from ReMax.remax_trainer import ReMaxConfig, ReMaxTrainer
 SETTINGS = ReMaxConfig(
     # What to train, on what
     model="Qwen/Qwen2.5-1.5B-Instruct",  # cpu: "tiny"
+    trust_remote_code=False,
     task="hh_rlhf",  # cpu: "countdown"
     dataset=None,  # the task's own: Anthropic/hh-rlhf
     dataset_split="train",
@@ -64,7 +65,7 @@ SETTINGS = ReMaxConfig(
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
-    attn_implementation="sdpa",
+    attn_implementation="auto",
     vllm_memory_share=0.4,
     vllm_sleep_level=1,
     vllm_enforce_eager=False,

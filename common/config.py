@@ -51,6 +51,9 @@ class RLConfig:
     # What to train, on what
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
     """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded, built on this machine without a download."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with the model, for architectures that transformers does not have; read them
+    first, since they can do anything that you can."""
     task: str = "countdown"
     """Module of common/tasks that gives prompts, answer columns and rewards."""
     dataset: str | None = None
@@ -149,8 +152,9 @@ class RLConfig:
     """Move idle models off the device: "auto" (only if they do not all fit), "always" or "never"."""
     dtype: str = "auto"
     """Precision of forward passes: "auto" is bfloat16 on CUDA and float32 on the CPU. Trained weights stay float32."""
-    attn_implementation: str = "sdpa"
-    """Attention of transformers: "sdpa", "eager", "flash_attention_2"."""
+    attn_implementation: str = "auto"
+    """Attention of transformers: "auto" is sdpa, or what else computes the model's own attention where sdpa leaves out
+    a part of it; or "sdpa", "eager", "flash_attention_2", "flex_attention"."""
     vllm_memory_share: float = 0.4
     """Share of the GPU's memory that vLLM may use for its weights and its cache; on a CPU, share of the free memory
     that its cache may take, which is no larger than the completions of the largest request need."""

@@ -2,9 +2,16 @@
 
 Every log-prob of the project comes from `token_logprobs`, so old, new and reference log-probs differ only by the
 weights: the ratio before the first optimizer step is exactly 1, the KL before the first update exactly 0.
+
+What a log-prob is, the model's own logits say. There are two ways to them that need less memory, and each model shows
+once which of them give the same: architectures scale, cap or project their logits in too many ways to list.
 """
 
+import inspect
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +19,19 @@ from torch.utils.checkpoint import checkpoint
 
 from common.rollouts import Rollouts
 
-# Logits of one chunk of the plain path: 2^25 float32 are 128 MiB.
+# Logits of one chunk: 2^25 float32 are 128 MiB.
 MAX_CHUNK_LOGITS = 2**25
 
-# Settings of model configurations that change logits after the head. Only the fused head applies them.
-_LOGIT_SETTINGS = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
+# Tokens of the passes that compare the ways to a log-prob.
+NUM_COMPARED = 16
+
+# The largest logit of these passes: a soft cap bends large logits only, and a new model's are small.
+LARGEST_LOGIT = 100.0
+
+# From the ids (b, L) and which of them belong to a completion: log-probs and entropies, both (completion tokens,).
+Head = Callable[[nn.Module, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+_heads: WeakKeyDictionary[nn.Module, Head] = WeakKeyDictionary()
 
 
 def token_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
@@ -31,22 +40,22 @@ def token_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float) -> 
     Args:
         model: a causal language model from `load_policy` or `load_reference`, on the device of `rollouts`.
         rollouts: b rows.
-        temperature: above 0; logits are divided by it.
+        temperature: above 0; logits are divided by it. The same one each time.
 
     Returns:
         logprobs: (b, C) float32, log softmax(logits / temperature) at the sampled token, with gradient.
         entropy: (b, C) float32 in nats, without gradient. Both are 0 at padding.
+
+    Raises:
+        ValueError: at the model's first pass, if a token's logits depend on later tokens.
     """
     sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
     positions = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)[None, :]  # (1, L)
     is_completion = (positions >= prompt_lengths[:, None]) & (positions < rollouts.total_lengths[:, None])  # (b, L)
     base = without_adapter(model)
-    # The fused head reads the head's weight, and would pass over an adapter on it.
-    has_plain_head = not hasattr(base.get_output_embeddings(), "base_layer")
-    if (sequence_ids.device.type == "cuda" and has_plain_head) or changes_logits(base):
-        logprobs, entropy = _fused(base, sequence_ids, is_completion, temperature)
-    else:
-        logprobs, entropy = _plain(base, sequence_ids, is_completion, temperature)
+    if base not in _heads:
+        _heads[base] = _cheapest_head(base, sequence_ids, temperature)
+    logprobs, entropy = _heads[base](base, sequence_ids, is_completion, temperature)
     # Both are flat, row by row; masked_scatter fills the mask in the same order.
     mask = rollouts.completion_mask
     zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
@@ -63,10 +72,71 @@ def without_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if has_adapter(model) else model
 
 
-def changes_logits(model: nn.Module) -> bool:
-    """Whether the model's configuration changes logits after the head, which only the fused head computes."""
-    settings = vars(model.config.get_text_config())
-    return any(settings.get(name) is not None for name in _LOGIT_SETTINGS)
+@torch.no_grad()
+def _cheapest_head(model: nn.Module, ids: Tensor, temperature: float) -> Head:
+    """The first way to log-probs, in the order of their cost, that agrees with the model's own logits.
+
+    Raises:
+        ValueError: if a token's logits depend on later tokens.
+    """
+    ids = ids[:1, :NUM_COMPARED]  # real tokens, since padding is on the right
+    is_completion = torch.ones_like(ids, dtype=torch.bool)
+    # In full precision where the weights have it: rounded logits would differ between ways that are the same.
+    with torch.autocast(ids.device.type, enabled=False):
+        _check_causal(model, ids)
+        heads = _possible_heads(model)
+        with _large_logits(model) as magnified:
+            expected, _ = _own(model, ids, is_completion, temperature)
+            tolerance = max(1e-3, 8 * torch.finfo(model.dtype).eps * float(expected.abs().max()))
+            for head in heads if magnified else ():
+                found, _ = head(model, ids, is_completion, temperature)
+                if (found - expected).abs().max() <= tolerance:
+                    return head
+    return _own
+
+
+def _possible_heads(model: nn.Module) -> list[Head]:
+    """Ways that can be tried beside the model's own logits, the cheapest first."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return []
+    # The fused head reads the head's weight, and would pass over an adapter on it.
+    if hasattr(head, "base_layer"):
+        return [_plain]
+    return [_fused, _plain] if head.weight.device.type == "cuda" else [_plain, _fused]
+
+
+@contextmanager
+def _large_logits(model: nn.Module) -> Iterator[list[bool]]:
+    """Magnify what the backbone gives to the head; the list gets an entry in each pass where that is possible."""
+    magnified: list[bool] = []
+
+    def magnify(backbone: nn.Module, inputs: tuple, output: dict) -> None:
+        head = model.get_output_embeddings()
+        hidden = output.get("last_hidden_state")
+        # Some models put more than the head between the two, or call no backbone of their own.
+        if head is not None and hidden is not None and head.weight.shape[-1] == hidden.shape[-1]:
+            output["last_hidden_state"] = hidden * (LARGEST_LOGIT / head(hidden).abs().max())
+            magnified.append(True)
+
+    hook = model.base_model.register_forward_hook(magnify)
+    try:
+        yield magnified
+    finally:
+        hook.remove()
+
+
+def _check_causal(model: nn.Module, ids: Tensor) -> None:
+    """Refuse a model whose logits (1, L, V) before the last token depend on it."""
+    changed = ids.clone()
+    changed[0, -1] = next(token for token in (*ids[0].tolist(), 0, 1) if token != ids[0, -1])
+    logits, others = (model(input_ids=each, use_cache=False).logits[:, :-1].float() for each in (ids, changed))
+    # Rounding may differ a little with the other rows of a matrix, as where a token is sent to another expert.
+    if (logits - others).abs().max() > 0.02 * logits.abs().max():
+        raise ValueError(
+            f"{type(model).__name__} is not causal: the logits before a token depend on the token, so a log-prob "
+            "would be that of a token which the model has seen. Training needs a decoder. Pass another --model."
+        )
 
 
 def _fused(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -90,18 +160,41 @@ def _plain(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: fl
     predicts_completion = is_completion[:, 1:]
     hidden, targets = hidden[:, :-1][predicts_completion], ids[:, 1:][predicts_completion]
     head = model.get_output_embeddings()
+    return _in_chunks(head, hidden, targets, temperature, vocabulary=head.weight.shape[0])
 
-    def chunk_logprobs(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        all_logprobs = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # (tokens, V)
+
+def _own(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Use the model's own logits, those of a whole pass at once. Returns both (completion tokens,)."""
+    # The memory of a long prompt's logits is saved where the model can leave them out.
+    first = max(int(is_completion[:, 1:].any(0).int().argmax()), 0)
+    options = {"logits_to_keep": ids.shape[1] - first} if takes(model, "logits_to_keep") else {}
+    logits = model(input_ids=ids, use_cache=False, **options).logits[:, :-1]  # (b, L - 1 or fewer, V)
+    predicts_completion = is_completion[:, 1:][:, -logits.shape[1] :]
+    targets = ids[:, 1:][:, -logits.shape[1] :][predicts_completion]
+    return _in_chunks(nn.Identity(), logits[predicts_completion], targets, temperature, vocabulary=logits.shape[-1])
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Whether the forward pass of a model's class has an argument of this name."""
+    return argument in inspect.signature(type(model).forward).parameters
+
+
+def _in_chunks(
+    head: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, temperature: float, *, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the targets and entropies, both (tokens,), where head turns (tokens, ...) inputs into logits."""
+
+    def chunk_logprobs(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        all_logprobs = torch.log_softmax(head(inputs).float() / temperature, dim=-1)  # (tokens, V)
         entropy = -(all_logprobs.detach().exp() * all_logprobs.detach()).sum(-1)
         return all_logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
-    chunk = max(MAX_CHUNK_LOGITS // head.weight.shape[0], 1)
+    chunk = max(MAX_CHUNK_LOGITS // vocabulary, 1)
     if len(targets) <= chunk:
-        return chunk_logprobs(hidden, targets)
-    # Chunks are recomputed in the backward pass, so that only one chunk's logits exist at a time.
+        return chunk_logprobs(inputs, targets)
+    # Chunks are recomputed in the backward pass, so that only one chunk's log-probs exist at a time.
     parts = [
-        checkpoint(chunk_logprobs, h, t, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        checkpoint(chunk_logprobs, part, t, use_reentrant=False)
+        for part, t in zip(inputs.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])

@@ -23,7 +23,7 @@ from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_unknown
-from common.embedded import check_model, load_tokenizer, resolve_model, skeleton
+from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import kl_estimate
@@ -35,7 +35,7 @@ from common.models.loading import (
     num_tokens,
     warn_of_slow_dtype,
 )
-from common.models.lora import check_targets, describe_adapter
+from common.models.lora import describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.remarks import remarks
@@ -55,8 +55,9 @@ from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
 from common.runs.writable import check_folder
+from common.sampling.checks import check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request
-from common.tasks import Task, check_rows, lenient_scorer, load_task, task_scorer
+from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
 from common.update.rows import keep_one_per_group
@@ -111,18 +112,19 @@ class OnPolicyTrainer(ABC):
         self.config = config
         check_launch()
         check_sampler(config)
-        check_model(config.model)
-        if config.use_lora:
-            check_targets(skeleton(config.model), config)
+        if task is None:
+            check_task(config.task)
+        check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
         # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
-        self.tokenizer = load_tokenizer(config.model)
         algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
             check_folder(folder)
+        self._check_policy()
+        self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)
@@ -425,6 +427,12 @@ class OnPolicyTrainer(ABC):
 
     # ----------------------------------------------------------------------------------------------------- private
 
+    def _check_policy(self) -> None:
+        """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
+        check_policy(self.config, skeleton(self.config.model), self.accelerator.device)
+        if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
+            check_sampling(self.config, self.accelerator.device)
+
     def _load_data(self, task: Task) -> None:
         check_rows(task)
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
@@ -467,7 +475,7 @@ class OnPolicyTrainer(ABC):
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:
-            logger.info("%s", describe_adapter(module))
+            logger.info("%s", describe_adapter(module, config))
         self.policy = self.add_learner("policy", module, config)
         needs_reference = config.kl_coef or (config.eval_kl and self._evaluates)
         if needs_reference and config.use_lora:

@@ -68,7 +68,7 @@ SHARED = {
     "gradient_checkpointing": [False, True],
     "offload": ["auto", "always", "never"],
     "dtype": ["auto", "bfloat16"],
-    "attn_implementation": ["sdpa", "eager"],
+    "attn_implementation": ["auto", "sdpa", "eager"],
     "vllm_memory_share": [0.4, 0.1],
     "vllm_sleep_level": [1, 2],
     "vllm_enforce_eager": [False, True],

@@ -4,7 +4,15 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from common.cli import parse_config
 from common.config import RLConfig
@@ -12,7 +20,8 @@ from common.logprobs import token_logprobs
 from common.models.loading import add_adapter, load_policy
 from common.models.lora import check_targets, describe_adapter
 from GRPO.grpo_trainer import GRPOConfig
-from PPO.value_model import load_value_model
+from PPO.value_model import load_value_model, share_backbone
+from tests.architectures import configuration, make, move_off_neutral
 from tests.toy import LORA, toy_trainer
 
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -137,18 +146,24 @@ def test_conv1d_layers_are_linear_layers():
         check_targets(gpt2, RLConfig(lora_target_modules="q_proj"))
 
 
-def test_an_adapter_on_the_head_is_part_of_the_logprobs_or_refused(tmp_path, rollouts):
-    Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS, tie_word_embeddings=False)).save_pretrained(tmp_path)
-    config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="lm_head")
+@pytest.mark.parametrize(
+    "model_class, options", [(Qwen2ForCausalLM, {}), (Gemma2ForCausalLM, {"final_logit_softcapping": 0.5})]
+)
+def test_an_adapter_on_the_head_is_part_of_the_logprobs(tmp_path, rollouts, model_class, options):
+    sizes = {**SIZES, **HEADS, "tie_word_embeddings": False, **options}
+    model_class(model_class.config_class(**sizes)).save_pretrained(tmp_path)
+    config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="lm_head", attn_implementation="eager")
     policy = load_policy(str(tmp_path), config, dtype=torch.float32)
     before = token_logprobs(policy, rollouts, 1.0)[0].detach()
     with torch.no_grad():
         policy.get_output_embeddings().lora_B["default"].weight.add_(0.1)
-    assert not torch.equal(token_logprobs(policy, rollouts, 1.0)[0], before)
-    base = AutoModelForCausalLM.from_pretrained(tmp_path)
-    base.config.final_logit_softcapping = 0.5
-    with pytest.raises(ValueError, match="changes its logits after the head"):
-        check_targets(base, config)
+    after = token_logprobs(policy, rollouts, 1.0)[0].detach()
+    assert not torch.equal(after, before)
+    length, end = int(rollouts.prompt_mask[0].sum()), int(rollouts.total_lengths[0])
+    ids = rollouts.sequences()[0][:1, :end]
+    logits = policy(input_ids=ids).logits[0, length - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, ids[0, length:, None]).squeeze(1)
+    torch.testing.assert_close(after[0, : end - length], expected, atol=1e-5, rtol=0)
 
 
 def test_a_value_model_gets_the_same_layers_under_its_shorter_names(tiny_folder):
@@ -169,7 +184,7 @@ def test_a_value_model_gets_the_same_layers_under_its_shorter_names(tiny_folder)
 
 def test_the_line_counts_modules_and_parameters():
     config = RLConfig(use_lora=True, lora_r=4, lora_target_modules="q_proj,v_proj")
-    line = describe_adapter(add_adapter(model(), config, task_type="CAUSAL_LM"))
+    line = describe_adapter(add_adapter(model(), config, task_type="CAUSAL_LM"), config)
     # q: 16 -> 16, v: 16 -> 8, rank 4: 4 x 32 and 4 x 24 in two layers.
     total = sum(parameter.numel() for parameter in model().parameters()) + 448
     assert line == f"LoRA: 4 modules adapted (q_proj 2, v_proj 2), 448 of {total:,} parameters train"
@@ -190,3 +205,87 @@ def test_an_embedded_policy_is_checked_before_it_is_built(tmp_path, monkeypatch)
     monkeypatch.setattr("common.trainer.resolve_model", lambda model: pytest.fail("it was built"))
     with pytest.raises(ValueError, match="ties lm_head"):
         toy_trainer("tiny", tmp_path / "run", **LORA, lora_target_modules="lm_head")
+
+
+# What no adapter can be added to
+
+
+def random_model(architecture: str) -> PreTrainedModel:
+    """A tiny random model with eager attention and all weights off their neutral values."""
+    random = AutoModelForCausalLM.from_config(configuration(architecture), attn_implementation="eager").float()
+    move_off_neutral(random)
+    return random
+
+
+@pytest.mark.parametrize(
+    ("architecture", "left_out"),
+    [
+        ("qwen3_moe", ["experts", "gate", "gate_proj"]),  # gate_proj of the dense layer: peft means the experts'
+        ("mixtral", ["experts", "gate"]),
+        ("qwen2_moe", ["experts", "gate"]),
+        ("llama4_text", ["experts", "router"]),  # the router derives from nn.Linear and returns two tensors
+        ("deepseek_v3", ["experts", "gate", "up_proj"]),
+        ("gpt_oss", ["experts", "router"]),
+        ("mamba", ["out_proj", "x_proj", "dt_proj"]),
+        ("falcon_h1", ["out_proj"]),
+        ("jamba", ["dt_proj", "experts"]),
+        ("deepseek_v4", ["o_a_proj", "experts"]),
+        ("gemma3n_text", ["correction_coefs", "prediction_coefs"]),
+    ],
+)
+def test_all_linear_leaves_out_what_is_no_linear_layer_and_the_run_says_so(architecture, left_out):
+    config = RLConfig(use_lora=True, lora_r=4)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(configuration(architecture))
+    check_targets(whole, config)
+    adapted = add_adapter(whole, config, task_type="CAUSAL_LM")
+    line = describe_adapter(adapted, config)
+    said = line.partition("; left out: ")[2]
+    assert all(name in said for name in left_out)
+    names = {name.split(".lora_")[0].split(".")[-1] for name in adapted.state_dict() if ".lora_" in name}
+    assert not names.intersection(left_out)
+    # One name is no such request.
+    with pytest.raises(ValueError, match=f"lora_target_modules={left_out[0]}: .*"):
+        with torch.device("meta"):
+            again = AutoModelForCausalLM.from_config(configuration(architecture))
+        check_targets(again, RLConfig(use_lora=True, lora_target_modules=left_out[0]))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "falcon", "cohere_qk", "bloom"])
+def test_layers_of_a_models_own_class_are_adapted_if_they_are_linear(architecture):
+    config = RLConfig(use_lora=True, lora_r=4)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(configuration(architecture))
+    line = describe_adapter(add_adapter(whole, config, task_type="CAUSAL_LM"), config)
+    assert "dense_h_to_4h 2" in line or "left out" not in line
+
+
+@pytest.mark.parametrize(
+    "architecture", ["qwen3_moe", "qwen2_moe", "mixtral", "mamba", "jamba", "falcon_h1", "zamba2"]
+)
+def test_every_adapter_learns_and_merging_leaves_the_policy_as_it_is(architecture):
+    adapted = add_adapter(random_model(architecture), RLConfig(use_lora=True, lora_r=4), task_type="CAUSAL_LM").eval()
+    ids = torch.randint(20, 200, (2, 40))
+    adapted(input_ids=ids).logits.square().sum().backward()
+    second = {name: weight for name, weight in adapted.named_parameters() if ".lora_B." in name}
+    assert second and all(weight.grad.abs().max() > 0 for weight in second.values())
+    with torch.no_grad():
+        for weight in second.values():
+            weight.normal_(std=0.02)
+        before = adapted(input_ids=ids).logits
+        assert (before - adapted.merge_and_unload()(input_ids=ids).logits).abs().max() < 5e-5
+
+
+def test_a_value_model_of_experts_has_adapters_where_the_policy_has_them(tmp_path):
+    make("qwen3_moe", tmp_path)
+    config = RLConfig(use_lora=True, lora_r=4)
+    policy = load_policy(str(tmp_path), config, dtype=torch.float32)
+    own = load_value_model(str(tmp_path), config, dtype=torch.float32, zero_head=True)
+    shared = share_backbone(policy, config, zero_head=True)
+
+    def adapted(module: torch.nn.Module, adapter: str) -> set[str]:
+        ends = [name.split("layers.")[1] for name in module.state_dict() if f"lora_A.{adapter}" in name]
+        return {name.split(".lora_A")[0] for name in ends}
+
+    wanted = adapted(policy, "default")
+    assert wanted and adapted(own.backbone, "default") == adapted(shared.backbone, "value") == wanted

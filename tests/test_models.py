@@ -1,18 +1,37 @@
 """Log-probs of completions: the one place they come from."""
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3Config,
+    GPT2Config,
+    GptOssConfig,
+    MambaConfig,
+    MixtralConfig,
+    OPTConfig,
+    PhimoeConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from common import logprobs as logprobs_module
 from common.config import RLConfig
 from common.embedded import check_model
 from common.logprobs import token_logprobs
+from common.models.attention import attention_for
+from common.models.configs import describe_multimodal
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
 from common.models.saving import save_model
 from common.rollouts import Completion, PromptBatch, Rollouts
@@ -82,14 +101,51 @@ def test_the_pad_and_end_token_may_appear_in_a_text(policy):
     torch.testing.assert_close(logprobs[0], one_by_one(policy, [end, 0, 5], completion, T), atol=1e-5, rtol=0)
 
 
-def test_dropout_is_off_even_in_train_mode(tiny_folder, tmp_path, rollouts):
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    model.config.attention_dropout = 0.5
-    model.save_pretrained(tmp_path)
-    policy = load_policy(str(tmp_path), RLConfig(), dtype=torch.float32)
-    assert policy.training
-    first, second = (token_logprobs(policy, rollouts, 1.0)[0] for _ in range(2))
-    assert torch.equal(first, second)
+def save_tiny(config, folder, **weights):
+    """An untrained causal language model in a folder, and itself."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder, **weights)
+    return model
+
+
+SMALL = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA_LIKE = {**SMALL, "hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 1}
+EXPERTS = {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}
+# Each with what is random in it in train mode.
+RANDOM = {
+    "attention dropout": Qwen2Config(**LLAMA_LIKE, attention_dropout=0.5),
+    "other names of dropout": GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=2, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5
+    ),
+    "read at each call": FalconConfig(
+        **SMALL, hidden_size=32, hidden_dropout=0.5, attention_dropout=0.5, parallel_attn=False
+    ),
+    "skipped layers": OPTConfig(
+        **SMALL, hidden_size=32, word_embed_proj_dim=32, ffn_dim=32, dropout=0.5, layerdrop=0.5
+    ),
+    "jitter of routers": MixtralConfig(**EXPERTS, router_jitter_noise=0.3),
+    "drawn experts": PhimoeConfig(**EXPERTS, router_jitter_noise=0.01, input_jitter_noise=0.3),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", RANDOM)
+def test_nothing_is_random_in_training(tmp_path, tokenizer, name, checkpointing):
+    plain = save_tiny(RANDOM[name], tmp_path)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert not torch.equal(plain.train()(ids).logits, plain(ids).logits)  # as transformers would train it
+        expected = plain.eval()(ids).logits
+    policy = load_policy(str(tmp_path), RLConfig(gradient_checkpointing=checkpointing), dtype=torch.float32)
+    logits = [policy(ids, use_cache=False).logits for _ in range(2)]
+    assert torch.equal(*logits)
+    torch.testing.assert_close(logits[0].detach(), expected, atol=1e-5, rtol=0)
+    logits[0].sum().backward()
+    # What is switched off in memory is saved as it was.
+    save_model(policy, tokenizer, tmp_path / "saved")
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "saved"))
+    assert ours == theirs
 
 
 def test_passes_with_and_without_gradient_agree_to_the_last_bit(policy, rollouts):
@@ -220,6 +276,9 @@ def test_end_tokens_are_those_of_generation_config_and_tokenizer(policy, tokeniz
     policy.generation_config.eos_token_id = [7, 5]
     assert end_token_ids(policy, tokenizer) == tuple(sorted({7, 5, tokenizer.eos_token_id}))
     policy.generation_config.eos_token_id = None
+    policy.config.eos_token_id = 9  # only where the generation configuration names none
+    assert end_token_ids(policy, tokenizer) == tuple(sorted({9, tokenizer.eos_token_id}))
+    policy.config.eos_token_id = None
     nameless = copy.deepcopy(tokenizer)
     nameless.eos_token = None
     with pytest.raises(ValueError, match="name no end token: completions could never end"):
@@ -232,8 +291,10 @@ def test_an_end_token_beyond_the_embedding_can_never_end_a_completion(policy, to
     added.add_special_tokens({"eos_token": "<end>"})
     policy.generation_config.eos_token_id = [size + 7, 5]
     assert added.eos_token_id >= size and end_token_ids(policy, added) == (5,)
-    policy.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match=rf"\[{added.eos_token_id}\] as end tokens, and the model has {size} tokens"):
+    policy.generation_config.eos_token_id = [-1]
+    with pytest.raises(
+        ValueError, match=rf"\[-1, {added.eos_token_id}\] as end tokens, and the model has {size} tokens"
+    ):
         end_token_ids(policy, added)
 
 
@@ -273,3 +334,91 @@ def test_a_saved_policy_loads_in_plain_transformers(tiny_folder, tmp_path, token
     torch.testing.assert_close(plain(ids).logits, policy.eval()(ids).logits, atol=1e-5, rtol=0)
     assert (tmp_path / "tokenizer_config.json").exists()
     assert (tmp_path / "adapter").exists() is use_lora
+
+
+SHIPPED = {
+    "sampling without do_sample": {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
+    "one beam": {"num_beams": 1, "length_penalty": 2.0, "early_stopping": True},
+    "a negative pad token": {"pad_token_id": -1},
+}
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_generation_config_is_saved_as_it_was(tiny_folder, tmp_path, tokenizer, name, use_lora):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    values = {"eos_token_id": [1, 7], **SHIPPED[name]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(values))
+    check_model(str(tmp_path / "model"))
+    policy = load_policy(str(tmp_path / "model"), RLConfig(use_lora=use_lora, lora_r=4), dtype=torch.float32)
+    save_model(policy, tokenizer, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    del saved["transformers_version"]
+    assert saved == values
+
+
+# Attention
+
+
+CAPPED = Gemma2Config(**LLAMA_LIKE, head_dim=16, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)
+
+
+@torch.no_grad()
+def test_a_cap_on_attention_logits_is_not_left_out(tmp_path):
+    save_tiny(CAPPED, tmp_path)
+    ids = torch.arange(5, 25)[None]
+    by_name = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(ids).logits
+        for name in ("eager", "sdpa")
+    }
+    assert abs(by_name["eager"] - by_name["sdpa"]).max() > 1e-4  # sdpa leaves it out
+    policy = load_policy(str(tmp_path), RLConfig(), dtype=torch.float32)
+    torch.testing.assert_close(policy(ids).logits, by_name["eager"], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match=r"attn_implementation=sdpa: it leaves out attn_logit_softcapping=0.5"):
+        check_model(str(tmp_path), attention="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "dtype", "expected"),
+    [
+        (Qwen2Config(**LLAMA_LIKE), "cuda", torch.bfloat16, "sdpa"),
+        (CAPPED, "cpu", torch.float32, "eager"),
+        (CAPPED, "cuda", torch.float32, "flex_attention"),  # flash attention has no float32
+        (Gemma2Config(**LLAMA_LIKE, attn_logit_softcapping=None), "cpu", torch.float32, "sdpa"),
+        (GptOssConfig(), "cpu", torch.float32, "eager"),  # sinks
+        (GptOssConfig(), "cuda", torch.bfloat16, "flex_attention"),
+        (BloomConfig(), "cuda", torch.bfloat16, "eager"),  # a bias
+        (MambaConfig(), "cuda", torch.bfloat16, "eager"),  # no attention at all
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else str(value),
+)
+def test_attention_is_what_the_model_can_do_rightly(config, device, dtype, expected):
+    chosen, reason = attention_for(config, "auto", torch.device(device), dtype=dtype)
+    assert chosen == expected and (reason is None) is (expected == "sdpa")
+
+
+def test_attention_that_the_model_refuses_is_a_message():
+    for asked, message in {
+        "sdpa": "transformers has no sdpa for BloomForCausalLM",
+        "flex_attention": "transformers has no flex_attention for BloomForCausalLM",
+        "spda": "need one of auto, sdpa, eager",
+    }.items():
+        with pytest.raises(ValueError, match=rf"attn_implementation={asked}: {message}.*--attn_implementation auto"):
+            attention_for(BloomConfig(), asked, torch.device("cpu"))
+
+
+# Models for images and text
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_of_a_model_for_images_the_language_model_is_trained(tmp_path, use_lora):
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LLAMA_LIKE | {"head_dim": 16, "layer_types": ["full_attention"] * 2, "pad_token_id": 0}
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_id=60, boi_token_id=61, eoi_token_id=62)
+    save_tiny(config, tmp_path)
+    check_model(str(tmp_path))
+    assert "language model is trained, and the rest stays as it is" in describe_multimodal(config)
+    settings = RLConfig(use_lora=use_lora, lora_r=4, lora_target_modules="self_attn.o_proj")
+    policy = load_policy(str(tmp_path), settings, dtype=torch.float32)
+    trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    assert trained and all("language_model" in name or "lm_head" in name for name in trained)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -457,3 +458,68 @@ def test_a_dialogue_as_text_is_read_as_its_turns():
     roles = [message["role"] for message in as_messages(text)]
     assert roles == ["user", "assistant", "user"] and as_messages(text)[-1]["content"] == "four?"
     assert as_messages("four?") == [{"role": "user", "content": "four?"}]
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert", "Esm"])
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_positions_that_begin_after_the_padding_leave_room_for_fewer_tokens(tmp_path, kind, pad):
+    tokenizer = words_tokenizer()
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), max_position_embeddings=66, pad_token_id=pad, num_labels=1, **small
+    )
+    folder = save(getattr(transformers, f"{kind}ForSequenceClassification"), config, tokenizer, tmp_path / "model")
+    reward = loaded(folder)
+    is_absolute = config.to_dict().get("position_embedding_type", "absolute") == "absolute"
+    assert reward.max_length == (66 - pad - 1 if is_absolute else 66)
+    words = "two " * 100
+    assert len(reward([words], [words])) == 1  # one token more would have no position
+
+
+def test_a_negative_pad_token_counts_as_none(folders, tmp_path):
+    for name, pad in {"none": None, "negative": -1}.items():
+        shutil.copytree(folders["decoder"], tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    scores = {name: loaded(tmp_path / name)(PROMPTS, COMPLETIONS) for name in ("none", "negative")}
+    assert scores["negative"] == scores["none"]
+
+
+def test_a_cap_on_attention_logits_is_applied(tmp_path):
+    tokenizer = build_tokenizer()
+    config = transformers.Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=1,
+        attn_logit_softcapping=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=1,
+        initializer_range=0.5,
+    )
+    folder = save(transformers.Gemma2ForSequenceClassification, config, tokenizer, tmp_path / "model")
+    reward = loaded(folder)
+    ids = tokenizer("what is two", "it is four", return_tensors="pt")["input_ids"]
+    plain = {
+        name: AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation=name)(ids).logits.item()
+        for name in ("eager", "sdpa")
+    }
+    assert reward(["what is two"], ["it is four"]) == pytest.approx([plain["eager"]], abs=1e-6)
+    assert plain["eager"] != pytest.approx(plain["sdpa"], abs=1e-4)
+
+
+def test_quantised_weights_and_code_of_its_own_are_refused(tmp_path):
+    folder = save_pair_encoder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match=r"reward model '.*': its weights are quantised \(gptq\).*--rewards"):
+        RewardModel(str(folder))
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "configuration_own.py").write_text("1 / 0")
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(ValueError, match=r"reward model '.*': its architecture is Python code.*--rewards"):
+        RewardModel(str(folder))

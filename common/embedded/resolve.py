@@ -15,27 +15,34 @@ def is_embedded(model: str) -> bool:
     return model in NAMES
 
 
-def check_model(model: str) -> None:
-    """Refuse a model that does not exist, before anything is loaded or built.
+def check_model(model: str, *, trust_remote_code: bool = False, attention: str = "auto") -> None:
+    """Refuse a model that does not exist or cannot be trained, before anything is loaded or built.
 
     Args:
         model: hub id, folder, or an embedded policy's name.
+        trust_remote_code: the setting; once it is given here, the model's code is known to this process.
+        attention: the setting attn_implementation.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, its files are incomplete or damaged, or it is no causal language model
+            with weights in floating point, or attention would be computed wrongly.
     """
     if is_embedded(model):
         return
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
 
-    try:
-        AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model={model!r}: cannot be loaded: {reason}. Need a folder with a config.json or a hub id that this "
-            "machine can reach. Pass --model with one, or --model tiny for the embedded policy."
-        ) from error
+    from common.models.attention import check_attention
+    from common.models.configs import read_config, why_not_trainable
+    from common.models.decoding_support import why_not_decodable
+    from common.models.files import check_files, check_weights_fit
+
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    reason = why_not_trainable(config) or why_not_decodable(config)
+    if reason is not None:
+        raise ValueError(f"model={model!r}: {reason}")
+    check_attention(config, attention)
+    check_files(model)
+    check_weights_fit(model, AutoModelForCausalLM, config)
 
 
 def resolve_model(model: str) -> str:
@@ -50,24 +57,47 @@ def resolve_model(model: str) -> str:
 def skeleton(model: str) -> transformers.PreTrainedModel:
     """The model's modules without their weights; an embedded policy is not built for it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    from common.models.configs import read_config
 
     if is_embedded(model):
         from common.embedded.policy import TINY_POLICIES, build_tokenizer, policy_config
 
         config = policy_config(TINY_POLICIES[model], build_tokenizer())
     else:
-        config = AutoConfig.from_pretrained(model)
+        config = read_config(model)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
-def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
-    """Load a model's tokenizer; a missing pad token needs no fix, since masks mark padding."""
+def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
+    """Load a model's tokenizer; a missing pad token needs no fix, since masks mark padding.
+
+    Args:
+        model: hub id, folder, or an embedded policy's name.
+        trust_remote_code: run a tokenizer's own Python file.
+
+    Raises:
+        ValueError: if it has none.
+    """
     if is_embedded(model):
         from common.embedded.policy import build_tokenizer
 
         return build_tokenizer()
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        reason = None
+    except Exception as error:  # a damaged file, or a library that it needs
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    # transformers makes an empty tokenizer for a folder without its files.
+    if reason is None and set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        reason = "there is none"
+    if reason is not None:
+        raise ValueError(
+            f"model={model!r}: its tokenizer cannot be loaded: {reason}. Prompts have to become tokens. Put the "
+            "tokenizer's files, such as tokenizer.json, into the model's folder."
+        )
+    return tokenizer

@@ -28,7 +28,7 @@ from common.cli import as_arguments, parse_settings
 from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.data.vocabulary import check_vocabulary, describe_unknown
-from common.embedded import check_model, load_tokenizer, resolve_model
+from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model
 from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
@@ -51,6 +51,7 @@ from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.progress import LongWork
 from common.runs.prompt_record import time_of_run
 from common.runs.writable import check_folder
+from common.sampling.checks import check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler
 from common.tasks import lenient_scorer, task_scorer
 
@@ -83,11 +84,11 @@ class Evaluation:
     def __init__(self, settings: EvaluationSettings, parent: Path | None = None) -> None:
         (self.model,) = settings.model
         source = _find_model(self.model, settings.adapter)
+        config = as_run_settings(settings, source.base)
+        check_sampler(config)
         self.tokenizer = _load_tokenizer(source)
         is_chat = self.tokenizer.chat_template is not None
         found = find_set(settings.task, settings.dataset, settings.dataset_split, is_chat=is_chat)
-        config = as_run_settings(settings, source.base)
-        check_sampler(config)
         self.source = replace(source, base=resolve_model(source.base))
         context = _context_length(self.source.base)
         if settings.max_completion_length is None:
@@ -125,6 +126,8 @@ class Evaluation:
         self.unfinished = Unfinished(self.folder.with_name(f"{called}-{digest(sampled)}.unfinished.jsonl"), sampled)
         if is_new:
             self.unfinished.check()
+            if not is_embedded(source.base):  # after the rest: it may import vLLM, which a stored result never needs
+                check_sampling(self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _seen_by_rewards(self) -> list:
         """The prompts that rewards see beside token ids, which need not say the same."""

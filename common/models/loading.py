@@ -3,6 +3,8 @@
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
+from collections.abc import Collection, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,11 @@ from torch import nn
 
 from common.config import RLConfig
 from common.environment import cpu_computes_bfloat16
+from common.models.attention import attention_for
 from common.models.chat import turn_end_token
+from common.models.configs import describe_multimodal, model_class, read_config
+from common.models.files import check_report, without_report
+from common.models.generation import AsShipped
 from common.models.lora import targets
 from common.models.quantization import four_bits, keep_trainable
 from common.seeds import hashed_seed
@@ -32,7 +38,7 @@ def end_token_ids(
     """The one list of end tokens for sampler, masks and rewards.
 
     Args:
-        model: its generation configuration may name one or several.
+        model: its generation configuration may name one or several; if it names none, its configuration may.
         tokenizer: its end token is included, and the token that its chat template ends a turn with, because a base
             model's own end token is often a different one.
 
@@ -43,6 +49,8 @@ def end_token_ids(
         ValueError: if none is left.
     """
     named = model.generation_config.eos_token_id
+    if named is None:
+        named = model.config.get_text_config().eos_token_id
     ids = {named} if isinstance(named, int) else set(named or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
@@ -50,7 +58,7 @@ def end_token_ids(
     if turn_end is not None:
         ids.add(tokenizer.convert_tokens_to_ids(turn_end))
     size = model.get_input_embeddings().num_embeddings
-    if known := sorted(token for token in ids if token < size):
+    if known := sorted(token for token in ids if 0 <= token < size):
         return tuple(known)
     named = f"{sorted(ids)} as end tokens, and the model has {size} tokens" if ids else "no end token"
     raise ValueError(
@@ -75,7 +83,7 @@ def num_tokens(path: str) -> int:
     Args:
         path: hub id or folder of the model.
     """
-    return transformers.AutoConfig.from_pretrained(path).get_text_config().vocab_size
+    return read_config(path).get_text_config().vocab_size
 
 
 def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
@@ -114,19 +122,24 @@ def load_policy(
         checkpoint: folder with the weights, or the adapter, to continue from.
 
     Returns:
-        The model in train mode, without dropout.
+        The model, ready to train: nothing in it is random; see `set_mode`.
+
+    Raises:
+        ValueError: weights are missing, or it cannot be loaded with attn_implementation.
     """
     if not config.use_lora:
-        model = _load(checkpoint or path, config, dtype=torch.float32)
+        model = _freeze_all_but_text(_load(checkpoint or path, config, dtype=torch.float32, says=True))
     elif checkpoint is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(_load(path, config, dtype=dtype), checkpoint, is_trainable=True)
+        base = _load(path, config, dtype=dtype, says=True)
+        model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
     else:
-        model = add_adapter(_load(path, config, dtype=dtype), config, task_type="CAUSAL_LM")
+        base = _load(path, config, dtype=dtype, says=True)
+        model = add_adapter(base, config, task_type="CAUSAL_LM")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+    return set_mode(model)
 
 
 def load_reference(path: str, config: RLConfig) -> transformers.PreTrainedModel:
@@ -137,31 +150,126 @@ def load_reference(path: str, config: RLConfig) -> transformers.PreTrainedModel:
     return _load(path, config, dtype=torch.float32).requires_grad_(False).eval()
 
 
+def set_mode(model: nn.Module) -> nn.Module:
+    """Put a model that is trained in evaluation mode, except for the modules that checkpoint gradients.
+
+    What is random in train mode would make two passes over the same tokens differ, and the ratio would not be 1 where
+    it must be: dropout, jitter of routers, skipped layers, experts that are drawn. Some read no setting (PhiMoE's
+    router), and others cannot be set to 0 (its jitter is a threshold too). Gradients are the same in both modes.
+    Modules that checkpoint gradients do so in train mode only; their own dropout is 0 from `load_without_dropout`.
+
+    Args:
+        model: with gradient checkpointing on or off.
+
+    Returns:
+        The same model.
+    """
+    model.eval()
+    for module in model.modules():
+        # An attribute of layers and of some models, set by gradient_checkpointing_enable.
+        module.training = bool(vars(module).get("gradient_checkpointing"))
+    return model
+
+
 def load_without_dropout(
-    auto_class: type, path: str | Path, config: RLConfig, *, dtype: torch.dtype, **options: Any
+    auto_class: type,
+    path: str | Path,
+    config: RLConfig,
+    *,
+    dtype: torch.dtype,
+    says: bool = False,
+    **options: Any,
 ) -> transformers.PreTrainedModel:
-    """Load a transformers model on the CPU, without dropout.
+    """Load a transformers model on the CPU, without dropout and with its own attention.
+
+    Its configuration and its generation configuration are as in its folder, to be saved so.
 
     Args:
         auto_class: such as AutoModelForCausalLM.
         path: hub id or folder.
-        config: attention is read.
+        config: attention and trust_remote_code are read.
         dtype: of the weights.
+        says: log what becomes of attn_implementation=auto and of inputs that are no text, if it is unusual.
         options: other options of from_pretrained.
+
+    Raises:
+        ValueError: weights are missing, or it cannot be loaded with attn_implementation.
     """
-    model_config = transformers.AutoConfig.from_pretrained(path)
-    # Dropout would make two passes over the same tokens differ: the ratio would not be 1 where it must be.
-    for name, value in vars(model_config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith("_pdrop")):
-            setattr(model_config, name, 0.0)
-    model = auto_class.from_pretrained(
-        path, config=model_config, dtype=dtype, attn_implementation=config.attn_implementation, **options
+    model_config = read_config(path, trust_remote_code=config.trust_remote_code)
+    quiet = _without_dropout(model_config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention, reason = attention_for(
+        model_config,
+        config.attn_implementation,
+        device,
+        dtype=compute_dtype(config, device),
+        cls=model_class(model_config, auto_class),
     )
+    if says and reason:
+        logger.info("attention: %s, since sdpa cannot be used: %s", attention, reason)
+    if says and describe_multimodal(model_config):
+        logger.info("%s", describe_multimodal(model_config))
+    try:
+        with without_report():
+            model, found = auto_class.from_pretrained(
+                path,
+                config=quiet,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_report names them
+                **options,
+            )
+    except (OSError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
+    check_report(found, f"model={str(path)!r}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    _keep_shipped(model, model_config)
     _align(model)
     return model
+
+
+def _without_dropout(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
+    """A copy whose dropout is 0, in parts such as text_config too; some modules read it at each call."""
+    quiet = deepcopy(config)
+    for part in _parts(quiet):
+        for name, value in vars(part).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(part, name, 0.0)
+    return quiet
+
+
+def _freeze_all_but_text(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Leave out of training what reads images or sound: prompts are text, so it gets no gradient."""
+    if model.config.get_text_config() is not model.config:
+        model.requires_grad_(False)
+        for part in (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()):
+            part.requires_grad_(True)
+    return model
+
+
+def _parts(config: transformers.PreTrainedConfig) -> Iterator[transformers.PreTrainedConfig]:
+    """A configuration and those inside it."""
+    yield config
+    for part in vars(config).values():
+        if isinstance(part, transformers.PreTrainedConfig):
+            yield from _parts(part)
+
+
+def _keep_shipped(model: transformers.PreTrainedModel, config: transformers.PreTrainedConfig) -> None:
+    """Give the model the settings that its folder has, which are saved with it; its modules keep theirs."""
+    shipped = deepcopy(model.config)
+    originals = {type(part): part for part in _parts(config)}  # a wrapper's language model may be loaded alone
+    for part in _parts(shipped):
+        for name, value in vars(originals[type(part)]).items():
+            if "drop" in name:
+                setattr(part, name, value)
+    model.config = shipped
+    if model.can_generate():
+        model.generation_config = AsShipped.of(model.generation_config)
 
 
 def _align(model: nn.Module) -> None:
@@ -175,39 +283,42 @@ def _align(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _load(path: str | Path, config: RLConfig, *, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    options = {}
+def _load(
+    path: str | Path, config: RLConfig, *, dtype: torch.dtype, says: bool = False
+) -> transformers.PreTrainedModel:
+    options: dict[str, Any] = {"says": says}
     if config.load_in_4bit:
-        options = {"quantization_config": four_bits(dtype), "device_map": {"": "cpu"}}
+        options |= {"quantization_config": four_bits(dtype), "device_map": {"": "cpu"}}
     model = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype, **options)
     if config.load_in_4bit:
         keep_trainable(model)
     return model
 
 
-def lora_config(config: RLConfig, *, task_type: str, model: transformers.PreTrainedModel | None = None) -> LoraConfig:
+def lora_config(config: RLConfig, *, task_type: str, target_modules: Collection[str]) -> LoraConfig:
     """Peft's configuration for the LoRA settings.
 
     Args:
         config: the settings.
         task_type: of peft.
-        model: a model without the policy's head, whose modules have other names; None: the policy.
-
-    Raises:
-        ValueError: a name matches nothing in that model.
+        target_modules: names of modules, or the ends of names.
     """
     from peft import LoraConfig
 
     return LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=targets(config, model), task_type=task_type
+        r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=target_modules, task_type=task_type
     )
 
 
 def add_adapter(model: transformers.PreTrainedModel, config: RLConfig, *, task_type: str) -> PeftModel:
-    """Add a new LoRA adapter, initialised from the seed, and freeze the model's own weights."""
+    """Add a new LoRA adapter, initialised from the seed, and freeze the model's own weights.
+
+    Raises:
+        ValueError: a name matches nothing in a model without the policy's head.
+    """
     from peft import get_peft_model
 
-    headless = None if task_type == "CAUSAL_LM" else model
+    names = targets(config, model, headless=task_type != "CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(hashed_seed(config.seed, "lora"))
-        return get_peft_model(model, lora_config(config, task_type=task_type, model=headless))
+        return get_peft_model(model, lora_config(config, task_type=task_type, target_modules=names))

@@ -18,6 +18,8 @@ from transformers.utils import (
     cached_file,
 )
 
+# In the order in which transformers looks for them.
+FILE_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 INDEX_NAMES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -33,8 +35,7 @@ def weight_names(model: str | Path) -> list[str] | None:
     Raises:
         ValueError: if the file with the names is damaged.
     """
-    # In the order in which transformers looks for them.
-    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+    for name in FILE_NAMES:
         file = _find(model, name)
         if file is not None:
             return sorted(_weight_map(file) if name in INDEX_NAMES else _names_in(file))
@@ -56,7 +57,7 @@ def shards(folder: Path) -> list[str]:
         files = sorted(set(_weight_map(folder / name).values()))
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise ValueError(
-                f"model={folder}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: these "
+                f"model={str(folder)!r}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: these "
                 "weights would stay uninitialised. Download or write the missing files again."
             )
         return files
@@ -96,9 +97,11 @@ def _find(model: str | Path, name: str) -> Path | None:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map.values()
+    except (UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, error) from error
+    return weight_map
 
 
 def _names_in(file: Path) -> list[str]:
@@ -114,6 +117,6 @@ def _names_in(file: Path) -> list[str]:
 
 def _damaged(file: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"model={file.parent}: {file.name} is damaged ({file.stat().st_size:,} bytes; {error}): its weights cannot be "
+        f"model={str(file.parent)!r}: {file.name} is damaged ({file.stat().st_size:,} bytes; {error}): its weights cannot be "
         "read. Download or write this file again."
     )

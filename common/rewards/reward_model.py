@@ -7,6 +7,7 @@ score of a text does not depend on the rest of the batch. Reward models are not 
 import itertools
 import logging
 import re
+from copy import deepcopy
 from datetime import datetime
 from pathlib import Path
 
@@ -16,12 +17,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common.data.dialogues import conversation
+from common.models.attention import attention_for
 from common.models.chat import check_keeps, render_chat
+from common.models.configs import model_class, read_config, why_quantized
 from common.models.pool import ModelPool
 from common.update.rows import microbatch_rows
 
 logger = logging.getLogger("nanorlhf")
 
+_REMEDY = (
+    "Need a folder with weights and tokenizer, or a hub id that this machine can reach, of an architecture that "
+    "transformers has. Pass --rewards with one, a reward of the task or file.py:function."
+)
 # How dialogues are written without a chat template: in the form of hh-rlhf, which most pair encoders have seen.
 _SPEAKERS = {"user": "Human: ", "assistant": "Assistant: "}
 
@@ -54,21 +61,11 @@ class RewardModel:
     """
 
     def __init__(self, model: str, *, max_tokens_per_microbatch: int = 16384) -> None:
-        try:
-            config, self.tokenizer = (
-                transformers.AutoConfig.from_pretrained(model),
-                transformers.AutoTokenizer.from_pretrained(model),
-            )
-            # transformers makes such an empty tokenizer for a folder without tokenizer files.
-            if set(self.tokenizer.get_vocab().values()) <= set(self.tokenizer.all_special_ids):
-                raise OSError("it has no tokenizer")
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"reward model {model!r}: cannot be loaded: {reason}. Need a folder with weights and tokenizer, or a "
-                "hub id that this machine can reach. Pass --rewards with one, a reward of the task or "
-                "file.py:function."
-            ) from error
+        label = f"reward model {model!r}"
+        config = read_config(model, label=label, remedy=_REMEDY, own_code_remedy=_REMEDY)
+        self.tokenizer = _load_tokenizer(model, label)
+        if reason := why_quantized(config):
+            raise ValueError(f"{label}: {reason.split(':')[0]}, and would be scored by other numbers here. {_REMEDY}")
         architectures = config.architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             raise ValueError(
@@ -91,9 +88,12 @@ class RewardModel:
             self.tokenizer.model_max_length,
             settings.get("max_position_embeddings"),
             settings.get("n_positions"),
+            *_num_positions(config),
         ]
         self.max_length = min(limit for limit in limits if limit is not None and limit > 0)
-        self._pad_token_id = settings.get("pad_token_id")
+        pad = settings.get("pad_token_id")
+        # Some models ship -1 for none.
+        self._pad_token_id = pad if pad is not None and pad >= 0 else None
         self._models: ModelPool | None = None
         self._now: datetime | None = None
         if self.tokenizer.chat_template is not None:
@@ -115,9 +115,12 @@ class RewardModel:
         """
         self._now = now
         dtype = "auto" if models.device.type == "cuda" else torch.float32
+        config = read_config(self.model)
+        cls = model_class(config, transformers.AutoModelForSequenceClassification)
+        attention, _ = attention_for(config, "auto", models.device, dtype=config.dtype or torch.float32, cls=cls)
         with torch.random.fork_rng(devices=[]):
             module, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.model, dtype=dtype, output_loading_info=True
+                self.model, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
             )
         if report["missing_keys"]:
             raise ValueError(
@@ -262,6 +265,34 @@ class RewardModel:
         # Keep the first special token: models have never seen a text without it.
         first = int(ids[0] == self.tokenizer.bos_token_id)
         return [*range(first, num_before), *reversed(range(num_before, len(ids)))]
+
+
+def _load_tokenizer(model: str, label: str) -> transformers.PreTrainedTokenizerBase:
+    """The model's own tokenizer; transformers makes an empty one for a folder without its files."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        reason = None
+        if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+            reason = "it has no tokenizer"
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if reason is not None:
+        raise ValueError(f"{label}: cannot be loaded: {reason}. {_REMEDY}")
+    return tokenizer
+
+
+def _num_positions(config: transformers.PreTrainedConfig) -> list[int]:
+    """How many tokens each table of positions has room for.
+
+    Where a table has a row for padding, as RoBERTa's and those that follow it, positions begin after that row: of 66
+    rows with padding at 1, 64 are left.
+    """
+    with torch.device("meta"):
+        module = transformers.AutoModelForSequenceClassification.from_config(deepcopy(config))
+    tables = [
+        table for name, table in module.named_modules() if isinstance(table, nn.Embedding) and "position" in name
+    ]
+    return [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
 
 
 def _split(messages: list[dict], completion: str) -> tuple[list[dict], str]:

@@ -67,6 +67,7 @@ def make_sampler(
         most_rows=most_rows,
         memory_share=config.vllm_memory_share,
         enforce_eager=config.vllm_enforce_eager,
+        trust_remote_code=config.trust_remote_code,
     )
 
 

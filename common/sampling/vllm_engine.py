@@ -1,4 +1,4 @@
-"""The vLLM engine. Only this module imports vllm, so that all workarounds for it are in one place.
+"""The vLLM engine. Workarounds for vllm are here, and in vllm_reload.py and vllm_support.py, which it uses.
 
 The engine runs in the training process. Creating one would change much of that process: random state, threads, the
 environment, process groups, the garbage collector. All of this is avoided or undone here. policy_sampler.py decides
@@ -11,10 +11,8 @@ import gc
 import importlib.util
 import logging
 import math
-import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +20,12 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.environment import num_threads, preserved_random_state, process_unchanged
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
+from common.sampling import vllm_reload, vllm_support
 from common.sampling.protocol import Finished, SamplingSettings
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
@@ -38,8 +37,6 @@ _CPU_BATCHED_TOKENS = 16384
 # With fewer weights, the matrices of a sampling step on the CPU are too small for several threads: with 0.5 million,
 # two threads take 1.2 to 1.4 times as long as one.
 _MIN_WEIGHTS_FOR_THREADS = 5_000_000
-
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -56,6 +53,7 @@ class EngineSettings:
             memory, at most what the cache can use.
         enforce_eager: do not capture CUDA graphs.
         can_sleep: memory can be freed for a while, on CUDA.
+        trust_remote_code: run Python files that come with the model.
     """
 
     model: str
@@ -66,6 +64,7 @@ class EngineSettings:
     memory_share: float = 0.4
     enforce_eager: bool = False
     can_sleep: bool = False
+    trust_remote_code: bool = False
 
     @property
     def num_seqs_on_cpu(self) -> int:
@@ -79,8 +78,9 @@ class Engine:
     Deleting it frees its memory and keeps the process groups of the trainer.
     """
 
-    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
         self.llm = llm
+        self.dtype = dtype
         self.shapes = shapes
         _Groups.users += 1
         weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
@@ -93,19 +93,26 @@ def create_engine(settings: EngineSettings) -> Engine:
         ValueError: if vLLM is not installed, or if it refuses the model or the memory.
     """
     check_installed()
-    with process_unchanged():
-        # Engine and trainer in one process: weights are passed by reference.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Import in a thread: a module of vLLM keeps an exception, and with it every frame on the stack at import. The
-        # trainer's local variables would stay in memory.
-        with ThreadPoolExecutor(max_workers=1) as thread:
-            LLM = thread.submit(lambda: importlib.import_module("vllm").LLM).result()
+    shapes = checkpoint_shapes(settings.model)  # first: vLLM replaces configuration classes of transformers
+    config = transformers.AutoConfig.from_pretrained(settings.model)
+    vllm_support.check_rope(config, settings.max_model_len)
+    with vllm_support.imported():
+        from vllm import LLM
+
         _avoid_side_effects()
+        _take_head_from_push(shapes)
+        vllm_support.correct_classes(config)
+        arguments = _engine_arguments(settings) | {"hf_overrides": vllm_support.overrides(config)}
+        if vllm_support.has_state(vllm_support.supported_config(arguments)):
+            # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
+            arguments["enable_prefix_caching"] = False
         _Groups.owned |= not torch.distributed.is_initialized()
-        llm = LLM(**_engine_arguments(settings))
+        with _cache_for(settings), vllm_support.kernels_for(settings.dtype):
+            llm = LLM(**arguments)
+        llm.apply_model(lambda model: vllm_support.check_model(model, config, settings.max_model_len))
     # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
-    return Engine(llm, checkpoint_shapes(settings.model))
+    return Engine(llm, shapes, settings.dtype)
 
 
 def check_installed() -> None:
@@ -161,7 +168,12 @@ def generate(
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
     small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
-        with preserved_random_state(), num_threads(1 if small else None), _reporting(engine, finished):
+        with (
+            preserved_random_state(),
+            num_threads(1 if small else None),
+            _reporting(engine, finished),
+            vllm_support.kernels_for(engine.dtype),
+        ):
             outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
         abort_requests(engine)
@@ -202,29 +214,19 @@ def _reporting(engine: Engine, finished: Finished | None) -> Iterator[None]:
 def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Replace all weights of the engine and drop what it cached under the old ones.
 
-    This uses vLLM's layerwise reload. On the CPU nothing else works: Linear weights are packed, and their parameters
-    replaced by empty ones, so model.load_weights has nothing to load into. On CUDA it copies one layer at a time into
-    the storage that captured graphs read, and it repeats the processing after loading, which model.load_weights would
-    skip; vLLM documents it for waking from sleep level 2.
-
     Args:
         engine: awake, at least its weights.
         weights: (checkpoint name, tensor) of every weight, in any order; each tensor must not change before the last
             one of its layer was taken.
 
     Raises:
-        ValueError: if a name is unknown, repeated or missing, or a shape differs. After this or any other exception,
-            the engine must not be used before a push succeeds.
+        ValueError: if a name is unknown, repeated or missing, a shape differs, or vLLM does not take a weight. After
+            this or any other exception, the engine must not be used before a push succeeds.
     """
-    config = engine.llm.llm_engine.model_config
-    try:
-        engine.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": complete_weights(weights, engine.shapes)}
-        )
-    except BaseException:
-        engine.llm.apply_model(lambda model: _abandon_reload(model, config))
-        raise
-    engine.llm.apply_model(_repack_tied_head)
+    pushed = complete_weights(weights, engine.shapes)
+    config = engine.llm.llm_engine.vllm_config
+    with vllm_support.kernels_for(engine.dtype):
+        engine.llm.apply_model(lambda model: vllm_reload.reload(model, pushed, config))
     # Cache blocks are found by their tokens: without this, prompts would reuse blocks of the old weights.
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError("the cache could not be reset: requests are running. Call abort_requests first.")
@@ -259,6 +261,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 
     arguments = {
         "model": settings.model,
+        "trust_remote_code": settings.trust_remote_code,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
@@ -279,7 +282,7 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         }
     return arguments | {
         "max_num_seqs": settings.num_seqs_on_cpu,
-        "kv_cache_memory_bytes": _cpu_cache_bytes(settings),
+        "kv_cache_memory_bytes": int(_free_memory() * settings.memory_share),  # at most: see _cache_for
         "block_size": _CPU_BLOCK,
         "enforce_eager": True,  # compiling takes 26 s and gains nothing
         # For a prompt cut in two, vLLM resets the offset of the request's random generator. The CPU's has none:
@@ -289,21 +292,41 @@ def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _cpu_cache_bytes(settings: EngineSettings) -> int:
-    """Memory for all sequences at full length, at most a share of the free memory; vLLM allocates it at once."""
-    config = transformers.AutoConfig.from_pretrained(settings.model).get_text_config()
-    named = config.to_dict()
-    heads = named.get("num_key_value_heads") or config.num_attention_heads
-    width = named.get("head_dim") or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * heads * width * _DTYPE_BYTES[settings.dtype]
-    blocks = math.ceil(settings.max_model_len / _CPU_BLOCK)
-    # Layers of each kind, such as those with a sliding window, have blocks of their own, with one more at the window's
-    # edge; groups of layers are filled up to the same size.
-    kinds = len(set(named.get("layer_types") or ["full_attention"]))
-    blocks = (blocks + 1) * kinds if kinds > 1 else blocks
-    blocks = blocks * settings.num_seqs_on_cpu + 1  # vLLM reserves one
-    share = int(_free_memory() * settings.memory_share)
-    return min(blocks * _CPU_BLOCK * token_bytes, share)
+@contextmanager
+def _cache_for(settings: EngineSettings) -> Iterator[None]:
+    """Let vLLM on the CPU, which allocates its cache at once, have memory for all sequences at full length, not more.
+
+    How many blocks a sequence needs depends on all kinds of layers (windows, states, latent attention): vLLM says.
+    """
+    import vllm.v1.engine.core as core
+    from vllm.platforms import current_platform
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    divide = core.get_kv_cache_configs
+
+    def divide_for_all(config: Any, specs: Any, memory: list[int]) -> Any:
+        [found] = divide(config, specs, memory)
+        sequences = get_max_concurrency_for_kv_cache_config(config, found)
+        if sequences <= settings.num_seqs_on_cpu:
+            return [found]
+        blocks = round(found.num_blocks / sequences) * settings.num_seqs_on_cpu + 1  # vLLM reserves one
+        config.cache_config.num_gpu_blocks_override = min(blocks, found.num_blocks)
+        return divide(config, specs, memory)
+
+    if current_platform.is_cpu():
+        core.get_kv_cache_configs = divide_for_all
+    try:
+        yield
+    finally:
+        core.get_kv_cache_configs = divide
+
+
+def _take_head_from_push(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Tie vLLM's head if the policy's is tied, even where the model's folder has a copy of it that no push brings."""
+    import vllm.config.model as model_config
+
+    has_head = any(name.endswith("lm_head.weight") for name in shapes)
+    model_config.checkpoint_has_lm_head = lambda *args, **kwargs: has_head
 
 
 def _free_memory() -> int:
@@ -321,12 +344,15 @@ def _avoid_side_effects() -> None:
     """Replace functions of vLLM that act on the whole process or take long without a benefit."""
     import vllm.v1.engine.core as core
     import vllm.v1.sample.sampler as sampler
+    from vllm.model_executor.models.transformers.base import Base as TransformersBackend
     from vllm.platforms import current_platform
 
     # Destroys every process group of the process, even the trainer's; `_shut_down` destroys vLLM's own.
     core.cleanup_dist_env_and_memory = _do_nothing
     # Hides all current objects from the garbage collector forever, and takes a second.
     core.freeze_gc_heap = _do_nothing
+    # Replaces methods of transformers' own class, so that the policy would no longer run outside of vLLM.
+    TransformersBackend._decorate_cls_for_torch_compile = _do_nothing
     if current_platform.is_cpu():
         # Compiled, this one-line function delays the first sampled token by 14 s.
         sampler.batched_count_greater_than = _count_at_least
@@ -371,31 +397,3 @@ def _shut_down(core: Any) -> None:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-# -------------------------------------------------------------------------------------------------- pushing weights
-
-
-def _abandon_reload(model: nn.Module, config: Any) -> None:
-    """End a reload that failed midway: incomplete layers get their old weights back.
-
-    Without this, the next push would count tensors of this one as its own, and load only half of its layers.
-    """
-    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
-
-    for layer in model.modules():
-        info = get_layerwise_info(layer)
-        info.loaded_weights.clear()
-        info.load_numel = 0
-    finalize_layerwise_reload(model, config)
-
-
-def _repack_tied_head(model: nn.Module) -> None:
-    """Update a tied head on the CPU: it has its own packed copy of the embeddings, which a reload does not change."""
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        for layer in model.modules():
-            if isinstance(layer, ParallelLMHead):
-                layer.quant_method.process_weights_after_loading(layer)

@@ -14,6 +14,7 @@ from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 SETTINGS = GRPOConfig(
     # What to train, on what
     model="Qwen/Qwen2.5-3B-Instruct",  # cpu: "tiny"
+    trust_remote_code=False,
     task="gsm8k",  # cpu: "countdown"
     dataset=None,  # openai/gsm8k
     dataset_split="train",
@@ -71,7 +72,7 @@ SETTINGS = GRPOConfig(
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
-    attn_implementation="sdpa",
+    attn_implementation="auto",
     vllm_memory_share=0.5,
     vllm_sleep_level=1,
     vllm_enforce_eager=False,

@@ -18,6 +18,7 @@ from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 SETTINGS = GRPOConfig(
     # What to train, on what
     model="Qwen/Qwen2.5-1.5B",  # cpu: "tiny-r1"; a base model, not trained to reason in tags
+    trust_remote_code=False,
     task="countdown",
     dataset="Jiayi-Pan/Countdown-Tasks-3to4",  # cpu: "generated-3to4"
     dataset_split="train",
@@ -75,7 +76,7 @@ SETTINGS = GRPOConfig(
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
-    attn_implementation="sdpa",
+    attn_implementation="auto",
     vllm_memory_share=0.4,
     vllm_sleep_level=1,
     vllm_enforce_eager=False,

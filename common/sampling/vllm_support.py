@@ -1,0 +1,248 @@
+"""What vLLM can sample rightly: found from a model's configuration, before weights are loaded and an engine starts.
+
+vLLM differs from transformers in some models. Where its own settings make it agree, `model_arguments` passes them;
+where nothing does, `check_engine` refuses the model. Whoever trusts neither can sample with transformers.
+"""
+
+import importlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from common.environment import process_unchanged
+
+_WAY_OUT = "Pass --sampler transformers"
+
+
+def check_engine(model: str, *, dtype: str, max_model_len: int) -> None:
+    """Raise an error if vLLM would not run the model, or not rightly. Reads configurations, no weights.
+
+    Args:
+        model: hub id or folder.
+        dtype: "float32", "bfloat16" or "float16".
+        max_model_len: tokens of the longest prompt and its completion.
+
+    Raises:
+        ValueError: with the reason, and what to do.
+    """
+    check_rope(transformers.AutoConfig.from_pretrained(model), max_model_len)
+    with imported():
+        supported_config({"model": model, "dtype": dtype, "max_model_len": max_model_len})
+
+
+@contextmanager
+def imported() -> Iterator[None]:
+    """Import vllm and use it, leaving this process and transformers as they were."""
+    with process_unchanged(), _transformers_unchanged():
+        # Engine and trainer in one process: weights are passed by reference.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # Import in a thread: a module of vLLM keeps an exception, and with it every frame on the stack at import. The
+        # trainer's local variables would stay in memory.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            thread.submit(importlib.import_module, "vllm").result()
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            # The only kernel for latent attention on the CPU takes heads of 576, and blocks of 16. The other way to
+            # compute the same is for all sizes.
+            os.environ["VLLM_MLA_DISABLE"] = "1"
+        yield
+
+
+@contextmanager
+def _transformers_unchanged() -> Iterator[None]:
+    """Undo what vLLM does to classes that the trainer's model shares."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    # vLLM puts its own configuration classes in place of transformers', for which AutoModel knows no model.
+    classes = dict(CONFIG_MAPPING._extra_content)
+    try:
+        yield
+    finally:
+        CONFIG_MAPPING._extra_content = classes
+
+
+# ------------------------------------------------------------------------------------------------- from configurations
+
+
+def check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
+    """Raise a ValueError if rotary embeddings depend on the length in a way that vLLM does not follow."""
+    text = config.get_text_config()
+    for kind, rope in _rope_parameters(text).items():
+        if kind == "dynamic" and "alpha" not in rope:  # alpha, of Hunyuan, makes it independent of the length
+            # vllm/model_executor/layers/rotary_embedding/dynamic_ntk_scaling_rope.py, in 0.31: log-probs are NaN.
+            raise ValueError(
+                f'{text.model_type} with rope_type "dynamic": the model scales by the length of each sequence, vLLM '
+                f"by the longest that is possible, and its log-probs can be NaN. {_WAY_OUT}."
+            )
+        original = rope.get("original_max_position_embeddings")
+        if kind == "longrope" and original and max_model_len > original:
+            raise ValueError(
+                f'{text.model_type} with rope_type "longrope" for prompts and completions of {max_model_len} tokens: '
+                f"vLLM takes the long factors for every sequence, because some could exceed {original} tokens "
+                "(original_max_position_embeddings); the model takes them for those that do. "
+                f"Lower max_prompt_length and response_length to {original} tokens in total. {_WAY_OUT} if you "
+                "need more."
+            )
+
+
+def _rope_parameters(config: PreTrainedConfig) -> dict[str, dict[str, Any]]:
+    """The parameters of rotary embeddings by rope_type; models with kinds of layers have some for each kind."""
+    rope = config.to_dict().get("rope_parameters") or {}
+    by_kind = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    return {each["rope_type"]: each for each in by_kind if "rope_type" in each}
+
+
+def supported_config(arguments: dict[str, Any]) -> Any:
+    """VLLM's ModelConfig for an engine, within `imported`.
+
+    Args:
+        arguments: of vLLM's LLM.
+
+    Raises:
+        ValueError: if vLLM would not run the model.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+
+    model = arguments["model"]
+    try:
+        config = EngineArgs(**arguments | {"skip_tokenizer_init": True}).create_model_config()
+    except Exception as error:
+        raise ValueError(f"vLLM does not run {model}: {_reason(error)} {_WAY_OUT}.") from error
+    if current_platform.is_cpu():
+        _check_state(config)
+        if not config.is_attention_free:
+            _check_head_size(config)
+    return config
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM's error says, without the frame that pydantic puts around it; at most 300 characters."""
+    lines = [line for line in str(error).splitlines() if "validation error" not in line and "pydantic.dev" not in line]
+    text = " ".join(" ".join(lines).split()).removeprefix("Value error, ").split(" [type=")[0]
+    return text[:300].rstrip(". ") + "."
+
+
+def _check_state(config: Any) -> None:
+    """Refuse states for which vLLM has no kernel on the CPU (0.31)."""
+    named = config.hf_text_config.to_dict()
+    if has_state(config) and ("time_step_rank" in named or "mamba_dt_rank" in named):  # only Mamba 1 has a rank
+        missing = "its kernels for the CPU have no selective scan of Mamba 1"
+    elif has_state(config) and "linear_num_value_heads" in named and config.dtype != torch.bfloat16:
+        missing = f"its gated delta rule for the CPU is in bfloat16 only, not in {str(config.dtype).split('.')[1]}"
+    else:
+        return
+    raise ValueError(f"{named['model_type']}: vLLM does not run it here, {missing}. {_WAY_OUT}, or sample on a GPU.")
+
+
+def _check_head_size(config: Any) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, known = config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in known:
+        raise ValueError(
+            f"{config.hf_text_config.model_type} with attention heads of {size}: vLLM's kernels for the CPU take "
+            f"heads of {', '.join(map(str, known))}. {_WAY_OUT}, or sample on a GPU."
+        )
+
+
+def has_state(config: Any) -> bool:
+    """Whether layers of a vLLM ModelConfig carry a state from token to token, as in Mamba, instead of a cache."""
+    return config.is_hybrid or config.is_attention_free
+
+
+# -------------------------------------------------------------------------------- where vLLM differs from transformers
+
+
+def overrides(config: PreTrainedConfig) -> dict[str, Any]:
+    """Values of a configuration with which vLLM computes what transformers computes for it."""
+    # Windows of Cohere 2 are one token wider in vLLM, which takes that for the convention of its training
+    # (vllm/model_executor/models/commandr.py, cohere2_moe.py). `check_model` notices when that changes.
+    if config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window is not None:
+        return {"sliding_window": config.sliding_window - 1}
+    if config.model_type == "deepseek_v3":
+        # transformers has no other routing, and does not write these names; without them, vLLM has another.
+        return {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    if config.model_type == "lfm2":
+        # Names of Liquid AI's own first configuration, which transformers does not write.
+        return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
+    return {}
+
+
+@contextmanager
+def kernels_for(dtype: str) -> Iterator[None]:
+    """Let vLLM on the CPU take kernels that exist for a dtype, while weights are prepared or the model runs.
+
+    For convolutions of state-space models, it takes kernels of bfloat16 whenever the CPU has them, and fails for
+    another dtype: "causal_conv1d_fwd_kernel_impl" not implemented for 'Float' (vLLM 0.31).
+    """
+    supported = torch.cpu._is_avx512_bf16_supported
+    if dtype != "bfloat16":
+        torch.cpu._is_avx512_bf16_supported = lambda: False
+    try:
+        yield
+    finally:
+        torch.cpu._is_avx512_bf16_supported = supported
+
+
+def correct_classes(config: PreTrainedConfig) -> None:
+    """Correct classes of vLLM that differ from transformers', before an engine makes their objects."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        RotaryEmbedding.forward_cpu = _rotate
+    if config.model_type == "bloom":
+        from vllm.model_executor.layers.activation import get_act_fn
+        from vllm.model_executor.models import bloom
+
+        # Bloom was trained with the tanh approximation; vLLM has the exact function (0.31): 8e-4 in log-probs.
+        bloom.get_act_fn = lambda name: get_act_fn("gelu_pytorch_tanh" if name == "gelu" else name)
+
+
+def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """RotaryEmbedding.forward_cpu; its kernel rotates only the first head of (tokens, heads, size) (vLLM 0.31)."""
+    if query.dim() == 3:
+        return rotary.forward_native(positions, query, key)
+    from vllm import _custom_ops
+
+    cache = rotary._match_cos_sin_cache_dtype(query)
+    _custom_ops.rotary_embedding(positions, query, key, rotary.head_size, cache, rotary.is_neox_style)
+    return query, key
+
+
+def check_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) -> None:
+    """Raise a ValueError if vLLM built another model than the configuration describes: other windows, another head."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    text = config.get_text_config()
+    _check_windows(model, text.to_dict(), max_model_len)
+    tables = [each for each in model.modules() if isinstance(each, VocabParallelEmbedding)]
+    is_tied = len({id(each.weight) for each in tables}) < len(tables)  # the head is one too
+    if is_tied and not text.tie_word_embeddings:
+        raise ValueError(
+            f"{text.model_type} with tie_word_embeddings=false: vLLM takes the input embeddings for the head, so its "
+            f"log-probs would not be the policy's. {_WAY_OUT}."
+        )
+
+
+def _check_windows(model: nn.Module, text: dict[str, Any], max_model_len: int) -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    window, kinds = text.get("sliding_window"), text.get("layer_types") or []
+    if window is None or max_model_len <= window:
+        return
+    found = {layer.sliding_window for layer in model.modules() if isinstance(layer, Attention)} - {None}
+    if found - {window} or ("sliding_attention" in kinds and not found):
+        raise ValueError(
+            f"{text['model_type']} with sliding_window={window}: vLLM's attention has {sorted(found) or 'no window'}, "
+            f"so its log-probs would not be the policy's. {_WAY_OUT}, or sequences of at most {window} tokens."
+        )

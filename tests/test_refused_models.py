@@ -1,0 +1,259 @@
+"""A model that cannot be trained rightly is refused in one message, before its weights are loaded."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BertConfig,
+    BertLMHeadModel,
+    Qwen2VLConfig,
+    T5Config,
+)
+
+from common.config import RLConfig
+from common.embedded import check_model, load_tokenizer, skeleton
+from common.models.configs import read_config
+from common.models.loading import load_policy, num_tokens
+from common.models.saving import save_model
+from tests.test_bad_input import assert_one_message, run_grpo
+from tests.toy import toy_trainer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path) -> Path:
+    """A copy of the tiny policy, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def change(folder: Path, **values) -> None:
+    """Set values in config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def refusal(folder: Path) -> str:
+    """The message of check_model, which is short and names the model."""
+    with pytest.raises(ValueError) as raised:
+        check_model(str(folder))
+    message = str(raised.value)
+    assert message.startswith(f"model='{folder}': ") and message.count("\n") < 8 and len(message) < 800
+    return message
+
+
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+def cut(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def lose_a_shard(folder):
+    names = dict.fromkeys(load_file(folder / WEIGHTS), "model-00002-of-00002.safetensors")
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def damage_the_index(folder):
+    (folder / INDEX).write_text('{"weight_map": ')
+
+
+def lose_a_tensor(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def other_weights(folder):
+    save_file({"transformer.wte.weight": torch.zeros(4, 4)}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+SPOILT = {
+    "no config": (remove("config.json"), "the folder has no config.json"),
+    "config without a type": (write("config.json", "{}"), "does not know its architecture"),
+    "unreadable config": (write("config.json", "{"), "not a valid JSON"),
+    "config of wrong types": (lambda folder: change(folder, hidden_size="wide"), "hidden_size"),
+    "impossible sizes": (lambda folder: change(folder, pad_token_id=10_000), "cannot be built from its config.json"),
+    "unknown architecture": (lambda folder: change(folder, model_type="qwen99"), "does not know its architecture"),
+    "no weights": (remove(WEIGHTS), "has no weights"),
+    "damaged weights": (cut, "model.safetensors is damaged"),
+    "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors of 2 files is missing"),
+    "damaged index": (damage_the_index, f"{INDEX} is damaged"),
+    "missing tensor": (lose_a_tensor, "1 of its weights are missing, such as model.layers.1.mlp.up_proj.weight"),
+    "another model's weights": (other_weights, "weights are missing"),
+    "other shapes": (lambda folder: change(folder, vocab_size=500), "another shape, such as model.embed_tokens"),
+    "unreadable generation config": (write("generation_config.json", "{"), "generation_config.json is not readable"),
+    "end token in words": (write("generation_config.json", '{"eos_token_id": "</s>"}'), "eos_token_id '</s>'"),
+    "generation config that is a list": (write("generation_config.json", "[]"), "holds no settings"),
+    "a quantised checkpoint": (
+        lambda folder: change(folder, quantization_config={"quant_method": "awq", "bits": 4}),
+        "its weights are quantised (awq)",
+    ),
+    "a checkpoint in 4 bits": (
+        lambda folder: change(folder, quantization_config={"load_in_4bit": True}),
+        "its weights are quantised (bitsandbytes)",
+    ),
+    "a reward model": (
+        lambda folder: change(folder, architectures=["Qwen2ForSequenceClassification"]),
+        "weights are those of Qwen2ForSequenceClassification",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_folder_is_refused_with_the_reason(folder, name):
+    check_model(str(folder))
+    spoil, reason = SPOILT[name]
+    spoil(folder)
+    assert reason in refusal(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder):
+    remove("tokenizer.json", "tokenizer_config.json")(folder)
+    with pytest.raises(ValueError, match=r"model='.*': its tokenizer cannot be loaded.*tokenizer\.json"):
+        load_tokenizer(str(folder))
+
+
+SMALL = {"vocab_size": 64, "d_model": 32}
+OTHER_KINDS = {
+    "T5": (T5Config(**SMALL), "encoder-decoder"),
+    "BART": (BartConfig(**SMALL), "encoder-decoder"),
+    "BERT": (BertConfig(vocab_size=64), "bert is an encoder"),
+    "Qwen2-VL": (Qwen2VLConfig(), "AutoModelForCausalLM does not know qwen2_vl, a model for images and text"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_model_that_writes_no_text_by_itself_is_refused_by_its_configuration(tmp_path, name):
+    config, reason = OTHER_KINDS[name]
+    config.save_pretrained(tmp_path)
+    assert reason in refusal(tmp_path)
+
+
+def test_an_encoder_that_is_set_up_as_a_decoder_is_refused_too(tmp_path):
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **small)).save_pretrained(tmp_path)
+    assert "a token sees those after it" in refusal(tmp_path)
+
+
+def test_a_classifier_saved_by_transformers_is_refused(tiny_folder, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1).save_pretrained(tmp_path)
+    assert "a model with one label can be a reward" in refusal(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_script_refuses_it_in_one_line(folder, tmp_path):
+    cut(folder)
+    done = run_grpo("--model", str(folder), "--sampler", "transformers", "--output_dir", str(tmp_path / "run"))
+    assert_one_message(done, "model.safetensors is damaged", "Download or write this file again")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_without_a_network_a_hub_id_takes_one_line_and_a_message(tmp_path):
+    done = run_grpo(
+        *("--model", "nobody/none", "--sampler", "transformers", "--output_dir", str(tmp_path / "run")),
+        before="import httpx; httpx.Client.send = lambda *a, **k: (_ for _ in ()).throw(httpx.ConnectError('no'))",
+        HF_HUB_OFFLINE="0",
+        HF_HOME=str(tmp_path / "hub"),
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 2, done.stderr
+    assert "does not answer" in lines[0] and lines[1].startswith("error: model='nobody/none': cannot be loaded")
+
+
+# Code that comes with the model
+
+CONFIG_CODE = """
+from transformers import Qwen2Config
+
+class MarkedConfig(Qwen2Config):
+    model_type = "marked"
+"""
+MODEL_CODE = """
+from transformers import Qwen2ForCausalLM
+from .configuration_marked import MarkedConfig
+
+class MarkedForCausalLM(Qwen2ForCausalLM):
+    config_class = MarkedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.variance_epsilon = 0.5  # so that Qwen2's own class would give other logits
+"""
+
+
+@pytest.fixture
+def own_code(folder) -> Path:
+    """A model whose architecture is Python code in its folder."""
+    (folder / "configuration_marked.py").write_text(CONFIG_CODE)
+    (folder / "modeling_marked.py").write_text(MODEL_CODE)
+    places = {
+        "AutoConfig": "configuration_marked.MarkedConfig",
+        "AutoModelForCausalLM": "modeling_marked.MarkedForCausalLM",
+    }
+    change(folder, model_type="marked", architectures=["MarkedForCausalLM"], auto_map=places)
+    return folder
+
+
+IN_A_PROCESS = """
+import sys
+from pathlib import Path
+import torch
+from tests.test_refused_models import trust_and_train
+trust_and_train(*map(Path, sys.argv[1:]))
+"""
+
+
+def trust_and_train(folder: Path, output: Path) -> None:
+    """Refuse a model's own code, then run it; in a process of its own, since it becomes known to transformers."""
+    message = refusal(folder)
+    assert "Python code that comes with it" in message and "--trust_remote_code true" in message
+    check_model(str(folder), trust_remote_code=True)
+    assert num_tokens(str(folder)) == 459 and type(skeleton(str(folder))).__name__ == "MarkedForCausalLM"
+    policy = load_policy(str(folder), RLConfig(trust_remote_code=True), dtype=torch.float32)
+    ids = torch.tensor([[5, 6, 7]])
+    assert policy.model.norm.variance_epsilon == 0.5
+    save_model(policy, load_tokenizer(str(folder)), output / "saved")
+    # What is saved brings its code along.
+    saved = AutoModelForCausalLM.from_pretrained(output / "saved", trust_remote_code=True)
+    torch.testing.assert_close(saved(ids).logits, policy(ids).logits)
+    assert (output / "saved" / "modeling_marked.py").is_file()
+    trainer = toy_trainer(folder, output / "run", trust_remote_code=True, num_steps=1)
+    metrics = trainer.train()
+    assert metrics["policy/first_ratio"] == 1 and metrics["sampler/logprob_diff"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_models_own_code_runs_only_if_it_is_trusted(own_code, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS, str(own_code), str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(tmp_path):
+    assert "there is no such folder" in refusal(tmp_path / "nowhere")
+
+
+def test_a_configuration_says_what_it_is_read_for(tmp_path):
+    with pytest.raises(ValueError, match=r"^reward model 'x': the folder has no config\.json.*Pass another\.$"):
+        read_config(tmp_path, label="reward model 'x'", remedy="Pass another.")

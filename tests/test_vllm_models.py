@@ -1,0 +1,169 @@
+"""vLLM after two pushes against transformers, for kinds of models whose weights vLLM prepares for its kernels."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from common.sampling import vllm_support
+from common.sampling.vllm_engine import EngineSettings, create_engine, push_weights
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+KINDS = {
+    "experts": ("qwen3_moe", EXPERTS | {"head_dim": 32}),
+    "experts that the model copies itself": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 16},
+    ),
+    "a state": (
+        "falcon_h1",
+        {"head_dim": 32, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16},
+    ),
+    "transformers' own class": ("smollm3", {}),
+    "a window that vLLM widens": (
+        "cohere2",
+        {"head_dim": 32, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "a convolution": ("lfm2", {"layer_types": ["conv", "full_attention"], "tie_word_embeddings": True}),
+    "latent attention": (
+        "deepseek_v2",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "kv_lora_rank": 32}
+        | {"q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+        | {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    ),
+    "another activation": ("bloom", {"n_layer": 2, "n_head": 2}),
+}
+IDS = torch.randint(5, 290, (1, 50), generator=torch.Generator().manual_seed(3))
+
+
+def save_model(path, kind: str, **settings: object):
+    config = transformers.AutoConfig.for_model(kind, **SIZES | settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    return path
+
+
+def save_other_weights(folder, path):
+    """A copy of a folder in which each weight is another."""
+    path.mkdir()
+    (path / "config.json").write_text((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    changed = {name: weight * (1 + 0.3 * torch.randn_like(weight)) for name, weight in weights.items()}
+    save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@torch.no_grad()
+def logprobs_of_model(path) -> Tensor:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    logits = model(input_ids=IDS).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, IDS[0, 1:, None]).squeeze(1)  # (tokens - 1,)
+
+
+def logprobs_of_engine(engine) -> Tensor:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    prompts = [{"prompt_token_ids": IDS[0].tolist()}]
+    with vllm_support.kernels_for(engine.dtype):
+        [output] = engine.llm.generate(prompts, params, use_tqdm=False)
+    pairs = zip(output.prompt_logprobs[1:], IDS[0, 1:].tolist(), strict=True)
+    return torch.tensor([found[token].logprob for found, token in pairs])
+
+
+def engine_for(path):
+    engine = create_engine(EngineSettings(model=str(path), dtype="float32", max_model_len=64, max_num_seqs=2))
+    engine.shapes = {name: tuple(t.shape) for name, t in load_file(path / "model.safetensors").items()}
+    return engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_vllm_has_the_weights_of_each_push(tmp_path, kind):
+    torch.manual_seed(0)
+    first = save_model(tmp_path / "first", KINDS[kind][0], **KINDS[kind][1])
+    second = save_other_weights(first, tmp_path / "second")
+    engine = engine_for(first)
+    expected = [logprobs_of_model(path) for path in (first, second)]
+    assert (expected[0] - expected[1]).abs().mean() > 0.05
+    for path, logprobs in zip((first, second), expected, strict=True):
+        push_weights(engine, load_file(path / "model.safetensors").items())
+        assert (logprobs_of_engine(engine) - logprobs).abs().max() < 3e-5
+    # transformers is as before: the policy still runs, and its configuration is of its own class.
+    assert torch.equal(logprobs_of_model(first), expected[0])
+
+
+@pytest.mark.slow
+def test_a_head_that_the_policy_ties_is_tied_although_the_folder_has_a_copy(tmp_path):
+    torch.manual_seed(0)
+    path = save_model(tmp_path / "model", "qwen2", tie_word_embeddings=True)
+    weights = load_file(path / "model.safetensors")
+    copy = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+    save_file(weights | copy, path / "model.safetensors", metadata={"format": "pt"})
+    engine = create_engine(EngineSettings(model=str(path), dtype="float32", max_model_len=64, max_num_seqs=2))
+    push_weights(engine, weights.items())
+    assert (logprobs_of_engine(engine) - logprobs_of_model(path)).abs().max() < 3e-5
+
+
+@pytest.mark.slow
+def test_a_layerwise_reload_that_leaves_weights_is_refused(tmp_path):
+    from common.sampling import vllm_reload
+
+    kind, settings = KINDS["experts that the model copies itself"]
+    path = save_model(tmp_path / "model", kind, **settings)
+    engine = engine_for(path)
+    weights = load_file(path / "model.safetensors")
+    config = engine.llm.llm_engine.model_config
+    with pytest.raises(ValueError, match="experts"):
+        engine.llm.apply_model(lambda model: vllm_reload.load_layerwise(model, weights.items(), config))
+
+
+def check(tmp_path, kind: str, *, max_model_len: int = 64, **settings: object) -> None:
+    path = tmp_path / kind
+    path.mkdir(exist_ok=True)
+    config = transformers.AutoConfig.for_model(kind, **SIZES | settings)
+    config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(path)
+    vllm_support.check_engine(str(path), dtype="float32", max_model_len=max_model_len)
+
+
+@pytest.mark.slow
+def test_what_vllm_does_not_sample_rightly_is_refused_by_its_configuration(tmp_path):
+    check(tmp_path, "qwen2")
+    with pytest.raises(ValueError, match="heads of 16"):
+        check(tmp_path, "qwen2", num_attention_heads=4, num_key_value_heads=4)
+    with pytest.raises(ValueError, match="selective scan"):
+        check(tmp_path, "mamba")
+    factors = {"short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
+    check(tmp_path, "phi3", rope_parameters=rope)
+    with pytest.raises(ValueError, match="64 tokens in total"):
+        check(tmp_path, "phi3", rope_parameters=rope, max_model_len=65)
+    with pytest.raises(ValueError, match="dynamic"):
+        check(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+
+
+@pytest.mark.slow
+def test_a_head_that_vllm_ties_and_the_policy_does_not_is_refused(tmp_path):
+    kinds = {"layer_types": ["conv", "full_attention"], "tie_word_embeddings": False}
+    path = save_model(tmp_path / "model", "lfm2", **kinds)
+    with pytest.raises(ValueError, match="tie_word_embeddings=false"):
+        engine_for(path)
