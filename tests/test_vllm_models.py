@@ -132,7 +132,7 @@ def test_a_layerwise_reload_that_leaves_weights_is_refused(tmp_path):
     engine = engine_for(path)
     weights = load_file(path / "model.safetensors")
     config = engine.llm.llm_engine.model_config
-    with pytest.raises(ValueError, match="sinks|experts"):
+    with pytest.raises(ValueError, match=r"sinks|experts"):
         engine.llm.apply_model(lambda model: vllm_reload.load_layerwise(model, weights.items(), config))
 
 
@@ -167,3 +167,11 @@ def test_a_head_that_vllm_ties_and_the_policy_does_not_is_refused(tmp_path):
     path = save_model(tmp_path / "model", "lfm2", **kinds)
     with pytest.raises(ValueError, match="tie_word_embeddings=false"):
         engine_for(path)
+
+
+@pytest.mark.slow
+def test_an_engine_leaves_the_configuration_classes_of_transformers(tmp_path):
+    check(tmp_path, "hyperclovax", head_dim=32)
+    assert type(transformers.AutoConfig.from_pretrained(tmp_path / "hyperclovax")).__module__.startswith(
+        "transformers"
+    )

@@ -368,7 +368,7 @@ def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _add_expert_group() -> None:
-    """Let a mixture of experts use the process groups of an earlier, dense engine, for which vLLM makes no such group."""
+    """Let a mixture of experts use the groups of an earlier, dense engine, for which vLLM makes none of experts."""
     from vllm.distributed import parallel_state
 
     if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
