@@ -69,7 +69,7 @@ def test_algorithms_import_only_what_their_author_reads():
 def imported_packages(module: str, *, at_the_top: bool) -> set[str]:
     """The packages from outside that a module imports."""
     tree = ast.parse(modules()[module].read_text())
-    nodes = tree.body if at_the_top else ast.walk(tree)
+    nodes = tree.body if at_the_top else list(ast.walk(tree))
     named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     named += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
     return {name.split(".")[0] for name in named}

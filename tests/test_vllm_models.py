@@ -132,7 +132,7 @@ def test_a_layerwise_reload_that_leaves_weights_is_refused(tmp_path):
     engine = engine_for(path)
     weights = load_file(path / "model.safetensors")
     config = engine.llm.llm_engine.model_config
-    with pytest.raises(ValueError, match="experts"):
+    with pytest.raises(ValueError, match=r"sinks|experts"):
         engine.llm.apply_model(lambda model: vllm_reload.load_layerwise(model, weights.items(), config))
 
 
@@ -154,9 +154,9 @@ def test_what_vllm_does_not_sample_rightly_is_refused_by_its_configuration(tmp_p
         check(tmp_path, "mamba")
     factors = {"short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
-    check(tmp_path, "phi3", rope_parameters=rope)
+    check(tmp_path, "phi3", original_max_position_embeddings=64, rope_parameters=rope)
     with pytest.raises(ValueError, match="64 tokens in total"):
-        check(tmp_path, "phi3", rope_parameters=rope, max_model_len=65)
+        check(tmp_path, "phi3", original_max_position_embeddings=64, rope_parameters=rope, max_model_len=65)
     with pytest.raises(ValueError, match="dynamic"):
         check(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
 
@@ -167,3 +167,11 @@ def test_a_head_that_vllm_ties_and_the_policy_does_not_is_refused(tmp_path):
     path = save_model(tmp_path / "model", "lfm2", **kinds)
     with pytest.raises(ValueError, match="tie_word_embeddings=false"):
         engine_for(path)
+
+
+@pytest.mark.slow
+def test_an_engine_leaves_the_configuration_classes_of_transformers(tmp_path):
+    check(tmp_path, "hyperclovax", head_dim=32)
+    assert type(transformers.AutoConfig.from_pretrained(tmp_path / "hyperclovax")).__module__.startswith(
+        "transformers"
+    )

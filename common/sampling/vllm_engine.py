@@ -107,12 +107,13 @@ def create_engine(settings: EngineSettings) -> Engine:
             # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
             arguments["enable_prefix_caching"] = False
         _Groups.owned |= not torch.distributed.is_initialized()
+        _add_expert_group()
         with _cache_for(settings), vllm_support.kernels_for(settings.dtype):
-            llm = LLM(**arguments)
-        llm.apply_model(lambda model: vllm_support.check_model(model, config, settings.max_model_len))
+            engine = Engine(LLM(**arguments), shapes, settings.dtype)
+    engine.llm.apply_model(lambda model: vllm_support.check_model(model, config, settings.max_model_len))
     # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
-    return Engine(llm, shapes, settings.dtype)
+    return engine
 
 
 def check_installed() -> None:
@@ -367,6 +368,19 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
 def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
     """(rows,) int64: how many of the columns of x, (rows, columns), are not below values, (rows, 1)."""
     return (x >= values).sum(-1)
+
+
+def _add_expert_group() -> None:
+    """Let a mixture of experts use the groups of an earlier, dense engine, for which vLLM makes none of experts."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        world = parallel_state.get_world_group()
+        backend = torch.distributed.get_backend(world.device_group)
+        each_alone = [[rank] for rank in range(world.world_size)]
+        parallel_state._EP = parallel_state.init_model_parallel_group(
+            each_alone, world.local_rank, backend, group_name="ep"
+        )
 
 
 # ----------------------------------------------------------------------------------------------- deleting an engine

@@ -46,7 +46,7 @@ def imported() -> Iterator[None]:
         # Import in a thread: a module of vLLM keeps an exception, and with it every frame on the stack at import. The
         # trainer's local variables would stay in memory.
         with ThreadPoolExecutor(max_workers=1) as thread:
-            thread.submit(importlib.import_module, "vllm").result()
+            thread.submit(lambda: importlib.import_module("vllm").LLM).result()
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
