@@ -150,7 +150,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(base, tmp_path):
     file = content["weight_map"]["model.norm.weight"]
     content["weight_map"] = {name: part for name, part in content["weight_map"].items() if part != file}
     index.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"weights are missing or have another shape, such as model"):
+    with pytest.raises(ValueError, match=r"weights are missing, such as model"):
         run_merge(tmp_path / "one", model=tmp_path / "sharded")
 
 
@@ -303,12 +303,12 @@ def test_an_adapter_of_another_base_is_refused_by_its_name(base, adapter, tmp_pa
         ({"num_hidden_layers": 1}, r"layers.1.*with None: it was trained on another"),
     ],
 )
-def test_an_adapter_of_another_base_is_refused_by_its_shapes(base, adapter, tmp_path, sizes, message):
+def test_an_adapter_of_another_base_is_refused_by_its_shapes(base, adapter, tmp_path, sizes, message, monkeypatch):
     other = save_untrained(tmp_path / "other", **SIZES | sizes)
     shutil.copytree(adapter, tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(other)}))
-    (other / "model.safetensors").unlink()  # refused before any weight is loaded
+    monkeypatch.delattr("common.merge.load")  # refused before any weight is loaded
     with pytest.raises(ValueError, match=message):
         run_merge(tmp_path / "merged", model=other, adapter=tmp_path / "adapter")
 

@@ -63,10 +63,12 @@ def cut(folder):
 def lose_a_shard(folder):
     names = dict.fromkeys(load_file(folder / WEIGHTS), "model-00002-of-00002.safetensors")
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (folder / WEIGHTS).unlink()  # the index counts only without it
 
 
 def damage_the_index(folder):
     (folder / INDEX).write_text('{"weight_map": ')
+    (folder / WEIGHTS).unlink()
 
 
 def lose_a_tensor(folder):
@@ -92,7 +94,7 @@ SPOILT = {
     "unknown architecture": (lambda folder: change(folder, model_type="qwen99"), "does not know its architecture"),
     "no weights": (remove(WEIGHTS), "has no weights"),
     "damaged weights": (cut, "model.safetensors is damaged"),
-    "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors of 2 files is missing"),
+    "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors of 1 files is missing"),
     "damaged index": (damage_the_index, f"{INDEX} is damaged"),
     "missing tensor": (lose_a_tensor, "1 of its weights are missing, such as model.layers.1.mlp.up_proj.weight"),
     "another model's weights": (other_weights, "weights are missing"),

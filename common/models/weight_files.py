@@ -51,14 +51,16 @@ def shards(folder: Path) -> list[str]:
     Raises:
         ValueError: if one of them is missing, or the index is damaged.
     """
-    for name in INDEX_NAMES:
+    for name in FILE_NAMES:
         if not (folder / name).is_file():
             continue
+        if name not in INDEX_NAMES:
+            return []  # transformers takes this file, and no index beside it
         files = sorted(set(_weight_map(folder / name).values()))
         if missing := [file for file in files if not (folder / file).is_file()]:
             raise ValueError(
-                f"model={str(folder)!r}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: these "
-                "weights would stay uninitialised. Download or write the missing files again."
+                f"model={str(folder)!r}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: "
+                "these weights would stay uninitialised. Download or write the missing files again."
             )
         return files
     return []
