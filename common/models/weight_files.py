@@ -119,6 +119,6 @@ def _names_in(file: Path) -> list[str]:
 
 def _damaged(file: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"model={str(file.parent)!r}: {file.name} is damaged ({file.stat().st_size:,} bytes; {error}): its weights cannot be "
-        "read. Download or write this file again."
+        f"model={str(file.parent)!r}: {file.name} is damaged ({file.stat().st_size:,} bytes; {error}): its weights "
+        "cannot be read. Download or write this file again."
     )
