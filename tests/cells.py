@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.mistakes import WRONG_NUMBERS
+
 ROOT = Path(__file__).parent.parent
 
 # Mode -> settings that differ. The order is that of the columns.
@@ -196,7 +198,8 @@ def _train(model: Path, mode: str, run: Path, found: dict[str, Any]) -> None:
     load = transformers.PreTrainedModel.from_pretrained.__func__
 
     def noted(cls: type, *args: Any, **options: Any) -> Any:
-        found["loaded"] = True
+        if options.get("device_map") != {"": "meta"}:  # that reads names and shapes only
+            found["loaded"] = True
         return load(cls, *args, **options)
 
     transformers.PreTrainedModel.from_pretrained = classmethod(noted)
@@ -261,6 +264,8 @@ def judge(found: dict[str, Any], output: str) -> Cell:
     measured = {"logprob_diff": _largest(diffs), "logit_diff": _largest(saved)}
     if found["exit"] == 2:
         return Cell(**_refusal(output, loaded=found.get("loaded", False)), **measured)
+    if found["exit"] == WRONG_NUMBERS:
+        return Cell(verdict="WRONG", reason=f"stopped: {_message(output)}"[:300], **measured)
     if found["exit"] != 0:
         return Cell(verdict="WRONG", reason=str(found["exit"]).strip().split("\n")[0][:300], **measured)
     problems = [
@@ -280,7 +285,7 @@ def judge(found: dict[str, Any], output: str) -> Cell:
 
 def _refusal(output: str, *, loaded: bool) -> dict[str, str]:
     """Verdict and reason of a run that ended with a message."""
-    message = output[output.rfind("error: ") :].strip().removeprefix("error: ")
+    message = _message(output)
     num_lines = sum(len(textwrap.wrap(line, COLUMNS)) or 1 for line in message.splitlines())
     first = message.split("\n")[0]
     if loaded:
@@ -288,6 +293,10 @@ def _refusal(output: str, *, loaded: bool) -> dict[str, str]:
     if num_lines > MAX_REFUSAL_LINES:
         return {"verdict": "WRONG", "reason": f"refused in {num_lines} lines: {first}"}
     return {"verdict": "refused", "reason": first}
+
+
+def _message(output: str) -> str:
+    return output[output.rfind("error: ") :].strip().removeprefix("error: ")
 
 
 def _largest(values: list[float | None]) -> float | None:
