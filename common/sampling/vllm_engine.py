@@ -19,13 +19,13 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
 from torch import Tensor
 
 from common.environment import num_threads, preserved_random_state, process_unchanged
+from common.models.configs import read_config
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
-from common.sampling import vllm_reload, vllm_support
+from common.sampling import vllm_reload, vllm_support, vllm_trial
 from common.sampling.protocol import Finished, SamplingSettings
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
@@ -83,19 +83,20 @@ class Engine:
         self.dtype = dtype
         self.shapes = shapes
         _Groups.users += 1
-        weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
+        self.shut_down = weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
 
 
 def create_engine(settings: EngineSettings) -> Engine:
     """Start vLLM in this process; every process of a distributed run must call this at the same time.
 
     Raises:
-        ValueError: if vLLM is not installed, or if it refuses the model or the memory.
+        ValueError: if vLLM is not installed, or if it does not build the model, does not take its weights, drops some
+            of them, or cannot sample with them.
     """
     check_installed()
     shapes = checkpoint_shapes(settings.model)  # first: vLLM replaces configuration classes of transformers
-    config = transformers.AutoConfig.from_pretrained(settings.model)
-    vllm_support.check_rope(config, settings.max_model_len)
+    config = read_config(settings.model, trust_remote_code=settings.trust_remote_code)
+    vllm_support.check_configuration(config, settings.max_model_len)
     with vllm_support.imported():
         from vllm import LLM
 
@@ -109,11 +110,39 @@ def create_engine(settings: EngineSettings) -> Engine:
         _Groups.owned |= not torch.distributed.is_initialized()
         _add_expert_group()
         with _cache_for(settings), vllm_support.kernels_for(settings.dtype):
-            engine = Engine(LLM(**arguments), shapes, settings.dtype)
-    engine.llm.apply_model(lambda model: vllm_support.check_model(model, config, settings.max_model_len))
+            engine = Engine(_start(LLM, arguments), shapes, settings.dtype)
+    try:
+        engine.llm.apply_model(lambda model: vllm_support.check_built_model(model, config, settings.max_model_len))
+        _try_out(engine, settings.model)
+    except BaseException:
+        engine.shut_down()
+        raise
     # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     return engine
+
+
+def _start(make: Any, arguments: dict[str, Any]) -> Any:
+    """VLLM's LLM; one that cannot be made leaves no process groups behind."""
+    try:
+        with vllm_trial.refused(arguments["model"], "build"):
+            return make(**arguments)
+    except BaseException:
+        _destroy_unused_groups()
+        raise
+
+
+def _try_out(engine: Engine, model: str) -> None:
+    """Push zeros and sample a token; whatever fails is our refusal, before any weights are loaded."""
+    [device] = engine.llm.apply_model(lambda model: next(model.parameters()).device)
+    [name] = engine.llm.apply_model(lambda model: type(model).__name__)
+    zeros = vllm_trial.zeros_of(engine.shapes, dtype=getattr(torch, engine.dtype), device=device)
+    settings = SamplingSettings(temperature=1.0, max_tokens=1, stop_token_ids=())
+    with vllm_trial.refused(model, "take the weights of"), vllm_trial.all_read(zeros, name):
+        _reload(engine, zeros.items())
+    with vllm_trial.refused(model, "sample from"):
+        generate(engine, [[0, 0]], settings, num_generations=1, seeds=[0])
+        _drop_cache(engine)
 
 
 def check_installed() -> None:
@@ -224,10 +253,17 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
         ValueError: if a name is unknown, repeated or missing, a shape differs, or vLLM does not take a weight. After
             this or any other exception, the engine must not be used before a push succeeds.
     """
-    pushed = complete_weights(weights, engine.shapes)
+    _reload(engine, complete_weights(weights, engine.shapes))
+    _drop_cache(engine)
+
+
+def _reload(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
     config = engine.llm.llm_engine.vllm_config
     with vllm_support.kernels_for(engine.dtype):
-        engine.llm.apply_model(lambda model: vllm_reload.reload(model, pushed, config))
+        engine.llm.apply_model(lambda model: vllm_reload.reload(model, weights, config))
+
+
+def _drop_cache(engine: Engine) -> None:
     # Cache blocks are found by their tokens: without this, prompts would reuse blocks of the old weights.
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError("the cache could not be reset: requests are running. Call abort_requests first.")
@@ -396,18 +432,22 @@ class _Groups:
 
 def _shut_down(core: Any) -> None:
     """Free an engine's memory; with the last engine, destroy vLLM's process groups too."""
-    from vllm.distributed import parallel_state
-
     with process_unchanged():
         if not torch.accelerator.is_available():  # vLLM calls both here even on the CPU
             torch.accelerator.synchronize = torch.accelerator.empty_cache = _do_nothing
         core.shutdown()
     _Groups.users -= 1
+    _destroy_unused_groups()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _destroy_unused_groups() -> None:
+    from vllm.distributed import parallel_state
+
     if _Groups.users == 0 and torch.distributed.is_initialized():  # else all groups are destroyed already
         parallel_state.destroy_model_parallel()
         if _Groups.owned:
             parallel_state.destroy_distributed_environment()
             _Groups.owned = False
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

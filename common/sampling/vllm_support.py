@@ -12,29 +12,31 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from common.environment import process_unchanged
+from common.models.configs import read_config
+from common.sampling.vllm_trial import WAY_OUT, refused
 
-_WAY_OUT = "Pass --sampler transformers"
 
-
-def check_engine(model: str, *, dtype: str, max_model_len: int) -> None:
+def check_engine(model: str, *, dtype: str, max_model_len: int, trust_remote_code: bool = False) -> None:
     """Raise an error if vLLM would not run the model, or not rightly. Reads configurations, no weights.
 
     Args:
         model: hub id or folder.
         dtype: "float32", "bfloat16" or "float16".
         max_model_len: tokens of the longest prompt and its completion.
+        trust_remote_code: run Python files that come with the model.
 
     Raises:
         ValueError: with the reason, and what to do.
     """
-    check_rope(transformers.AutoConfig.from_pretrained(model), max_model_len)
+    config = read_config(model, trust_remote_code=trust_remote_code)
+    check_configuration(config, max_model_len)
+    arguments = {"model": model, "dtype": dtype, "max_model_len": max_model_len}
     with imported():
-        supported_config({"model": model, "dtype": dtype, "max_model_len": max_model_len})
+        supported_config(arguments | {"trust_remote_code": trust_remote_code, "hf_overrides": overrides(config)})
 
 
 @contextmanager
@@ -72,15 +74,24 @@ def _transformers_unchanged() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------- from configurations
 
 
-def check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
+def check_configuration(config: PreTrainedConfig, max_model_len: int) -> None:
+    """Raise a ValueError if vLLM computes something else for a configuration, and no setting of its own changes that.
+
+    Args:
+        config: of the model.
+        max_model_len: tokens of the longest prompt and its completion.
+    """
+    _check_rope(config.get_text_config(), max_model_len)
+
+
+def _check_rope(text: PreTrainedConfig, max_model_len: int) -> None:
     """Raise a ValueError if rotary embeddings depend on the length in a way that vLLM does not follow."""
-    text = config.get_text_config()
     for kind, rope in _rope_parameters(text).items():
         if kind == "dynamic" and "alpha" not in rope:  # alpha, of Hunyuan, makes it independent of the length
             # vllm/model_executor/layers/rotary_embedding/dynamic_ntk_scaling_rope.py, in 0.31: log-probs are NaN.
             raise ValueError(
                 f'{text.model_type} with rope_type "dynamic": the model scales by the length of each sequence, vLLM '
-                f"by the longest that is possible, and its log-probs can be NaN. {_WAY_OUT}."
+                f"by the longest that is possible, and its log-probs can be NaN. {WAY_OUT}."
             )
         original = rope.get("original_max_position_embeddings")
         if kind == "longrope" and original and max_model_len > original:
@@ -88,7 +99,7 @@ def check_rope(config: PreTrainedConfig, max_model_len: int) -> None:
                 f'{text.model_type} with rope_type "longrope" for prompts and completions of {max_model_len} tokens: '
                 f"vLLM takes the long factors for every sequence, because some could exceed {original} tokens "
                 "(original_max_position_embeddings); the model takes them for those that do. "
-                f"Lower max_prompt_length and response_length to {original} tokens in total. {_WAY_OUT} if you "
+                f"Lower max_prompt_length and max_completion_length to {original} tokens in total. {WAY_OUT} if you "
                 "need more."
             )
 
@@ -112,23 +123,13 @@ def supported_config(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    model = arguments["model"]
-    try:
+    with refused(arguments["model"], "run"):
         config = EngineArgs(**arguments | {"skip_tokenizer_init": True}).create_model_config()
-    except Exception as error:
-        raise ValueError(f"vLLM does not run {model}: {_reason(error)} {_WAY_OUT}.") from error
     if current_platform.is_cpu():
         _check_state(config)
         if not config.is_attention_free:
             _check_head_size(config)
     return config
-
-
-def _reason(error: Exception) -> str:
-    """What vLLM's error says, without the frame that pydantic puts around it; at most 300 characters."""
-    lines = [line for line in str(error).splitlines() if "validation error" not in line and "pydantic.dev" not in line]
-    text = " ".join(" ".join(lines).split()).removeprefix("Value error, ").split(" [type=")[0]
-    return text[:300].rstrip(". ") + "."
 
 
 def _check_state(config: Any) -> None:
@@ -140,7 +141,7 @@ def _check_state(config: Any) -> None:
         missing = f"its gated delta rule for the CPU is in bfloat16 only, not in {str(config.dtype).split('.')[1]}"
     else:
         return
-    raise ValueError(f"{named['model_type']}: vLLM does not run it here, {missing}. {_WAY_OUT}, or sample on a GPU.")
+    raise ValueError(f"{named['model_type']}: vLLM does not run it here, {missing}. {WAY_OUT}, or sample on a GPU.")
 
 
 def _check_head_size(config: Any) -> None:
@@ -150,7 +151,7 @@ def _check_head_size(config: Any) -> None:
     if size not in known:
         raise ValueError(
             f"{config.hf_text_config.model_type} with attention heads of {size}: vLLM's kernels for the CPU take "
-            f"heads of {', '.join(map(str, known))}. {_WAY_OUT}, or sample on a GPU."
+            f"heads of {', '.join(map(str, known))}. {WAY_OUT}, or sample on a GPU."
         )
 
 
@@ -165,7 +166,7 @@ def has_state(config: Any) -> bool:
 def overrides(config: PreTrainedConfig) -> dict[str, Any]:
     """Values of a configuration with which vLLM computes what transformers computes for it."""
     # Windows of Cohere 2 are one token wider in vLLM, which takes that for the convention of its training
-    # (vllm/model_executor/models/commandr.py, cohere2_moe.py). `check_model` notices when that changes.
+    # (vllm/model_executor/models/commandr.py, cohere2_moe.py). `check_built_model` notices when that changes.
     if config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window is not None:
         return {"sliding_window": config.sliding_window - 1}
     if config.model_type == "deepseek_v3":
@@ -219,7 +220,7 @@ def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = 
     return query, key
 
 
-def check_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) -> None:
+def check_built_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) -> None:
     """Raise a ValueError if vLLM built another model than the configuration describes: other windows, another head."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -230,7 +231,7 @@ def check_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) 
     if is_tied and not text.tie_word_embeddings:
         raise ValueError(
             f"{text.model_type} with tie_word_embeddings=false: vLLM takes the input embeddings for the head, so its "
-            f"log-probs would not be the policy's. {_WAY_OUT}."
+            f"log-probs would not be the policy's. {WAY_OUT}."
         )
 
 
@@ -244,5 +245,5 @@ def _check_windows(model: nn.Module, text: dict[str, Any], max_model_len: int) -
     if found - {window} or ("sliding_attention" in kinds and not found):
         raise ValueError(
             f"{text['model_type']} with sliding_window={window}: vLLM's attention has {sorted(found) or 'no window'}, "
-            f"so its log-probs would not be the policy's. {_WAY_OUT}, or sequences of at most {window} tokens."
+            f"so its log-probs would not be the policy's. {WAY_OUT}, or sequences of at most {window} tokens."
         )
