@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from common.environment import num_threads, preserved_random_state, process_unchanged
 from common.models.configs import read_config
@@ -27,6 +28,9 @@ from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
 from common.sampling import vllm_reload, vllm_support, vllm_trial
 from common.sampling.protocol import Finished, SamplingSettings
+from common.sampling.vllm_trial import Refused
+
+logger = logging.getLogger("nanorlhf")
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
 # vLLM's default of 128, shorter prompts would be computed once per completion.
@@ -89,6 +93,8 @@ class Engine:
 def create_engine(settings: EngineSettings) -> Engine:
     """Start vLLM in this process; every process of a distributed run must call this at the same time.
 
+    A model that vLLM's own class does not sample from rightly runs in transformers' class, within vLLM.
+
     Raises:
         ValueError: if vLLM is not installed, or if it does not build the model, does not take its weights, drops some
             of them, or cannot sample with them.
@@ -98,15 +104,36 @@ def create_engine(settings: EngineSettings) -> Engine:
     config = read_config(settings.model, trust_remote_code=settings.trust_remote_code)
     vllm_support.check_configuration(config, settings.max_model_len)
     with vllm_support.imported():
-        from vllm import LLM
-
+        arguments = _engine_arguments(settings) | vllm_support.model_arguments(config)
+        supported = vllm_support.supported_config(arguments)
+        if vllm_support.has_state(supported):
+            # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
+            arguments["enable_prefix_caching"] = False
         _avoid_side_effects()
         _take_head_from_push(shapes)
         vllm_support.correct_classes(config)
-        arguments = _engine_arguments(settings) | {"hf_overrides": vllm_support.overrides(config)}
-        if vllm_support.has_state(vllm_support.supported_config(arguments)):
-            # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
-            arguments["enable_prefix_caching"] = False
+    try:
+        engine = _create(settings, arguments, shapes, config)
+    except Refused as refusal:
+        if supported.using_transformers_backend() or vllm_support.has_routing_bias(shapes):
+            raise
+        try:
+            engine = _create(settings, arguments | {"model_impl": "transformers"}, shapes, config)
+        except Refused:
+            raise refusal from None
+        logger.info("%s It samples from transformers' own class instead, which is slower.", refusal.reason)
+    # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
+    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
+    return engine
+
+
+def _create(
+    settings: EngineSettings, arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig
+) -> Engine:
+    """An engine that was tried out; one that is refused leaves nothing behind."""
+    with vllm_support.imported():
+        from vllm import LLM
+
         _Groups.owned |= not torch.distributed.is_initialized()
         _add_expert_group()
         with _cache_for(settings), vllm_support.kernels_for(settings.dtype):
@@ -117,8 +144,6 @@ def create_engine(settings: EngineSettings) -> Engine:
     except BaseException:
         engine.shut_down()
         raise
-    # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
-    logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     return engine
 
 

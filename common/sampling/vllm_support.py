@@ -6,7 +6,7 @@ where nothing does, `check_engine` refuses the model. Whoever trusts neither can
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 
 from common.environment import process_unchanged
 from common.models.configs import read_config
-from common.sampling.vllm_trial import WAY_OUT, refused
+from common.sampling.vllm_trial import WAY_OUT, Refused, refused
 
 
 def check_engine(model: str, *, dtype: str, max_model_len: int, trust_remote_code: bool = False) -> None:
@@ -36,7 +36,7 @@ def check_engine(model: str, *, dtype: str, max_model_len: int, trust_remote_cod
     check_configuration(config, max_model_len)
     arguments = {"model": model, "dtype": dtype, "max_model_len": max_model_len}
     with imported():
-        supported_config(arguments | {"trust_remote_code": trust_remote_code, "hf_overrides": overrides(config)})
+        supported_config(arguments | {"trust_remote_code": trust_remote_code} | model_arguments(config))
 
 
 @contextmanager
@@ -82,6 +82,17 @@ def check_configuration(config: PreTrainedConfig, max_model_len: int) -> None:
         max_model_len: tokens of the longest prompt and its completion.
     """
     _check_rope(config.get_text_config(), max_model_len)
+    if config.model_type == "hrm_text" and config.prefix_lm:
+        raise Refused(
+            "hrm_text with prefix_lm=true: in vLLM the tokens of a prompt see those after them, in training they do "
+            "not, so its log-probs would not be the policy's."
+        )
+    if config.model_type == "mimo_v2_flash" and config.routed_scaling_factor != 1:
+        # vllm/model_executor/models/mimo_v2.py does not read it, in 0.31.
+        raise Refused(
+            f"mimo_v2_flash with routed_scaling_factor={config.routed_scaling_factor}: vLLM does not scale the sum of "
+            "the experts, so its log-probs would not be the policy's."
+        )
 
 
 def _check_rope(text: PreTrainedConfig, max_model_len: int) -> None:
@@ -163,19 +174,64 @@ def has_state(config: Any) -> bool:
 # -------------------------------------------------------------------------------- where vLLM differs from transformers
 
 
-def overrides(config: PreTrainedConfig) -> dict[str, Any]:
-    """Values of a configuration with which vLLM computes what transformers computes for it."""
-    # Windows of Cohere 2 are one token wider in vLLM, which takes that for the convention of its training
-    # (vllm/model_executor/models/commandr.py, cohere2_moe.py). `check_built_model` notices when that changes.
-    if config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window is not None:
+def model_arguments(config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments of vLLM's LLM with which it computes what transformers computes for a configuration."""
+    return {"hf_overrides": _overrides(config)}
+
+
+def _overrides(config: PreTrainedConfig) -> dict[str, Any]:
+    """Values of the configuration for vLLM alone; most are names that vLLM reads and transformers does not write."""
+    kind = config.model_type
+    if kind in ("cohere2", "cohere2_moe") and config.sliding_window is not None:
+        # Windows of Cohere 2 are one token wider in vLLM, which takes that for the convention of its training
+        # (vllm/model_executor/models/commandr.py, cohere2_moe.py). `check_built_model` notices when that changes.
         return {"sliding_window": config.sliding_window - 1}
-    if config.model_type == "deepseek_v3":
-        # transformers has no other routing, and does not write these names; without them, vLLM has another.
+    if kind == "deepseek_v3":  # transformers has no other routing; without the names, vLLM has another
         return {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-    if config.model_type == "lfm2":
-        # Names of Liquid AI's own first configuration, which transformers does not write.
+    if kind == "minimax_m2":
+        rotated = config.rope_parameters.get("partial_rotary_factor", 1.0)
+        routing = {"scoring_func": "sigmoid", "use_routing_bias": True}
+        return routing | {"rotary_dim": int(config.head_dim * rotated)}
+    if kind == "mimo_v2_flash":
+        return _mimo(config)
+    if kind == "hy_v3":
+        num_dense = config.mlp_layer_types.count("dense")
+        return {"expert_hidden_dim": config.moe_intermediate_size, "first_k_dense_replace": num_dense, "qk_norm": True}
+    if kind == "phi":
+        return {"n_inner": config.intermediate_size}
+    if kind == "phimoe":  # Microsoft's name; under transformers' own, vLLM finds no class
+        return {"architectures": ["PhiMoEForCausalLM"]}
+    if kind == "lfm2":  # of Liquid AI's own first configuration
         return {"conv_dim": config.hidden_size, "block_dim": config.hidden_size}
     return {}
+
+
+def _mimo(config: PreTrainedConfig) -> dict[str, Any]:
+    """Names of Xiaomi's own configuration of MiMo-V2-Flash."""
+    whole, windowed = (config.rope_parameters[kind] for kind in ("full_attention", "sliding_attention"))
+    return {
+        "hybrid_layer_pattern": [int(kind == "sliding_attention") for kind in config.layer_types],
+        "moe_layer_freq": [int(kind == "sparse") for kind in config.mlp_layer_types],
+        "layernorm_epsilon": config.rms_norm_eps,
+        "swa_num_attention_heads": config.num_attention_heads,
+        "swa_num_key_value_heads": 2 * config.num_key_value_heads,
+        "swa_head_dim": config.head_dim,
+        "swa_v_head_dim": config.v_head_dim,
+        "sliding_window_size": config.sliding_window,
+        "add_swa_attention_sink_bias": True,
+        "rope_theta": whole["rope_theta"],
+        "swa_rope_theta": windowed["rope_theta"],
+        "partial_rotary_factor": whole.get("partial_rotary_factor", 0.334),
+    }
+
+
+def has_routing_bias(names: Iterable[str]) -> bool:
+    """Whether experts are chosen with a bias; vLLM leaves it out of transformers' own classes (0.31).
+
+    Args:
+        names: of a model's weights.
+    """
+    return any(name.endswith("e_score_correction_bias") for name in names)
 
 
 @contextmanager
@@ -196,11 +252,13 @@ def kernels_for(dtype: str) -> Iterator[None]:
 
 def correct_classes(config: PreTrainedConfig) -> None:
     """Correct classes of vLLM that differ from transformers', before an engine makes their objects."""
+    from vllm.model_executor.layers.fused_moe.router import router_factory
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         RotaryEmbedding.forward_cpu = _rotate
+        router_factory.CPURouter = _router
     if config.model_type == "bloom":
         from vllm.model_executor.layers.activation import get_act_fn
         from vllm.model_executor.models import bloom
@@ -218,6 +276,32 @@ def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = 
     cache = rotary._match_cos_sin_cache_dtype(query)
     _custom_ops.rotary_embedding(positions, query, key, rotary.head_size, cache, rotary.is_neox_style)
     return query, key
+
+    if config.model_type == "hrm_text":
+        from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.models import hrm_text
+
+        # A prompt's tokens see those after them, always; transformers has that for tokens marked as a prefix only, and
+        # nothing marks any here.
+        hrm_text.PrefillPrefixLMAttention = Attention
+    if config.model_type == "apertus":
+        from vllm.model_executor.layers.activation import XIELU
+        from vllm.model_executor.models import apertus
+
+        # Its parameters are in bfloat16 whatever the model's dtype (0.31): 4e-4 in log-probs.
+        apertus.XIELU = lambda: XIELU(dtype=torch.get_default_dtype())
+
+
+def _router(**options: Any) -> Any:
+    """A CPURouter; without groups of experts, it would leave out their bias and know no sigmoid (vLLM 0.31)."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    scoring = options["scoring_func"]
+    is_left_out = options["e_score_correction_bias"] is not None or scoring == "sigmoid"
+    is_plain = scoring in ("softmax", "sigmoid") and options["custom_routing_function"] is None
+    if is_left_out and is_plain and not options["use_grouped_topk"]:
+        options |= {"use_grouped_topk": True, "num_expert_group": 1, "topk_group": 1}
+    return CPURouter(**options)
 
 
 def check_built_model(model: nn.Module, config: PreTrainedConfig, max_model_len: int) -> None:

@@ -6,6 +6,7 @@ weights: they would sample from something that is not the policy. Here both end 
 
 import logging
 import re
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,14 +43,23 @@ def refused(model: str, what: str) -> Iterator[None]:
     except (Refused, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Refused(f"vLLM cannot {what} {model}: {reason(error)} {WAY_OUT}.") from error
+        raise Refused(f"vLLM cannot {what} {model}: {reason(error)}") from error
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
 
 
 class Refused(ValueError):
-    """A model that vLLM does not sample from, or not rightly."""
+    """A model that vLLM does not sample from, or not rightly.
+
+    Args:
+        reason: in a sentence.
+        remedy: what to do.
+    """
+
+    def __init__(self, reason: str, remedy: str = f"{WAY_OUT}.") -> None:
+        super().__init__(f"{reason} {remedy}")
+        self.reason = reason
 
 
 def reason(error: BaseException) -> str:
@@ -57,7 +67,9 @@ def reason(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if "validation error" not in line and "pydantic.dev" not in line]
     text = " ".join(" ".join(lines).split()).removeprefix("Value error, ").split(" [type=")[0]
     text = re.split(r"\. The available parameters| Please check the logs", text)[0]
-    if not isinstance(error, ValueError | RuntimeError) or not text:  # a KeyError says its key only
+    if not text:  # of an assertion
+        text = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    if not isinstance(error, ValueError | RuntimeError):  # a KeyError says its key only
         text = f"{type(error).__name__}: {text}".rstrip(": ")
     return text[:_MAX_REASON].rstrip(". ") + "."
 
@@ -117,5 +129,5 @@ def all_read(weights: dict[str, Tensor], model: str) -> Iterator[None]:
     if dropped:
         raise Refused(
             f"vLLM drops {len(dropped)} of {len(weights)} weights, such as {dropped[0]}: its {model} "
-            f"has no place for them, so it would not sample from the policy. {WAY_OUT}."
+            f"has no place for them, so it would not sample from the policy."
         )
