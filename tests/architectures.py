@@ -159,7 +159,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0]}),
     "olmoe": ("olmoe", {}),
     "flex_olmo": ("flex_olmo", {}),
-    "phimoe": ("phimoe", {"attention_bias": True, "lm_head_bias": True}),
+    "phimoe": ("phimoe", {"attention_bias": True, "lm_head_bias": True, "sliding_window": None}),
     "granitemoe": ("granitemoe", {}),
     "granitemoeshared": ("granitemoeshared", {}),
     "granitemoe_swa": ("granitemoe_swa", SLIDING),

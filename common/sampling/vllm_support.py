@@ -6,6 +6,7 @@ where nothing does, `check_engine` refuses the model. Whoever trusts neither can
 
 import importlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -134,13 +135,31 @@ def supported_config(arguments: dict[str, Any]) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
 
-    with refused(arguments["model"], "run"):
+    with refused(arguments["model"], "run"), _said_what_is_missing():
         config = EngineArgs(**arguments | {"skip_tokenizer_init": True}).create_model_config()
     if current_platform.is_cpu():
         _check_state(config)
         if not config.is_attention_free:
             _check_head_size(config)
     return config
+
+
+@contextmanager
+def _said_what_is_missing() -> Iterator[None]:
+    """Say which package a class of vLLM needs; vLLM says only that it could not look at the class.
+
+    Raises:
+        ModuleNotFoundError: instead of vLLM's error, if a package is missing.
+    """
+    try:
+        yield
+    except ValueError as error:
+        named = re.search(r"\['(\w+)'.*failed to be inspected", str(error))
+        if named:
+            from vllm import ModelRegistry
+
+            ModelRegistry.models[named.group(1)].load_model_cls()
+        raise
 
 
 def _check_state(config: Any) -> None:
@@ -176,7 +195,11 @@ def has_state(config: Any) -> bool:
 
 def model_arguments(config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments of vLLM's LLM with which it computes what transformers computes for a configuration."""
-    return {"hf_overrides": _overrides(config)}
+    arguments = {"hf_overrides": _overrides(config)}
+    if config.model_type == "gemma3n_text" and not torch.cuda.is_available():
+        # vLLM's own class gives NaN on the CPU (0.31).
+        arguments["model_impl"] = "transformers"
+    return arguments
 
 
 def _overrides(config: PreTrainedConfig) -> dict[str, Any]:
@@ -259,12 +282,48 @@ def correct_classes(config: PreTrainedConfig) -> None:
     if current_platform.is_cpu():
         RotaryEmbedding.forward_cpu = _rotate
         router_factory.CPURouter = _router
+    _use_bias_of_head()
     if config.model_type == "bloom":
         from vllm.model_executor.layers.activation import get_act_fn
         from vllm.model_executor.models import bloom
 
         # Bloom was trained with the tanh approximation; vLLM has the exact function (0.31): 8e-4 in log-probs.
         bloom.get_act_fn = lambda name: get_act_fn("gelu_pytorch_tanh" if name == "gelu" else name)
+    if config.model_type == "hrm_text":
+        from vllm.model_executor.layers.attention import Attention
+        from vllm.model_executor.models import hrm_text
+
+        # A prompt's tokens see those after them, always; transformers has that for tokens marked as a prefix only, and
+        # nothing marks any here.
+        hrm_text.PrefillPrefixLMAttention = Attention
+    if config.model_type == "phimoe":
+        from vllm.model_executor.models import phimoe
+
+        # Which experts are close enough to be chosen; vLLM always has 0.01 (0.31).
+        phimoe.sparsemixer.__defaults__ = (config.router_jitter_noise,)
+    if config.model_type == "apertus":
+        from vllm.model_executor.layers.activation import XIELU
+        from vllm.model_executor.models import apertus
+
+        # Its parameters are in bfloat16 whatever the model's dtype (0.31): 4e-4 in log-probs.
+        apertus.XIELU = lambda: XIELU(dtype=torch.get_default_dtype())
+
+
+def _use_bias_of_head() -> None:
+    """Let a head's bias count in every model; PhiMoE's is loaded and not used (vLLM 0.31)."""
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    apply = LogitsProcessor._apply_head
+    if apply.__module__ == __name__:  # for an earlier engine
+        return
+
+    def apply_with_bias(processor: Any, head: Any, hidden_states: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and isinstance(head, ParallelLMHead):  # not the embeddings of a tied model, which have none
+            bias = head.bias
+        return apply(processor, head, hidden_states, bias)
+
+    LogitsProcessor._apply_head = apply_with_bias
 
 
 def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -276,20 +335,6 @@ def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = 
     cache = rotary._match_cos_sin_cache_dtype(query)
     _custom_ops.rotary_embedding(positions, query, key, rotary.head_size, cache, rotary.is_neox_style)
     return query, key
-
-    if config.model_type == "hrm_text":
-        from vllm.model_executor.layers.attention import Attention
-        from vllm.model_executor.models import hrm_text
-
-        # A prompt's tokens see those after them, always; transformers has that for tokens marked as a prefix only, and
-        # nothing marks any here.
-        hrm_text.PrefillPrefixLMAttention = Attention
-    if config.model_type == "apertus":
-        from vllm.model_executor.layers.activation import XIELU
-        from vllm.model_executor.models import apertus
-
-        # Its parameters are in bfloat16 whatever the model's dtype (0.31): 4e-4 in log-probs.
-        apertus.XIELU = lambda: XIELU(dtype=torch.get_default_dtype())
 
 
 def _router(**options: Any) -> Any:
