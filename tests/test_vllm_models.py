@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.sampling import vllm_support
+from common.sampling import vllm_corrections, vllm_support
 from common.sampling.vllm_engine import EngineSettings, create_engine, push_weights
 
 SIZES = {
@@ -83,7 +83,7 @@ def logprobs_of_engine(engine) -> Tensor:
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     prompts = [{"prompt_token_ids": IDS[0].tolist()}]
-    with vllm_support.kernels_for(engine.dtype):
+    with vllm_corrections.kernels_for(engine.dtype):
         [output] = engine.llm.generate(prompts, params, use_tqdm=False)
     pairs = zip(output.prompt_logprobs[1:], IDS[0, 1:].tolist(), strict=True)
     return torch.tensor([found[token].logprob for found, token in pairs])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 WAY_OUT = "Pass --sampler transformers"
+_MORE_MEMORY = f"Pass a larger --vllm_memory_share or a smaller --max_completion_length. {WAY_OUT} if neither helps."
 # Longest reason of vLLM's that is passed on.
 _MAX_REASON = 300
 # Warnings and errors of these are about what is refused here in a line: some 50 lines for a class that cannot be
@@ -32,7 +33,8 @@ def refused(model: str, what: str) -> Iterator[None]:
         what: what vLLM does inside, for the message: "vLLM cannot <what> <model>".
 
     Raises:
-        ValueError: with vLLM's reason, and what to do.
+        Refused: with vLLM's reason, and what to do.
+        ValueError: for too little memory.
         torch.OutOfMemoryError: as it is; more or less memory may help.
     """
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
@@ -43,7 +45,13 @@ def refused(model: str, what: str) -> Iterator[None]:
     except (Refused, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise Refused(f"vLLM cannot {what} {model}: {reason(error)}") from error
+        text = reason(error)
+        if "gpu_memory_utilization" in text or "No available memory" in text:
+            raise ValueError(f"vLLM cannot {what} {model}: {text} {_MORE_MEMORY}") from error
+        remedy = (
+            f"Install {error.name}, or p{WAY_OUT[1:]}." if isinstance(error, ModuleNotFoundError) else f"{WAY_OUT}."
+        )
+        raise Refused(f"vLLM cannot {what} {model}: {text}", remedy) from error
     finally:
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
