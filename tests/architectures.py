@@ -201,8 +201,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1": ("falcon_h1", MAMBA2 | {"mamba_d_ssm": 128, "lm_head_multiplier": 0.3}),
     "bamba": ("bamba", MAMBA2 | {"attn_layer_indices": [1]}),
     "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
-    "zamba2": ("zamba2", {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"], "n_mamba_heads":
-        4, "hybrid_layer_ids": [2], "mamba_ngroups": 1, "adapter_rank": 8, "attention_hidden_size": 128,
+    "zamba2": ("zamba2", TIED | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"],
+        "n_mamba_heads": 4, "hybrid_layer_ids": [2], "mamba_ngroups": 1, "adapter_rank": 8, "attention_hidden_size": 128,
         "attention_head_dim": 64, "mamba_headdim": 32, "kv_channels": 32, "num_query_groups": 2, "num_key_value_heads":
         2, "use_mamba_kernels": False}),
     "nemotron_h": ("nemotron_h", {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
@@ -210,7 +210,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         False, "sliding_window": None}),
     "granitemoehybrid": ("granitemoehybrid", MAMBA2 | {"layer_types": ["linear_attention", "full_attention"],
         "position_embedding_type": "rope"}),
-    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "lfm2": ("lfm2", TIED | {"layer_types": ["conv", "full_attention"]}),
     "lfm2_moe": ("lfm2_moe", {"layer_types": ["conv", "full_attention"]}),
     "qwen3_next": ("qwen3_next", LINEAR),
     "qwen3_5_text": ("qwen3_5_text", LINEAR),
