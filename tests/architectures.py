@@ -202,9 +202,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("bamba", MAMBA2 | {"attn_layer_indices": [1]}),
     "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}),
     "zamba2": ("zamba2", TIED | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "mamba", "hybrid"],
-        "n_mamba_heads": 4, "hybrid_layer_ids": [2], "mamba_ngroups": 1, "adapter_rank": 8, "attention_hidden_size": 128,
-        "attention_head_dim": 64, "mamba_headdim": 32, "kv_channels": 32, "num_query_groups": 2, "num_key_value_heads":
-        2, "use_mamba_kernels": False}),
+        "n_mamba_heads": 4, "hybrid_layer_ids": [2], "mamba_ngroups": 1, "adapter_rank": 8, "attention_hidden_size":
+        128, "attention_head_dim": 64, "mamba_headdim": 32, "kv_channels": 32, "num_query_groups": 2,
+        "num_key_value_heads": 2, "use_mamba_kernels": False}),
     "nemotron_h": ("nemotron_h", {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
         "mamba_num_heads": 4, "mamba_head_dim": 32, "moe_shared_expert_intermediate_size": 32, "use_mamba_kernels":
         False, "sliding_window": None}),
