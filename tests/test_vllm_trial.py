@@ -59,7 +59,7 @@ def test_every_error_of_vllm_becomes_a_refusal_in_a_line_and_its_log_is_silent(c
 
 def test_a_missing_package_is_named_with_what_to_do():
     with (
-        pytest.raises(Refused, match=r"No module named 'no_such_package'. Install no_such_package, or pass --sampler"),
+        pytest.raises(Refused, match=r"No module named 'no_such_package'. Install what it is in, or pass --sampler"),
         refused("a/model", "run"),
     ):
         import no_such_package  # noqa: F401

@@ -166,7 +166,8 @@ def _said_what_is_missing() -> Iterator[None]:
 def _check_state(config: Any) -> None:
     """Refuse states for which vLLM has no kernel on the CPU (0.31)."""
     named = config.hf_text_config.to_dict()
-    if has_state(config) and ("time_step_rank" in named or "mamba_dt_rank" in named):  # only Mamba 1 has a rank
+    has_rank = "time_step_rank" in named or "mamba_dt_rank" in named
+    if has_state(config) and has_rank and "chunk_size" not in named:  # Mamba 1 has a rank, Mamba 2 has chunks
         missing = "its kernels for the CPU have no selective scan of Mamba 1"
     elif has_state(config) and "linear_num_value_heads" in named and config.dtype != torch.bfloat16:
         missing = f"its gated delta rule for the CPU is in bfloat16 only, not in {str(config.dtype).split('.')[1]}"

@@ -48,9 +48,7 @@ def refused(model: str, what: str) -> Iterator[None]:
         text = reason(error)
         if "gpu_memory_utilization" in text or "No available memory" in text:
             raise ValueError(f"vLLM cannot {what} {model}: {text} {_MORE_MEMORY}") from error
-        remedy = (
-            f"Install {error.name}, or p{WAY_OUT[1:]}." if isinstance(error, ModuleNotFoundError) else f"{WAY_OUT}."
-        )
+        remedy = f"Install what it is in, or p{WAY_OUT[1:]}." if isinstance(error, ImportError) else f"{WAY_OUT}."
         raise Refused(f"vLLM cannot {what} {model}: {text}", remedy) from error
     finally:
         for name, level in levels.items():
