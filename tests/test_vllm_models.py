@@ -239,6 +239,6 @@ def test_a_run_says_that_it_samples_from_transformers_class(tmp_path, caplog):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="the package is installed")
 def test_a_package_that_vllm_misses_is_named_in_a_line(tmp_path, capfd):
-    with pytest.raises(ValueError, match="torchvision.*Install what it is in, or pass --sampler") as error:
+    with pytest.raises(ValueError, match=r"torchvision.*Install what it is in, or pass --sampler") as error:
         check(tmp_path, "qwen3_5_text", layer_types=["linear_attention", "full_attention"])
     assert "\n" not in str(error.value) and not "".join(capfd.readouterr())

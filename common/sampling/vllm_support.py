@@ -89,6 +89,9 @@ def check_configuration(config: PreTrainedConfig, max_model_len: int) -> None:
             "hrm_text with prefix_lm=true: in vLLM the tokens of a prompt see those after them, in training they do "
             "not, so its log-probs would not be the policy's."
         )
+    if config.model_type == "zamba2":
+        # Measured in float32 on the CPU with 0.31, for a cause that was not found.
+        raise Refused("zamba2: vLLM's log-probs differ from the policy's by 1e-3, where rounding explains 1e-5.")
     if config.model_type == "mimo_v2_flash" and config.routed_scaling_factor != 1:
         # vllm/model_executor/models/mimo_v2.py does not read it, in 0.31.
         raise Refused(
