@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from common.environment import process_unchanged
 from common.models.configs import read_config
-from common.sampling.vllm_corrections import model_arguments
+from common.sampling.vllm_startup import EngineSettings, engine_arguments
 from common.sampling.vllm_trial import WAY_OUT, Refused, refused
 
 
@@ -36,9 +36,11 @@ def check_engine(model: str, *, dtype: str, max_model_len: int, trust_remote_cod
     """
     config = read_config(model, trust_remote_code=trust_remote_code)
     check_configuration(config, max_model_len)
-    arguments = {"model": model, "dtype": dtype, "max_model_len": max_model_len}
+    settings = EngineSettings(
+        model=model, dtype=dtype, max_model_len=max_model_len, trust_remote_code=trust_remote_code
+    )
     with imported():
-        supported_config(arguments | {"trust_remote_code": trust_remote_code} | model_arguments(config))
+        supported_config(engine_arguments(settings, config))
 
 
 @contextmanager
