@@ -17,10 +17,25 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 def model_arguments(config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments of vLLM's LLM with which it computes what transformers computes for a configuration."""
     arguments = {"hf_overrides": _as_transformers_reads(config)}
-    if config.model_type == "gemma3n_text" and not torch.cuda.is_available():
-        # vLLM's own class gives NaN on the CPU (0.31).
+    values = config.to_dict()
+    assumed = _ASSUMED.get(config.model_type, {})
+    has_nan = config.model_type == "gemma3n_text" and not torch.cuda.is_available()  # on the CPU (0.31)
+    if has_nan or any(values[name] != value for name, value in assumed.items()):
         arguments["model_impl"] = "transformers"
+    if "attn_temperature_tuning" in values:
+        # Llama 4's class takes it from the generation settings, and puts off there what the configuration says.
+        tuning = {"attn_temperature_tuning": values["attn_temperature_tuning"]}
+        arguments["override_generation_config"] = tuning
     return arguments
+
+
+# By model_type: values of a configuration that vLLM's own class takes for granted (0.31). With others, vLLM runs
+# transformers' class.
+_ASSUMED: dict[str, dict[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True},
+    "gpt_bigcode": {"scale_attn_weights": True},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+}
 
 
 def _as_transformers_reads(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTrainedConfig]:
@@ -64,7 +79,7 @@ def undeclared(config: PreTrainedConfig) -> set[str]:
 
 
 # Attributes that the classes of all models take.
-_OF_NO_MODEL = {"quantization_config", "auto_map", "torch_dtype", "rope_theta", "rope_parameters", "rope_scaling"}
+_OF_NO_MODEL = {"model_type", "quantization_config", "auto_map", "rope_theta", "rope_parameters", "rope_scaling"}
 
 
 def _rotates_whole_heads(config: PreTrainedConfig) -> bool:

@@ -70,6 +70,7 @@ def engine_arguments(settings: EngineSettings, config: PreTrainedConfig) -> dict
         "max_num_seqs": settings.max_num_seqs,
         "config_format": "hf",  # config.json, even where params.json of Mistral lies beside it
         "load_format": "dummy",  # the first push brings the weights
+        "tokenizer_mode": "hf",
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # no sampling defaults from the model's folder
         "logprobs_mode": "processed_logprobs",  # after the temperature
