@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import inspect
 
 import pytest
 
@@ -74,5 +75,5 @@ def test_every_name_of_vllm_is_there():
             assert set(attributes) <= vars(importlib.import_module(module)).keys(), module
         for path, attributes in OF_CLASSES.items():
             owner = look_up(*path.rsplit(".", 1))
-            fields = {name for each in owner.__mro__ for name in each.__dict__.get("__annotations__", {})}
+            fields = {name for each in owner.__mro__ for name in inspect.get_annotations(each)}
             assert set(attributes) <= set(dir(owner)) | fields, path
