@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import PreTrainedConfig
 
 
 def model_arguments(config: PreTrainedConfig) -> dict[str, Any]:
@@ -88,6 +87,8 @@ def _rotates_whole_heads(config: PreTrainedConfig) -> bool:
     rope = vars(text).get("rope_parameters") or {}
     if rope.get("partial_rotary_factor") in (None, 1) or not vars(text).get("head_dim"):
         return False
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     sizes = {2 * len(buffer) for name, buffer in skeleton.named_buffers() if name.endswith("inv_freq")}
@@ -101,6 +102,8 @@ def _scale_of_longrope(config: PreTrainedConfig) -> dict[str, float]:
     """
     if config.rope_parameters.get("rope_type") != "longrope":
         return {}
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     _, scale = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
     return {"short_mscale": scale, "long_mscale": scale}
 
