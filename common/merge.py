@@ -318,9 +318,9 @@ def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.own)
     if source.adapter is None:
         return model
-    from peft import PeftModel
+    from common.models.lora import load_adapter
 
-    return PeftModel.from_pretrained(model, source.adapter)
+    return load_adapter(model, source.adapter)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -161,6 +161,14 @@ def test_entropy_is_that_of_the_distribution(policy):
     assert float(entropy[0, 0]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
 
 
+@torch.no_grad()
+def test_tokens_that_the_model_rules_out_add_nothing_to_the_entropy():
+    logits = torch.tensor([[1.0, -torch.inf, 0.5], [2.0, -torch.inf, -torch.inf]])
+    _, entropy = logprobs_module._in_chunks(torch.nn.Identity(), logits, torch.tensor([0, 0]), T, vocabulary=3)
+    p = torch.softmax(logits[0, [0, 2]].double() / T, dim=-1)
+    assert entropy.tolist() == pytest.approx([float(-(p * p.log()).sum()), 0.0], abs=1e-6)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 1000])
 def test_chunking_the_head_changes_neither_values_nor_gradients(policy, rollouts, monkeypatch, chunk_tokens):
     def result():
