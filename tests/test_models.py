@@ -29,7 +29,9 @@ from transformers import (
 from common import logprobs as logprobs_module
 from common.config import RLConfig
 from common.embedded import check_model
+from common.evaluation.command import _load_merged
 from common.logprobs import token_logprobs
+from common.merge import Source
 from common.models.attention import attention_for
 from common.models.configs import describe_multimodal
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
@@ -403,6 +405,14 @@ def test_a_cap_on_attention_logits_is_not_left_out(tmp_path):
 def test_attention_is_what_the_model_can_do_rightly(config, device, dtype, expected):
     chosen, reason = attention_for(config, "auto", torch.device(device), dtype=dtype)
     assert chosen == expected and (reason is None) is (expected == "sdpa")
+
+
+def test_an_evaluation_computes_attention_as_training_does(tmp_path):
+    Gemma2ForCausalLM(CAPPED).save_pretrained(tmp_path)
+    model = _load_merged(Source(base=str(tmp_path), what="it"), torch.device("cpu"), torch.float32)
+    ids = torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+    trained = load_policy(str(tmp_path), RLConfig(), dtype=torch.float32)
+    torch.testing.assert_close(model.eval()(ids).logits, trained(ids).logits, atol=1e-6, rtol=0)
 
 
 def test_attention_that_the_model_refuses_is_a_message():
