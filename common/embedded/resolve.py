@@ -87,11 +87,13 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> transforme
         return build_tokenizer()
     from transformers import AutoTokenizer
 
+    from common.mistakes import first_line
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         reason = None
     except Exception as error:  # a damaged file, or a library that it needs
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
     # transformers makes an empty tokenizer for a folder without its files.
     if reason is None and set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         reason = "there is none"

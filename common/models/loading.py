@@ -14,6 +14,7 @@ from torch import nn
 
 from common.config import RLConfig
 from common.environment import cpu_computes_bfloat16
+from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import turn_end_token
 from common.models.configs import describe_multimodal, model_class, read_config
@@ -219,7 +220,7 @@ def load_without_dropout(
                 **options,
             )
     except (OSError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
     check_report(found, f"model={str(path)!r}")
     for module in model.modules():
