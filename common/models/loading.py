@@ -59,7 +59,7 @@ def end_token_ids(
     turn_end = turn_end_token(tokenizer)
     if turn_end is not None:
         ids.add(tokenizer.convert_tokens_to_ids(turn_end))
-    size = model.get_input_embeddings().num_embeddings
+    size = len(model.get_input_embeddings().weight)  # an adapted embedding has no num_embeddings
     if known := sorted(token for token in ids if 0 <= token < size):
         return tuple(known)
     named = f"{sorted(ids)} as end tokens, and the model has {size} tokens" if ids else "no end token"
