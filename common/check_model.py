@@ -163,7 +163,8 @@ def table(config: RLConfig, model: Model, device: torch.device) -> list[str]:
     """
     rows = {"model": config.model, **_facts(config, model, device)}
     for name, settings in _RUNS.items():
-        reason = model.refusal(replace(config, **settings, load_in_4bit=False), device)
+        run = replace(config, **settings, load_in_4bit=config.load_in_4bit and settings["use_lora"])
+        reason = model.refusal(run, device)
         rows[name] = "yes" if reason is None else f"no: {textwrap.shorten(reason, _REASON_WIDTH, placeholder=' ...')}"
     return [f"{name:<{_NAME_WIDTH}} {text}" for name, text in rows.items()]
 

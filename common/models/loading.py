@@ -20,7 +20,7 @@ from common.models.chat import turn_end_token
 from common.models.configs import describe_multimodal, model_class, read_config
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
-from common.models.lora import load_adapter, targets
+from common.models.lora import load_adapter, read_by_kernels, targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.ties import settle_ties
 from common.seeds import hashed_seed
@@ -288,7 +288,12 @@ def _load(
 ) -> transformers.PreTrainedModel:
     options: dict[str, Any] = {"says": says}
     if config.load_in_4bit:
-        options |= {"quantization_config": four_bits(dtype), "device_map": {"": "cpu"}}
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(
+                read_config(path, trust_remote_code=config.trust_remote_code)
+            )
+        options |= {"quantization_config": four_bits(dtype, empty, read_by_kernels(empty))}
+        options |= {"device_map": {"": "cpu"}}
     model = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype, **options)
     if config.load_in_4bit:
         keep_trainable(model)

@@ -203,11 +203,25 @@ def _obstacles(model: transformers.PreTrainedModel) -> dict[str, str]:
             len(shape) > 1 and width in shape and min(shape) > 1 for shape in own
         ):
             found[name] = f"a {type(module).__name__}, no linear layer"
-        for child in _read_directly(type(module)):
-            if isinstance(module._modules.get(child), _LINEAR):
-                found[f"{name}.{child}".lstrip(".")] = f"a {type(module).__name__} reads its weight without calling it"
+    for name in read_by_kernels(model):
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        found[name] = f"a {owner} reads its weight without calling it"
     head = model.get_output_embeddings()
     return {name: reason for name, reason in found.items() if model.get_submodule(name) is not head}
+
+
+def read_by_kernels(model: nn.Module) -> list[str]:
+    """Names of linear layers whose weight is read by their parent, which does not call them.
+
+    Args:
+        model: without storage is enough.
+    """
+    return [
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules()
+        for child in _read_directly(type(module))
+        if isinstance(module._modules.get(child), _LINEAR)
+    ]
 
 
 def _language_model(model: transformers.PreTrainedModel) -> str:
