@@ -28,7 +28,16 @@ from tests.toy import algorithms, facts, metrics_of, samples_of, save_toy_policy
 
 # Not drawn: what names a model, data or a place, what only shows something, and what needs another engine.
 FIXED = {
-    *("model", "task", "dataset", "dataset_split", "num_eval_prompts", "prompt_file", "reward_format"),
+    *(
+        "model",
+        "trust_remote_code",
+        "task",
+        "dataset",
+        "dataset_split",
+        "num_eval_prompts",
+        "prompt_file",
+        "reward_format",
+    ),
     *("enable_thinking", "sampler", "load_in_4bit", "preset", "output_dir", "resume", "push_to_hub", "report_to"),
     "progress",
 }

@@ -729,8 +729,8 @@ def test_a_setting_that_cannot_be_used(tiny_folder, loads, changes, message):
 
 def test_a_model_that_cannot_be_used(tiny_folder, loads, tmp_path):
     """Nor is the first of two loaded before the second is looked at."""
-    for wrong in ("no/such-model", str(tmp_path)):
-        with pytest.raises(ValueError, match=rf"model='{wrong}': cannot be loaded"):
+    for wrong, reason in {"no/such-model": "cannot be loaded", str(tmp_path): "the folder has no config.json"}.items():
+        with pytest.raises(ValueError, match=rf"model='{wrong}': {reason}"):
             evaluate(settings(tiny_folder, wrong))
     shutil.copytree(tiny_folder, tmp_path / "mute")
     for path in (tmp_path / "mute").glob("tok*"):

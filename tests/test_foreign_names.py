@@ -84,7 +84,6 @@ TYPED = {
     "vllm_server_host": ("x", "there is no server"),
     "vllm_importance_sampling_correction": (True, "sampler/logprob_diff"),
     "remove_unused_columns": (False, "reward functions get every column"),
-    "trust_remote_code": (True, "code from a model's repository is not run"),
     "use_liger_kernel": (True, "logits are never kept"),
     "deepspeed": ("zero3.json", "the policy is whole on every process"),
     "sync_ref_model": (True, "the reference stays the policy as it was at the start"),

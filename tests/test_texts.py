@@ -152,7 +152,8 @@ def test_rewards_samples_and_evaluation_see_special_tags_and_no_end_token(tiny_f
 
     rows = [{"prompt": f"3 5 6 make 48{'!' * i}\n", "nums": [3, 5, 6], "target": 48} for i in range(8)]
     task = Task(train=rows[:4], eval=rows[4:], rewards={"right": right}, reward_weights={"right": 1}, accuracy="right")
-    config = toy_config(tiny_folder, tmp_path / "run", num_steps=1, eval_every=1, max_completion_length=40)
+    shared = {"num_steps": 1, "eval_every": 1, "max_completion_length": 40}
+    config = toy_config(tiny_folder, tmp_path / "run", **shared, max_logprob_diff=0)  # written, not sampled
     trainer = algorithms()["GRPO"].trainer(config, task=task)
     trainer.tokenizer.add_special_tokens({"additional_special_tokens": TAGS})
     ids = trainer.tokenizer(SOLVED + EOS, add_special_tokens=False)["input_ids"]

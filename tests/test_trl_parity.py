@@ -66,6 +66,7 @@ def our_trainer(kind, config_type, model, folder, **settings):
         "eval_every": 0,
         "samples_every": 0,
         "progress": False,
+        "max_logprob_diff": 0,  # the completions are written, not sampled
     }
     config = config_type(model=str(model), output_dir=str(folder / "ours"), **fixed, **settings)
     rows, weights = [{"prompt": prompt} for prompt in PROMPTS], {"fixed": 1.0}
