@@ -232,6 +232,7 @@ def main(args: list[str] | None = None) -> None:
     settings.as_run_settings()  # before imports that take seconds
     import torch
 
+    from common.models.chat import why_no_chat
     from common.models.positions import context_length
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,9 +244,14 @@ def main(args: list[str] | None = None) -> None:
     if reason is not None:
         print(f"{'verdict':<{_NAME_WIDTH}} refused with {run}")
         raise ValueError(reason)
+    no_chat = model.tokenizer.chat_template is not None and why_no_chat(model.tokenizer) is not None
+    if no_chat:
+        model.tokenizer.chat_template = None
     if settings.run and not try_out(config, model):
         print(f"{'verdict':<{_NAME_WIDTH}} FAIL with {run}: sampler and trainer do not have the same model")
         sys.exit(1)
+    if no_chat:
+        run += ", on prompts of plain text: it cannot use its chat template"
     print(f"{'verdict':<{_NAME_WIDTH}} {'PASS' if settings.run else 'a run starts'} with {run}")
 
 

@@ -113,7 +113,7 @@ def merge(settings: MergeSettings) -> Source:
     if not _SIZE.fullmatch(settings.max_shard_size):
         raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB.")
     source = find_source(settings.model, settings.adapter)
-    check_model(source.base, trust_remote_code=settings.trust_remote_code)
+    check_model(source.base, trust_remote_code=settings.trust_remote_code, is_trained=False)
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
     model = load(source)

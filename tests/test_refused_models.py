@@ -138,6 +138,7 @@ SPOILT = {
         lambda folder: change(folder, architectures=["LlamaForCausalLM"]),
         "model_type 'qwen2', of which transformers makes Qwen2ForCausalLM, and architectures ['LlamaForCausalLM']",
     ),
+    "no positions": (lambda folder: change(folder, max_position_embeddings=0), "max_position_embeddings 0"),
     "an adapter": (write("adapter_config.json", "{}"), "holds a LoRA adapter, which is no model without its base"),
     "quantised without saying so": (as_integers, "is of type I8, and config.json has no quantization_config"),
     "quantised without saying how": (lambda folder: change(folder, quantization_config={}), "quantization_config {}"),
@@ -188,6 +189,23 @@ def test_a_spoilt_folder_is_refused_with_the_reason(folder, name):
     spoil, reason = SPOILT[name]
     spoil(folder)
     assert reason in refusal(folder)
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_weight_that_is_no_number_is_named_when_it_is_loaded(folder, use_lora):
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name][3, 4] = torch.nan
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 weight is NaN or infinite, such as {name}, so that"):
+        load_policy(str(folder), RLConfig(use_lora=use_lora), dtype=torch.bfloat16)
+
+
+def test_what_to_do_about_quantised_weights_is_that_of_the_command(folder):
+    change(folder, quantization_config={"quant_method": "awq"})
+    assert "--load_in_4bit true" in refusal(folder)
+    with pytest.raises(ValueError, match=r"quantised \(awq\).*Pass the model that it was made from\.$"):
+        check_model(str(folder), is_trained=False)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):

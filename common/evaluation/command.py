@@ -352,10 +352,10 @@ def _find_model(model: str, settings: EvaluationSettings) -> Source:
     parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
     is_of_run = any(part.is_file() for part in parts) or is_best_of_run(folder)
     if adapter is None and ((folder / CONFIG_NAME).is_file() or not is_of_run):
-        check_model(model, trust_remote_code=trust)
+        check_model(model, trust_remote_code=trust, is_trained=False)
         return Source(base=model, what=model)
     source = find_source(model, adapter)
-    check_model(source.base, trust_remote_code=trust)
+    check_model(source.base, trust_remote_code=trust, is_trained=False)
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
     return source

@@ -107,7 +107,7 @@ def why_not_trainable(config: transformers.PreTrainedConfig) -> str | None:
     Args:
         config: of the model.
     """
-    return why_quantized(config) or why_not_causal(config)
+    return why_quantized(config) or why_not_causal(config) or _why_no_room(config)
 
 
 def why_quantized(config: transformers.PreTrainedConfig) -> str | None:
@@ -124,8 +124,7 @@ def why_quantized(config: transformers.PreTrainedConfig) -> str | None:
     method = settings.get("quant_method") or ("bitsandbytes" if settings.get("load_in_4bit") else "an unnamed method")
     return (
         f"its weights are quantised ({method}): they are rounded numbers that no gradient can change and no push to "
-        "the sampler can hold. Pass the model that it was made from; --use_lora true --load_in_4bit true needs little "
-        "memory for that one."
+        "the sampler can hold. Pass the model that it was made from."
     )
 
 
@@ -144,7 +143,7 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
     if type(config) in transformers.AutoModelForMaskedLM._model_mapping:
         return (
             f"{kind} is of a family that fills in masked tokens (AutoModelForMaskedLM). In such models a token can "
-            "see those after it, also in some that are set up as decoders, so none is trained here. Pass a "
+            "see those after it, also in some that are set up as decoders, so none is taken here. Pass a "
             "decoder-only model, such as Qwen/Qwen2.5-0.5B."
         )
     named = next(iter(config.architectures or ()), "")
@@ -166,6 +165,18 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
     return (
         f"transformers {transformers.__version__} has no causal language model of the kind {kind}. Pass one that "
         "AutoModelForCausalLM loads."
+    )
+
+
+def _why_no_room(config: transformers.PreTrainedConfig) -> str | None:
+    """That a model has no positions for a prompt and a completion; None if it has."""
+    name = "max_position_embeddings"
+    context = setting(config.get_text_config(), name)
+    if context is None or context > 1:
+        return None
+    return (
+        f"config.json has {name} {context}: need room for a prompt and its completion, two tokens at least. Correct "
+        "config.json."
     )
 
 

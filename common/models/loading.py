@@ -223,6 +223,7 @@ def load_without_dropout(
         reason = first_line(error)
         raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
     check_report(found, f"model={str(path)!r}")
+    _check_finite(model, f"model={str(path)!r}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -230,6 +231,19 @@ def load_without_dropout(
     _align(model)
     settle_ties(model)
     return model
+
+
+def _check_finite(model: transformers.PreTrainedModel, label: str) -> None:
+    """Refuse weights that are NaN or infinite: every log-prob would be."""
+    with torch.no_grad():
+        floats = [(name, each) for name, each in model.named_parameters() if each.is_floating_point()]
+        broken = [name for name, each in floats if not each.sum(dtype=torch.float32).isfinite()]
+    if broken:
+        what = "weight is" if len(broken) == 1 else "weights are"
+        raise ValueError(
+            f"{label}: {len(broken)} {what} NaN or infinite, such as {broken[0]}, so that its log-probs could not be "
+            "numbers. Download the model again, or pass an earlier checkpoint of the run that wrote it."
+        )
 
 
 def _without_dropout(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
