@@ -253,8 +253,9 @@ def run_script(
         # Bars for loading and saving would break the run's own progress bar; bars for downloads stay.
         sys.modules["transformers"].logging.disable_progress_bar()
         sys.modules["huggingface_hub"].utils.enable_progress_bars()
-        # It prints its warnings itself; the root logger's handler would print each a second time.
-        logging.getLogger("huggingface_hub").propagate = False
+    # These print their warnings themselves; the root logger's handler would print each a second time.
+    for library in ("huggingface_hub", "transformers"):
+        logging.getLogger(library).propagate = False
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
     is_main = os.environ.get("RANK", "0") == "0"

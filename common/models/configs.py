@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.constants import ENDPOINT
 from transformers.utils.hub import HF_MODULES_CACHE
 
 from common.mistakes import first_line
@@ -27,13 +28,6 @@ REMEDY = (
     "for the embedded policy."
 )
 _TRUST = "Read the .py files in its repository, then pass --trust_remote_code true, or pass another model."
-# Auto classes whose models can write text; one kind of configuration has a class in several.
-_CLASSES = (
-    transformers.AutoModelForCausalLM,
-    transformers.AutoModelForImageTextToText,
-    transformers.AutoModelForMultimodalLM,
-    transformers.AutoModelForSeq2SeqLM,
-)
 # Only the folder of a LoRA adapter has it.
 ADAPTER_CONFIG = "adapter_config.json"
 # Ends of the names of classes whose weights hold no language model head.
@@ -238,9 +232,15 @@ def _why_another_class(config: transformers.PreTrainedConfig) -> str | None:
     transformers goes by model_type and vLLM by architectures, so they would make two different models of the weights.
     """
     named, made = next(iter(config.architectures or ()), None), model_class(config)
+    auto_classes = (  # whose models can write text; one kind of configuration has a class in several
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForSeq2SeqLM,
+    )
     kinds = {
         kind.model_type
-        for auto_class in _CLASSES
+        for auto_class in auto_classes
         for kind, found in auto_class._model_mapping.items()
         if named in [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]
     }
@@ -336,8 +336,11 @@ def _one_line_without_a_network(path: str) -> Iterator[None]:
     said = []
 
     def say_once(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not ("' thrown while requesting" in text or (said and text.startswith("Retrying in "))):
+            return True  # an answer, such as that there were too many requests
         if not said:
-            logger.info("%s: huggingface.co does not answer; trying again for half a minute ...", path)
+            logger.info("%s: %s does not answer; trying again for half a minute ...", path, ENDPOINT)
             said.append(record)
         return False
 
