@@ -131,6 +131,8 @@ def _is_remote(model: nn.Module) -> bool:
 def _attention(model: transformers.PreTrainedModel, config: RLConfig, device: torch.device) -> str:
     from common.models.attention import attention_for
 
+    if setting(model.config.get_text_config(), "num_attention_heads") is None:
+        return "none"
     asked, dtype = config.attn_implementation, compute_dtype(config, device)
     try:
         chosen, reason = attention_for(model.config, asked, device, dtype=dtype, cls=type(model))

@@ -17,7 +17,7 @@ from common.environment import cpu_computes_bfloat16
 from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import turn_end_token
-from common.models.configs import describe_multimodal, model_class, read_config
+from common.models.configs import describe_multimodal, model_class, read_config, setting
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
 from common.models.lora import load_adapter, read_by_kernels, targets
@@ -204,7 +204,8 @@ def load_without_dropout(
         dtype=compute_dtype(config, device),
         cls=model_class(model_config, auto_class),
     )
-    if says and reason:
+    has_attention = setting(model_config.get_text_config(), "num_attention_heads") is not None
+    if says and reason and has_attention:
         logger.info("attention: %s, since sdpa cannot be used: %s", attention, reason)
     if says and describe_multimodal(model_config):
         logger.info("%s", describe_multimodal(model_config))
