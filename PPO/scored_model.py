@@ -62,7 +62,7 @@ def scored_model(path: str, config: RLConfig, tokenizer: transformers.PreTrained
     num_tokens = found.get_text_config().vocab_size
     if (kind is None and not is_saved) or found.num_labels != 1 or num_tokens < len(tokenizer):
         raise ValueError(
-            f"{label}: {architecture or 'a model'} with {found.num_labels} labels and "
+            f"{label}: {architecture or 'a model'} with {found.num_labels} label{'s' * (found.num_labels != 1)} and "
             f"{num_tokens} tokens; need one for sequence or token classification with 1 label and the "
             f"policy's {len(tokenizer)} tokens, since it reads the policy's token ids. Pass --value_init fit, or such "
             "a model."

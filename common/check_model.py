@@ -163,7 +163,8 @@ def table(config: RLConfig, model: Model, device: torch.device) -> list[str]:
     """
     rows = {"model": config.model, **_facts(config, model, device)}
     for name, settings in _RUNS.items():
-        reason = model.refusal(replace(config, **settings, load_in_4bit=False), device)
+        run = replace(config, **settings, load_in_4bit=config.load_in_4bit and settings["use_lora"])
+        reason = model.refusal(run, device)
         rows[name] = "yes" if reason is None else f"no: {textwrap.shorten(reason, _REASON_WIDTH, placeholder=' ...')}"
     return [f"{name:<{_NAME_WIDTH}} {text}" for name, text in rows.items()]
 
@@ -231,6 +232,7 @@ def main(args: list[str] | None = None) -> None:
     settings.as_run_settings()  # before imports that take seconds
     import torch
 
+    from common.models.chat import why_no_chat
     from common.models.positions import context_length
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -242,9 +244,14 @@ def main(args: list[str] | None = None) -> None:
     if reason is not None:
         print(f"{'verdict':<{_NAME_WIDTH}} refused with {run}")
         raise ValueError(reason)
+    no_chat = model.tokenizer.chat_template is not None and why_no_chat(model.tokenizer) is not None
+    if no_chat:
+        model.tokenizer.chat_template = None
     if settings.run and not try_out(config, model):
         print(f"{'verdict':<{_NAME_WIDTH}} FAIL with {run}: sampler and trainer do not have the same model")
         sys.exit(1)
+    if no_chat:
+        run += ", on prompts of plain text: it cannot use its chat template"
     print(f"{'verdict':<{_NAME_WIDTH}} {'PASS' if settings.run else 'a run starts'} with {run}")
 
 

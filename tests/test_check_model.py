@@ -1,6 +1,7 @@
 """The check of a model before anything is loaded: its table, its verdict, and trying it out."""
 
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -176,6 +177,14 @@ def test_what_a_run_would_refuse_is_the_verdict(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"lora_target_modules=nope"):
         rows(folder, "--use_lora", "--lora_target_modules", "nope", "--sampler", "transformers", capsys=capsys)
     assert capsys.readouterr().out.splitlines()[-1].endswith("refused with sampler=transformers, LoRA")
+
+
+def test_a_chat_template_that_cannot_be_run_is_told_before_data_are_read(tiny_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content' }}")
+    found = rows(folder, "--sampler", "transformers", capsys=capsys)
+    assert found["chat template"].startswith("of no use, so that prompts have to be plain text: the chat template")
+    assert found["verdict"].endswith("on prompts of plain text: it cannot use its chat template")
 
 
 @pytest.mark.parametrize("kind", ["t5", "quantised", "nobody knows"])

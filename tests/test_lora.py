@@ -168,6 +168,21 @@ def test_an_adapter_on_the_head_is_part_of_the_logprobs(tmp_path, rollouts, mode
     torch.testing.assert_close(after[0, : end - length], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of adapters on embeddings, which is what is tested
+@pytest.mark.parametrize("targets", ["embed_tokens", "lm_head,embed_tokens"])
+def test_embeddings_are_adapted_in_a_run(tmp_path, tokenizer, targets):
+    sizes = {**SIZES, **HEADS, "tie_word_embeddings": False, "vocab_size": len(tokenizer)}
+    Qwen2ForCausalLM(Qwen2ForCausalLM.config_class(**sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    metrics = toy_trainer(tmp_path / "model", tmp_path / "run", **LORA, lora_target_modules=targets).train()
+    assert metrics["policy/first_ratio"] == 1 and metrics["sampler/logprob_diff"] < 1e-5
+    before, after = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / "run" / "final")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.weight".replace("embed", "model.embed") for name in targets.split(",")}
+
+
 def test_a_value_model_gets_the_same_layers_under_its_shorter_names(tiny_folder):
     def backbone(targets: str) -> list[str]:
         config = RLConfig(use_lora=True, lora_r=4, lora_target_modules=targets)

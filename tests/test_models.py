@@ -425,6 +425,21 @@ def test_attention_that_the_model_refuses_is_a_message():
             attention_for(BloomConfig(), asked, torch.device("cpu"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("flash_attention_2", "the package flash-attn is not installed"),
+        ("flash_attention_3", "the package flash-attn-3 is not installed"),
+        ("flex_attention", "its gradients are computed on a GPU only"),
+        ("kernels-community/flash-attn3", "the package kernels, which loads it, is not installed"),
+    ],
+)
+def test_attention_that_this_machine_cannot_run_is_refused_before_anything_is_loaded(tiny_folder, asked, message):
+    with pytest.raises(ValueError, match=rf"attn_implementation={asked}: .*{message}.*--attn_implementation auto"):
+        check_model(str(tiny_folder), attention=asked)
+
+
 # Models for images and text
 
 

@@ -1,6 +1,7 @@
 """A model that cannot be trained rightly is refused in one message, before its weights are loaded."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,36 @@ def other_weights(folder):
     save_file({"transformer.wte.weight": torch.zeros(4, 4)}, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def as_integers(folder):
+    tensors = load_file(folder / WEIGHTS)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def untie(folder):
+    change(folder, tie_word_embeddings=True)
+    tensors = load_file(folder / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    check_model(str(folder))  # a copy may be there
+    tensors["lm_head.weight"][-1] += 1
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def index_of_numbers(folder):
+    (folder / INDEX).write_text('{"weight_map": {"a": 5}}')
+    (folder / WEIGHTS).unlink()
+
+
+def damaged_pickle(folder):
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    check_model(str(folder))
+    content = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
+
+
 def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
@@ -92,17 +123,48 @@ def write(name, text):
 SPOILT = {
     "no config": (remove("config.json"), "the folder has no config.json"),
     "config without a type": (write("config.json", "{}"), "does not know its architecture"),
-    "unreadable config": (write("config.json", "{"), "not a valid JSON"),
-    "config of wrong types": (lambda folder: change(folder, hidden_size="wide"), "hidden_size"),
+    "unreadable config": (write("config.json", "{"), "config.json is not readable as JSON"),
+    "config of wrong types": (
+        lambda folder: change(folder, hidden_size="wide"),
+        "Field 'hidden_size' expected int, got str (value: 'wide'). Correct ",
+    ),
+    "config that contradicts itself": (lambda folder: change(folder, layer_types=[]), "`num_hidden_layers` (2)"),
+    "unknown activation": (
+        lambda folder: change(folder, hidden_act="nope"),
+        "transformers knows no hidden_act 'nope'",
+    ),
+    "config that is a list": (write("config.json", "[1]"), "config.json holds no settings but [1]"),
+    "class of another kind": (
+        lambda folder: change(folder, architectures=["LlamaForCausalLM"]),
+        "model_type 'qwen2', of which transformers makes Qwen2ForCausalLM, and architectures ['LlamaForCausalLM']",
+    ),
+    "no positions": (lambda folder: change(folder, max_position_embeddings=0), "max_position_embeddings 0"),
+    "an adapter": (write("adapter_config.json", "{}"), "holds a LoRA adapter, which is no model without its base"),
+    "quantised without saying so": (as_integers, "is of type I8, and config.json has no quantization_config"),
+    "quantised without saying how": (lambda folder: change(folder, quantization_config={}), "quantization_config {}"),
+    "a head that is not tied": (untie, "the files hold two different ones, model.embed_tokens and lm_head"),
+    "a pointer in place of the weights": (
+        write(WEIGHTS, "version https://git-lfs.github.com/spec/v1"),
+        "is a pointer of Git LFS (42 bytes), not the file itself. Run git lfs pull",
+    ),
+    "weights of llama.cpp": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "model.gguf"),
+        "has no weights that transformers loads; model.gguf is of llama.cpp",
+    ),
+    "an index of numbers": (index_of_numbers, f"{INDEX} is damaged"),
+    "a damaged pickle": (damaged_pickle, "pytorch_model.bin is damaged"),
     "impossible sizes": (lambda folder: change(folder, pad_token_id=10_000), "cannot be built from its config.json"),
     "unknown architecture": (lambda folder: change(folder, model_type="qwen99"), "does not know its architecture"),
     "no weights": (remove(WEIGHTS), "has no weights"),
     "damaged weights": (cut, "model.safetensors is damaged"),
-    "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors of 1 files is missing"),
+    "missing shard": (lose_a_shard, "model-00002-of-00002.safetensors is missing, which"),
     "damaged index": (damage_the_index, f"{INDEX} is damaged"),
-    "missing tensor": (lose_a_tensor, "1 of its weights are missing, such as model.layers.1.mlp.up_proj.weight"),
+    "missing tensor": (lose_a_tensor, "1 weight is missing, such as model.layers.1.mlp.up_proj.weight"),
     "another model's weights": (other_weights, "weights are missing"),
-    "other shapes": (lambda folder: change(folder, vocab_size=500), "another shape, such as model.embed_tokens"),
+    "other shapes": (
+        lambda folder: change(folder, vocab_size=500),
+        "another shape than its config.json says, such as ",
+    ),
     "unreadable generation config": (write("generation_config.json", "{"), "generation_config.json is not readable"),
     "end token in words": (write("generation_config.json", '{"eos_token_id": "</s>"}'), "eos_token_id '</s>'"),
     "generation config that is a list": (write("generation_config.json", "[]"), "holds no settings"),
@@ -129,6 +191,23 @@ def test_a_spoilt_folder_is_refused_with_the_reason(folder, name):
     assert reason in refusal(folder)
 
 
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_a_weight_that_is_no_number_is_named_when_it_is_loaded(folder, use_lora):
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name][3, 4] = torch.nan
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 weight is NaN or infinite, such as {name}, so that"):
+        load_policy(str(folder), RLConfig(use_lora=use_lora), dtype=torch.bfloat16)
+
+
+def test_what_to_do_about_quantised_weights_is_that_of_the_command(folder):
+    change(folder, quantization_config={"quant_method": "awq"})
+    assert "--load_in_4bit true" in refusal(folder)
+    with pytest.raises(ValueError, match=r"quantised \(awq\).*Pass the model that it was made from\.$"):
+        check_model(str(folder), is_trained=False)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(folder):
     remove("tokenizer.json", "tokenizer_config.json")(folder)
     with pytest.raises(ValueError, match=r"model='.*': its tokenizer cannot be loaded.*tokenizer\.json"):
@@ -139,7 +218,7 @@ SMALL = {"vocab_size": 64, "d_model": 32}
 OTHER_KINDS = {
     "T5": (T5Config(**SMALL), "encoder-decoder"),
     "BART": (BartConfig(**SMALL), "encoder-decoder"),
-    "BERT": (BertConfig(vocab_size=64), "bert is an encoder"),
+    "BERT": (BertConfig(vocab_size=64), "bert is of a family that fills in masked tokens"),
     "Qwen2-VL": (Qwen2VLConfig(), "AutoModelForCausalLM does not know qwen2_vl, a model for images and text"),
 }
 
@@ -154,7 +233,7 @@ def test_a_model_that_writes_no_text_by_itself_is_refused_by_its_configuration(t
 def test_an_encoder_that_is_set_up_as_a_decoder_is_refused_too(tmp_path):
     small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     BertLMHeadModel(BertConfig(vocab_size=64, is_decoder=True, **small)).save_pretrained(tmp_path)
-    assert "a token sees those after it" in refusal(tmp_path)
+    assert "bert is of a family that fills in masked tokens" in refusal(tmp_path)
 
 
 def test_a_classifier_saved_by_transformers_is_refused(tiny_folder, tmp_path):
@@ -215,6 +294,33 @@ def own_code(folder) -> Path:
     }
     change(folder, model_type="marked", architectures=["MarkedForCausalLM"], auto_map=places)
     return folder
+
+
+BROKEN = {
+    "a mistake in the code": ("configuration_marked.py", "class", "its own code cannot be run: SyntaxError"),
+    "a package that is missing": (
+        "configuration_marked.py",
+        "import no_such_package",
+        "no_such_package. Run `pip install no_such_package`. Install the package",
+    ),
+    "an error in the code": ("configuration_marked.py", "raise OSError('boom')", "its own code cannot be run: boom"),
+    "a mistake in the model's code": ("modeling_marked.py", "class", "its own code cannot be run: SyntaxError"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_code_that_cannot_be_run_is_refused_with_its_error(own_code, name):
+    file, code, reason = BROKEN[name]
+    (own_code / file).write_text(code)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_config(own_code, trust_remote_code=True)
+
+
+def test_code_that_takes_the_place_of_an_architecture_of_transformers_is_refused(own_code):
+    change(own_code, model_type="gpt2")
+    (own_code / "configuration_marked.py").write_text(CONFIG_CODE.replace('"marked"', '"gpt2"'))
+    with pytest.raises(ValueError, match=r"defines the model_type gpt2.*Leave out --trust_remote_code"):
+        read_config(own_code, trust_remote_code=True)
 
 
 IN_A_PROCESS = """

@@ -35,7 +35,7 @@ from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
-from common.mistakes import WrongNumbers, is_ours
+from common.mistakes import WrongNumbers, first_line, is_ours
 from common.models.attention import attention_for
 from common.models.configs import model_class, read_config
 from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
@@ -352,10 +352,10 @@ def _find_model(model: str, settings: EvaluationSettings) -> Source:
     parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
     is_of_run = any(part.is_file() for part in parts) or is_best_of_run(folder)
     if adapter is None and ((folder / CONFIG_NAME).is_file() or not is_of_run):
-        check_model(model, trust_remote_code=trust)
+        check_model(model, trust_remote_code=trust, is_trained=False)
         return Source(base=model, what=model)
     source = find_source(model, adapter)
-    check_model(source.base, trust_remote_code=trust)
+    check_model(source.base, trust_remote_code=trust, is_trained=False)
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
     return source
@@ -375,7 +375,7 @@ def _load_tokenizer(source: Source, *, trust_remote_code: bool) -> transformers.
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         reason = None if len(tokenizer("0")["input_ids"]) else "it has no tokens"  # transformers makes an empty one
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
     if reason is not None:
         raise ValueError(
             f"model={name}: its tokenizer cannot be loaded: {reason}. Prompts have to become tokens. Put the "

@@ -61,6 +61,7 @@ class EvaluationSettings:
     temperature: float = 0.6
     """0 is greedy."""
     top_p: float = 1.0
+    """Of the most likely tokens, those that have this share of the probability together; 1: all."""
     top_k: int = 0
     """0: off."""
     max_completion_length: int | None = None
@@ -68,6 +69,7 @@ class EvaluationSettings:
     max_prompt_length: int | None = None
     """Longer prompts are dropped and counted; None: no limit."""
     seed: int = 0
+    """Of the sampled completions; the same seed gives the same ones."""
 
     sampler: str = "vllm"
     """"vllm", or "transformers" for machines without it."""

@@ -11,7 +11,7 @@ import re
 
 import torch
 import transformers
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 from common.models.configs import model_class
 
@@ -76,11 +76,9 @@ def check_attention(
     cls = cls or model_class(config)
     if asked == "auto":
         return
-    reason = why_not(asked, config, cls)
+    reason = why_not(asked, config, cls) or _why_not_here(asked)
     if asked not in IMPLEMENTATIONS and "/" not in asked:
         reason = f"need one of auto, {', '.join(IMPLEMENTATIONS)}, or the hub id of a kernel"
-    elif asked == "flash_attention_2" and not is_flash_attn_2_available():
-        reason = "the package flash-attn is not installed, or there is no CUDA GPU"
     if reason is not None:
         raise ValueError(f"attn_implementation={asked}: {reason}. Pass --attn_implementation auto.")
 
@@ -104,6 +102,22 @@ def why_not(implementation: str, config: transformers.PreTrainedConfig, cls: typ
     if function is None or "softcap" in inspect.signature(function).parameters:
         return None
     return f"it leaves out {cap[0]}={cap[1]:g}, the cap on the model's attention logits"
+
+
+def _why_not_here(implementation: str) -> str | None:
+    """Why this machine cannot run an implementation; None if it can."""
+    is_there = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
+    if implementation in is_there and not is_there[implementation]():
+        package = "flash-attn" if implementation == "flash_attention_2" else "flash-attn-3"
+        return f"the package {package} is not installed, or there is no CUDA GPU"
+    if implementation == "flex_attention" and not torch.cuda.is_available():
+        return "its gradients are computed on a GPU only, and there is none here"
+    if "/" in implementation and not is_kernels_available():
+        return "it is a kernel on the hub, and the package kernels, which loads it, is not installed"
+    return None
 
 
 def soft_cap(config: transformers.PreTrainedConfig) -> tuple[str, float] | None:

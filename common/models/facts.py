@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
+from common.models.chat import why_no_chat
 from common.models.configs import setting
 from common.models.loading import compute_dtype, end_token_ids
 from common.models.positions import context_length
@@ -111,9 +112,16 @@ def describe_model(
         "decoding": _decoding(model),
         "vocabulary": _vocabulary(text, tokenizer),
         "context": _context(text, config),
-        "chat template": "yes" if tokenizer.chat_template else "none: prompts have to be plain text",
+        "chat template": _chat_template(tokenizer),
         "end tokens": _end_tokens(model, tokenizer),
     }
+
+
+def _chat_template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        return "none: prompts have to be plain text"
+    reason = why_no_chat(tokenizer)
+    return "yes" if reason is None else f"of no use, so that prompts have to be plain text: {reason}"
 
 
 def _is_remote(model: nn.Module) -> bool:
@@ -123,6 +131,8 @@ def _is_remote(model: nn.Module) -> bool:
 def _attention(model: transformers.PreTrainedModel, config: RLConfig, device: torch.device) -> str:
     from common.models.attention import attention_for
 
+    if setting(model.config.get_text_config(), "num_attention_heads") is None:
+        return "none"
     asked, dtype = config.attn_implementation, compute_dtype(config, device)
     try:
         chosen, reason = attention_for(model.config, asked, device, dtype=dtype, cls=type(model))

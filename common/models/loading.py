@@ -14,12 +14,13 @@ from torch import nn
 
 from common.config import RLConfig
 from common.environment import cpu_computes_bfloat16
+from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import turn_end_token
-from common.models.configs import describe_multimodal, model_class, read_config
+from common.models.configs import describe_multimodal, model_class, read_config, setting
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
-from common.models.lora import load_adapter, targets
+from common.models.lora import load_adapter, read_by_kernels, targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.ties import settle_ties
 from common.seeds import hashed_seed
@@ -58,7 +59,7 @@ def end_token_ids(
     turn_end = turn_end_token(tokenizer)
     if turn_end is not None:
         ids.add(tokenizer.convert_tokens_to_ids(turn_end))
-    size = model.get_input_embeddings().num_embeddings
+    size = len(model.get_input_embeddings().weight)  # an adapted embedding has no num_embeddings
     if known := sorted(token for token in ids if 0 <= token < size):
         return tuple(known)
     named = f"{sorted(ids)} as end tokens, and the model has {size} tokens" if ids else "no end token"
@@ -203,7 +204,8 @@ def load_without_dropout(
         dtype=compute_dtype(config, device),
         cls=model_class(model_config, auto_class),
     )
-    if says and reason:
+    has_attention = setting(model_config.get_text_config(), "num_attention_heads") is not None
+    if says and reason and has_attention:
         logger.info("attention: %s, since sdpa cannot be used: %s", attention, reason)
     if says and describe_multimodal(model_config):
         logger.info("%s", describe_multimodal(model_config))
@@ -219,9 +221,10 @@ def load_without_dropout(
                 **options,
             )
     except (OSError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
     check_report(found, f"model={str(path)!r}")
+    _check_finite(model, f"model={str(path)!r}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -229,6 +232,19 @@ def load_without_dropout(
     _align(model)
     settle_ties(model)
     return model
+
+
+def _check_finite(model: transformers.PreTrainedModel, label: str) -> None:
+    """Refuse weights that are NaN or infinite: every log-prob would be."""
+    with torch.no_grad():
+        floats = [(name, each) for name, each in model.named_parameters() if each.is_floating_point()]
+        broken = [name for name, each in floats if not each.sum(dtype=torch.float32).isfinite()]
+    if broken:
+        what = "weight is" if len(broken) == 1 else "weights are"
+        raise ValueError(
+            f"{label}: {len(broken)} {what} NaN or infinite, such as {broken[0]}, so that its log-probs could not be "
+            "numbers. Download the model again, or pass an earlier checkpoint of the run that wrote it."
+        )
 
 
 def _without_dropout(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
@@ -287,7 +303,12 @@ def _load(
 ) -> transformers.PreTrainedModel:
     options: dict[str, Any] = {"says": says}
     if config.load_in_4bit:
-        options |= {"quantization_config": four_bits(dtype), "device_map": {"": "cpu"}}
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(
+                read_config(path, trust_remote_code=config.trust_remote_code)
+            )
+        options |= {"quantization_config": four_bits(dtype, empty, read_by_kernels(empty))}
+        options |= {"device_map": {"": "cpu"}}
     model = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype, **options)
     if config.load_in_4bit:
         keep_trainable(model)

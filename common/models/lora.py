@@ -50,7 +50,7 @@ def check_targets(model: transformers.PreTrainedModel, config: RLConfig) -> None
     if odd := [name for name in chosen if not isinstance(modules[name], _ADAPTABLE)]:
         raise _refusal(
             config,
-            f"{odd[0]} of the model is a {type(modules[odd[0]]).__name__}, and LoRA is added to linear layers and "
+            f"{odd[0]} of the model is {_a(modules[odd[0]])}, and LoRA is added to linear layers and "
             f"embeddings. The model has {_available(model)}",
         )
     obstacles = _obstacles(model)
@@ -147,7 +147,8 @@ def describe_adapter(model: PeftModel, config: RLConfig) -> str:
     counts = Counter(name.split(".")[-1] for name in adapted)
     kinds = ", ".join(f"{name} {count}" for name, count in counts.items())
     trained, total = model.get_nb_trainable_parameters()
-    line = f"LoRA: {len(adapted)} modules adapted ({kinds}), {trained:,} of {total:,} parameters train"
+    modules = "module" if len(adapted) == 1 else "modules"
+    line = f"LoRA: {len(adapted)} {modules} adapted ({kinds}), {trained:,} of {total:,} parameters train"
     return line + describe_left_out(model.get_base_model(), config)
 
 
@@ -172,6 +173,12 @@ def names_in(modules: list[str]) -> str:
     return ", ".join(dict.fromkeys(name.split(".")[-1] for name in modules))
 
 
+def _a(module: nn.Module) -> str:
+    """The name of a module's class with its article."""
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+
+
 def _names(config: RLConfig) -> list[str]:
     return config.lora_target_modules.split(",")
 
@@ -194,7 +201,7 @@ def _obstacles(model: transformers.PreTrainedModel) -> dict[str, str]:
         own = [parameter.shape for parameter in module.parameters(recurse=False)]
         if isinstance(module, _LINEAR):
             if not _is_plain(module):
-                found[name] = f"a {type(module).__name__}, which returns more than the product with its weight"
+                found[name] = f"{_a(module)}, which returns more than the product with its weight"
             elif name.split(".")[-1] in for_experts:
                 found[name] = "peft takes the name for the experts'"
             elif not name.startswith(language_model):
@@ -202,12 +209,26 @@ def _obstacles(model: transformers.PreTrainedModel) -> dict[str, str]:
         elif not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)) and any(
             len(shape) > 1 and width in shape and min(shape) > 1 for shape in own
         ):
-            found[name] = f"a {type(module).__name__}, no linear layer"
-        for child in _read_directly(type(module)):
-            if isinstance(module._modules.get(child), _LINEAR):
-                found[f"{name}.{child}".lstrip(".")] = f"a {type(module).__name__} reads its weight without calling it"
+            found[name] = f"{_a(module)}, no linear layer"
+    for name in read_by_kernels(model):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        found[name] = f"{_a(owner)} reads its weight without calling it"
     head = model.get_output_embeddings()
     return {name: reason for name, reason in found.items() if model.get_submodule(name) is not head}
+
+
+def read_by_kernels(model: nn.Module) -> list[str]:
+    """Names of linear layers whose weight is read by their parent, which does not call them.
+
+    Args:
+        model: without storage is enough.
+    """
+    return [
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules()
+        for child in _read_directly(type(module))
+        if isinstance(module._modules.get(child), _LINEAR)
+    ]
 
 
 def _language_model(model: transformers.PreTrainedModel) -> str:

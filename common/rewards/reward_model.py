@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common.data.dialogues import conversation
+from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import check_keeps, render_chat
 from common.models.configs import model_class, read_config, why_quantized
@@ -275,7 +276,7 @@ def _load_tokenizer(model: str, label: str) -> transformers.PreTrainedTokenizerB
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
             reason = "it has no tokenizer"
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
     if reason is not None:
         raise ValueError(f"{label}: cannot be loaded: {reason}. {_REMEDY}")
     return tokenizer

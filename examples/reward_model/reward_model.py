@@ -32,6 +32,7 @@ from trl import RewardConfig, RewardTrainer
 from common import cli
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
+from common.mistakes import first_line
 from common.models.configs import read_config
 from common.models.system_role import fit_system
 from common.runs.writable import check_folder
@@ -283,7 +284,7 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"model={model}: cannot be loaded: {reason}. {remedy}") from error
 
 
