@@ -231,7 +231,7 @@ def main(args: list[str] | None = None) -> None:
     settings.as_run_settings()  # before imports that take seconds
     import torch
 
-    from common.models.facts import context_length
+    from common.models.positions import context_length
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = read_model(settings.model, trust_remote_code=settings.trust_remote_code)

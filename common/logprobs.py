@@ -186,7 +186,9 @@ def _in_chunks(
 
     def chunk_logprobs(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         all_logprobs = torch.log_softmax(head(inputs).float() / temperature, dim=-1)  # (tokens, V)
-        entropy = -(all_logprobs.detach().exp() * all_logprobs.detach()).sum(-1)
+        known = all_logprobs.detach()
+        # A token that the model rules out, with a logit of -inf, adds 0: 0 times -inf would be NaN.
+        entropy = -(known.exp() * known.clamp(min=torch.finfo(known.dtype).min)).sum(-1)
         return all_logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
     chunk = max(MAX_CHUNK_LOGITS // vocabulary, 1)

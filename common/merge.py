@@ -60,6 +60,8 @@ class MergeSettings:
     """Base model of the adapter; or a sharded checkpoint, a run's folder, or one of its checkpoints."""
     adapter: str | None = None
     """Folder of a LoRA adapter; without --model its own base is used."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model; without it such a model is refused."""
     max_shard_size: str = "50GB"
     """Larger models are written in several files."""
 
@@ -107,7 +109,7 @@ def merge(settings: MergeSettings) -> Source:
     if not _SIZE.fullmatch(settings.max_shard_size):
         raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB.")
     source = find_source(settings.model, settings.adapter)
-    check_model(source.base)
+    check_model(source.base, trust_remote_code=settings.trust_remote_code)
     check_weight_files(source.base)
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
@@ -119,7 +121,9 @@ def merge(settings: MergeSettings) -> Source:
     try:
         save_weights(base, weights, temporary, max_shard_size=settings.max_shard_size)
         has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source.own if has_tokenizer else source.base, trust_remote_code=settings.trust_remote_code
+        )
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, output)
     except BaseException:  # a full disk or Ctrl-C
@@ -298,15 +302,19 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     return tuple(weight.shape)[::-1] if isinstance(module, Conv1D) else tuple(weight.shape)
 
 
-def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
+def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftModel:
     """Load the base in its own precision on the CPU, and the adapter on top of it.
+
+    Args:
+        source: what is merged.
+        options: of from_pretrained, such as attn_implementation.
 
     Raises:
         ValueError: if the checkpoint lacks weights.
     """
     config = transformers.AutoConfig.from_pretrained(source.base)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        source.base, config=config, dtype="auto", output_loading_info=True
+        source.base, config=config, dtype="auto", output_loading_info=True, **options
     )
     if found["missing_keys"] or found["mismatched_keys"]:
         absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
@@ -318,9 +326,9 @@ def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.own)
     if source.adapter is None:
         return model
-    from peft import PeftModel
+    from common.models.lora import load_adapter
 
-    return PeftModel.from_pretrained(model, source.adapter)
+    return load_adapter(model, source.adapter)
 
 
 def main(args: list[str] | None = None) -> None:

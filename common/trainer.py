@@ -125,6 +125,7 @@ class OnPolicyTrainer(ABC):
             check_folder(folder)
         self._check_policy()
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        self.check_models()
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)
@@ -157,6 +158,15 @@ class OnPolicyTrainer(ABC):
     @abstractmethod
     def step(self, prompts: PromptBatch) -> None:
         """One iteration, written by each algorithm: sample, score, advantages, update."""
+
+    def check_models(self) -> None:  # noqa: B027  it is not abstract
+        """Refuse an algorithm's own models before data are read and anything is loaded; most have none.
+
+        The tokenizer is there.
+
+        Raises:
+            ValueError: says what is wrong with one of them.
+        """
 
     # ---------------------------------------------------------------------------------------------------- the loop
 

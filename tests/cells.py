@@ -233,6 +233,7 @@ def _compare(trainer: Any, model: Path, run: Path, found: dict[str, Any]) -> Non
     import transformers
 
     from common.merge import MergeSettings, merge
+    from common.models.ties import settle_ties
 
     ids = torch.randint(20, 200, (2, 60), generator=torch.Generator().manual_seed(3))
     with trainer.models.use("policy") as policy, torch.no_grad():
@@ -248,6 +249,7 @@ def _compare(trainer: Any, model: Path, run: Path, found: dict[str, Any]) -> Non
         saved, loading = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
+        settle_ties(saved)
         with torch.no_grad():
             found[name] = (saved.eval()(input_ids=ids).logits - wanted).abs().max().item()
         found[f"{name} misfits"] = sorted(str(key) for keys in loading.values() for key in keys)[:3]

@@ -16,7 +16,8 @@ from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
 from common.evaluation.command import Evaluation
 from common.evaluation.settings import EvaluationSettings
-from common.models.facts import Memory, Size, check_memory, check_room
+from common.models.facts import Memory, Size, check_memory
+from common.models.positions import check_room
 from common.sampling.comparison import Difference
 from common.tasks import Task
 from tests.imports import ROOT
@@ -134,6 +135,23 @@ def test_lengths_beyond_the_context_are_refused_where_there_are_no_positions_for
             check_room(model, longer)
     else:
         check_room(model, longer)
+
+
+@pytest.mark.parametrize(("kind", "rope"), [
+    ("llama", {"rope_type": "dynamic", "factor": 4.0}),
+    ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}),
+])  # fmt: skip
+@pytest.mark.parametrize("sampler", ["vllm", "transformers"])
+def test_lengths_beyond_which_all_angles_change_are_refused(kind, rope, sampler):
+    rope = rope | {"rope_theta": 10000.0}
+    # One names the length for which it was trained, the other the length that it can be scaled to.
+    longest = {} if kind == "llama" else {"max_position_embeddings": 8192, "original_max_position_embeddings": 1024}
+    config = transformers.AutoConfig.for_model(kind, **SMALL | longest, rope_parameters=rope)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    check_room(model, RLConfig(sampler=sampler, max_prompt_length=512, max_completion_length=512))
+    with pytest.raises(ValueError, match=r"longer than 1,024 tokens.*--max_completion_length 512"):
+        check_room(model, RLConfig(sampler=sampler, max_prompt_length=512, max_completion_length=513))
 
 
 def test_the_embedded_policy_is_not_built_to_be_described(monkeypatch, capsys):

@@ -1,9 +1,11 @@
 """LoRA: which modules a name means, what is refused, and what is said."""
 
 import logging
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2ForCausalLM,
@@ -289,3 +291,26 @@ def test_a_value_model_of_experts_has_adapters_where_the_policy_has_them(tmp_pat
 
     wanted = adapted(policy, "default")
     assert wanted and adapted(own.backbone, "default") == adapted(shared.backbone, "value") == wanted
+
+
+@pytest.mark.parametrize("architecture", ["laguna", "gpt2", "mixtral"])
+def test_an_adapter_is_loaded_whole_whatever_its_modules_are_called(architecture, tmp_path):
+    make(architecture, tmp_path / "model")
+    config = RLConfig(model=str(tmp_path / "model"), use_lora=True, lora_r=4)
+    policy = load_policy(config.model, config, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.normal_()
+    policy.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = load_policy(config.model, config, dtype=torch.float32, checkpoint=tmp_path / "adapter")
+    for weight, same in zip(policy.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(weight, same) and weight.requires_grad == same.requires_grad
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"of the \d+ tensors that its configuration asks for, and not .*lora_B"):
+        load_policy(config.model, config, dtype=torch.float32, checkpoint=tmp_path / "adapter")

@@ -29,7 +29,9 @@ from transformers import (
 from common import logprobs as logprobs_module
 from common.config import RLConfig
 from common.embedded import check_model
+from common.evaluation.command import _load_merged
 from common.logprobs import token_logprobs
+from common.merge import Source
 from common.models.attention import attention_for
 from common.models.configs import describe_multimodal
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
@@ -159,6 +161,14 @@ def test_entropy_is_that_of_the_distribution(policy):
     _, entropy = token_logprobs(policy, rows([[5, 9]], [[4]]), T)
     p = torch.softmax(policy(torch.tensor([[5, 9]])).logits[0, -1].double() / T, dim=-1)
     assert float(entropy[0, 0]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_that_the_model_rules_out_add_nothing_to_the_entropy():
+    logits = torch.tensor([[1.0, -torch.inf, 0.5], [2.0, -torch.inf, -torch.inf]])
+    _, entropy = logprobs_module._in_chunks(torch.nn.Identity(), logits, torch.tensor([0, 0]), T, vocabulary=3)
+    p = torch.softmax(logits[0, [0, 2]].double() / T, dim=-1)
+    assert entropy.tolist() == pytest.approx([float(-(p * p.log()).sum()), 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 1000])
@@ -395,6 +405,14 @@ def test_a_cap_on_attention_logits_is_not_left_out(tmp_path):
 def test_attention_is_what_the_model_can_do_rightly(config, device, dtype, expected):
     chosen, reason = attention_for(config, "auto", torch.device(device), dtype=dtype)
     assert chosen == expected and (reason is None) is (expected == "sdpa")
+
+
+def test_an_evaluation_computes_attention_as_training_does(tmp_path):
+    Gemma2ForCausalLM(CAPPED).save_pretrained(tmp_path)
+    model = _load_merged(Source(base=str(tmp_path), what="it"), torch.device("cpu"), torch.float32)
+    ids = torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+    trained = load_policy(str(tmp_path), RLConfig(), dtype=torch.float32)
+    torch.testing.assert_close(model.eval()(ids).logits, trained(ids).logits, atol=1e-6, rtol=0)
 
 
 def test_attention_that_the_model_refuses_is_a_message():

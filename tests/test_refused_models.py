@@ -21,9 +21,13 @@ from transformers import (
 
 from common.config import RLConfig
 from common.embedded import check_model, load_tokenizer, skeleton
+from common.evaluation.command import evaluate
+from common.evaluation.settings import EvaluationSettings
+from common.merge import MergeSettings, merge
 from common.models.configs import read_config
 from common.models.loading import load_policy, num_tokens
 from common.models.saving import save_model
+from tests.imports import ROOT
 from tests.test_bad_input import assert_one_message, run_grpo
 from tests.toy import toy_trainer
 
@@ -220,12 +224,13 @@ import torch
 from tests.test_refused_models import trust_and_train
 trust_and_train(*map(Path, sys.argv[1:]))
 """
+EVALUATED_IN_A_PROCESS = IN_A_PROCESS.replace("trust_and_train", "trust_and_evaluate")
 
 
 def trust_and_train(folder: Path, output: Path) -> None:
     """Refuse a model's own code, then run it; in a process of its own, since it becomes known to transformers."""
     message = refusal(folder)
-    assert "Python code that comes with it" in message and "--trust_remote_code true" in message
+    assert "Python code that comes with the model" in message and "--trust_remote_code true" in message
     check_model(str(folder), trust_remote_code=True)
     assert num_tokens(str(folder)) == 459 and type(skeleton(str(folder))).__name__ == "MarkedForCausalLM"
     policy = load_policy(str(folder), RLConfig(trust_remote_code=True), dtype=torch.float32)
@@ -241,6 +246,22 @@ def trust_and_train(folder: Path, output: Path) -> None:
     assert metrics["policy/first_ratio"] == 1 and metrics["sampler/logprob_diff"] < 1e-5
 
 
+def trust_and_evaluate(folder: Path, output: Path) -> None:
+    """Refuse a model's own code in an evaluation and a merge, then run it; in a process of its own."""
+    problems = output / "problems.jsonl"
+    problems.write_text('{"nums": [1, 2, 3], "target": 6}\n')
+    settings = {"model": [str(folder)], "task": str(problems), "sampler": "transformers", "num_samples": 1}
+    settings |= {"max_completion_length": 4, "output_dir": str(output / "result")}
+    merging = {"model": str(folder), "output": str(output / "merged")}
+    for refused in (lambda: evaluate(EvaluationSettings(**settings)), lambda: merge(MergeSettings(**merging))):
+        with pytest.raises(ValueError, match=r"Python code that comes with the model.*--trust_remote_code true"):
+            refused()
+    evaluate(EvaluationSettings(**settings, trust_remote_code=True))
+    assert (output / "result" / "score.json").is_file()
+    merge(MergeSettings(**merging, trust_remote_code=True))
+    assert (output / "merged" / "modeling_marked.py").is_file()
+
+
 @pytest.mark.slow
 def test_a_models_own_code_runs_only_if_it_is_trusted(own_code, tmp_path):
     done = subprocess.run(
@@ -250,6 +271,40 @@ def test_a_models_own_code_runs_only_if_it_is_trusted(own_code, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_models_own_code_is_evaluated_and_merged_only_if_it_is_trusted(own_code, tmp_path):
+    # In two shards, since there is nothing to merge in one file.
+    tensors = load_file(own_code / WEIGHTS)
+    half = len(tensors) // 2
+    names = {}
+    for number, part in enumerate((list(tensors)[:half], list(tensors)[half:]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, own_code / file, metadata={"format": "pt"})
+        names |= dict.fromkeys(part, file)
+    (own_code / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (own_code / WEIGHTS).unlink()
+    done = subprocess.run(
+        [sys.executable, "-c", EVALUATED_IN_A_PROCESS, str(own_code), str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("example", "count"), [("sft/sft.py", "prompts"), ("reward_model/reward_model.py", "pairs")])
+def test_examples_say_that_they_run_no_code_of_a_model(own_code, tmp_path, example, count):
+    rows = [{"prompt": f"{n}", "completion": f"{n}"} for n in range(40)]
+    rows = [{"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"} | row
+            for n, row in enumerate(rows)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(ROOT / "examples" / example), "--model", str(own_code), "--dataset", "rows.jsonl"]
+    command += ["--output_dir", "out", f"--num_eval_{count}", "4"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "This example does not run it. Pass another model." in done.stderr, done.stderr
+    assert "trust_remote_code" not in done.stderr
 
 
 def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(tmp_path):

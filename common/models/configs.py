@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -169,6 +170,16 @@ def describe_multimodal(config: transformers.PreTrainedConfig) -> str | None:
     is_text_alone = model_class(config).config_class is type(config.get_text_config())
     rest = "final/ holds the language model alone" if is_text_alone else "the rest stays as it is"
     return f"{config.model_type} also takes other inputs than text: its language model is trained, and {rest}"
+
+
+def setting(config: transformers.PreTrainedConfig, *names: str) -> Any:
+    """The first of several names that a configuration gives a value, as an entry or as a property; else None.
+
+    Names differ between architectures, and entries of config.json are attributes of the object, so that only asking
+    for them tells.
+    """
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def _why_unreadable(error: Exception, remedy: str, own_code_remedy: str) -> str:

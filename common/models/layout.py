@@ -12,20 +12,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import transformers
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from common.models.weight_files import weight_names
+
+# The rest of transformers.core_model_loading is imported where it is used: it takes over a second.
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
 
 # Where from_pretrained keeps the conversions that the checkpoint needed, for save_pretrained.
 _CONVERSIONS = "_weight_conversions"
@@ -78,6 +74,8 @@ def _plan(model: transformers.PreTrainedModel, names: Iterable[str]) -> tuple[di
 
     It does what revert_weight_conversion of transformers does with names.
     """
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
     reverse = [conversion.reverse_transform() for conversion in _conversions(model)[::-1]]
     renamings, converters = _by_kind(reverse)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -114,6 +112,9 @@ def use_layout_of(model: transformers.PreTrainedModel, path: str | Path) -> None
     Raises:
         ValueError: if the file with the names of the weights is damaged.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
     names = weight_names(path)
     if names is None:
         return
@@ -127,6 +128,9 @@ def use_layout_of(model: transformers.PreTrainedModel, path: str | Path) -> None
 
 def _conversions(model: transformers.PreTrainedModel) -> list[WeightTransform]:
     """From checkpoint to memory, in the order of loading, as save_pretrained chooses them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
     loaded = vars(model).get(_CONVERSIONS)
     if loaded is not None:
         return loaded
@@ -136,6 +140,8 @@ def _conversions(model: transformers.PreTrainedModel) -> list[WeightTransform]:
 
 
 def _by_kind(conversions: Iterable[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
     conversions = list(conversions)
     return (
         [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)],

@@ -19,8 +19,9 @@ from common.models.chat import turn_end_token
 from common.models.configs import describe_multimodal, model_class, read_config
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
-from common.models.lora import targets
+from common.models.lora import load_adapter, targets
 from common.models.quantization import four_bits, keep_trainable
+from common.models.ties import settle_ties
 from common.seeds import hashed_seed
 
 logger = logging.getLogger("nanorlhf")
@@ -130,10 +131,7 @@ def load_policy(
     if not config.use_lora:
         model = _freeze_all_but_text(_load(checkpoint or path, config, dtype=torch.float32, says=True))
     elif checkpoint is not None:
-        from peft import PeftModel
-
-        base = _load(path, config, dtype=dtype, says=True)
-        model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+        model = load_adapter(_load(path, config, dtype=dtype, says=True), checkpoint, is_trainable=True)
     else:
         base = _load(path, config, dtype=dtype, says=True)
         model = add_adapter(base, config, task_type="CAUSAL_LM")
@@ -229,6 +227,7 @@ def load_without_dropout(
             module.p = 0.0
     _keep_shipped(model, model_config)
     _align(model)
+    settle_ties(model)
     return model
 
 

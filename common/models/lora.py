@@ -8,8 +8,10 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import inspect
 import re
+import warnings
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,6 +94,44 @@ def targets(config: RLConfig, model: transformers.PreTrainedModel, *, headless: 
             config, f"a value model has no {', '.join(names)}, so nothing of it would learn. Add names of its layers"
         )
     return [name for name in names if name not in unmatched]
+
+
+def load_adapter(base: transformers.PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Add an adapter that was saved.
+
+    Its tensors are under the names that the modules have in memory. peft 0.21 takes them for names of a checkpoint and
+    renames them as transformers renames those, and `shared_experts` of Laguna, which matches the pattern of a
+    checkpoint's `shared_expert.`, is then found nowhere. So whatever has a module's own name is copied to it. Remove
+    this when convert_peft_adapter_state_dict_for_transformers leaves such names as they are.
+
+    Args:
+        base: the model that the adapter was trained on.
+        folder: that peft wrote.
+        is_trainable: otherwise it is frozen.
+
+    Raises:
+        ValueError: if the file lacks weights of the adapter.
+    """
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+    saved = load_peft_weights(str(folder), device="cpu")
+    parameters = dict(model.named_parameters())
+    own = {f"{name.removesuffix('.weight')}.default" + ".weight" * name.endswith(".weight"): name for name in saved}
+    with torch.no_grad():
+        for name in own.keys() & parameters.keys():
+            parameters[name].copy_(saved[own[name]])
+    # An adapter of transformers 4 has other names, and a tensor for each expert: more than there are in memory.
+    wanted = [name for name in parameters if ".default" in name]
+    if len(saved) < len(wanted):
+        raise ValueError(
+            f"adapter={folder}: it holds {len(saved)} of the {len(wanted)} tensors that its configuration asks for, "
+            f"and not {next(name for name in wanted if name not in own)}. Copy the adapter's folder again."
+        )
+    return model
 
 
 def describe_adapter(model: PeftModel, config: RLConfig) -> str:
