@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from common.models.unread import check_companions, check_unexpected
 from common.models.weight_files import FILE_NAMES, check_weight_files
 
 _AGAIN = "Download or write the checkpoint again."
@@ -32,6 +33,7 @@ def check_files(path: str | Path) -> None:
     if not folder.is_dir():
         return
     check_generation_config(folder)
+    check_companions(folder)
     if not any((folder / name).is_file() for name in FILE_NAMES):
         raise ValueError(
             f"model={str(path)!r}: has no weights. Need {SAFE_WEIGHTS_NAME}, or {SAFE_WEIGHTS_INDEX_NAME} and the "
@@ -41,7 +43,7 @@ def check_files(path: str | Path) -> None:
 
 
 def check_weights_fit(path: str | Path, auto_class: type, config: transformers.PreTrainedConfig) -> None:
-    """Refuse a folder whose weights lack some of the model's, or have other shapes.
+    """Refuse a folder whose weights lack some of the model's, have other shapes, or are more than the model's.
 
     transformers itself fills the gaps with random numbers, and says so in a warning.
 
@@ -58,7 +60,7 @@ def check_weights_fit(path: str | Path, auto_class: type, config: transformers.P
     label = f"model={str(path)!r}"
     try:
         with without_report():
-            _, found = auto_class.from_pretrained(
+            model, found = auto_class.from_pretrained(
                 path,
                 config=config,
                 device_map={"": "meta"},  # names and shapes only
@@ -72,6 +74,7 @@ def check_weights_fit(path: str | Path, auto_class: type, config: transformers.P
             "model."
         ) from error
     check_report(found, label)
+    check_unexpected(found, model, config, label)
 
 
 def check_report(found: dict[str, Any], label: str) -> None:

@@ -22,6 +22,7 @@ from common.models.generation import AsShipped
 from common.models.lora import load_adapter, targets
 from common.models.quantization import four_bits, keep_trainable
 from common.models.ties import settle_ties
+from common.models.unread import check_unexpected
 from common.seeds import hashed_seed
 
 logger = logging.getLogger("nanorlhf")
@@ -222,6 +223,7 @@ def load_without_dropout(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
     check_report(found, f"model={str(path)!r}")
+    check_unexpected(found, model, model_config, f"model={str(path)!r}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
