@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from common.cli import parse_settings, run_script
 from common.embedded import check_model, resolve_model, skeleton
+from common.models.outputs import keep_outputs, use_plain_outputs
 from common.models.saving import copied_weights, save_weights
 from common.models.weight_files import check_weight_files, shards
 from common.runs.best import BEST_LINK, in_words
@@ -313,8 +315,10 @@ def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftM
         ValueError: if the checkpoint lacks weights.
     """
     config = transformers.AutoConfig.from_pretrained(source.base)
+    plain = deepcopy(config)
+    use_plain_outputs(plain)
     model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        source.base, config=config, dtype="auto", output_loading_info=True, **options
+        source.base, config=plain, dtype="auto", output_loading_info=True, **options
     )
     if found["missing_keys"] or found["mismatched_keys"]:
         absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
@@ -322,6 +326,7 @@ def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftM
             f"model={source.base}: {len(absent)} weights are missing or have another shape, such as {absent[0]}: they "
             "would stay uninitialised. Download or write the checkpoint again."
         )
+    keep_outputs(model, config)
     if (Path(source.own) / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(source.own)
     if source.adapter is None:

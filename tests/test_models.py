@@ -367,7 +367,50 @@ def test_a_generation_config_is_saved_as_it_was(tiny_folder, tmp_path, tokenizer
     assert saved == values
 
 
+# Outputs
+
+OUTPUTS = {"output_attentions": True, "output_hidden_states": True, "return_dict": False, "output_router_logits": True}
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_settings_of_outputs_change_nothing_in_training_and_are_saved_as_they_were(
+    tmp_path, tokenizer, rollouts, use_lora
+):
+    plain, folder, saved = (tmp_path / name for name in ("plain", "model", "saved"))
+    save_tiny(MixtralConfig(**EXPERTS | {"vocab_size": 459}), plain)
+    shutil.copytree(plain, folder)
+    values = json.loads((folder / "config.json").read_text()) | OUTPUTS
+    (folder / "config.json").write_text(json.dumps(values))
+    check_model(str(folder))
+    config = RLConfig(use_lora=use_lora, lora_r=4)
+    policies = [load_policy(str(each), config, dtype=torch.float32) for each in (plain, folder)]
+    expected, found = (token_logprobs(policy, rollouts, 1.0)[0] for policy in policies)
+    assert torch.equal(expected, found)
+    reference = load_reference(str(folder), RLConfig())
+    assert torch.equal(token_logprobs(reference, rollouts, 1.0)[0], expected)
+    save_model(policies[1], tokenizer, saved)
+    assert json.loads((saved / "config.json").read_text()).items() >= OUTPUTS.items()
+    again = load_policy(str(saved), RLConfig(), dtype=torch.float32)
+    torch.testing.assert_close(token_logprobs(again, rollouts, 1.0)[0], expected)
+
+
 # Attention
+
+
+def test_attention_that_adds_biases_twice_is_refused(tmp_path):
+    """Until transformers' Falcon adds ALiBi once in eager attention; then why_not has nothing to refuse."""
+    sizes = {"vocab_size": 459, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = FalconConfig(**sizes, alibi=True, initializer_range=0.3)
+    save_tiny(config, tmp_path)
+    ids = torch.arange(5, 25)[None]
+    by_name = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(ids).logits
+        for name in ("sdpa", "eager")
+    }
+    assert (by_name["sdpa"] - by_name["eager"]).abs().max() > 0.01
+    with pytest.raises(ValueError, match=r"attn_implementation=eager: falcon adds its ALiBi biases twice"):
+        check_model(str(tmp_path), attention="eager")
+    check_model(str(tmp_path))
 
 
 CAPPED = Gemma2Config(**LLAMA_LIKE, head_dim=16, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)

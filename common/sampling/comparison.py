@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from common.config import RLConfig
 from common.logprobs import token_logprobs, without_adapter
+from common.models.attention import why_not
 from common.models.loading import compute_dtype, end_token_ids, load_policy
 from common.models.pool import ModelPool
 from common.rollouts import PromptBatch, Rollouts
@@ -143,16 +144,19 @@ class Comparison:
         with self.models.use("policy") as policy:
             base = without_adapter(policy)
         used = base.config._attn_implementation
-        if used == "eager" or not type(base)._can_set_attn_implementation():
+        cannot = why_not("eager", base.config, type(base)) or not type(base)._can_set_attn_implementation()
+        if used == "eager" or cannot:
             return
         # Modules read it from a configuration that need not be the same object as the model's.
         configs = [each.config for each in base.modules() if isinstance(vars(each).get("config"), PreTrainedConfig)]
         before = [each._attn_implementation for each in configs]
         for each in configs:
             each._attn_implementation = "eager"
-        eager = self._logprobs(rollouts)
-        for each, implementation in zip(configs, before, strict=True):
-            each._attn_implementation = implementation
+        try:
+            eager = self._logprobs(rollouts)
+        finally:
+            for each, implementation in zip(configs, before, strict=True):
+                each._attn_implementation = implementation
         what = {"what": f"attention {used} and eager", "advice": _OTHER_ATTENTION}
         yield Difference.of(logprobs, eager, rollouts, **what)
 
