@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.config import RLConfig
-from common.mistakes import WrongNumbers
+from common.mistakes import WrongNumbers, where_to_go_on
+from common.models.weights import not_finite
 from common.rollouts import Rollouts
 from common.update.learner import MetricPart
 
@@ -96,8 +97,12 @@ class Soundness:
         own = [(total, count) for name, total, count in parts if name == DIFFERENCE]
         if not own:  # a loss of one's own need not report it
             return
-        sums = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for pair in own for value in pair])
-        total, count = self._sum(sums.reshape(-1, 2).sum(0)).tolist()
+        # On the device until they are one tensor: each copy from there waits for it.
+        device = next(model.parameters()).device
+        sums = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=device) for pair in own for value in pair]
+        )
+        total, count = self._sum(sums.reshape(-1, 2).sum(0).cpu()).tolist()
         difference = total / count if count else 0.0
         if not math.isfinite(difference):  # the sampler's log-probs are finite, or the step would not be here
             raise WrongNumbers(self._of_model("policy", "log-probs", model, step))
@@ -125,7 +130,8 @@ class Soundness:
             if name.endswith("/loss") and not math.isfinite(value):
                 raise WrongNumbers(
                     f"{_when(step)}: {name} is {value}. The gradient was finite, so a part of the loss without a "
-                    "gradient is not. Look at the loss of the algorithm; the last checkpoint of the run is intact."
+                    "gradient is not. Look at the loss of the algorithm. No checkpoint of this step is written.\n"
+                    f"{where_to_go_on(step)}".rstrip()
                 )
 
     # --------------------------------------------------------------------------- on the main process: warn, and go on
@@ -180,13 +186,13 @@ class Soundness:
         """Why outputs of a model are not finite, as far as its weights tell."""
         role = _ROLES.get(name, f"the model {name!r}")
         head = f"{_when(step)}: {role}: {what} are not finite (NaN or infinite)"
-        bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-        if bad:
+        if bad := not_finite(model):
             more = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
             return (
                 f"{head}, nor are its weights: {bad[0]}{more}. Likely causes:\n* the files of the checkpoint are "
                 "damaged, or were made by a training that had failed: load it elsewhere, or take another --model\n"
                 "* an update spoiled them, if the run had good steps before: a lower --learning_rate\n"
+                f"{where_to_go_on(step)}"
                 f"No update has been made with these numbers. {_KEEPS}."
             )
         return (
@@ -195,6 +201,7 @@ class Soundness:
             "good steps before\n"
             f"* attention or rope of this architecture: another --attn_implementation than "
             f"{self._config.attn_implementation}, such as eager\n"
+            f"{where_to_go_on(step)}"
             f"No update has been made with these numbers. {_KEEPS}."
         )
 
