@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
     FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -32,7 +33,7 @@ from common.embedded import check_model
 from common.evaluation.command import _load_merged
 from common.logprobs import token_logprobs
 from common.merge import Source
-from common.models.attention import attention_for
+from common.models.attention import attention_for, check_attention
 from common.models.configs import describe_multimodal
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
 from common.models.saving import save_model
@@ -394,7 +395,38 @@ def test_settings_of_outputs_change_nothing_in_training_and_are_saved_as_they_we
     torch.testing.assert_close(token_logprobs(again, rollouts, 1.0)[0], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_logits_is_no_rounding_in_any_precision(tmp_path, dtype):
+    model = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.04), tmp_path).to(dtype).eval()
+    ids = torch.arange(5, 25)[None]
+    assert logprobs_module._cheapest_head(model, ids, 1.0) is not logprobs_module._plain
+    plain = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.0), tmp_path).to(dtype).eval()
+    head = plain.get_output_embeddings()
+    assert logprobs_module._cheapest_head(plain, ids, 1.0) is logprobs_module._plain
+    assert plain.get_output_embeddings() is head
+
+
+def test_in_16_bits_a_token_that_changes_its_expert_is_no_look_ahead(tmp_path):
+    """Which expert it goes to can depend on the rounding of a product, and that on the other tokens of the batch."""
+
+    def flip(_model, _args, options, output):
+        output.logits[:, 3] += options["input_ids"][:, -1:] % 2 * 10
+
+    ids = torch.arange(5, 21)[None]
+    model = save_tiny(Qwen2Config(**LLAMA_LIKE), tmp_path).eval()
+    model.register_forward_hook(flip, with_kwargs=True)
+    with pytest.raises(ValueError, match="is not causal"), torch.no_grad():
+        logprobs_module._check_causal(model, ids)
+    with torch.no_grad():
+        logprobs_module._check_causal(model.to(torch.bfloat16), ids)
+
+
 # Attention
+
+
+def test_flash_attention_is_refused_in_float32():
+    with pytest.raises(ValueError, match=r"flash_attention_2: it takes numbers of 16 bits.*--dtype bfloat16"):
+        check_attention(Qwen2Config(**LLAMA_LIKE), "flash_attention_2", dtype=torch.float32)
 
 
 def test_attention_that_adds_biases_twice_is_refused(tmp_path):

@@ -52,7 +52,7 @@ def attention_for(
     """
     cls = cls or model_class(config)
     if asked != "auto":
-        check_attention(config, asked, cls=cls)
+        check_attention(config, asked, cls=cls, dtype=dtype)
         return asked, None
     reason = why_not("sdpa", config, cls)
     if reason is None:
@@ -61,7 +61,11 @@ def attention_for(
 
 
 def check_attention(
-    config: transformers.PreTrainedConfig, asked: str, *, cls: type[transformers.PreTrainedModel] | None = None
+    config: transformers.PreTrainedConfig,
+    asked: str,
+    *,
+    cls: type[transformers.PreTrainedModel] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Refuse an implementation that would not compute the model's own attention.
 
@@ -69,6 +73,7 @@ def check_attention(
         config: of the model.
         asked: the setting attn_implementation.
         cls: of the model; None: the causal language model's.
+        dtype: of forward passes; None: not known.
 
     Raises:
         ValueError: says why.
@@ -79,6 +84,8 @@ def check_attention(
     reason = why_not(asked, config, cls)
     if asked not in IMPLEMENTATIONS and "/" not in asked:
         reason = f"need one of auto, {', '.join(IMPLEMENTATIONS)}, or the hub id of a kernel"
+    elif asked.startswith("flash_attention") and dtype == torch.float32:
+        reason = "it takes numbers of 16 bits, and passes are in float32, unless you pass --dtype bfloat16"
     elif asked == "flash_attention_2" and not is_flash_attn_2_available():
         reason = "the package flash-attn is not installed, or there is no CUDA GPU"
     if reason is not None:
