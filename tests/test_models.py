@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    DogeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -34,7 +35,7 @@ from common.evaluation.command import _load_merged
 from common.logprobs import token_logprobs
 from common.merge import Source
 from common.models.attention import attention_for, check_attention
-from common.models.configs import describe_multimodal
+from common.models.configs import describe_multimodal, read_config
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
 from common.models.saving import save_model
 from common.rollouts import Completion, PromptBatch, Rollouts
@@ -440,9 +441,27 @@ def test_attention_that_adds_biases_twice_is_refused(tmp_path):
         for name in ("sdpa", "eager")
     }
     assert (by_name["sdpa"] - by_name["eager"]).abs().max() > 0.01
-    with pytest.raises(ValueError, match=r"attn_implementation=eager: falcon adds its ALiBi biases twice"):
+    with pytest.raises(ValueError, match="=eager: falcon with alibi adds its biases right in sdpa only"):
         check_model(str(tmp_path), attention="eager")
     check_model(str(tmp_path))
+
+
+def test_attention_that_makes_no_causal_mask_is_replaced(tmp_path, rollouts):
+    """Until transformers' Doge is causal in sdpa; then why_not has nothing to refuse."""
+    save_tiny(DogeConfig(**LLAMA_LIKE | {"vocab_size": 459}), tmp_path)
+    assert attention_for(read_config(tmp_path), "auto", torch.device("cpu"))[0] == "eager"
+    token_logprobs(load_policy(str(tmp_path), RLConfig(), dtype=torch.float32), rollouts, 1.0)
+    sdpa = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="is not causal"):
+        token_logprobs(sdpa, rollouts, 1.0)
+    with pytest.raises(ValueError, match="doge makes no causal mask for sdpa"):
+        check_model(str(tmp_path), attention="sdpa")
+
+
+def test_a_model_that_does_not_run_at_all_is_refused(tmp_path):
+    save_tiny(DogeConfig(**LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2}, is_moe=True), tmp_path)
+    with pytest.raises(ValueError, match="doge: its layers of experts do not run in this version of transformers"):
+        check_model(str(tmp_path))
 
 
 CAPPED = Gemma2Config(**LLAMA_LIKE, head_dim=16, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)

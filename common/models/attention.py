@@ -102,8 +102,8 @@ def why_not(implementation: str, config: transformers.PreTrainedConfig, cls: typ
     """
     if cls is not None and not all(has(cls) for start, has in _FLAGS.items() if implementation.startswith(start)):
         return f"transformers has no {implementation} for {cls.__name__}"
-    if implementation == "eager" and _adds_twice(config):
-        return f"{config.model_type} adds its ALiBi biases twice in eager attention"
+    if reason := _fault(implementation, config):
+        return reason
     cap = soft_cap(config)
     if cap is None or implementation == "eager":
         return None
@@ -115,14 +115,20 @@ def why_not(implementation: str, config: transformers.PreTrainedConfig, cls: typ
     return f"it leaves out {cap[0]}={cap[1]:g}, the cap on the model's attention logits"
 
 
-def _adds_twice(config: transformers.PreTrainedConfig) -> bool:
-    """Whether eager attention adds biases to logits, and the mask that it adds after them holds them too.
+def _fault(implementation: str, config: transformers.PreTrainedConfig) -> str | None:
+    """What transformers 5.17 computes wrongly with an implementation, though the class takes it; None if nothing.
 
-    FalconModel.forward of transformers 5.17 (modeling_falcon.py:783) puts ALiBi into the mask for sdpa, whatever the
-    implementation, and FalconAttention.forward (line 405) adds it again: logits are off by 0.3. Once one of the two
-    asks for the implementation, this can go.
+    Falcon with ALiBi: FalconModel.forward (modeling_falcon.py:783) puts the biases into the mask, whatever the
+    implementation, and FalconAttention.forward (line 405) adds them again in eager: logits are off by 0.3.
+    Doge: the mask is left out where sdpa or flash attention knows that it is causal, but DogeAttention.forward
+    (modeling_doge.py:302) makes a mask of its own of it, which is then not causal. Each can go once its class asks
+    for the implementation, or for a mask.
     """
-    return config.model_type == "falcon" and config.alibi
+    if config.model_type == "falcon" and config.alibi and implementation != "sdpa":
+        return f"falcon with alibi adds its biases right in sdpa only, in {implementation} twice or not at all"
+    if config.model_type == "doge" and implementation != "eager":
+        return f"doge makes no causal mask for {implementation}, so that a token would see those after it"
+    return None
 
 
 def soft_cap(config: transformers.PreTrainedConfig) -> tuple[str, float] | None:

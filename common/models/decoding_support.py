@@ -61,6 +61,10 @@ def why_not_decodable(config: transformers.PreTrainedConfig) -> str | None:
         )
     elif config.model_type in _NO_DECODERS:
         reason = _NO_DECODERS[config.model_type]
+    elif config.model_type == "doge" and config.is_moe:
+        # DogeDecoderLayer.forward (modeling_doge.py:489 of transformers 5.17) takes for a tensor what DogeCDMoE gives.
+        # Once it does not, this can go.
+        reason = "its layers of experts do not run in this version of transformers"
     else:
         return None
     return f"{config.model_type}: {reason}. Pass a decoder-only model, such as Qwen/Qwen2.5-0.5B."
