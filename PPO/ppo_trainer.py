@@ -130,9 +130,9 @@ class PPOTrainer(OnPolicyTrainer):
             **in_pool,
         )
 
-    def check_models(self) -> None:
+    def check_models(self, policy: nn.Module) -> None:
         """Refuse a value model that cannot be made."""
-        check_value_model(self)
+        check_value_model(self, policy)
 
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of PPO on this process's prompts."""

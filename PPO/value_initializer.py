@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from common.advantages import rewards_to_go
-from common.embedded import skeleton
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 from common.update.learner import Learner
@@ -38,18 +37,19 @@ NUM_PARTS = 5
 PATIENCE = 2
 
 
-def check_value_model(trainer: OnPolicyTrainer) -> None:
+def check_value_model(trainer: OnPolicyTrainer, policy: nn.Module) -> None:
     """Refuse a value model that cannot be made, before any model is loaded.
 
     Args:
         trainer: with its tokenizer.
+        policy: without storage.
 
     Raises:
         ValueError: if value_init names a model that is no value model, or none can be made of the policy.
     """
     config = trainer.config
     if config.value_init in ("none", "zero_head", "fit"):
-        check_backbone(skeleton(config.model))
+        check_backbone(policy)
     else:
         scored_model(config.value_init, config, trainer.tokenizer)
 

@@ -56,7 +56,7 @@ from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
 from common.runs.writable import check_folder
 from common.sampling.checks import check_policy, check_sampling
-from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request
+from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
@@ -123,9 +123,10 @@ class OnPolicyTrainer(ABC):
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
             check_folder(folder)
-        self._check_policy()
+        policy = skeleton(config.model)
+        self._check_policy(policy)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-        self.check_models()
+        self.check_models(policy)
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)
@@ -159,10 +160,11 @@ class OnPolicyTrainer(ABC):
     def step(self, prompts: PromptBatch) -> None:
         """One iteration, written by each algorithm: sample, score, advantages, update."""
 
-    def check_models(self) -> None:  # noqa: B027  it is not abstract
+    def check_models(self, policy: nn.Module) -> None:  # noqa: B027  it is not abstract
         """Refuse an algorithm's own models before data are read and anything is loaded; most have none.
 
-        The tokenizer is there.
+        Args:
+            policy: the policy's modules, without storage. The tokenizer is there too.
 
         Raises:
             ValueError: says what is wrong with one of them.
@@ -437,9 +439,9 @@ class OnPolicyTrainer(ABC):
 
     # ----------------------------------------------------------------------------------------------------- private
 
-    def _check_policy(self) -> None:
+    def _check_policy(self, policy: nn.Module) -> None:
         """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
-        check_policy(self.config, skeleton(self.config.model), self.accelerator.device)
+        check_policy(self.config, policy, self.accelerator.device)
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 
@@ -482,6 +484,9 @@ class OnPolicyTrainer(ABC):
 
     def _load_models(self) -> None:
         config, path = self.config, self.model_path
+        num_held_out = len(self.eval_prompts) if self._evaluates else 0
+        most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
+        sampler = make_sampler(config, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:
@@ -494,12 +499,10 @@ class OnPolicyTrainer(ABC):
             self.models.add("ref", load_reference(path, config))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
-        num_held_out = len(self.eval_prompts) if self._evaluates else 0
-        most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
         self.policy_sampler = PolicySampler(
-            config, path, models=self.models, dtype=self.dtype, stopwatch=self.stopwatch, most_rows=most_rows, **tokens
+            config, path, sampler, models=self.models, stopwatch=self.stopwatch, **tokens
         )
-        plan = self.models.plan(sampler_bytes=self.policy_sampler.sampler.resident_bytes)
+        plan = self.models.plan(sampler_bytes=sampler.resident_bytes)
         if self.models.device.type == "cuda":
             logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 

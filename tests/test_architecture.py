@@ -25,7 +25,7 @@ ORDER = [
 FOR_ALGORITHMS = {
     *("common.trainer", "common.config", "common.rollouts", "common.advantages", "common.losses", "common.logprobs"),
     *("common.seeds", "common.start", "common.update.learner", "common.sampling.protocol", "common.tasks"),
-    *("common.models.loading", "common.models.weights"),
+    *("common.models.loading", "common.models.weights", "common.models.configs", "common.models.files"),
 }
 # Packages that take a second or more to import, and are needed by some runs or commands only.
 HEAVY = {"peft", "trl", "vllm", "datasets", "pyarrow", "matplotlib", "bitsandbytes", "wandb"}
@@ -77,7 +77,7 @@ def imported_packages(module: str, *, at_the_top: bool) -> set[str]:
 
 def test_only_the_engine_imports_vllm():
     found = {module for module in modules() if "vllm" in imported_packages(module, at_the_top=False)}
-    core = {f"common.sampling.vllm_{name}" for name in ("engine", "reload", "support")}
+    core = {f"common.sampling.vllm_{name}" for name in ("engine", "startup", "reload", "support", "corrections")}
     assert core <= found <= core | {"benchmarks.generation", "examples.pipeline.pipeline"}
 
 

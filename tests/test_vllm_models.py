@@ -1,13 +1,17 @@
 """vLLM after two pushes against transformers, for kinds of models whose weights vLLM prepares for its kernels."""
 
+import importlib.util
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from common.sampling import vllm_support
+from common.sampling import vllm_corrections, vllm_engine, vllm_support
 from common.sampling.vllm_engine import EngineSettings, create_engine, push_weights
+from tests.architectures import make, move_off_neutral
+from tests.toy import toy_trainer
 
 SIZES = {
     "vocab_size": 300,
@@ -45,7 +49,31 @@ KINDS = {
         | {"q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
         | {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
     ),
-    "another activation": ("bloom", {"n_layer": 2, "n_head": 2}),
+    "another activation": ("bloom", {"n_layer": 2, "n_head": 2, "tie_word_embeddings": True}),
+    "an activation with weights": ("apertus", {"head_dim": 32, "hidden_act": "xielu"}),
+    "a bias of the router": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1}
+        | {"moe_layer_start_index": 1, "moe_layer_end_index": 1},
+    ),
+    "a router with sigmoids": ("minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}),
+    "a bias of the head": (
+        "phimoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+    ),
+    "prompts that vLLM reads both ways": (
+        "hrm_text",
+        {"num_layers_per_stack": 1, "num_hidden_layers": 4, "L_cycles": 1, "L_bp_cycles": [1], "prefix_lm": False},
+    ),
+    "biases that vLLM's class has not": ("qwen3", {"head_dim": 32, "attention_bias": True}),
+    "norms that vLLM's class has not": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    "NaN in vLLM's class": (
+        "gemma3n_text",
+        {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24, "head_dim": 32}
+        | {"vocab_size_per_layer_input": 300, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}
+        | {"intermediate_size": [96] * 4, "tie_word_embeddings": True},
+    ),
 }
 IDS = torch.randint(5, 290, (1, 50), generator=torch.Generator().manual_seed(3))
 
@@ -53,10 +81,7 @@ IDS = torch.randint(5, 290, (1, 50), generator=torch.Generator().manual_seed(3))
 def save_model(path, kind: str, **settings: object):
     config = transformers.AutoConfig.for_model(kind, **SIZES | settings)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.2 * torch.randn_like(parameter)
+    move_off_neutral(model)
     model.save_pretrained(path)
     return path
 
@@ -83,7 +108,7 @@ def logprobs_of_engine(engine) -> Tensor:
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     prompts = [{"prompt_token_ids": IDS[0].tolist()}]
-    with vllm_support.kernels_for(engine.dtype):
+    with vllm_corrections.kernels_for(engine.dtype):
         [output] = engine.llm.generate(prompts, params, use_tqdm=False)
     pairs = zip(output.prompt_logprobs[1:], IDS[0, 1:].tolist(), strict=True)
     return torch.tensor([found[token].logprob for found, token in pairs])
@@ -155,7 +180,7 @@ def test_what_vllm_does_not_sample_rightly_is_refused_by_its_configuration(tmp_p
     factors = {"short_factor": [1.0] * 16, "long_factor": [3.0] * 16}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64, **factors}
     check(tmp_path, "phi3", original_max_position_embeddings=64, rope_parameters=rope)
-    with pytest.raises(ValueError, match="64 tokens in total"):
+    with pytest.raises(ValueError, match="max_completion_length to 64 tokens in total"):
         check(tmp_path, "phi3", original_max_position_embeddings=64, rope_parameters=rope, max_model_len=65)
     with pytest.raises(ValueError, match="dynamic"):
         check(tmp_path, "llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
@@ -175,3 +200,45 @@ def test_an_engine_leaves_the_configuration_classes_of_transformers(tmp_path):
     assert type(transformers.AutoConfig.from_pretrained(tmp_path / "hyperclovax")).__module__.startswith(
         "transformers"
     )
+
+
+@pytest.mark.slow
+def test_a_model_that_vllm_cannot_build_is_refused_before_the_policy_is_loaded(tmp_path, monkeypatch):
+    make("gpt2_scaled", tmp_path / "gpt2")
+    monkeypatch.delattr("common.trainer.load_policy")
+    groups, users = torch.distributed.is_initialized(), vllm_engine._Groups.users
+    with pytest.raises(
+        ValueError, match=r"cannot build .* config\.scale_attn_by_inverse_layer_idx\. Pass --sampler"
+    ) as error:
+        toy_trainer(tmp_path / "gpt2", tmp_path / "run", sampler="vllm", dtype="float32")
+    assert "\n" not in str(error.value)
+    assert (torch.distributed.is_initialized(), vllm_engine._Groups.users) == (groups, users)
+
+
+@pytest.mark.slow
+def test_an_engine_that_was_refused_leaves_room_for_another(tmp_path):
+    torch.manual_seed(0)
+    users = vllm_engine._Groups.users
+    make("axk1", tmp_path / "axk1")  # its dense layers have a norm in vLLM that no checkpoint has
+    with pytest.raises(ValueError, match="post_mlp_layernorm"):
+        engine_for(tmp_path / "axk1")
+    assert vllm_engine._Groups.users == users
+    engine = engine_for(save_model(tmp_path / "qwen2", "qwen2"))
+    push_weights(engine, load_file(tmp_path / "qwen2" / "model.safetensors").items())
+    assert (logprobs_of_engine(engine) - logprobs_of_model(tmp_path / "qwen2")).abs().max() < 3e-5
+
+
+@pytest.mark.slow
+def test_a_run_says_that_it_samples_from_transformers_class(tmp_path, caplog):
+    kind, settings = KINDS["biases that vLLM's class has not"]
+    with caplog.at_level("INFO", "nanorlhf"):
+        engine_for(save_model(tmp_path / "model", kind, **settings))
+    assert "drops 2 of" in caplog.text and "transformers' own class" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="the package is installed")
+def test_a_package_that_vllm_misses_is_named_in_a_line(tmp_path, capfd):
+    with pytest.raises(ValueError, match=r"torchvision.*Install what it is in, or pass --sampler") as error:
+        check(tmp_path, "qwen3_5_text", layer_types=["linear_attention", "full_attention"])
+    assert "\n" not in str(error.value) and not "".join(capfd.readouterr())

@@ -55,7 +55,7 @@ from common.runs.progress import LongWork
 from common.runs.prompt_record import time_of_run
 from common.runs.writable import check_folder
 from common.sampling.checks import check_sampling
-from common.sampling.policy_sampler import PolicySampler, check_sampler
+from common.sampling.policy_sampler import PolicySampler, check_sampler, make_sampler
 from common.tasks import lenient_scorer, task_scorer
 
 logger = logging.getLogger("nanorlhf")
@@ -209,14 +209,14 @@ class Evaluation:
         """The model, ready to sample from."""
         dtype = compute_dtype(self.config, device)
         warn_of_slow_dtype(dtype, device)
-        model = _load_merged(self.source, device, dtype).to(dtype)
         # vLLM has its own weights and uses the device alone.
         models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
+        most_rows = len(self.prompts) * self.config.eval_num_samples
+        sampler = make_sampler(self.config, self.source.base, dtype=dtype, pool=models, most_rows=most_rows)
+        model = _load_merged(self.source, device, dtype).to(dtype)
         models.add("policy", model)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
-        most_rows = len(self.prompts) * self.config.eval_num_samples
-        shared = {"models": models, "dtype": dtype, "stopwatch": stopwatch, "most_rows": most_rows}
-        return PolicySampler(self.config, self.source.base, **shared, **tokens)
+        return PolicySampler(self.config, self.source.base, sampler, models=models, stopwatch=stopwatch, **tokens)
 
     def _sample(self, generation: PolicySampler) -> Rollouts:
         """Completions of all problems; each is kept in a file from when it is there."""

@@ -49,4 +49,6 @@ def check_sampling(config: RLConfig, device: torch.device) -> None:
 
         dtype = str(compute_dtype(config, device)).removeprefix("torch.")
         max_model_len = config.max_prompt_length + config.max_completion_length
-        check_engine(config.model, dtype=dtype, max_model_len=max_model_len)
+        check_engine(
+            config.model, dtype=dtype, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
+        )

@@ -26,7 +26,7 @@ from common.models.loading import compute_dtype, end_token_ids, load_policy
 from common.models.pool import ModelPool
 from common.models.weights import not_finite
 from common.rollouts import PromptBatch, Rollouts
-from common.sampling.policy_sampler import PolicySampler
+from common.sampling.policy_sampler import PolicySampler, make_sampler
 from common.update.batches import Batches
 
 _NUM_GENERATIONS, _NUM_TOKENS = 2, 48
@@ -103,7 +103,6 @@ class Comparison:
     def __init__(self, config: RLConfig, path: str, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.dtype = compute_dtype(config, self.accelerator.device)
-        module = load_policy(path, config, dtype=self.dtype)
         self.prompts = sample_prompts(tokenizer, config.max_prompt_length)
         self.num_completions = len(self.prompts) * _NUM_GENERATIONS
         # The sum of both limits stays: some models compute differently for another one.
@@ -114,16 +113,17 @@ class Comparison:
         )
         self.batches = Batches(self.config, self.accelerator, self.dtype)
         self.models = ModelPool(self.accelerator.device, "never")
+        sampler = make_sampler(self.config, path, dtype=self.dtype, pool=self.models, most_rows=self.num_completions)
+        module = load_policy(path, config, dtype=self.dtype)
         self.models.add("policy", module)
         self.sampler = PolicySampler(
             self.config,
             path,
+            sampler,
             tokenizer=tokenizer,
             models=self.models,
             end_token_ids=end_token_ids(without_adapter(module), tokenizer),
-            dtype=self.dtype,
             stopwatch=lambda phase: nullcontext(),
-            most_rows=self.num_completions,
         )
 
     def run(self) -> Iterator[Difference]:

@@ -42,22 +42,23 @@ def make_sampler(
     path: str,
     *,
     dtype: torch.dtype,
-    device: torch.device,
     pool: ModelPool,
     most_rows: int | None = None,
 ) -> Sampler:
-    """The sampler the settings name.
+    """The sampler the settings name. Made before the policy is loaded: vLLM finds here whether it runs the model.
 
     Args:
         config: sampler, lengths and vllm_* are read.
         path: folder or hub id of the policy.
         dtype: of forward passes.
-        device: where models are used.
-        pool: lends the model "policy" to a sampler without weights of its own.
+        pool: lends the model "policy", once it has it, to a sampler without weights of its own.
         most_rows: completions of the largest request on this process; None: not known.
+
+    Raises:
+        ValueError: if vLLM does not run the model, or not rightly.
     """
     if config.sampler == "transformers":
-        return TransformersSampler(lambda: pool.use("policy"), device=device, dtype=dtype)
+        return TransformersSampler(lambda: pool.use("policy"), device=pool.device, dtype=dtype)
     return VLLMSampler(
         path,
         sleep_level=config.vllm_sleep_level,
@@ -87,30 +88,25 @@ class PolicySampler:
     """Samples completions; weights are pushed only if the policy has changed since the last push.
 
     Args:
-        config: sampler, lengths, temperatures and seed.
+        config: lengths, temperatures and seed.
         path: folder or hub id of the policy.
+        sampler: from `make_sampler`, with the same settings and pool.
         tokenizer: turns completions into text.
         models: the pool with "policy".
         end_token_ids: a completion ends with any of them.
-        dtype: of forward passes.
         stopwatch: counts time as "push", "sample" or "values".
-        most_rows: as in make_sampler.
-
-    Attributes:
-        sampler: what samples.
     """
 
     def __init__(
         self,
         config: RLConfig,
         path: str,
+        sampler: Sampler,
         *,
         tokenizer: transformers.PreTrainedTokenizerBase,
         models: ModelPool,
         end_token_ids: tuple[int, ...],
-        dtype: torch.dtype,
         stopwatch: Callable[[str], AbstractContextManager],
-        most_rows: int | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -118,7 +114,7 @@ class PolicySampler:
         self.end_token_ids = end_token_ids
         self._unused_token_ids = unused_token_ids(path, tokenizer)
         self.stopwatch = stopwatch
-        self.sampler = make_sampler(config, path, dtype=dtype, device=models.device, pool=models, most_rows=most_rows)
+        self.sampler = sampler
         self._is_stale = True
 
     def policy_has_changed(self) -> None:

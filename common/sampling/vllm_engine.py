@@ -1,4 +1,4 @@
-"""The vLLM engine. Workarounds for vllm are here, and in vllm_reload.py and vllm_support.py, which it uses.
+"""The vLLM engine. Workarounds for vllm are in the vllm_ files that it uses.
 
 The engine runs in the training process. Creating one would change much of that process: random state, threads, the
 environment, process groups, the garbage collector. All of this is avoided or undone here. policy_sampler.py decides
@@ -14,62 +14,26 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
-import transformers
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from common.environment import num_threads, preserved_random_state, process_unchanged
+from common.models.configs import read_config
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
-from common.sampling import vllm_reload, vllm_support
+from common.sampling import vllm_corrections, vllm_reload, vllm_startup, vllm_support, vllm_trial
 from common.sampling.protocol import Finished, SamplingSettings
+from common.sampling.vllm_startup import EngineSettings
+from common.sampling.vllm_trial import Refused
 
-# Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
-# vLLM's default of 128, shorter prompts would be computed once per completion.
-_CPU_BLOCK = 32
-# Prompt tokens per forward pass on the CPU; more gains nothing and needs more memory for activations.
-_CPU_BATCHED_TOKENS = 16384
+logger = logging.getLogger("nanorlhf")
 
 # With fewer weights, the matrices of a sampling step on the CPU are too small for several threads: with 0.5 million,
 # two threads take 1.2 to 1.4 times as long as one.
 _MIN_WEIGHTS_FOR_THREADS = 5_000_000
-
-
-@dataclass(kw_only=True, frozen=True)
-class EngineSettings:
-    """Settings of an engine.
-
-    Attributes:
-        model: hub id or folder; only its configuration is read, weights come by `push_weights`.
-        dtype: "float32", "bfloat16" or "float16".
-        max_model_len: tokens of the longest prompt and its completion.
-        max_num_seqs: completions sampled at the same time.
-        most_rows: completions of the largest request, if that is known; on the CPU there is memory for no more.
-        memory_share: share of the GPU's memory for weights, cache and activations; on the CPU, share of the free
-            memory, at most what the cache can use.
-        enforce_eager: do not capture CUDA graphs.
-        can_sleep: memory can be freed for a while, on CUDA.
-        trust_remote_code: run Python files that come with the model.
-    """
-
-    model: str
-    dtype: str
-    max_model_len: int
-    max_num_seqs: int = 256
-    most_rows: int | None = None
-    memory_share: float = 0.4
-    enforce_eager: bool = False
-    can_sleep: bool = False
-    trust_remote_code: bool = False
-
-    @property
-    def num_seqs_on_cpu(self) -> int:
-        """Completions that the CPU samples at the same time; the memory for all of them is allocated at once."""
-        return min(self.max_num_seqs, self.most_rows or self.max_num_seqs)
 
 
 class Engine:
@@ -83,37 +47,87 @@ class Engine:
         self.dtype = dtype
         self.shapes = shapes
         _Groups.users += 1
-        weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
+        self.shut_down = weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
 
 
 def create_engine(settings: EngineSettings) -> Engine:
     """Start vLLM in this process; every process of a distributed run must call this at the same time.
 
+    A model that vLLM's own class does not sample from rightly runs in transformers' class, within vLLM.
+
     Raises:
-        ValueError: if vLLM is not installed, or if it refuses the model or the memory.
+        ValueError: if vLLM is not installed, or if it does not build the model, does not take its weights, drops some
+            of them, or cannot sample with them.
     """
     check_installed()
     shapes = checkpoint_shapes(settings.model)  # first: vLLM replaces configuration classes of transformers
-    config = transformers.AutoConfig.from_pretrained(settings.model)
-    vllm_support.check_rope(config, settings.max_model_len)
+    config = read_config(settings.model, trust_remote_code=settings.trust_remote_code)
+    vllm_support.check_configuration(config, settings.max_model_len)
     with vllm_support.imported():
-        from vllm import LLM
-
-        _avoid_side_effects()
-        _take_head_from_push(shapes)
-        vllm_support.correct_classes(config)
-        arguments = _engine_arguments(settings) | {"hf_overrides": vllm_support.overrides(config)}
-        if vllm_support.has_state(vllm_support.supported_config(arguments)):
+        arguments = vllm_startup.engine_arguments(settings) | vllm_corrections.model_arguments(config)
+        supported = vllm_support.supported_config(arguments)
+        if vllm_support.has_state(supported):
             # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
             arguments["enable_prefix_caching"] = False
-        _Groups.owned |= not torch.distributed.is_initialized()
-        _add_expert_group()
-        with _cache_for(settings), vllm_support.kernels_for(settings.dtype):
-            engine = Engine(LLM(**arguments), shapes, settings.dtype)
-    engine.llm.apply_model(lambda model: vllm_support.check_model(model, config, settings.max_model_len))
+        vllm_startup.avoid_side_effects()
+        vllm_startup.take_head_from_push(shapes)
+        vllm_corrections.correct_classes(config)
+    try:
+        engine = _create(settings, arguments, shapes, config)
+    except Refused as refusal:
+        if supported.using_transformers_backend() or vllm_support.has_routing_bias(shapes):
+            raise
+        try:
+            engine = _create(settings, arguments | {"model_impl": "transformers"}, shapes, config)
+        except Refused:
+            raise refusal from None
+        logger.info("%s It samples from transformers' own class instead, which is slower.", refusal.reason)
     # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     return engine
+
+
+def _create(
+    settings: EngineSettings, arguments: dict[str, Any], shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig
+) -> Engine:
+    """An engine that was tried out; one that is refused leaves nothing behind."""
+    with vllm_support.imported():
+        from vllm import LLM
+
+        _Groups.owned |= not torch.distributed.is_initialized()
+        vllm_startup.add_expert_group()
+        with vllm_startup.cache_for(settings), vllm_corrections.kernels_for(settings.dtype):
+            engine = Engine(_start(LLM, arguments), shapes, settings.dtype)
+    try:
+        engine.llm.apply_model(lambda model: vllm_support.check_built_model(model, config, settings.max_model_len))
+        _try_out(engine, settings.model)
+    except BaseException:
+        engine.shut_down()
+        raise
+    return engine
+
+
+def _start(make: Any, arguments: dict[str, Any]) -> Any:
+    """VLLM's LLM; one that cannot be made leaves no process groups behind."""
+    try:
+        with vllm_trial.refused(arguments["model"], "build"):
+            return make(**arguments)
+    except BaseException:
+        _destroy_unused_groups()
+        raise
+
+
+def _try_out(engine: Engine, model: str) -> None:
+    """Push zeros and sample a token; whatever fails is our refusal, before any weights are loaded."""
+    [device] = engine.llm.apply_model(lambda model: next(model.parameters()).device)
+    [name] = engine.llm.apply_model(lambda model: type(model).__name__)
+    zeros = vllm_trial.zeros_of(engine.shapes, dtype=getattr(torch, engine.dtype), device=device)
+    settings = SamplingSettings(temperature=1.0, max_tokens=1, stop_token_ids=())
+    with vllm_trial.refused(model, "take the weights of"), vllm_trial.all_read(zeros, name):
+        _reload(engine, zeros.items())
+    with vllm_trial.refused(model, "sample from"):
+        generate(engine, [[0]], settings, num_generations=1, seeds=[0])
+        _drop_cache(engine)
 
 
 def check_installed() -> None:
@@ -173,7 +187,7 @@ def generate(
             preserved_random_state(),
             num_threads(1 if small else None),
             _reporting(engine, finished),
-            vllm_support.kernels_for(engine.dtype),
+            vllm_corrections.kernels_for(engine.dtype),
         ):
             outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
@@ -224,10 +238,17 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
         ValueError: if a name is unknown, repeated or missing, a shape differs, or vLLM does not take a weight. After
             this or any other exception, the engine must not be used before a push succeeds.
     """
-    pushed = complete_weights(weights, engine.shapes)
+    _reload(engine, complete_weights(weights, engine.shapes))
+    _drop_cache(engine)
+
+
+def _reload(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
     config = engine.llm.llm_engine.vllm_config
-    with vllm_support.kernels_for(engine.dtype):
-        engine.llm.apply_model(lambda model: vllm_reload.reload(model, pushed, config))
+    with vllm_corrections.kernels_for(engine.dtype):
+        engine.llm.apply_model(lambda model: vllm_reload.reload(model, weights, config))
+
+
+def _drop_cache(engine: Engine) -> None:
     # Cache blocks are found by their tokens: without this, prompts would reuse blocks of the old weights.
     if not engine.llm.reset_prefix_cache():
         raise RuntimeError("the cache could not be reset: requests are running. Call abort_requests first.")
@@ -254,135 +275,6 @@ def wake(engine: Engine, part: str) -> None:
     engine.llm.wake_up(tags=[part])
 
 
-# ----------------------------------------------------------------------------------------------- creating an engine
-
-
-def _engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    from vllm.platforms import current_platform
-
-    arguments = {
-        "model": settings.model,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "load_format": "dummy",  # the first push brings the weights
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",  # no sampling defaults from the model's folder
-        "logprobs_mode": "processed_logprobs",  # after the temperature
-        "use_tqdm_on_load": False,
-    }
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        # One engine per process, each on the GPU of its LOCAL_RANK; the default would put all of them on the first.
-        arguments["distributed_executor_backend"] = "external_launcher"
-    if not current_platform.is_cpu():
-        return arguments | {
-            "gpu_memory_utilization": settings.memory_share,
-            "enforce_eager": settings.enforce_eager,
-            "enable_sleep_mode": settings.can_sleep,
-        }
-    return arguments | {
-        "max_num_seqs": settings.num_seqs_on_cpu,
-        "kv_cache_memory_bytes": int(_free_memory() * settings.memory_share),  # at most: see _cache_for
-        "block_size": _CPU_BLOCK,
-        "enforce_eager": True,  # compiling takes 26 s and gains nothing
-        # For a prompt cut in two, vLLM resets the offset of the request's random generator. The CPU's has none:
-        # "CPU Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py, still so in 0.32).
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, settings.max_model_len),
-    }
-
-
-@contextmanager
-def _cache_for(settings: EngineSettings) -> Iterator[None]:
-    """Let vLLM on the CPU, which allocates its cache at once, have memory for all sequences at full length, not more.
-
-    How many blocks a sequence needs depends on all kinds of layers (windows, states, latent attention): vLLM says.
-    """
-    import vllm.v1.engine.core as core
-    from vllm.platforms import current_platform
-    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
-
-    divide = core.get_kv_cache_configs
-
-    def divide_for_all(config: Any, specs: Any, memory: list[int]) -> Any:
-        [found] = divide(config, specs, memory)
-        sequences = get_max_concurrency_for_kv_cache_config(config, found)
-        if sequences <= settings.num_seqs_on_cpu:
-            return [found]
-        blocks = round(found.num_blocks / sequences) * settings.num_seqs_on_cpu + 1  # vLLM reserves one
-        config.cache_config.num_gpu_blocks_override = min(blocks, found.num_blocks)
-        return divide(config, specs, memory)
-
-    if current_platform.is_cpu():
-        core.get_kv_cache_configs = divide_for_all
-    try:
-        yield
-    finally:
-        core.get_kv_cache_configs = divide
-
-
-def _take_head_from_push(shapes: dict[str, tuple[int, ...]]) -> None:
-    """Tie vLLM's head if the policy's is tied, even where the model's folder has a copy of it that no push brings."""
-    import vllm.config.model as model_config
-
-    has_head = any(name.endswith("lm_head.weight") for name in shapes)
-    model_config.checkpoint_has_lm_head = lambda *args, **kwargs: has_head
-
-
-def _free_memory() -> int:
-    """Bytes that vLLM takes for free: of the whole machine, or of the memory node that is nearest to this process."""
-    free = psutil.virtual_memory().available
-    if importlib.util.find_spec("vllm.utils.cpu_resource_utils") is None:
-        return free  # older versions of vLLM know no nodes
-    from vllm.utils import cpu_resource_utils
-
-    node = cpu_resource_utils.get_allowed_cpu_list()[0].numa_node
-    return min(free, cpu_resource_utils.get_memory_node_info(node).available_memory)
-
-
-def _avoid_side_effects() -> None:
-    """Replace functions of vLLM that act on the whole process or take long without a benefit."""
-    import vllm.v1.engine.core as core
-    import vllm.v1.sample.sampler as sampler
-    from vllm.model_executor.models.transformers.base import Base as TransformersBackend
-    from vllm.platforms import current_platform
-
-    # Destroys every process group of the process, even the trainer's; `_shut_down` destroys vLLM's own.
-    core.cleanup_dist_env_and_memory = _do_nothing
-    # Hides all current objects from the garbage collector forever, and takes a second.
-    core.freeze_gc_heap = _do_nothing
-    # Replaces methods of transformers' own class, so that the policy would no longer run outside of vLLM.
-    TransformersBackend._decorate_cls_for_torch_compile = _do_nothing
-    if current_platform.is_cpu():
-        # Compiled, this one-line function delays the first sampled token by 14 s.
-        sampler.batched_count_greater_than = _count_at_least
-        # Binds all memory of the process, the trainer's too, to one NUMA node.
-        torch.ops._C.init_cpu_memory_env = _do_nothing
-
-
-def _do_nothing(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
-    """(rows,) int64: how many of the columns of x, (rows, columns), are not below values, (rows, 1)."""
-    return (x >= values).sum(-1)
-
-
-def _add_expert_group() -> None:
-    """Let a mixture of experts use the groups of an earlier, dense engine, for which vLLM makes none of experts."""
-    from vllm.distributed import parallel_state
-
-    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
-        world = parallel_state.get_world_group()
-        backend = torch.distributed.get_backend(world.device_group)
-        each_alone = [[rank] for rank in range(world.world_size)]
-        parallel_state._EP = parallel_state.init_model_parallel_group(
-            each_alone, world.local_rank, backend, group_name="ep"
-        )
-
-
 # ----------------------------------------------------------------------------------------------- deleting an engine
 
 
@@ -396,18 +288,22 @@ class _Groups:
 
 def _shut_down(core: Any) -> None:
     """Free an engine's memory; with the last engine, destroy vLLM's process groups too."""
-    from vllm.distributed import parallel_state
-
     with process_unchanged():
         if not torch.accelerator.is_available():  # vLLM calls both here even on the CPU
-            torch.accelerator.synchronize = torch.accelerator.empty_cache = _do_nothing
+            torch.accelerator.synchronize = torch.accelerator.empty_cache = vllm_startup.do_nothing
         core.shutdown()
     _Groups.users -= 1
+    _destroy_unused_groups()
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def _destroy_unused_groups() -> None:
+    from vllm.distributed import parallel_state
+
     if _Groups.users == 0 and torch.distributed.is_initialized():  # else all groups are destroyed already
         parallel_state.destroy_model_parallel()
         if _Groups.owned:
             parallel_state.destroy_distributed_environment()
             _Groups.owned = False
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.sampling.vllm_trial import Refused
+
 Weights = Iterable[tuple[str, Tensor]]
 
 
@@ -149,7 +151,7 @@ def _without_weights(model: nn.Module) -> set[str]:
 
 def _check_loaded(missing: set[str]) -> None:
     if missing:
-        raise ValueError(
-            f"a push left {len(missing)} weights of vLLM's model as they were, such as {min(missing)}: it would not "
-            "sample from the policy. vLLM cannot replace weights of this architecture. Pass --sampler transformers."
+        raise Refused(
+            f"vLLM leaves {len(missing)} weights of its model as they were, such as {min(missing)}, since the policy "
+            "has none for them or vLLM cannot replace them: it would not sample from the policy."
         )

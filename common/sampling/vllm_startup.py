@@ -1,0 +1,177 @@
+"""How a vLLM engine starts: its arguments, the memory for its cache, and side effects that are avoided."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+# Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
+# vLLM's default of 128, shorter prompts would be computed once per completion.
+_CPU_BLOCK = 32
+# Prompt tokens per forward pass on the CPU; more gains nothing and needs more memory for activations.
+_CPU_BATCHED_TOKENS = 16384
+
+
+@dataclass(kw_only=True, frozen=True)
+class EngineSettings:
+    """Settings of an engine.
+
+    Attributes:
+        model: hub id or folder; only its configuration is read, weights come by `push_weights`.
+        dtype: "float32", "bfloat16" or "float16".
+        max_model_len: tokens of the longest prompt and its completion.
+        max_num_seqs: completions sampled at the same time.
+        most_rows: completions of the largest request, if that is known; on the CPU there is memory for no more.
+        memory_share: share of the GPU's memory for weights, cache and activations; on the CPU, share of the free
+            memory, at most what the cache can use.
+        enforce_eager: do not capture CUDA graphs.
+        can_sleep: memory can be freed for a while, on CUDA.
+        trust_remote_code: run Python files that come with the model.
+    """
+
+    model: str
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int = 256
+    most_rows: int | None = None
+    memory_share: float = 0.4
+    enforce_eager: bool = False
+    can_sleep: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def num_seqs_on_cpu(self) -> int:
+        """Completions that the CPU samples at the same time; the memory for all of them is allocated at once."""
+        return min(self.max_num_seqs, self.most_rows or self.max_num_seqs)
+
+
+def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
+    """Arguments of vLLM's LLM, but those that depend on the model."""
+    from vllm.platforms import current_platform
+
+    arguments = {
+        "model": settings.model,
+        "trust_remote_code": settings.trust_remote_code,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "load_format": "dummy",  # the first push brings the weights
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        "logprobs_mode": "processed_logprobs",  # after the temperature
+        "use_tqdm_on_load": False,
+    }
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        # One engine per process, each on the GPU of its LOCAL_RANK; the default would put all of them on the first.
+        arguments["distributed_executor_backend"] = "external_launcher"
+    if not current_platform.is_cpu():
+        return arguments | {
+            "gpu_memory_utilization": settings.memory_share,
+            "enforce_eager": settings.enforce_eager,
+            "enable_sleep_mode": settings.can_sleep,
+        }
+    return arguments | {
+        "max_num_seqs": settings.num_seqs_on_cpu,
+        "kv_cache_memory_bytes": int(_free_memory() * settings.memory_share),  # at most: see cache_for
+        "block_size": _CPU_BLOCK,
+        "enforce_eager": True,  # compiling takes 26 s and gains nothing
+        # For a prompt cut in two, vLLM resets the offset of the request's random generator. The CPU's has none:
+        # "CPU Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py, still so in 0.32).
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, settings.max_model_len),
+    }
+
+
+@contextmanager
+def cache_for(settings: EngineSettings) -> Iterator[None]:
+    """Let vLLM on the CPU, which allocates its cache at once, have memory for all sequences at full length, not more.
+
+    How many blocks a sequence needs depends on all kinds of layers (windows, states, latent attention): vLLM says.
+    """
+    import vllm.v1.engine.core as core
+    from vllm.platforms import current_platform
+    from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
+
+    divide = core.get_kv_cache_configs
+
+    def divide_for_all(config: Any, specs: Any, memory: list[int]) -> Any:
+        [found] = divide(config, specs, memory)
+        sequences = get_max_concurrency_for_kv_cache_config(config, found)
+        if sequences <= settings.num_seqs_on_cpu:
+            return [found]
+        blocks = round(found.num_blocks / sequences) * settings.num_seqs_on_cpu + 1  # vLLM reserves one
+        config.cache_config.num_gpu_blocks_override = min(blocks, found.num_blocks)
+        return divide(config, specs, memory)
+
+    if current_platform.is_cpu():
+        core.get_kv_cache_configs = divide_for_all
+    try:
+        yield
+    finally:
+        core.get_kv_cache_configs = divide
+
+
+def take_head_from_push(shapes: dict[str, tuple[int, ...]]) -> None:
+    """Tie vLLM's head if the policy's is tied, even where the model's folder has a copy of it that no push brings."""
+    import vllm.config.model as model_config
+
+    has_head = any(name.endswith("lm_head.weight") for name in shapes)
+    model_config.checkpoint_has_lm_head = lambda *args, **kwargs: has_head
+
+
+def _free_memory() -> int:
+    """Bytes that vLLM takes for free: of the whole machine, or of the memory node that is nearest to this process."""
+    free = psutil.virtual_memory().available
+    if importlib.util.find_spec("vllm.utils.cpu_resource_utils") is None:
+        return free  # older versions of vLLM know no nodes
+    from vllm.utils import cpu_resource_utils
+
+    node = cpu_resource_utils.get_allowed_cpu_list()[0].numa_node
+    return min(free, cpu_resource_utils.get_memory_node_info(node).available_memory)
+
+
+def avoid_side_effects() -> None:
+    """Replace functions of vLLM that act on the whole process or take long without a benefit."""
+    import vllm.v1.engine.core as core
+    import vllm.v1.sample.sampler as sampler
+    from vllm.model_executor.models.transformers.base import Base as TransformersBackend
+    from vllm.platforms import current_platform
+
+    # Destroys every process group of the process, even the trainer's; `_shut_down` destroys vLLM's own.
+    core.cleanup_dist_env_and_memory = do_nothing
+    # Hides all current objects from the garbage collector forever, and takes a second.
+    core.freeze_gc_heap = do_nothing
+    # Replaces methods of transformers' own class, so that the policy would no longer run outside of vLLM.
+    TransformersBackend._decorate_cls_for_torch_compile = do_nothing
+    if current_platform.is_cpu():
+        # Compiled, this one-line function delays the first sampled token by 14 s.
+        sampler.batched_count_greater_than = _count_at_least
+        # Binds all memory of the process, the trainer's too, to one NUMA node.
+        torch.ops._C.init_cpu_memory_env = do_nothing
+
+
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """Takes the place of functions that must not act."""
+
+
+def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
+    """(rows,) int64: how many of the columns of x, (rows, columns), are not below values, (rows, 1)."""
+    return (x >= values).sum(-1)
+
+
+def add_expert_group() -> None:
+    """Let a mixture of experts use the groups of an earlier, dense engine, for which vLLM makes none of experts."""
+    from vllm.distributed import parallel_state
+
+    if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
+        world = parallel_state.get_world_group()
+        backend = torch.distributed.get_backend(world.device_group)
+        each_alone = [[rank] for rank in range(world.world_size)]
+        parallel_state._EP = parallel_state.init_model_parallel_group(
+            each_alone, world.local_rank, backend, group_name="ep"
+        )
