@@ -207,6 +207,30 @@ def test_a_policy_with_one_weight_that_is_no_number_is_named(toy_folder, tmp_pat
     assert "model.layers.0.input_layernorm.weight" in message and "another --model" in message
 
 
+def test_a_weight_under_an_adapter_is_named_as_in_the_checkpoint(toy_folder, tmp_path):
+    trainer = spoil(toy_trainer(toy_folder, tmp_path, use_lora=True, lora_r=4), "policy", layer="up_proj.base_layer")
+    message = stopped(trainer)
+    assert re.search(r"nor are its weights: model\.layers\.0\.mlp\.up_proj\.weight\.", message), message
+    assert "checkpoint-" not in message  # there is none yet
+
+
+def test_of_a_run_that_fails_later_the_last_checkpoint_is_not_called_intact(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path, num_steps=4, save_every=1)
+    trained = trainer.policy.optimizer_step
+
+    def step(number, *args, **options):
+        norm = trained(number, *args, **options)
+        if number == 2:
+            spoil(trainer, "policy")
+        return norm
+
+    trainer.policy.optimizer_step = step
+    with pytest.raises(WrongNumbers) as caught:
+        trainer.train()
+    assert str(caught.value).startswith("step 3: the policy")
+    assert "A checkpoint-2 holds the weights that gave these numbers" in str(caught.value)
+
+
 def test_it_is_found_in_the_evaluation_before_the_first_step(toy_folder, tmp_path):
     message = stopped(spoil(toy_trainer(toy_folder, tmp_path / "run", eval_every=1), "policy"))
     assert message.startswith("before the first step: the policy: ")
