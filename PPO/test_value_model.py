@@ -63,6 +63,17 @@ def save_classifier(folder, *, num_labels: int = 1, vocab_size: int = 459, kind:
 # Which state a value is of
 
 
+def test_no_pass_is_needed_to_make_a_value_model(tiny_folder, monkeypatch):
+    """Models are loaded on the CPU, and attention of a GPU does not run there."""
+
+    def forward(*_, **__):
+        raise AssertionError("a pass")
+
+    monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.Qwen2Model.forward", forward)
+    model = load_value_model(str(tiny_folder), RLConfig(), dtype=torch.float32, zero_head=True)
+    assert model.head.in_features == model.backbone.config.hidden_size
+
+
 def test_a_value_sees_what_precedes_its_token_and_nothing_else(tiny_folder, rollouts):
     model = value_model(tiny_folder)
     before = token_values(model, rollouts)

@@ -99,7 +99,7 @@ def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_he
         transformers.AutoModelForCausalLM, path, config, dtype=dtype if config.use_lora else torch.float32
     )
     backbone = _backbone(policy)
-    return _with_head(backbone, _new_head(_output_size(backbone), config.seed, zero=zero_head), config)
+    return _with_head(backbone, _new_head(_output_size(policy), config.seed, zero=zero_head), config)
 
 
 def load_scored_value_model(
@@ -138,8 +138,8 @@ def share_backbone(policy: PeftModel, config: RLConfig, *, zero_head: bool) -> V
         torch.manual_seed(hashed_seed(config.seed, "value lora"))
         names = policy.peft_config["default"].target_modules
         policy.add_adapter(VALUE_ADAPTER, lora_config(config, task_type="CAUSAL_LM", target_modules=names))
-    backbone = _backbone(policy.get_base_model())
-    return ValueModel(backbone, _new_head(_output_size(backbone), config.seed, zero=zero_head))
+    base = policy.get_base_model()
+    return ValueModel(_backbone(base), _new_head(_output_size(base), config.seed, zero=zero_head))
 
 
 @contextmanager
@@ -224,11 +224,10 @@ def check_backbone(policy: transformers.PreTrainedModel) -> None:
         )
 
 
-@torch.no_grad()
-def _output_size(backbone: nn.Module) -> int:
-    """Features of a backbone's output: not always hidden_size, as in OPT with a projection, so it is looked at."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=next(backbone.parameters()).device)
-    return backbone(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
+def _output_size(policy: transformers.PreTrainedModel) -> int:
+    """Features of a backbone's output, which the policy's head reads: not always hidden_size, as in OPT."""
+    head = policy.get_output_embeddings()
+    return policy.config.get_text_config().hidden_size if head is None else head.weight.shape[-1]
 
 
 def clipped_value_loss(

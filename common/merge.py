@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ from common.mistakes import first_line
 from common.models.configs import ADAPTER_CONFIG
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
+from common.models.outputs import keep_outputs, use_plain_outputs
 from common.models.saving import copied_weights, save_weights
 from common.models.weight_files import check_weight_files, shards
 from common.runs.best import BEST_LINK, in_words
@@ -328,16 +330,19 @@ def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftM
         ValueError: if the checkpoint lacks weights.
     """
     config = transformers.AutoConfig.from_pretrained(source.base)
+    plain = deepcopy(config)
+    use_plain_outputs(plain)
     with without_report():
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             source.base,
-            config=config,
+            config=plain,
             dtype="auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_report names them
             **options,
         )
     check_report(found, f"model={source.base!r}")
+    keep_outputs(model, config)
     has_own = (Path(source.own) / GENERATION_CONFIG_NAME).is_file()
     model.generation_config = AsShipped.read(source.own) if has_own else AsShipped.of(model.generation_config)
     if source.adapter is None:

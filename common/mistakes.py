@@ -34,6 +34,17 @@ def first_line(error: BaseException) -> str:
     return line[:_MAX_LINE].rstrip(". ")
 
 
+def where_to_go_on(step: int) -> str:
+    """Which checkpoints are from before numbers that cannot be right, in a line with its end; empty if there is none.
+
+    Args:
+        step: gave the numbers, and is stopped before it saves anything; 0 before the first step.
+    """
+    if step < 2:
+        return ""
+    return f"A checkpoint-{step - 1} holds the weights that gave these numbers: go on from an earlier one, if any.\n"
+
+
 def is_ours(raised_at: traceback.FrameSummary) -> bool:
     """Whether this project raised an error on purpose.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from common import check_model
 from common.config import RLConfig
@@ -20,6 +21,7 @@ from common.evaluation.settings import EvaluationSettings
 from common.models.facts import Memory, Size, check_memory
 from common.models.positions import check_room
 from common.sampling.comparison import Difference
+from common.sampling.torch_sampler import TransformersSampler
 from common.tasks import Task
 from tests.imports import ROOT
 from tests.toy import algorithms
@@ -251,12 +253,14 @@ def test_a_mistyped_task_is_told_before_the_model_is_looked_at(tmp_path, monkeyp
 # Trying it out
 
 
-@pytest.mark.parametrize(("mean", "is_move", "is_right"), [
-    (1e-6, False, True), (1e-4, False, False), (math.nan, False, False),
-    (1e-3, True, True), (1e-5, True, False), (math.nan, True, False),
+@pytest.mark.parametrize(("mean", "described", "is_right"), [
+    (1e-6, {}, True), (1e-4, {}, False), (math.nan, {}, False),
+    (1e-6, {"limit": 1e-7}, False), (1e-6, {"limit": 1e-5}, True), (1e-4, {"limit": 1e-3}, False),
+    (1e-3, {"is_move": True, "rounding": 1e-6}, True), (1e-3, {"is_move": True, "rounding": 1e-3}, False),
+    (math.nan, {"is_move": True}, False), (1e-3, {"is_move": True, "rounding": math.nan}, False),
 ])  # fmt: skip
-def test_a_difference_is_right_within_its_bound_and_never_if_it_is_nan(mean, is_move, is_right):
-    assert Difference(what="", mean=mean, largest=mean, is_move=is_move).is_right(1e-5) == is_right
+def test_a_difference_is_right_within_its_bound_and_never_if_it_is_nan(mean, described, is_right):
+    assert Difference(what="", mean=mean, largest=mean, **described).is_right(1e-5) == is_right
 
 
 def test_one_log_prob_that_is_nan_makes_the_difference_nan(rollouts):
@@ -273,6 +277,54 @@ def test_sampler_and_trainer_agree_before_and_after_the_weights_moved(tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("PASS") for line in lines) == 4
     assert "PASS with sampler=transformers" in lines[-1]
+
+
+def test_bfloat16_passes_where_rounding_is_all_that_differs(tmp_path, capsys):
+    folder = save(tmp_path, "qwen2", initializer_range=0.1)
+    words = ["--run", "--sampler", "transformers", "--dtype", "bfloat16", "--max_completion_length", "64"]
+    check_model.main([str(folder), *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(line.startswith("FAIL") for line in lines)
+    assert "PASS with sampler=transformers" in lines[-1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sampler_that_keeps_the_old_weights_fails(tmp_path, capsys, monkeypatch, dtype):
+    folder = save(tmp_path, "qwen2", initializer_range=0.1)
+    first = []
+
+    def old(self, *args, **options):
+        with self._use_policy() as policy, torch.no_grad():
+            new = {name: weight.clone() for name, weight in policy.state_dict().items()}
+            first.append(new)
+            policy.load_state_dict(first[0])
+            found = generate(self, *args, **options)
+            policy.load_state_dict(new)
+        return found
+
+    generate = TransformersSampler.generate
+    monkeypatch.setattr(TransformersSampler, "generate", old)
+    words = ["--run", "--sampler", "transformers", "--dtype", dtype, "--max_completion_length", "64"]
+    with pytest.raises(SystemExit):
+        check_model.main([str(folder), *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("FAIL")] == [
+        "FAIL sampler and trainer, second push"
+    ]
+
+
+@pytest.mark.parametrize("use_lora", ["false", "true"])
+def test_a_weight_that_is_no_number_is_named_once(tmp_path, capsys, use_lora):
+    folder = save(tmp_path, "qwen2")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    words = ["--run", "--sampler", "transformers", "--use_lora", use_lora, "--max_completion_length", "32"]
+    with pytest.raises(SystemExit):
+        check_model.main([str(folder), *words])
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1
+    assert "own weights are NaN or infinite: model.layers.1.mlp.up_proj.weight; download it again" in failed[0]
 
 
 def test_attention_that_leaves_something_out_fails(tmp_path, capsys, monkeypatch):

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
+    DogeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -32,8 +34,8 @@ from common.embedded import check_model
 from common.evaluation.command import _load_merged
 from common.logprobs import token_logprobs
 from common.merge import Source
-from common.models.attention import attention_for
-from common.models.configs import describe_multimodal
+from common.models.attention import attention_for, check_attention
+from common.models.configs import describe_multimodal, read_config
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
 from common.models.saving import save_model
 from common.rollouts import Completion, PromptBatch, Rollouts
@@ -367,7 +369,99 @@ def test_a_generation_config_is_saved_as_it_was(tiny_folder, tmp_path, tokenizer
     assert saved == values
 
 
+# Outputs
+
+OUTPUTS = {"output_attentions": True, "output_hidden_states": True, "return_dict": False, "output_router_logits": True}
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_settings_of_outputs_change_nothing_in_training_and_are_saved_as_they_were(
+    tmp_path, tokenizer, rollouts, use_lora
+):
+    plain, folder, saved = (tmp_path / name for name in ("plain", "model", "saved"))
+    save_tiny(MixtralConfig(**EXPERTS | {"vocab_size": 459}), plain)
+    shutil.copytree(plain, folder)
+    values = json.loads((folder / "config.json").read_text()) | OUTPUTS
+    (folder / "config.json").write_text(json.dumps(values))
+    check_model(str(folder))
+    config = RLConfig(use_lora=use_lora, lora_r=4)
+    policies = [load_policy(str(each), config, dtype=torch.float32) for each in (plain, folder)]
+    expected, found = (token_logprobs(policy, rollouts, 1.0)[0] for policy in policies)
+    assert torch.equal(expected, found)
+    reference = load_reference(str(folder), RLConfig())
+    assert torch.equal(token_logprobs(reference, rollouts, 1.0)[0], expected)
+    save_model(policies[1], tokenizer, saved)
+    assert json.loads((saved / "config.json").read_text()).items() >= OUTPUTS.items()
+    again = load_policy(str(saved), RLConfig(), dtype=torch.float32)
+    torch.testing.assert_close(token_logprobs(again, rollouts, 1.0)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_logits_is_no_rounding_in_any_precision(tmp_path, dtype):
+    model = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.04), tmp_path).to(dtype).eval()
+    ids = torch.arange(5, 25)[None]
+    assert logprobs_module._cheapest_head(model, ids, 1.0) is not logprobs_module._plain
+    plain = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.0), tmp_path).to(dtype).eval()
+    head = plain.get_output_embeddings()
+    assert logprobs_module._cheapest_head(plain, ids, 1.0) is logprobs_module._plain
+    assert plain.get_output_embeddings() is head
+
+
+def test_in_16_bits_a_token_that_changes_its_expert_is_no_look_ahead(tmp_path):
+    """Which expert it goes to can depend on the rounding of a product, and that on the other tokens of the batch."""
+
+    def flip(_model, _args, options, output):
+        output.logits[:, 3] += options["input_ids"][:, -1:] % 2 * 10
+
+    ids = torch.arange(5, 21)[None]
+    model = save_tiny(Qwen2Config(**LLAMA_LIKE), tmp_path).eval()
+    model.register_forward_hook(flip, with_kwargs=True)
+    with pytest.raises(ValueError, match="is not causal"), torch.no_grad():
+        logprobs_module._check_causal(model, ids)
+    with torch.no_grad():
+        logprobs_module._check_causal(model.to(torch.bfloat16), ids)
+
+
 # Attention
+
+
+def test_flash_attention_is_refused_in_float32():
+    with pytest.raises(ValueError, match=r"flash_attention_2: it takes numbers of 16 bits.*--dtype bfloat16"):
+        check_attention(Qwen2Config(**LLAMA_LIKE), "flash_attention_2", dtype=torch.float32)
+
+
+def test_attention_that_adds_biases_twice_is_refused(tmp_path):
+    """Until transformers' Falcon adds ALiBi once in eager attention; then why_not has nothing to refuse."""
+    sizes = {"vocab_size": 459, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = FalconConfig(**sizes, alibi=True, initializer_range=0.3)
+    save_tiny(config, tmp_path)
+    ids = torch.arange(5, 25)[None]
+    by_name = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(ids).logits
+        for name in ("sdpa", "eager")
+    }
+    assert (by_name["sdpa"] - by_name["eager"]).abs().max() > 0.01
+    with pytest.raises(ValueError, match="=eager: falcon with alibi adds its biases right in sdpa only"):
+        check_model(str(tmp_path), attention="eager")
+    check_model(str(tmp_path))
+
+
+def test_attention_that_makes_no_causal_mask_is_replaced(tmp_path, rollouts):
+    """Until transformers' Doge is causal in sdpa; then why_not has nothing to refuse."""
+    save_tiny(DogeConfig(**LLAMA_LIKE | {"vocab_size": 459}), tmp_path)
+    assert attention_for(read_config(tmp_path), "auto", torch.device("cpu"))[0] == "eager"
+    token_logprobs(load_policy(str(tmp_path), RLConfig(), dtype=torch.float32), rollouts, 1.0)
+    sdpa = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="is not causal"):
+        token_logprobs(sdpa, rollouts, 1.0)
+    with pytest.raises(ValueError, match="doge makes no causal mask for sdpa"):
+        check_model(str(tmp_path), attention="sdpa")
+
+
+def test_a_model_that_does_not_run_at_all_is_refused(tmp_path):
+    save_tiny(DogeConfig(**LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2}, is_moe=True), tmp_path)
+    with pytest.raises(ValueError, match="doge: its layers of experts do not run in this version of transformers"):
+        check_model(str(tmp_path))
 
 
 CAPPED = Gemma2Config(**LLAMA_LIKE, head_dim=16, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)

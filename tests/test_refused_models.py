@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BartConfig,
@@ -26,8 +27,11 @@ from common.evaluation.command import evaluate
 from common.evaluation.settings import EvaluationSettings
 from common.merge import MergeSettings, merge
 from common.models.configs import read_config
+from common.models.files import check_weights_fit
 from common.models.loading import load_policy, num_tokens
 from common.models.saving import save_model
+from common.models.unread import check_unexpected
+from tests.architectures import make
 from tests.imports import ROOT
 from tests.test_bad_input import assert_one_message, run_grpo
 from tests.toy import toy_trainer
@@ -116,6 +120,16 @@ def damaged_pickle(folder):
     (folder / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
 
 
+def add(*names):
+    """Tensors that the model has no place for."""
+
+    def spoil(folder):
+        extra = {name: torch.zeros(4) for name in names}
+        save_file(load_file(folder / WEIGHTS) | extra, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return spoil
+
+
 def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
@@ -176,6 +190,22 @@ SPOILT = {
         lambda folder: change(folder, quantization_config={"load_in_4bit": True}),
         "its weights are quantised (bitsandbytes)",
     ),
+    "an adapter beside the model": (
+        write("adapter_config.json", "{}"),
+        "adapter_config.json beside a whole model",
+    ),
+    "quantised by ModelOpt": (
+        write("hf_quant_config.json", "{}"),
+        "by hf_quant_config.json its weights are quantised",
+    ),
+    "biases that the class does not have": (
+        add("model.layers.0.mlp.up_proj.bias", "model.layers.1.mlp.up_proj.bias"),
+        "holds 2 weights for which Qwen2ForCausalLM has no place by this config.json: model.layers.0.mlp.up_proj.bias",
+    ),
+    "more layers than config.json says": (
+        lambda folder: change(folder, num_hidden_layers=1, layer_types=["full_attention"]),
+        "by this config.json: model.layers.1.input_layernorm.weight, model.layers.1.mlp.down_proj.weight, ",
+    ),
     "a reward model": (
         lambda folder: change(folder, architectures=["Qwen2ForSequenceClassification"]),
         "weights are those of Qwen2ForSequenceClassification",
@@ -206,6 +236,42 @@ def test_what_to_do_about_quantised_weights_is_that_of_the_command(folder):
     assert "--load_in_4bit true" in refusal(folder)
     with pytest.raises(ValueError, match=r"quantised \(awq\).*Pass the model that it was made from\.$"):
         check_model(str(folder), is_trained=False)
+
+
+def test_what_a_model_computes_or_does_not_need_may_lie_beside_its_weights(folder):
+    change(folder, num_nextn_predict_layers=1)
+    num_layers = read_config(folder).num_hidden_layers
+    buffers = ["model.layers.0.self_attn.rotary_emb.inv_freq", "transformer.h.0.attn.masked_bias"]
+    later = [f"model.layers.{num_layers}.mlp.up_proj.weight", "model.mtp_layers.0.eh_proj.weight"]
+    add(*buffers, *later)(folder)
+    check_model(str(folder))
+    load_policy(str(folder), RLConfig(), dtype=torch.float32)
+    add(f"model.layers.{num_layers + 1}.mlp.up_proj.weight")(folder)
+    assert "holds a weight for which" in refusal(folder)
+
+
+def test_a_classifier_may_leave_out_heads_and_nothing_else(tiny_folder, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=1).save_pretrained(tmp_path)
+    add("lm_head.weight", "v_head.summary.weight")(tmp_path)
+    kind, config = AutoModelForSequenceClassification, read_config(tmp_path)
+    check_weights_fit(tmp_path, kind, config)
+    check_weights_fit(tmp_path, AutoModel, config)
+    add("model.layers.0.self_attn.o_proj.bias")(tmp_path)
+    for auto_class in (kind, AutoModel):
+        with pytest.raises(ValueError, match=r"no place by this config\.json: .*o_proj\.bias"):
+            check_weights_fit(tmp_path, auto_class, config)
+
+
+def test_a_language_model_may_leave_out_what_reads_images(tmp_path):
+    make("gemma3", tmp_path)
+    config = read_config(tmp_path)
+    text = config.get_text_config()
+    alone = AutoModelForCausalLM.from_config(text)
+    found = {"unexpected_keys": {"vision_tower.embeddings.weight", "model.visual.patch_embed.weight"}}
+    check_unexpected(found, alone, config, "the model")
+    found["unexpected_keys"].add("model.layers.0.self_attn.q_proj.bias")
+    with pytest.raises(ValueError, match=r"holds a weight .*: model\.layers\.0\.self_attn\.q_proj\.bias"):
+        check_unexpected(found, alone, config, "the model")
 
 
 def test_a_folder_without_a_tokenizer_is_refused(folder):

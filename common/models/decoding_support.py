@@ -51,9 +51,14 @@ def why_not_decodable(config: transformers.PreTrainedConfig) -> str | None:
     Args:
         config: of a model that AutoModelForCausalLM loads.
     """
-    if config.model_type not in _NO_DECODERS:
+    if config.model_type in _NO_DECODERS:
+        reason = _NO_DECODERS[config.model_type]
+    elif config.model_type == "doge" and config.is_moe:
+        # DogeDecoderLayer.forward (modeling_doge.py:489 of transformers 5.17) takes for a tensor what DogeCDMoE gives.
+        # Once it does not, this can go.
+        reason = "its layers of experts do not run in this version of transformers"
+    else:
         return None
-    reason = _NO_DECODERS[config.model_type]
     return f"{config.model_type}: {reason}. Pass a decoder-only model, such as Qwen/Qwen2.5-0.5B."
 
 

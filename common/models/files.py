@@ -16,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 from common.mistakes import first_line
 from common.models.configs import is_of_own_code
+from common.models.unread import check_companions, check_unexpected
 from common.models.weight_files import FILE_NAMES, REAL, are_equal, check_weight_files, weight_dtypes
 
 _AGAIN = "Download or write the checkpoint again."
@@ -34,6 +35,7 @@ def check_files(path: str | Path) -> None:
     if not folder.is_dir():
         return
     check_generation_config(folder)
+    check_companions(folder)
     if not any((folder / name).is_file() for name in FILE_NAMES):
         other = next((file.name for file in sorted(folder.glob("*.gguf"))), None)
         what = f"no weights that transformers loads; {other} is of llama.cpp" if other else "no weights"
@@ -45,7 +47,7 @@ def check_files(path: str | Path) -> None:
 
 
 def check_weights_fit(path: str | Path, auto_class: type, config: transformers.PreTrainedConfig) -> None:
-    """Refuse a folder whose weights lack some of the model's, or have other shapes.
+    """Refuse a folder whose weights lack some of the model's, have other shapes, or are more than the model's.
 
     transformers itself fills the gaps with random numbers, and says so in a warning.
 
@@ -76,6 +78,7 @@ def check_weights_fit(path: str | Path, auto_class: type, config: transformers.P
         reason = _unknown_value(error, config) or first_line(error)
         raise ValueError(f"{label}: {what}: {reason}. Correct the file, or pass another model.") from error
     check_report(found, label)
+    check_unexpected(found, model, config, label)
     check_values(path, model)
 
 

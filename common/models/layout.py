@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import transformers
 from torch import Tensor
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 # Where from_pretrained keeps the conversions that the checkpoint needed, for save_pretrained.
 _CONVERSIONS = "_weight_conversions"
+
+
+# Model -> the conversions and names that a plan was made for, and what `_plan` gave.
+_plans: WeakKeyDictionary[transformers.PreTrainedModel, tuple] = WeakKeyDictionary()
 
 
 @dataclass
@@ -56,7 +61,7 @@ def in_checkpoint_layout(
         (name in a checkpoint, tensor): in the order of `weights`, untouched where there is nothing to convert; a
         group of weights once its last one has come. Split weights are views of the fused ones.
     """
-    new_names, groups = _plan(model, names)
+    new_names, groups = _plan_of(model, names)
     for name, tensor in weights:
         new_name = new_names[name]
         group = groups.get(new_name)
@@ -67,6 +72,19 @@ def in_checkpoint_layout(
         if len(group.waiting) == len(group.patterns):
             del tensor, groups[new_name]
             yield from _converted(group, new_name, model)
+
+
+def _plan_of(model: transformers.PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, str], dict[str, _Group]]:
+    """What `_plan` gives, made once for the names of a model: a push comes after each step. Groups are new ones."""
+    loaded = vars(model).get(_CONVERSIONS)
+    known = _plans.get(model)
+    if known is None or known[0] is not loaded or known[1] != names:
+        # Of a model that was not loaded the conversions are looked up, and may be others the next time.
+        known = (loaded, list(names), *_plan(model, names))
+        if loaded is not None:
+            _plans[model] = known
+    *_, new_names, groups = known
+    return new_names, {name: _Group(group.converter, dict(group.patterns)) for name, group in groups.items()}
 
 
 def _plan(model: transformers.PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, str], dict[str, _Group]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,10 @@ from common.models.configs import describe_multimodal, model_class, read_config,
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
 from common.models.lora import load_adapter, read_by_kernels, targets
+from common.models.outputs import keep_outputs, parts, use_plain_outputs
 from common.models.quantization import four_bits, keep_trainable
 from common.models.ties import settle_ties
+from common.models.unread import check_unexpected
 from common.seeds import hashed_seed
 
 logger = logging.getLogger("nanorlhf")
@@ -179,7 +181,7 @@ def load_without_dropout(
     says: bool = False,
     **options: Any,
 ) -> transformers.PreTrainedModel:
-    """Load a transformers model on the CPU, without dropout and with its own attention.
+    """Load a transformers model on the CPU, without dropout, with its own attention and plain outputs.
 
     Its configuration and its generation configuration are as in its folder, to be saved so.
 
@@ -224,6 +226,7 @@ def load_without_dropout(
         reason = first_line(error)
         raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
     check_report(found, f"model={str(path)!r}")
+    check_unexpected(found, model, model_config, f"model={str(path)!r}")
     _check_finite(model, f"model={str(path)!r}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -248,9 +251,10 @@ def _check_finite(model: transformers.PreTrainedModel, label: str) -> None:
 
 
 def _without_dropout(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
-    """A copy whose dropout is 0, in parts such as text_config too; some modules read it at each call."""
+    """A copy whose dropout is 0 and whose outputs are plain, in all parts; some modules read both at each call."""
     quiet = deepcopy(config)
-    for part in _parts(quiet):
+    use_plain_outputs(quiet)
+    for _, part in parts(quiet):
         for name, value in vars(part).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(part, name, 0.0)
@@ -266,23 +270,16 @@ def _freeze_all_but_text(model: transformers.PreTrainedModel) -> transformers.Pr
     return model
 
 
-def _parts(config: transformers.PreTrainedConfig) -> Iterator[transformers.PreTrainedConfig]:
-    """A configuration and those inside it."""
-    yield config
-    for part in vars(config).values():
-        if isinstance(part, transformers.PreTrainedConfig):
-            yield from _parts(part)
-
-
 def _keep_shipped(model: transformers.PreTrainedModel, config: transformers.PreTrainedConfig) -> None:
     """Give the model the settings that its folder has, which are saved with it; its modules keep theirs."""
     shipped = deepcopy(model.config)
-    originals = {type(part): part for part in _parts(config)}  # a wrapper's language model may be loaded alone
-    for part in _parts(shipped):
+    originals = {type(part): part for _, part in parts(config)}  # a wrapper's language model may be loaded alone
+    for _, part in parts(shipped):
         for name, value in vars(originals[type(part)]).items():
             if "drop" in name:
                 setattr(part, name, value)
     model.config = shipped
+    keep_outputs(model, config)
     if model.can_generate():
         model.generation_config = AsShipped.of(model.generation_config)
 

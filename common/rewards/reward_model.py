@@ -21,6 +21,7 @@ from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import check_keeps, render_chat
 from common.models.configs import model_class, read_config, why_quantized
+from common.models.outputs import use_plain_outputs
 from common.models.pool import ModelPool
 from common.update.rows import microbatch_rows
 
@@ -117,6 +118,7 @@ class RewardModel:
         self._now = now
         dtype = "auto" if models.device.type == "cuda" else torch.float32
         config = read_config(self.model)
+        use_plain_outputs(config)
         cls = model_class(config, transformers.AutoModelForSequenceClassification)
         attention, _ = attention_for(config, "auto", models.device, dtype=config.dtype or torch.float32, cls=cls)
         with torch.random.fork_rng(devices=[]):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.mistakes import WrongNumbers
+from common.models.outputs import restore_outputs
 from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
@@ -302,4 +303,6 @@ def _save_trainable(
     with torch.no_grad():
         adapters = {"selected_adapters": ["default"]} if use_lora else {}
         module.save_pretrained(folder, **adapters)
+    if not use_lora:
+        restore_outputs(module, folder)
     tokenizer.save_pretrained(folder)
