@@ -13,7 +13,13 @@ from common.losses import clipped_policy_loss, importance_ratio, with_kl
 from common.rollouts import PromptBatch, Rollouts
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
-from PPO.value_initializer import NUM_PARTS, completion_rewards, initialize_values, make_value_model
+from PPO.value_initializer import (
+    NUM_PARTS,
+    check_value_model,
+    completion_rewards,
+    initialize_values,
+    make_value_model,
+)
 from PPO.value_model import clipped_value_loss, explained_variance, save_value_model, token_values
 
 
@@ -123,6 +129,10 @@ class PPOTrainer(OnPolicyTrainer):
             save=self.save_value_model,
             **in_pool,
         )
+
+    def check_models(self, policy: nn.Module) -> None:
+        """Refuse a value model that cannot be made."""
+        check_value_model(self, policy)
 
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of PPO on this process's prompts."""

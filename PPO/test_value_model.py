@@ -1,5 +1,7 @@
 """The value model: which state a value is of, where the model comes from, what it is written to."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import (
@@ -24,6 +26,7 @@ from PPO.value_model import (
     token_values,
     value_adapter,
 )
+from tests.toy import toy_trainer
 
 NAN = float("nan")
 FLOAT32 = {"dtype": torch.float32}
@@ -58,6 +61,17 @@ def save_classifier(folder, *, num_labels: int = 1, vocab_size: int = 459, kind:
 
 
 # Which state a value is of
+
+
+def test_no_pass_is_needed_to_make_a_value_model(tiny_folder, monkeypatch):
+    """Models are loaded on the CPU, and attention of a GPU does not run there."""
+
+    def forward(*_, **__):
+        raise AssertionError("a pass")
+
+    monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.Qwen2Model.forward", forward)
+    model = load_value_model(str(tiny_folder), RLConfig(), dtype=torch.float32, zero_head=True)
+    assert model.head.in_features == model.backbone.config.hidden_size
 
 
 def test_a_value_sees_what_precedes_its_token_and_nothing_else(tiny_folder, rollouts):
@@ -228,6 +242,29 @@ def test_a_language_model_and_a_folder_that_is_not_there_are_refused(tiny_folder
     for path, message in ((tiny_folder, "Qwen2ForCausalLM"), ("no/such", "cannot be loaded")):
         with pytest.raises(ValueError, match=rf"value_init=.*{message}.*Pass --value_init"):
             load_scored_value_model(str(path), RLConfig(), tokenizer=tokenizer, **FLOAT32)
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (cut_weights, "model.safetensors"),
+    ],
+    ids=["gone", "no weights", "cut off"],
+)
+def test_a_run_refuses_it_before_anything_is_loaded(spoil, message, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("common.trainer.load_policy", lambda *_, **__: pytest.fail("loaded"))
+    path = save_classifier(tmp_path / "score")
+    spoil(path)
+    with pytest.raises(ValueError, match=rf"value_init='{path}': .*{message}"):
+        toy_trainer(tiny_folder, tmp_path / "run", algorithm="PPO", value_init=str(path))
+    assert not (tmp_path / "run").exists()
 
 
 # Beside the policy

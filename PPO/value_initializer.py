@@ -16,8 +16,10 @@ from common.advantages import rewards_to_go
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
 from common.update.learner import Learner
+from PPO.scored_model import scored_model
 from PPO.value_model import (
     ValueModel,
+    check_backbone,
     explained_variance,
     load_scored_value_model,
     load_value_model,
@@ -33,6 +35,23 @@ NUM_PARTS = 5
 
 # Passes over the data without a lower held-out error before the fit ends.
 PATIENCE = 2
+
+
+def check_value_model(trainer: OnPolicyTrainer, policy: nn.Module) -> None:
+    """Refuse a value model that cannot be made, before any model is loaded.
+
+    Args:
+        trainer: with its tokenizer.
+        policy: without storage.
+
+    Raises:
+        ValueError: if value_init names a model that is no value model, or none can be made of the policy.
+    """
+    config = trainer.config
+    if config.value_init in ("none", "zero_head", "fit"):
+        check_backbone(policy)
+    else:
+        scored_model(config.value_init, config, trainer.tokenizer)
 
 
 def make_value_model(trainer: OnPolicyTrainer) -> tuple[ValueModel, dict[str, Any]]:

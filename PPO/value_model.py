@@ -24,15 +24,13 @@ from common.models.loading import add_adapter, load_without_dropout, lora_config
 from common.models.weights import merged_weights
 from common.rollouts import Rollouts
 from common.seeds import hashed_seed
+from PPO.scored_model import HEAD_FILE, head_name, scored_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 # Name of the value model's adapter; peft calls the policy's "default".
 VALUE_ADAPTER = "value"
-
-# Holds the head of a saved value model whose architecture has no class for token classification.
-HEAD_FILE = "value_head.safetensors"
 
 # Standard deviation of a random head's weights, as transformers initialises new heads.
 RANDOM_HEAD_STD = 0.02
@@ -101,7 +99,7 @@ def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_he
         transformers.AutoModelForCausalLM, path, config, dtype=dtype if config.use_lora else torch.float32
     )
     backbone = _backbone(policy)
-    return _with_head(backbone, _new_head(_output_size(backbone), config.seed, zero=zero_head), config)
+    return _with_head(backbone, _new_head(_output_size(policy), config.seed, zero=zero_head), config)
 
 
 def load_scored_value_model(
@@ -119,41 +117,12 @@ def load_scored_value_model(
     Raises:
         ValueError: if its head or its tokens do not fit, or it cannot be loaded.
     """
-    try:
-        model_config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"value_init={path!r}: cannot be loaded: {str(error).splitlines()[0]}. Pass --value_init none, zero_head, "
-            "fit, or a folder or hub id of a model with a score."
-        ) from error
-    options = {"dtype": dtype if config.use_lora else torch.float32}
-    is_saved = (Path(path) / HEAD_FILE).is_file()
-    architecture = (model_config.architectures or [""])[0]
-    kinds = {
-        "ForTokenClassification": transformers.AutoModelForTokenClassification,
-        "ForSequenceClassification": transformers.AutoModelForSequenceClassification,
-    }
-    kind = next((kind for ending, kind in kinds.items() if architecture.endswith(ending)), None)
-    num_tokens = model_config.get_text_config().vocab_size
-    if (kind is None and not is_saved) or model_config.num_labels != 1 or num_tokens < len(tokenizer):
-        raise ValueError(
-            f"value_init={path!r}: {architecture or 'a model'} with {model_config.num_labels} labels and "
-            f"{num_tokens} tokens; need one for sequence or token classification with 1 label and the "
-            f"policy's {len(tokenizer)} tokens, since it reads the policy's token ids. Pass --value_init fit, or such "
-            "a model."
-        )
-    if is_saved:
-        backbone = load_without_dropout(transformers.AutoModel, path, config, **options)
+    found = scored_model(path, config, tokenizer)
+    model = load_without_dropout(found.auto_class, path, config, dtype=dtype if config.use_lora else torch.float32)
+    if found.head is None:
         weights = load_file(Path(path) / HEAD_FILE)
-        return _with_head(backbone, _copied_head(weights["weight"], weights["bias"]), config)
-    model = load_without_dropout(kind, path, config, **options)
-    name = _head_name(model)
-    if name is None:
-        raise ValueError(
-            f"value_init={path!r}: the score of {architecture} is not one linear layer on each token's hidden state, "
-            "so that there is no value of a token. Pass --value_init fit, or another model."
-        )
-    head = model.get_submodule(name)
+        return _with_head(model, _copied_head(weights["weight"], weights["bias"]), config)
+    head = model.get_submodule(found.head)
     return _with_head(model.base_model, _copied_head(head.weight, head.bias), config)
 
 
@@ -169,8 +138,8 @@ def share_backbone(policy: PeftModel, config: RLConfig, *, zero_head: bool) -> V
         torch.manual_seed(hashed_seed(config.seed, "value lora"))
         names = policy.peft_config["default"].target_modules
         policy.add_adapter(VALUE_ADAPTER, lora_config(config, task_type="CAUSAL_LM", target_modules=names))
-    backbone = _backbone(policy.get_base_model())
-    return ValueModel(backbone, _new_head(_output_size(backbone), config.seed, zero=zero_head))
+    base = policy.get_base_model()
+    return ValueModel(_backbone(base), _new_head(_output_size(base), config.seed, zero=zero_head))
 
 
 @contextmanager
@@ -199,7 +168,7 @@ def save_value_model(model: ValueModel, tokenizer: transformers.PreTrainedTokeni
     config.num_labels = 1
     whole = _token_classifier(config, backbone, model.head)
     if whole is not None:
-        parts = {f"{whole.base_model_prefix}.": backbone, f"{_head_name(whole)}.": model.head}
+        parts = {f"{whole.base_model_prefix}.": backbone, f"{head_name(whole)}.": model.head}
         whole.save_pretrained(folder, state_dict=_weights(parts))
     else:
         with torch.device("meta"):
@@ -226,41 +195,39 @@ def _token_classifier(
         return None
     with torch.device("meta"):
         whole = transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
-    name = _head_name(whole)
+    name = head_name(whole)
     fits = type(whole.base_model) is type(backbone) and name is not None
     if not fits or whole.get_submodule(name).in_features != head.in_features or whole.get_submodule(name).bias is None:
         return None
     return whole
 
 
-def _head_name(model: transformers.PreTrainedModel) -> str | None:
-    """Name of the one linear layer with one output beside a classifier's backbone; None if its head is another."""
-    others = [(name, part) for name, part in model.named_children() if name != model.base_model_prefix]
-    others = [(name, part) for name, part in others if not isinstance(part, nn.Dropout)]
-    if len(others) == 1 and isinstance(others[0][1], nn.Linear) and others[0][1].out_features == 1:
-        return others[0][0]
-    return None
-
-
 def _backbone(policy: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """The part of a causal language model below its head.
+    """The part of a causal language model below its head; see check_backbone."""
+    check_backbone(policy)
+    return policy.base_model
+
+
+def check_backbone(policy: transformers.PreTrainedModel) -> None:
+    """Refuse a causal language model of which no value model can be made.
+
+    Args:
+        policy: without storage is enough.
 
     Raises:
-        ValueError: if transformers cannot tell.
+        ValueError: if transformers cannot tell its backbone from its head.
     """
     if policy.base_model is policy:
         raise ValueError(
             f"{type(policy).__name__} has no part that is named as its base_model, so no value model can be made of "
             "it. Use GRPO/ or RLOO/, which need none."
         )
-    return policy.base_model
 
 
-@torch.no_grad()
-def _output_size(backbone: nn.Module) -> int:
-    """Features of a backbone's output: not always hidden_size, as in OPT with a projection, so it is looked at."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=next(backbone.parameters()).device)
-    return backbone(input_ids=ids, use_cache=False).last_hidden_state.shape[-1]
+def _output_size(policy: transformers.PreTrainedModel) -> int:
+    """Features of a backbone's output, which the policy's head reads: not always hidden_size, as in OPT."""
+    head = policy.get_output_embeddings()
+    return policy.config.get_text_config().hidden_size if head is None else head.weight.shape[-1]
 
 
 def clipped_value_loss(

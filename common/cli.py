@@ -23,7 +23,7 @@ import yaml
 
 from common.config import RLConfig
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
+from common.mistakes import ROOT, WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 
 Config = TypeVar("Config", bound=RLConfig)
@@ -183,7 +183,7 @@ def _parse(
         args: the command line.
         origins: where the value of a setting comes from, for messages; empty: the command line.
     """
-    parser = _parser_class()(settings_class, allow_abbrev=False)
+    parser = _parser_class()(settings_class, allow_abbrev=False, prog=_program())
     parser.set_defaults_with_config(**defaults)
     if {"-h", "--help"}.intersection(args):
         _add_descriptions(parser, settings_class)
@@ -194,6 +194,14 @@ def _parse(
     if unread:
         raise ValueError(f"{' '.join(unread)}: no setting reads it. Write each setting as --name value; see --help.")
     return settings
+
+
+def _program() -> str | None:
+    """How the running program is called; None: as argparse has it."""
+    path = Path(sys.argv[0])
+    if path.name != "__main__.py" or not path.is_relative_to(ROOT):
+        return None
+    return f"python -m {'.'.join(path.parent.relative_to(ROOT).parts)}"
 
 
 def origins_in(message: str, origins: dict[str, str]) -> str:
@@ -253,8 +261,9 @@ def run_script(
         # Bars for loading and saving would break the run's own progress bar; bars for downloads stay.
         sys.modules["transformers"].logging.disable_progress_bar()
         sys.modules["huggingface_hub"].utils.enable_progress_bars()
-        # It prints its warnings itself; the root logger's handler would print each a second time.
-        logging.getLogger("huggingface_hub").propagate = False
+    # These print their warnings themselves; the root logger's handler would print each a second time.
+    for library in ("huggingface_hub", "transformers"):
+        logging.getLogger(library).propagate = False
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
     is_main = os.environ.get("RANK", "0") == "0"

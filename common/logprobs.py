@@ -8,9 +8,11 @@ once which of them give the same: architectures scale, cap or project their logi
 """
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.rollouts import Rollouts
+
+logger = logging.getLogger("nanorlhf")
 
 # Logits of one chunk: 2^25 float32 are 128 MiB.
 MAX_CHUNK_LOGITS = 2**25
@@ -79,20 +83,51 @@ def _cheapest_head(model: nn.Module, ids: Tensor, temperature: float) -> Head:
     Raises:
         ValueError: if a token's logits depend on later tokens.
     """
-    ids = ids[:1, :NUM_COMPARED]  # real tokens, since padding is on the right
+    ids = ids[:1, :NUM_COMPARED]  # any tokens do, padding too: passes get no mask
     is_completion = torch.ones_like(ids, dtype=torch.bool)
     # In full precision where the weights have it: rounded logits would differ between ways that are the same.
-    with torch.autocast(ids.device.type, enabled=False):
+    with _without_autocast(model, ids.device):
         _check_causal(model, ids)
         heads = _possible_heads(model)
-        with _large_logits(model) as magnified:
+        rounding = torch.bfloat16 if _has_flash(model) else torch.float32
+        with _head_in_float32(model), _large_logits(model) as magnified:
             expected, _ = _own(model, ids, is_completion, temperature)
-            tolerance = max(1e-3, 8 * torch.finfo(model.dtype).eps * float(expected.abs().max()))
+            tolerance = max(1e-3, 8 * torch.finfo(rounding).eps * float(expected.abs().max()))
             for head in heads if magnified else ():
                 found, _ = head(model, ids, is_completion, temperature)
                 if (found - expected).abs().max() <= tolerance:
                     return head
+    logger.info(
+        "%s makes its logits in a way of its own, so all of a pass exist at once: if memory is short, lower "
+        "--max_tokens_per_microbatch.",
+        type(model).__name__,
+    )
     return _own
+
+
+def _has_flash(model: nn.Module) -> bool:
+    return model.config._attn_implementation.startswith("flash_attention")
+
+
+def _without_autocast(model: nn.Module, device: torch.device) -> AbstractContextManager:
+    """Passes in the precision of the weights; flash attention has none for float32 and keeps that of training."""
+    if _has_flash(model):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def _head_in_float32(model: nn.Module) -> Iterator[None]:
+    """A copy of the head in float32 in its place: with one in bfloat16, a scale of 1.05 would pass as rounding."""
+    head = model.get_output_embeddings()
+    if head is None or head.weight.dtype == torch.float32:
+        yield
+        return
+    model.set_output_embeddings(deepcopy(head).float())
+    try:
+        yield
+    finally:
+        model.set_output_embeddings(head)
 
 
 def _possible_heads(model: nn.Module) -> list[Head]:
@@ -101,7 +136,7 @@ def _possible_heads(model: nn.Module) -> list[Head]:
     if head is None:
         return []
     # The fused head reads the head's weight, and would pass over an adapter on it.
-    if hasattr(head, "base_layer"):
+    if "peft" in sys.modules and isinstance(head, sys.modules["peft"].tuners.tuners_utils.BaseTunerLayer):
         return [_plain]
     return [_fused, _plain] if head.weight.device.type == "cuda" else [_plain, _fused]
 
@@ -116,6 +151,7 @@ def _large_logits(model: nn.Module) -> Iterator[list[bool]]:
         hidden = output.get("last_hidden_state")
         # Some models put more than the head between the two, or call no backbone of their own.
         if head is not None and hidden is not None and head.weight.shape[-1] == hidden.shape[-1]:
+            hidden = hidden.to(head.weight.dtype)
             output["last_hidden_state"] = hidden * (LARGEST_LOGIT / head(hidden).abs().max())
             magnified.append(True)
 
@@ -131,8 +167,10 @@ def _check_causal(model: nn.Module, ids: Tensor) -> None:
     changed = ids.clone()
     changed[0, -1] = next(token for token in (*ids[0].tolist(), 0, 1) if token != ids[0, -1])
     logits, others = (model(input_ids=each, use_cache=False).logits[:, :-1].float() for each in (ids, changed))
-    # Rounding may differ a little with the other rows of a matrix, as where a token is sent to another expert.
-    if (logits - others).abs().max() > 0.02 * logits.abs().max():
+    moved = (logits - others).abs().amax(-1) > 0.02 * logits.abs().max()  # (1, L - 1)
+    # Rounding differs a little with the other rows of a matrix. In 16 bits that can send a few tokens to another
+    # expert, which is no look ahead; a model that looks ahead does so at most tokens.
+    if moved.float().mean() > (0.0 if model.dtype == torch.float32 and not _has_flash(model) else 0.5):
         raise ValueError(
             f"{type(model).__name__} is not causal: the logits before a token depend on the token, so a log-prob "
             "would be that of a token which the model has seen. Training needs a decoder. Pass another --model."
@@ -166,7 +204,7 @@ def _plain(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: fl
 def _own(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Use the model's own logits, those of a whole pass at once. Returns both (completion tokens,)."""
     # The memory of a long prompt's logits is saved where the model can leave them out.
-    first = max(int(is_completion[:, 1:].any(0).int().argmax()), 0)
+    first = int(is_completion[:, 1:].any(0).int().argmax())
     options = {"logits_to_keep": ids.shape[1] - first} if takes(model, "logits_to_keep") else {}
     logits = model(input_ids=ids, use_cache=False, **options).logits[:, :-1]  # (b, L - 1 or fewer, V)
     predicts_completion = is_completion[:, 1:][:, -logits.shape[1] :]
@@ -186,7 +224,9 @@ def _in_chunks(
 
     def chunk_logprobs(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         all_logprobs = torch.log_softmax(head(inputs).float() / temperature, dim=-1)  # (tokens, V)
-        entropy = -(all_logprobs.detach().exp() * all_logprobs.detach()).sum(-1)
+        known = all_logprobs.detach()
+        # A token that the model rules out, with a logit of -inf, adds 0: 0 times -inf would be NaN.
+        entropy = -(known.exp() * known.clamp(min=torch.finfo(known.dtype).min)).sum(-1)
         return all_logprobs.gather(1, targets[:, None]).squeeze(1), entropy
 
     chunk = max(MAX_CHUNK_LOGITS // vocabulary, 1)

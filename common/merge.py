@@ -10,18 +10,24 @@ import json
 import os
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from common.cli import parse_settings, run_script
 from common.embedded import check_model, resolve_model, skeleton
+from common.mistakes import first_line
+from common.models.configs import ADAPTER_CONFIG
+from common.models.files import check_report, without_report
+from common.models.generation import AsShipped
+from common.models.outputs import keep_outputs, use_plain_outputs
 from common.models.saving import copied_weights, save_weights
 from common.models.weight_files import check_weight_files, shards
 from common.runs.best import BEST_LINK, in_words
@@ -40,7 +46,7 @@ from common.runs.writable import check_folder
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _SIZE = re.compile(r"\d+(KB|MB|GB|KiB|MiB|GiB)")
 _ADAPTER_TENSOR = re.compile(
@@ -60,6 +66,8 @@ class MergeSettings:
     """Base model of the adapter; or a sharded checkpoint, a run's folder, or one of its checkpoints."""
     adapter: str | None = None
     """Folder of a LoRA adapter; without --model its own base is used."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model; without it such a model is refused."""
     max_shard_size: str = "50GB"
     """Larger models are written in several files."""
 
@@ -107,8 +115,7 @@ def merge(settings: MergeSettings) -> Source:
     if not _SIZE.fullmatch(settings.max_shard_size):
         raise ValueError(f"max_shard_size={settings.max_shard_size!r}: need a size. Pass --max_shard_size 5GB.")
     source = find_source(settings.model, settings.adapter)
-    check_model(source.base)
-    check_weight_files(source.base)
+    check_model(source.base, trust_remote_code=settings.trust_remote_code, is_trained=False)
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
     model = load(source)
@@ -119,7 +126,9 @@ def merge(settings: MergeSettings) -> Source:
     try:
         save_weights(base, weights, temporary, max_shard_size=settings.max_shard_size)
         has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.own if has_tokenizer else source.base)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            source.own if has_tokenizer else source.base, trust_remote_code=settings.trust_remote_code
+        )
         tokenizer.save_pretrained(temporary)
         os.replace(temporary, output)
     except BaseException:  # a full disk or Ctrl-C
@@ -160,8 +169,8 @@ def find_source(model: str | None, adapter: str | None) -> Source:
             "an existing folder, or --adapter with an adapter of this model."
         )
     raise ValueError(
-        f"model={model}: nothing to merge: it is one complete model without an adapter, which transformers and vLLM "
-        "load as it is. Pass --adapter with an adapter of this model, or use it directly."
+        f"model={model}: nothing to merge: the folder holds no adapter, no shards and no run. Pass --adapter with an "
+        "adapter of this model; a model without one is used as it is."
     )
 
 
@@ -273,20 +282,32 @@ def check_adapter(adapter: Path, base: str) -> None:
             "the folder that peft wrote."
         )
     modules = dict(skeleton(base).named_modules())
-    with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  it is not a dictionary
-            found = _ADAPTER_TENSOR.fullmatch(name)
-            if found is None:
-                continue
-            shape, path = tensors.get_slice(name).get_shape(), found["module"].replace(".base_layer", "")
-            module = modules.get(path)
-            axis, base_axis = _SHARED_AXES[found["part"]]
-            base_shape = None if module is None else _weight_shape(module)
-            if module is None or (base_shape and shape[axis] != base_shape[base_axis]):
-                raise ValueError(
-                    f"adapter={adapter}: its {name} has the shape {shape}, which does not fit {path} of "
-                    f"{base} with {base_shape}: it was trained on another model. Pass --model with its base."
-                )
+    for name, shape in _shapes_in(adapter).items():
+        found = _ADAPTER_TENSOR.fullmatch(name)
+        if found is None:
+            continue
+        path = found["module"].replace(".base_layer", "")
+        module = modules.get(path)
+        axis, base_axis = _SHARED_AXES[found["part"]]
+        base_shape = None if module is None else _weight_shape(module)
+        if module is None or (base_shape and shape[axis] != base_shape[base_axis]):
+            raise ValueError(
+                f"adapter={adapter}: its {name} has the shape {shape}, which does not fit {path} of "
+                f"{base} with {base_shape}: it was trained on another model. Pass --model with its base."
+            )
+
+
+def _shapes_in(adapter: Path) -> dict[str, list[int]]:
+    """Names and shapes of an adapter's tensors."""
+    file = adapter / ADAPTER_WEIGHTS
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"adapter={adapter}: {file.name} is damaged ({file.stat().st_size:,} bytes; {first_line(error)}), so its "
+            "weights cannot be read. Copy or save the adapter again."
+        ) from error
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
@@ -298,29 +319,37 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     return tuple(weight.shape)[::-1] if isinstance(module, Conv1D) else tuple(weight.shape)
 
 
-def load(source: Source) -> transformers.PreTrainedModel | PeftModel:
+def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftModel:
     """Load the base in its own precision on the CPU, and the adapter on top of it.
+
+    Args:
+        source: what is merged.
+        options: of from_pretrained, such as attn_implementation.
 
     Raises:
         ValueError: if the checkpoint lacks weights.
     """
     config = transformers.AutoConfig.from_pretrained(source.base)
-    model, found = transformers.AutoModelForCausalLM.from_pretrained(
-        source.base, config=config, dtype="auto", output_loading_info=True
-    )
-    if found["missing_keys"] or found["mismatched_keys"]:
-        absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-        raise ValueError(
-            f"model={source.base}: {len(absent)} weights are missing or have another shape, such as {absent[0]}: they "
-            "would stay uninitialised. Download or write the checkpoint again."
+    plain = deepcopy(config)
+    use_plain_outputs(plain)
+    with without_report():
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            source.base,
+            config=plain,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_report names them
+            **options,
         )
-    if (Path(source.own) / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source.own)
+    check_report(found, f"model={source.base!r}")
+    keep_outputs(model, config)
+    has_own = (Path(source.own) / GENERATION_CONFIG_NAME).is_file()
+    model.generation_config = AsShipped.read(source.own) if has_own else AsShipped.of(model.generation_config)
     if source.adapter is None:
         return model
-    from peft import PeftModel
+    from common.models.lora import load_adapter
 
-    return PeftModel.from_pretrained(model, source.adapter)
+    return load_adapter(model, source.adapter)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """Which errors are messages for the user, and a Python program that ends with one of them instead of a traceback."""
 
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -9,10 +10,39 @@ ROOT = Path(__file__).parent.parent
 
 # Exit status of a script whose run stopped itself because of its numbers; 2 is a mistake in what it was given.
 WRONG_NUMBERS = 3
+# Characters of another library's error in a message.
+_MAX_LINE = 300
 
 
 class WrongNumbers(FloatingPointError):
     """Numbers of a run cannot be right, so it stops before its policy learns from them; all processes raise it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for a message of ours: one line, without a full stop at its end.
+
+    Of a validator's error it is the line with the value. Where a text says nothing without the name of the error's
+    class, as that of a KeyError, the name is put before it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].endswith(":") and len(lines) > 1:
+        line = re.sub(r"^\w+Error: ", "", lines[1]).split(". Errors: ")[0]
+    elif isinstance(error, (LookupError, ArithmeticError, AttributeError, TypeError, AssertionError, SyntaxError)):
+        line = f"{type(error).__name__}: {lines[0]}"
+    else:
+        line = lines[0]
+    return line[:_MAX_LINE].rstrip(". ")
+
+
+def where_to_go_on(step: int) -> str:
+    """Which checkpoints are from before numbers that cannot be right, in a line with its end; empty if there is none.
+
+    Args:
+        step: gave the numbers, and is stopped before it saves anything; 0 before the first step.
+    """
+    if step < 2:
+        return ""
+    return f"A checkpoint-{step - 1} holds the weights that gave these numbers: go on from an earlier one, if any.\n"
 
 
 def is_ours(raised_at: traceback.FrameSummary) -> bool:

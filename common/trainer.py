@@ -123,8 +123,10 @@ class OnPolicyTrainer(ABC):
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
             check_folder(folder)
-        self._check_policy()
+        policy = skeleton(config.model)
+        self._check_policy(policy)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+        self.check_models(policy)
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer))
         self.run = Run(config, self.accelerator, algorithm=algorithm)
@@ -157,6 +159,16 @@ class OnPolicyTrainer(ABC):
     @abstractmethod
     def step(self, prompts: PromptBatch) -> None:
         """One iteration, written by each algorithm: sample, score, advantages, update."""
+
+    def check_models(self, policy: nn.Module) -> None:  # noqa: B027  it is not abstract
+        """Refuse an algorithm's own models before data are read and anything is loaded; most have none.
+
+        Args:
+            policy: the policy's modules, without storage. The tokenizer is there too.
+
+        Raises:
+            ValueError: says what is wrong with one of them.
+        """
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -427,9 +439,9 @@ class OnPolicyTrainer(ABC):
 
     # ----------------------------------------------------------------------------------------------------- private
 
-    def _check_policy(self) -> None:
+    def _check_policy(self, policy: nn.Module) -> None:
         """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
-        check_policy(self.config, skeleton(self.config.model), self.accelerator.device)
+        check_policy(self.config, policy, self.accelerator.device)
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 

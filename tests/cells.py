@@ -233,6 +233,10 @@ def _compare(trainer: Any, model: Path, run: Path, found: dict[str, Any]) -> Non
     import transformers
 
     from common.merge import MergeSettings, merge
+    from common.models.attention import why_not
+    from common.models.configs import model_class
+    from common.models.outputs import use_plain_outputs
+    from common.models.ties import settle_ties
 
     ids = torch.randint(20, 200, (2, 60), generator=torch.Generator().manual_seed(3))
     with trainer.models.use("policy") as policy, torch.no_grad():
@@ -244,10 +248,14 @@ def _compare(trainer: Any, model: Path, run: Path, found: dict[str, Any]) -> Non
         adapter = folders["final"] / "adapter"
         merge(MergeSettings(model=str(model), adapter=str(adapter), output=str(folders["merged"])))
     for name, folder in folders.items():
-        # Eager attention leaves nothing out, which sdpa may have.
+        # Eager attention leaves nothing out, which sdpa may have; where it is wrong itself, sdpa is not.
+        config = transformers.AutoConfig.from_pretrained(folder)
+        use_plain_outputs(config)
+        attention = "sdpa" if why_not("eager", config, model_class(config)) else "eager"
         saved, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            folder, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
+        settle_ties(saved)
         with torch.no_grad():
             found[name] = (saved.eval()(input_ids=ids).logits - wanted).abs().max().item()
         found[f"{name} misfits"] = sorted(str(key) for keys in loading.values() for key in keys)[:3]

@@ -25,7 +25,7 @@ ORDER = [
 FOR_ALGORITHMS = {
     *("common.trainer", "common.config", "common.rollouts", "common.advantages", "common.losses", "common.logprobs"),
     *("common.seeds", "common.start", "common.update.learner", "common.sampling.protocol", "common.tasks"),
-    *("common.models.loading", "common.models.weights"),
+    *("common.models.loading", "common.models.weights", "common.models.configs", "common.models.files"),
 }
 # Packages that take a second or more to import, and are needed by some runs or commands only.
 HEAVY = {"peft", "trl", "vllm", "datasets", "pyarrow", "matplotlib", "bitsandbytes", "wandb"}

@@ -1,6 +1,7 @@
 """The check of a model before anything is loaded: its table, its verdict, and trying it out."""
 
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -10,14 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from common import check_model
 from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
 from common.evaluation.command import Evaluation
 from common.evaluation.settings import EvaluationSettings
-from common.models.facts import Memory, Size, check_memory, check_room
+from common.models.facts import Memory, Size, check_memory
+from common.models.positions import check_room
 from common.sampling.comparison import Difference
+from common.sampling.torch_sampler import TransformersSampler
 from common.tasks import Task
 from tests.imports import ROOT
 from tests.toy import algorithms
@@ -136,6 +140,23 @@ def test_lengths_beyond_the_context_are_refused_where_there_are_no_positions_for
         check_room(model, longer)
 
 
+@pytest.mark.parametrize(("kind", "rope"), [
+    ("llama", {"rope_type": "dynamic", "factor": 4.0}),
+    ("phi3", {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}),
+])  # fmt: skip
+@pytest.mark.parametrize("sampler", ["vllm", "transformers"])
+def test_lengths_beyond_which_all_angles_change_are_refused(kind, rope, sampler):
+    rope = rope | {"rope_theta": 10000.0}
+    # One names the length for which it was trained, the other the length that it can be scaled to.
+    longest = {} if kind == "llama" else {"max_position_embeddings": 8192, "original_max_position_embeddings": 1024}
+    config = transformers.AutoConfig.for_model(kind, **SMALL | longest, rope_parameters=rope)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    check_room(model, RLConfig(sampler=sampler, max_prompt_length=512, max_completion_length=512))
+    with pytest.raises(ValueError, match=r"longer than 1,024 tokens.*--max_completion_length 512"):
+        check_room(model, RLConfig(sampler=sampler, max_prompt_length=512, max_completion_length=513))
+
+
 def test_the_embedded_policy_is_not_built_to_be_described(monkeypatch, capsys):
     monkeypatch.setattr("common.embedded.policy.tiny_policy", lambda *_: pytest.fail("built"))
     found = rows("tiny", capsys=capsys)
@@ -158,6 +179,14 @@ def test_what_a_run_would_refuse_is_the_verdict(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"lora_target_modules=nope"):
         rows(folder, "--use_lora", "--lora_target_modules", "nope", "--sampler", "transformers", capsys=capsys)
     assert capsys.readouterr().out.splitlines()[-1].endswith("refused with sampler=transformers, LoRA")
+
+
+def test_a_chat_template_that_cannot_be_run_is_told_before_data_are_read(tiny_folder, tmp_path, capsys):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content' }}")
+    found = rows(folder, "--sampler", "transformers", capsys=capsys)
+    assert found["chat template"].startswith("of no use, so that prompts have to be plain text: the chat template")
+    assert found["verdict"].endswith("on prompts of plain text: it cannot use its chat template")
 
 
 @pytest.mark.parametrize("kind", ["t5", "quantised", "nobody knows"])
@@ -224,12 +253,14 @@ def test_a_mistyped_task_is_told_before_the_model_is_looked_at(tmp_path, monkeyp
 # Trying it out
 
 
-@pytest.mark.parametrize(("mean", "is_move", "is_right"), [
-    (1e-6, False, True), (1e-4, False, False), (math.nan, False, False),
-    (1e-3, True, True), (1e-5, True, False), (math.nan, True, False),
+@pytest.mark.parametrize(("mean", "described", "is_right"), [
+    (1e-6, {}, True), (1e-4, {}, False), (math.nan, {}, False),
+    (1e-6, {"limit": 1e-7}, False), (1e-6, {"limit": 1e-5}, True), (1e-4, {"limit": 1e-3}, False),
+    (1e-3, {"is_move": True, "rounding": 1e-6}, True), (1e-3, {"is_move": True, "rounding": 1e-3}, False),
+    (math.nan, {"is_move": True}, False), (1e-3, {"is_move": True, "rounding": math.nan}, False),
 ])  # fmt: skip
-def test_a_difference_is_right_within_its_bound_and_never_if_it_is_nan(mean, is_move, is_right):
-    assert Difference(what="", mean=mean, largest=mean, is_move=is_move).is_right(1e-5) == is_right
+def test_a_difference_is_right_within_its_bound_and_never_if_it_is_nan(mean, described, is_right):
+    assert Difference(what="", mean=mean, largest=mean, **described).is_right(1e-5) == is_right
 
 
 def test_one_log_prob_that_is_nan_makes_the_difference_nan(rollouts):
@@ -246,6 +277,54 @@ def test_sampler_and_trainer_agree_before_and_after_the_weights_moved(tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("PASS") for line in lines) == 4
     assert "PASS with sampler=transformers" in lines[-1]
+
+
+def test_bfloat16_passes_where_rounding_is_all_that_differs(tmp_path, capsys):
+    folder = save(tmp_path, "qwen2", initializer_range=0.1)
+    words = ["--run", "--sampler", "transformers", "--dtype", "bfloat16", "--max_completion_length", "64"]
+    check_model.main([str(folder), *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(line.startswith("FAIL") for line in lines)
+    assert "PASS with sampler=transformers" in lines[-1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sampler_that_keeps_the_old_weights_fails(tmp_path, capsys, monkeypatch, dtype):
+    folder = save(tmp_path, "qwen2", initializer_range=0.1)
+    first = []
+
+    def old(self, *args, **options):
+        with self._use_policy() as policy, torch.no_grad():
+            new = {name: weight.clone() for name, weight in policy.state_dict().items()}
+            first.append(new)
+            policy.load_state_dict(first[0])
+            found = generate(self, *args, **options)
+            policy.load_state_dict(new)
+        return found
+
+    generate = TransformersSampler.generate
+    monkeypatch.setattr(TransformersSampler, "generate", old)
+    words = ["--run", "--sampler", "transformers", "--dtype", dtype, "--max_completion_length", "64"]
+    with pytest.raises(SystemExit):
+        check_model.main([str(folder), *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if line.startswith("FAIL")] == [
+        "FAIL sampler and trainer, second push"
+    ]
+
+
+@pytest.mark.parametrize("use_lora", ["false", "true"])
+def test_a_weight_that_is_no_number_is_named_once(tmp_path, capsys, use_lora):
+    folder = save(tmp_path, "qwen2")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    words = ["--run", "--sampler", "transformers", "--use_lora", use_lora, "--max_completion_length", "32"]
+    with pytest.raises(SystemExit):
+        check_model.main([str(folder), *words])
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1
+    assert "own weights are NaN or infinite: model.layers.1.mlp.up_proj.weight; download it again" in failed[0]
 
 
 def test_attention_that_leaves_something_out_fails(tmp_path, capsys, monkeypatch):

@@ -1,9 +1,11 @@
 """LoRA: which modules a name means, what is refused, and what is said."""
 
 import logging
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2ForCausalLM,
@@ -166,6 +168,21 @@ def test_an_adapter_on_the_head_is_part_of_the_logprobs(tmp_path, rollouts, mode
     torch.testing.assert_close(after[0, : end - length], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")  # of adapters on embeddings, which is what is tested
+@pytest.mark.parametrize("targets", ["embed_tokens", "lm_head,embed_tokens"])
+def test_embeddings_are_adapted_in_a_run(tmp_path, tokenizer, targets):
+    sizes = {**SIZES, **HEADS, "tie_word_embeddings": False, "vocab_size": len(tokenizer)}
+    Qwen2ForCausalLM(Qwen2ForCausalLM.config_class(**sizes)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    metrics = toy_trainer(tmp_path / "model", tmp_path / "run", **LORA, lora_target_modules=targets).train()
+    assert metrics["policy/first_ratio"] == 1 and metrics["sampler/logprob_diff"] < 1e-5
+    before, after = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "model", tmp_path / "run" / "final")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.weight".replace("embed", "model.embed") for name in targets.split(",")}
+
+
 def test_a_value_model_gets_the_same_layers_under_its_shorter_names(tiny_folder):
     def backbone(targets: str) -> list[str]:
         config = RLConfig(use_lora=True, lora_r=4, lora_target_modules=targets)
@@ -289,3 +306,26 @@ def test_a_value_model_of_experts_has_adapters_where_the_policy_has_them(tmp_pat
 
     wanted = adapted(policy, "default")
     assert wanted and adapted(own.backbone, "default") == adapted(shared.backbone, "value") == wanted
+
+
+@pytest.mark.parametrize("architecture", ["laguna", "gpt2", "mixtral"])
+def test_an_adapter_is_loaded_whole_whatever_its_modules_are_called(architecture, tmp_path):
+    make(architecture, tmp_path / "model")
+    config = RLConfig(model=str(tmp_path / "model"), use_lora=True, lora_r=4)
+    policy = load_policy(config.model, config, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.normal_()
+    policy.save_pretrained(tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = load_policy(config.model, config, dtype=torch.float32, checkpoint=tmp_path / "adapter")
+    for weight, same in zip(policy.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(weight, same) and weight.requires_grad == same.requires_grad
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"of the \d+ tensors that its configuration asks for, and not .*lora_B"):
+        load_policy(config.model, config, dtype=torch.float32, checkpoint=tmp_path / "adapter")

@@ -115,6 +115,24 @@ def test_tokenizer_chat_template_and_end_tokens_are_those_the_adapter_was_traine
     assert GenerationConfig.from_pretrained(tmp_path / "plain").eos_token_id == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_generation_config_that_transformers_would_not_save_is_merged_as_it_is(base, tmp_path, has_file):
+    sharded = tmp_path / "sharded"
+    shutil.copytree(base, sharded)
+    (sharded / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(sharded, max_shard_size="20KB")
+    shipped = {"temperature": 0.7, "top_p": 0.9, "pad_token_id": -1, "eos_token_id": [1, 7]}
+    (sharded / "generation_config.json").write_text(json.dumps(shipped))
+    if not has_file:
+        (sharded / "generation_config.json").unlink()
+        config = json.loads((sharded / "config.json").read_text())
+        (sharded / "config.json").write_text(json.dumps(config | {"pad_token_id": -1}))
+    run_merge(tmp_path / "merged", model=sharded)
+    saved = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert saved["pad_token_id"] == -1
+    assert not has_file or {name: saved[name] for name in shipped} == shipped
+
+
 def test_the_folder_of_an_adapter_alone_is_enough(adapter, tmp_path):
     assert same(run_merge(tmp_path / "a", model=adapter), run_merge(tmp_path / "b", adapter=adapter))
 
@@ -138,7 +156,7 @@ def test_a_missing_shard_is_named(base, tmp_path):
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     gone = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(ValueError, match=rf"{gone.name} of \d+ files is missing.*model.safetensors.index.json lists"):
+    with pytest.raises(ValueError, match=rf"{gone.name} is missing, which model.safetensors.index.json lists"):
         run_merge(tmp_path / "one", model=tmp_path / "sharded")
     assert not (tmp_path / "one").exists()
 
@@ -282,7 +300,7 @@ def test_what_is_already_merged_is_refused(base, adapter, tmp_path):
     merge(MergeSettings(adapter=str(adapter), output=str(tmp_path / "merged")))
     for model in (base, tmp_path / "merged"):
         with pytest.raises(
-            ValueError, match=r"nothing to merge: it is one complete model without an adapter.*--adapter"
+            ValueError, match=r"nothing to merge: the folder holds no adapter, no shards and no run.*--adapter"
         ):
             run_merge(tmp_path / "again", model=model)
     with pytest.raises(ValueError, match=r"it belongs to the base model .*base.*merged was given"):
@@ -356,6 +374,14 @@ def test_an_adapter_without_weights_and_one_whose_base_is_gone_are_refused(base,
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
     with pytest.raises(ValueError, match="cannot be loaded"):
+        run_merge(tmp_path / "merged", adapter=tmp_path / "adapter")
+
+
+def test_an_adapter_with_a_damaged_file_is_refused_before_the_base_is_loaded(base, adapter, tmp_path, monkeypatch):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    monkeypatch.delattr("common.merge.load")
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged \(0 bytes; .*adapter again"):
         run_merge(tmp_path / "merged", adapter=tmp_path / "adapter")
 
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CohereConfig,
+    DogeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -29,9 +31,11 @@ from transformers import (
 from common import logprobs as logprobs_module
 from common.config import RLConfig
 from common.embedded import check_model
+from common.evaluation.command import _load_merged
 from common.logprobs import token_logprobs
-from common.models.attention import attention_for
-from common.models.configs import describe_multimodal
+from common.merge import Source
+from common.models.attention import attention_for, check_attention
+from common.models.configs import describe_multimodal, read_config
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
 from common.models.saving import save_model
 from common.rollouts import Completion, PromptBatch, Rollouts
@@ -159,6 +163,14 @@ def test_entropy_is_that_of_the_distribution(policy):
     _, entropy = token_logprobs(policy, rows([[5, 9]], [[4]]), T)
     p = torch.softmax(policy(torch.tensor([[5, 9]])).logits[0, -1].double() / T, dim=-1)
     assert float(entropy[0, 0]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_that_the_model_rules_out_add_nothing_to_the_entropy():
+    logits = torch.tensor([[1.0, -torch.inf, 0.5], [2.0, -torch.inf, -torch.inf]])
+    _, entropy = logprobs_module._in_chunks(torch.nn.Identity(), logits, torch.tensor([0, 0]), T, vocabulary=3)
+    p = torch.softmax(logits[0, [0, 2]].double() / T, dim=-1)
+    assert entropy.tolist() == pytest.approx([float(-(p * p.log()).sum()), 0.0], abs=1e-6)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 1000])
@@ -357,7 +369,99 @@ def test_a_generation_config_is_saved_as_it_was(tiny_folder, tmp_path, tokenizer
     assert saved == values
 
 
+# Outputs
+
+OUTPUTS = {"output_attentions": True, "output_hidden_states": True, "return_dict": False, "output_router_logits": True}
+
+
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_settings_of_outputs_change_nothing_in_training_and_are_saved_as_they_were(
+    tmp_path, tokenizer, rollouts, use_lora
+):
+    plain, folder, saved = (tmp_path / name for name in ("plain", "model", "saved"))
+    save_tiny(MixtralConfig(**EXPERTS | {"vocab_size": 459}), plain)
+    shutil.copytree(plain, folder)
+    values = json.loads((folder / "config.json").read_text()) | OUTPUTS
+    (folder / "config.json").write_text(json.dumps(values))
+    check_model(str(folder))
+    config = RLConfig(use_lora=use_lora, lora_r=4)
+    policies = [load_policy(str(each), config, dtype=torch.float32) for each in (plain, folder)]
+    expected, found = (token_logprobs(policy, rollouts, 1.0)[0] for policy in policies)
+    assert torch.equal(expected, found)
+    reference = load_reference(str(folder), RLConfig())
+    assert torch.equal(token_logprobs(reference, rollouts, 1.0)[0], expected)
+    save_model(policies[1], tokenizer, saved)
+    assert json.loads((saved / "config.json").read_text()).items() >= OUTPUTS.items()
+    again = load_policy(str(saved), RLConfig(), dtype=torch.float32)
+    torch.testing.assert_close(token_logprobs(again, rollouts, 1.0)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_logits_is_no_rounding_in_any_precision(tmp_path, dtype):
+    model = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.04), tmp_path).to(dtype).eval()
+    ids = torch.arange(5, 25)[None]
+    assert logprobs_module._cheapest_head(model, ids, 1.0) is not logprobs_module._plain
+    plain = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.0), tmp_path).to(dtype).eval()
+    head = plain.get_output_embeddings()
+    assert logprobs_module._cheapest_head(plain, ids, 1.0) is logprobs_module._plain
+    assert plain.get_output_embeddings() is head
+
+
+def test_in_16_bits_a_token_that_changes_its_expert_is_no_look_ahead(tmp_path):
+    """Which expert it goes to can depend on the rounding of a product, and that on the other tokens of the batch."""
+
+    def flip(_model, _args, options, output):
+        output.logits[:, 3] += options["input_ids"][:, -1:] % 2 * 10
+
+    ids = torch.arange(5, 21)[None]
+    model = save_tiny(Qwen2Config(**LLAMA_LIKE), tmp_path).eval()
+    model.register_forward_hook(flip, with_kwargs=True)
+    with pytest.raises(ValueError, match="is not causal"), torch.no_grad():
+        logprobs_module._check_causal(model, ids)
+    with torch.no_grad():
+        logprobs_module._check_causal(model.to(torch.bfloat16), ids)
+
+
 # Attention
+
+
+def test_flash_attention_is_refused_in_float32():
+    with pytest.raises(ValueError, match=r"flash_attention_2: it takes numbers of 16 bits.*--dtype bfloat16"):
+        check_attention(Qwen2Config(**LLAMA_LIKE), "flash_attention_2", dtype=torch.float32)
+
+
+def test_attention_that_adds_biases_twice_is_refused(tmp_path):
+    """Until transformers' Falcon adds ALiBi once in eager attention; then why_not has nothing to refuse."""
+    sizes = {"vocab_size": 459, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = FalconConfig(**sizes, alibi=True, initializer_range=0.3)
+    save_tiny(config, tmp_path)
+    ids = torch.arange(5, 25)[None]
+    by_name = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(ids).logits
+        for name in ("sdpa", "eager")
+    }
+    assert (by_name["sdpa"] - by_name["eager"]).abs().max() > 0.01
+    with pytest.raises(ValueError, match="=eager: falcon with alibi adds its biases right in sdpa only"):
+        check_model(str(tmp_path), attention="eager")
+    check_model(str(tmp_path))
+
+
+def test_attention_that_makes_no_causal_mask_is_replaced(tmp_path, rollouts):
+    """Until transformers' Doge is causal in sdpa; then why_not has nothing to refuse."""
+    save_tiny(DogeConfig(**LLAMA_LIKE | {"vocab_size": 459}), tmp_path)
+    assert attention_for(read_config(tmp_path), "auto", torch.device("cpu"))[0] == "eager"
+    token_logprobs(load_policy(str(tmp_path), RLConfig(), dtype=torch.float32), rollouts, 1.0)
+    sdpa = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    with pytest.raises(ValueError, match="is not causal"):
+        token_logprobs(sdpa, rollouts, 1.0)
+    with pytest.raises(ValueError, match="doge makes no causal mask for sdpa"):
+        check_model(str(tmp_path), attention="sdpa")
+
+
+def test_a_model_that_does_not_run_at_all_is_refused(tmp_path):
+    save_tiny(DogeConfig(**LLAMA_LIKE | {"num_experts": 4, "num_experts_per_tok": 2}, is_moe=True), tmp_path)
+    with pytest.raises(ValueError, match="doge: its layers of experts do not run in this version of transformers"):
+        check_model(str(tmp_path))
 
 
 CAPPED = Gemma2Config(**LLAMA_LIKE, head_dim=16, attn_logit_softcapping=0.5, query_pre_attn_scalar=1)
@@ -397,6 +501,14 @@ def test_attention_is_what_the_model_can_do_rightly(config, device, dtype, expec
     assert chosen == expected and (reason is None) is (expected == "sdpa")
 
 
+def test_an_evaluation_computes_attention_as_training_does(tmp_path):
+    Gemma2ForCausalLM(CAPPED).save_pretrained(tmp_path)
+    model = _load_merged(Source(base=str(tmp_path), what="it"), torch.device("cpu"), torch.float32)
+    ids = torch.randint(0, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+    trained = load_policy(str(tmp_path), RLConfig(), dtype=torch.float32)
+    torch.testing.assert_close(model.eval()(ids).logits, trained(ids).logits, atol=1e-6, rtol=0)
+
+
 def test_attention_that_the_model_refuses_is_a_message():
     for asked, message in {
         "sdpa": "transformers has no sdpa for BloomForCausalLM",
@@ -405,6 +517,21 @@ def test_attention_that_the_model_refuses_is_a_message():
     }.items():
         with pytest.raises(ValueError, match=rf"attn_implementation={asked}: {message}.*--attn_implementation auto"):
             attention_for(BloomConfig(), asked, torch.device("cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs them")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("flash_attention_2", "the package flash-attn is not installed"),
+        ("flash_attention_3", "the package flash-attn-3 is not installed"),
+        ("flex_attention", "its gradients are computed on a GPU only"),
+        ("kernels-community/flash-attn3", "the package kernels, which loads it, is not installed"),
+    ],
+)
+def test_attention_that_this_machine_cannot_run_is_refused_before_anything_is_loaded(tiny_folder, asked, message):
+    with pytest.raises(ValueError, match=rf"attn_implementation={asked}: .*{message}.*--attn_implementation auto"):
+        check_model(str(tiny_folder), attention=asked)
 
 
 # Models for images and text

@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM
 from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
 from common.models.loading import load_policy
+from common.models.lora import read_by_kernels
 from common.models.pool import ModelPool
 from common.models.quantization import in_floating_point, is_quantized, scales
 from common.models.saving import save_model
 from common.models.weights import policy_weights
+from tests.architectures import make
 from tests.toy import metrics_of, save_toy_policy, toy_trainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -113,6 +115,19 @@ def test_offload_changes_no_number_of_a_quantized_run(folder, tmp_path, algorith
         lines.append(metrics_of(tmp_path / offload))
     assert lines[0] == lines[1]
     assert lines[0][1]["policy/grad_norm"] > 0 and lines[0][1]["sampler/logprob_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1"])
+def test_a_weight_that_a_kernel_reads_itself_is_not_packed(kind, tmp_path):
+    make(kind, tmp_path / "model")
+    model = load(tmp_path / "model")
+    packed = {
+        name.split(".")[-2 - (".base_layer." in name)] for name, each in model.named_parameters() if is_quantized(each)
+    }
+    assert packed and not packed & {each.split(".")[-1] for each in read_by_kernels(model.get_base_model())}
+    settings = LORA | {"load_in_4bit": True, "sampler": "transformers", "num_steps": 1}
+    metrics = toy_trainer(tmp_path / "model", tmp_path / "run", **settings).train()
+    assert metrics["policy/first_ratio"] == 1 and metrics["sampler/logprob_diff"] < 1e-4
 
 
 def test_a_quantized_run_goes_on_from_its_checkpoint(folder, tmp_path):

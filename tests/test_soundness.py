@@ -150,9 +150,16 @@ def test_the_bounds_are_those_of_the_precision_and_the_way_out_is_another_sample
         ({"policy/first_ratio": 1.0001}, torch.float32, "step 3: the ratio .* is 1.00010000, not 1"),
         ({"policy/first_ratio": 0.9999}, torch.float32, "step 3: the ratio .* is 0.99990000, not 1"),
         ({"policy/first_ratio": NAN}, torch.float32, "step 3: the ratio .* is nan, not 1"),
-        ({"sampler/logprob_diff": 0.009}, torch.float32, "step 3: log-probs of sampler and trainer differ by 0.0090"),
+        (
+            {"sampler/logprob_diff": 0.009},
+            torch.float32,
+            "step 3: log-probs of sampler and trainer differ by 0.009",
+        ),
         ({"sampler/logprob_diff": 0.01}, torch.bfloat16, None),
-        ({"sampler/logprob_diff": 0.2}, torch.bfloat16, "step 3: log-probs of sampler and trainer differ by 0.2000"),
+        # The largest that a right model gave, and an exact GELU in place of an approximate one.
+        ({"sampler/logprob_diff": 7e-6}, torch.float32, None),
+        ({"sampler/logprob_diff": 1.7e-4}, torch.float32, "step 3: .* differ by 0.00017 on average, and rounding"),
+        ({"sampler/logprob_diff": 0.2}, torch.bfloat16, "step 3: log-probs of sampler and trainer differ by 0.2 on"),
         ({"sampler/logprob_diff": NAN}, torch.float32, "step 3: log-probs of sampler and trainer differ by nan"),
         ({"entropy": NAN}, torch.float32, r"step 3: entropy is nan, and metrics\.jsonl has null"),
         ({"eval/kl": INF}, torch.float32, r"step 3: eval/kl is inf"),
@@ -198,6 +205,30 @@ def test_a_policy_with_one_weight_that_is_no_number_is_named(toy_folder, tmp_pat
     message = stopped(spoil(trainer, "policy", bad))
     assert re.match(r"step 1: the policy: \d+ of its outputs are not finite \(NaN or infinite\), nor are its", message)
     assert "model.layers.0.input_layernorm.weight" in message and "another --model" in message
+
+
+def test_a_weight_under_an_adapter_is_named_as_in_the_checkpoint(toy_folder, tmp_path):
+    trainer = spoil(toy_trainer(toy_folder, tmp_path, use_lora=True, lora_r=4), "policy", layer="up_proj.base_layer")
+    message = stopped(trainer)
+    assert re.search(r"nor are its weights: model\.layers\.0\.mlp\.up_proj\.weight\.", message), message
+    assert "checkpoint-" not in message  # there is none yet
+
+
+def test_of_a_run_that_fails_later_the_last_checkpoint_is_not_called_intact(toy_folder, tmp_path):
+    trainer = toy_trainer(toy_folder, tmp_path, num_steps=4, save_every=1)
+    trained = trainer.policy.optimizer_step
+
+    def step(number, *args, **options):
+        norm = trained(number, *args, **options)
+        if number == 2:
+            spoil(trainer, "policy")
+        return norm
+
+    trainer.policy.optimizer_step = step
+    with pytest.raises(WrongNumbers) as caught:
+        trainer.train()
+    assert str(caught.value).startswith("step 3: the policy")
+    assert "A checkpoint-2 holds the weights that gave these numbers" in str(caught.value)
 
 
 def test_it_is_found_in_the_evaluation_before_the_first_step(toy_folder, tmp_path):

@@ -466,6 +466,28 @@ def test_the_final_model_goes_to_the_hub_if_asked(tiny_folder, tmp_path, monkeyp
     assert repository == "me/countdown" and {"model.safetensors", "config.json", "tokenizer.json"} <= set(names)
 
 
+def test_a_hub_that_cannot_be_reached_is_told_before_training(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"push_to_hub=me/x: the final model could not be uploaded.*hf upload"):
+        toy_trainer(tiny_folder, tmp_path / "run", push_to_hub="me/x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_upload_that_fails_does_not_lose_the_end_of_a_run(tiny_folder, tmp_path, monkeypatch, caplog):
+    class Hub:  # the network's end
+        def create_repo(self, name, exist_ok):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path):
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert toy_trainer(tiny_folder, tmp_path / "run", push_to_hub="me/x").train()["score"] is not None
+    said = f"hf upload me/x {tmp_path / 'run' / 'final'}"
+    assert any("no route to host" in line and line.endswith(said) for line in caplog.messages)
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+
+
 # Where the weights come from
 
 

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from common.models.weights import checkpoint_shapes, policy_weights
 from common.sampling.protocol import SamplingSettings, sampling_seed
@@ -101,6 +102,17 @@ def test_a_merged_weight_in_bfloat16_is_rounded_once(adapters):
     assert merged.dtype == torch.bfloat16
     # Half a unit in the last place of bfloat16, which has 8 bits; the float32 sum adds next to nothing.
     assert ((merged.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all()
+
+
+def test_a_push_plans_the_layout_once_for_the_same_names(tmp_path, monkeypatch):
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
+    AutoModelForCausalLM.from_config(MixtralConfig(**small, **heads)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    first = {name: tensor.clone() for name, tensor in policy_weights(model)}
+    monkeypatch.setattr("common.models.layout._plan", None)  # a second plan would fail
+    second = dict(policy_weights(model))
+    assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_merged_tensors_do_not_pile_up():

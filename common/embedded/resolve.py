@@ -15,13 +15,16 @@ def is_embedded(model: str) -> bool:
     return model in NAMES
 
 
-def check_model(model: str, *, trust_remote_code: bool = False, attention: str = "auto") -> None:
+def check_model(
+    model: str, *, trust_remote_code: bool = False, attention: str = "auto", is_trained: bool = True
+) -> None:
     """Refuse a model that does not exist or cannot be trained, before anything is loaded or built.
 
     Args:
         model: hub id, folder, or an embedded policy's name.
         trust_remote_code: the setting; once it is given here, the model's code is known to this process.
         attention: the setting attn_implementation.
+        is_trained: what to do about quantised weights includes settings of a run.
 
     Raises:
         ValueError: if there is no such model, its files are incomplete or damaged, or it is no causal language model
@@ -32,13 +35,15 @@ def check_model(model: str, *, trust_remote_code: bool = False, attention: str =
     from transformers import AutoModelForCausalLM
 
     from common.models.attention import check_attention
-    from common.models.configs import read_config, why_not_trainable
+    from common.models.configs import read_config, why_not_trainable, why_quantized
     from common.models.decoding_support import why_not_decodable
     from common.models.files import check_files, check_weights_fit
 
     config = read_config(model, trust_remote_code=trust_remote_code)
     reason = why_not_trainable(config) or why_not_decodable(config)
     if reason is not None:
+        if is_trained and why_quantized(config):
+            reason += " It needs little memory with --use_lora true --load_in_4bit true."
         raise ValueError(f"model={model!r}: {reason}")
     check_attention(config, attention)
     check_files(model)
@@ -87,11 +92,13 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> transforme
         return build_tokenizer()
     from transformers import AutoTokenizer
 
+    from common.mistakes import first_line
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         reason = None
     except Exception as error:  # a damaged file, or a library that it needs
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
     # transformers makes an empty tokenizer for a folder without its files.
     if reason is None and set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
         reason = "there is none"

@@ -35,10 +35,13 @@ from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
-from common.mistakes import WrongNumbers, is_ours
+from common.mistakes import WrongNumbers, first_line, is_ours
+from common.models.attention import attention_for
+from common.models.configs import model_class, read_config
 from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
+from common.models.ties import settle_ties
 from common.models.weights import weights_in_memory
 from common.rewards.reports import TrainerState
 from common.rewards.reward_model import RewardModel
@@ -63,7 +66,7 @@ DEFAULT_PARENT = Path("evaluations")
 MOST_TOKENS = 4096
 
 # Settings that do not change a result. A date acts through the prompts, which are compared themselves.
-_NO_EFFECT = ("output_dir", "vllm_memory_share", "vllm_max_num_seqs", "date")
+_NO_EFFECT = ("output_dir", "trust_remote_code", "vllm_memory_share", "vllm_max_num_seqs", "date")
 
 
 class Evaluation:
@@ -83,10 +86,10 @@ class Evaluation:
 
     def __init__(self, settings: EvaluationSettings, parent: Path | None = None) -> None:
         (self.model,) = settings.model
-        source = _find_model(self.model, settings.adapter)
+        source = _find_model(self.model, settings)
         config = as_run_settings(settings, source.base)
         check_sampler(config)
-        self.tokenizer = _load_tokenizer(source)
+        self.tokenizer = _load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
         is_chat = self.tokenizer.chat_template is not None
         found = find_set(settings.task, settings.dataset, settings.dataset_split, is_chat=is_chat)
         self.source = replace(source, base=resolve_model(source.base))
@@ -210,7 +213,7 @@ class Evaluation:
         models = ModelPool(torch.device("cpu") if self.config.sampler == "vllm" else device, "never", stopwatch)
         most_rows = len(self.prompts) * self.config.eval_num_samples
         sampler = make_sampler(self.config, self.source.base, dtype=dtype, pool=models, most_rows=most_rows)
-        model = _load_merged(self.source).to(dtype)
+        model = _load_merged(self.source, device, dtype).to(dtype)
         models.add("policy", model)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(model, self.tokenizer)}
         return PolicySampler(self.config, self.source.base, sampler, models=models, stopwatch=stopwatch, **tokens)
@@ -314,7 +317,7 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     several = len(settings.model) > 1
     parent = Path(settings.output_dir or DEFAULT_PARENT) if several else None
     if several and settings.date is None:  # one table has one date
-        times = (_time_of(_find_model(model, None)) for model in settings.model)
+        times = (_time_of(_find_model(model, settings)) for model in settings.model)
         time = next((time for time in times if time is not None), datetime.now())
         settings = replace(settings, date=time.isoformat(timespec="seconds"))
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
@@ -343,16 +346,16 @@ def main() -> None:
 # Models
 
 
-def _find_model(model: str, adapter: str | None) -> Source:
+def _find_model(model: str, settings: EvaluationSettings) -> Source:
     """The complete model, or the base and its adapter, that two names mean; checked but not loaded."""
-    folder = Path(model)
+    folder, adapter, trust = Path(model), settings.adapter, settings.trust_remote_code
     parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
     is_of_run = any(part.is_file() for part in parts) or is_best_of_run(folder)
     if adapter is None and ((folder / CONFIG_NAME).is_file() or not is_of_run):
-        check_model(model)
+        check_model(model, trust_remote_code=trust, is_trained=False)
         return Source(base=model, what=model)
     source = find_source(model, adapter)
-    check_model(source.base)
+    check_model(source.base, trust_remote_code=trust, is_trained=False)
     if source.adapter is not None:
         check_adapter(source.adapter, source.base)
     return source
@@ -364,15 +367,15 @@ def _time_of(source: Source) -> datetime | None:
     return next((time for time in times if time is not None), None)
 
 
-def _load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:
+def _load_tokenizer(source: Source, *, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in the adapter's folder, else that of the model."""
     has_own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
     name = str(source.adapter) if has_own else source.base
     try:
-        tokenizer = load_tokenizer(name)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         reason = None if len(tokenizer("0")["input_ids"]) else "it has no tokens"  # transformers makes an empty one
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
     if reason is not None:
         raise ValueError(
             f"model={name}: its tokenizer cannot be loaded: {reason}. Prompts have to become tokens. Put the "
@@ -381,9 +384,12 @@ def _load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_merged(source: Source) -> transformers.PreTrainedModel:
-    """The model on the CPU, its adapter merged as `python -m common.merge` merges it."""
-    model = load(source)
+def _load_merged(source: Source, device: torch.device, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    """The model on the CPU, its adapter merged as `python -m common.merge` merges it; attention as in training."""
+    config = read_config(source.base)
+    attention, _ = attention_for(config, "auto", device, dtype=dtype, cls=model_class(config))
+    model = load(source, attn_implementation=attention)
+    settle_ties(model)
     if source.adapter is None:
         return model
     weights = dict(weights_in_memory(model))

@@ -27,6 +27,8 @@ class EvaluationSettings:
     for prompts of your own, in --dataset, with your own --reward."""
     adapter: str | None = None
     """Folder of a LoRA adapter of the model."""
+    trust_remote_code: bool = False
+    """Run Python files that come with the model; without it such a model is refused."""
     dataset: str | None = None
     """Local file, or another hub id, in place of the data of a named task; the data of the task prompts."""
     dataset_split: str | None = None
@@ -59,6 +61,7 @@ class EvaluationSettings:
     temperature: float = 0.6
     """0 is greedy."""
     top_p: float = 1.0
+    """Of the most likely tokens, those that have this share of the probability together; 1: all."""
     top_k: int = 0
     """0: off."""
     max_completion_length: int | None = None
@@ -66,6 +69,7 @@ class EvaluationSettings:
     max_prompt_length: int | None = None
     """Longer prompts are dropped and counted; None: no limit."""
     seed: int = 0
+    """Of the sampled completions; the same seed gives the same ones."""
 
     sampler: str = "vllm"
     """"vllm", or "transformers" for machines without it."""
@@ -120,7 +124,16 @@ def _is_date(text: str) -> bool:
 
 def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:
     """The settings as an RLConfig, which checks them; without a limit, texts of any length fit."""
-    names = ("prompt_file", "enable_thinking", "seed", "sampler", "dtype", "vllm_memory_share", "vllm_max_num_seqs")
+    names = (
+        "trust_remote_code",
+        "prompt_file",
+        "enable_thinking",
+        "seed",
+        "sampler",
+        "dtype",
+        "vllm_memory_share",
+        "vllm_max_num_seqs",
+    )
     names += ("rewards", "reward_weights", "reward_format", "reward_time_limit", "reward_memory_limit")
     shared = {name: vars(settings)[name] for name in names}
     sampled = {f"eval_{name}": vars(settings)[name] for name in _SAMPLED}

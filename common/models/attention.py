@@ -11,7 +11,7 @@ import re
 
 import torch
 import transformers
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_kernels_available
 
 from common.models.configs import model_class
 
@@ -52,7 +52,7 @@ def attention_for(
     """
     cls = cls or model_class(config)
     if asked != "auto":
-        check_attention(config, asked, cls=cls)
+        check_attention(config, asked, cls=cls, dtype=dtype)
         return asked, None
     reason = why_not("sdpa", config, cls)
     if reason is None:
@@ -61,7 +61,11 @@ def attention_for(
 
 
 def check_attention(
-    config: transformers.PreTrainedConfig, asked: str, *, cls: type[transformers.PreTrainedModel] | None = None
+    config: transformers.PreTrainedConfig,
+    asked: str,
+    *,
+    cls: type[transformers.PreTrainedModel] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Refuse an implementation that would not compute the model's own attention.
 
@@ -69,6 +73,7 @@ def check_attention(
         config: of the model.
         asked: the setting attn_implementation.
         cls: of the model; None: the causal language model's.
+        dtype: of forward passes; None: not known.
 
     Raises:
         ValueError: says why.
@@ -76,11 +81,11 @@ def check_attention(
     cls = cls or model_class(config)
     if asked == "auto":
         return
-    reason = why_not(asked, config, cls)
+    reason = why_not(asked, config, cls) or _why_not_here(asked)
     if asked not in IMPLEMENTATIONS and "/" not in asked:
         reason = f"need one of auto, {', '.join(IMPLEMENTATIONS)}, or the hub id of a kernel"
-    elif asked == "flash_attention_2" and not is_flash_attn_2_available():
-        reason = "the package flash-attn is not installed, or there is no CUDA GPU"
+    elif asked.startswith("flash_attention") and dtype == torch.float32:
+        reason = "it takes numbers of 16 bits, and passes are in float32, unless you pass --dtype bfloat16"
     if reason is not None:
         raise ValueError(f"attn_implementation={asked}: {reason}. Pass --attn_implementation auto.")
 
@@ -95,6 +100,8 @@ def why_not(implementation: str, config: transformers.PreTrainedConfig, cls: typ
     """
     if cls is not None and not all(has(cls) for start, has in _FLAGS.items() if implementation.startswith(start)):
         return f"transformers has no {implementation} for {cls.__name__}"
+    if reason := _fault(implementation, config):
+        return reason
     cap = soft_cap(config)
     if cap is None or implementation == "eager":
         return None
@@ -104,6 +111,38 @@ def why_not(implementation: str, config: transformers.PreTrainedConfig, cls: typ
     if function is None or "softcap" in inspect.signature(function).parameters:
         return None
     return f"it leaves out {cap[0]}={cap[1]:g}, the cap on the model's attention logits"
+
+
+def _why_not_here(implementation: str) -> str | None:
+    """Why this machine cannot run an implementation; None if it can."""
+    is_there = {
+        "flash_attention_2": is_flash_attn_2_available,
+        "flash_attention_3": is_flash_attn_3_available,
+    }
+    if implementation in is_there and not is_there[implementation]():
+        package = "flash-attn" if implementation == "flash_attention_2" else "flash-attn-3"
+        return f"the package {package} is not installed, or there is no CUDA GPU"
+    if implementation == "flex_attention" and not torch.cuda.is_available():
+        return "its gradients are computed on a GPU only, and there is none here"
+    if "/" in implementation and not is_kernels_available():
+        return "it is a kernel on the hub, and the package kernels, which loads it, is not installed"
+    return None
+
+
+def _fault(implementation: str, config: transformers.PreTrainedConfig) -> str | None:
+    """What transformers 5.17 computes wrongly with an implementation, though the class takes it; None if nothing.
+
+    Falcon with ALiBi: FalconModel.forward (modeling_falcon.py:783) puts the biases into the mask, whatever the
+    implementation, and FalconAttention.forward (line 405) adds them again in eager: logits are off by 0.3.
+    Doge: the mask is left out where sdpa or flash attention knows that it is causal, but DogeAttention.forward
+    (modeling_doge.py:302) makes a mask of its own of it, which is then not causal. Each can go once its class asks
+    for the implementation, or for a mask.
+    """
+    if config.model_type == "falcon" and config.alibi and implementation != "sdpa":
+        return f"falcon with alibi adds its biases right in sdpa only, in {implementation} twice or not at all"
+    if config.model_type == "doge" and implementation != "eager":
+        return f"doge makes no causal mask for {implementation}, so that a token would see those after it"
+    return None
 
 
 def soft_cap(config: transformers.PreTrainedConfig) -> tuple[str, float] | None:

@@ -99,6 +99,20 @@ def check_keeps(render: Callable[[list[dict]], str], messages: list[dict]) -> No
     )
 
 
+def why_no_chat(tokenizer: transformers.PreTrainedTokenizerBase) -> str | None:
+    """Why a chat template does not write a question; None if it does.
+
+    Args:
+        tokenizer: with a chat template.
+    """
+    messages = [{"role": "user", "content": "a question"}]
+    try:
+        check_keeps(lambda each: render_chat(tokenizer, each, add_generation_prompt=True), messages)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _lost_probes(render: Callable[[list[dict]], str], messages: list[dict], probes: list[str]) -> list[str]:
     """The roles whose probe is not in the text; a begun answer stays as it is if its probe cannot be continued."""
     for last in (len(messages), len(messages) - 1):

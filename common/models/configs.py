@@ -6,12 +6,19 @@ and the checks of common/models/files.py raise.
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import json
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
+from huggingface_hub.constants import ENDPOINT
+from transformers.utils.hub import HF_MODULES_CACHE
+
+from common.mistakes import first_line
 
 logger = logging.getLogger("nanorlhf")
 
@@ -21,6 +28,8 @@ REMEDY = (
     "for the embedded policy."
 )
 _TRUST = "Read the .py files in its repository, then pass --trust_remote_code true, or pass another model."
+# Only the folder of a LoRA adapter has it.
+ADAPTER_CONFIG = "adapter_config.json"
 # Ends of the names of classes whose weights hold no language model head.
 _OTHER_HEADS = (
     "ForSequenceClassification",
@@ -57,17 +66,32 @@ def read_config(
     """
     label = label or f"model={str(path)!r}"
     folder = Path(path)
-    if folder.is_dir() and not (folder / transformers.utils.CONFIG_NAME).is_file():
-        raise ValueError(f"{label}: the folder has no config.json, which says what the model is. {remedy}")
-    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith((".", "~")) or folder.is_file()):
-        raise ValueError(f"{label}: cannot be loaded: there is no such folder. {remedy}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{label}: the folder holds a LoRA adapter, which is no model without its base. Run python -m "
+            f"common.merge --model {folder} --output FOLDER to make a model of both, and pass FOLDER."
+        )
+    if reason := _why_no_config(path):
+        raise ValueError(f"{label}: {reason} {remedy}")
+    if folder.is_dir():
+        _check_config_file(folder, label)
     try:
         with _one_line_without_a_network(str(path)):
             config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            has_own_code = trust_remote_code and not type(config).__module__.startswith("transformers.models.")
+            if has_own_code and not _has_class_for(config.model_type):
+                _register(config, str(path))
     except Exception as error:  # also what classes of configurations raise for values of the wrong type
+        if folder.is_dir():
+            remedy = f"Correct {folder / transformers.utils.CONFIG_NAME}, or pass another model."
         raise ValueError(f"{label}: {_why_unreadable(error, remedy, own_code_remedy)}") from error
-    if trust_remote_code:
-        _register(config, str(path))
+    if has_own_code and _has_class_for(config.model_type):
+        raise ValueError(
+            f"{label}: its own code defines the model_type {config.model_type}, for which transformers "
+            f"{transformers.__version__} has a class. It would take that class's place for every other model of this "
+            "run, and vLLM would not use it. Leave out --trust_remote_code, or rename model_type in config.json and "
+            "in the code."
+        )
     return config
 
 
@@ -77,7 +101,7 @@ def why_not_trainable(config: transformers.PreTrainedConfig) -> str | None:
     Args:
         config: of the model.
     """
-    return why_quantized(config) or why_not_causal(config)
+    return why_quantized(config) or why_not_causal(config) or _why_no_room(config)
 
 
 def why_quantized(config: transformers.PreTrainedConfig) -> str | None:
@@ -94,8 +118,7 @@ def why_quantized(config: transformers.PreTrainedConfig) -> str | None:
     method = settings.get("quant_method") or ("bitsandbytes" if settings.get("load_in_4bit") else "an unnamed method")
     return (
         f"its weights are quantised ({method}): they are rounded numbers that no gradient can change and no push to "
-        "the sampler can hold. Pass the model that it was made from; --use_lora true --load_in_4bit true needs little "
-        "memory for that one."
+        "the sampler can hold. Pass the model that it was made from."
     )
 
 
@@ -111,11 +134,11 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
             f"{kind} is an encoder-decoder model, and a prompt and its completion are one sequence here. Pass a "
             "decoder-only model, such as Qwen/Qwen2.5-0.5B."
         )
-    is_decoder = config.to_dict().get("is_decoder", True)
-    if type(config) in transformers.AutoModelForMaskedLM._model_mapping and not is_decoder:
+    if type(config) in transformers.AutoModelForMaskedLM._model_mapping:
         return (
-            f"{kind} is an encoder: each token sees those after it, so it cannot write a completion. Pass a causal "
-            "language model, such as Qwen/Qwen2.5-0.5B."
+            f"{kind} is of a family that fills in masked tokens (AutoModelForMaskedLM). In such models a token can "
+            "see those after it, also in some that are set up as decoders, so none is taken here. Pass a "
+            "decoder-only model, such as Qwen/Qwen2.5-0.5B."
         )
     named = next(iter(config.architectures or ()), "")
     if named.endswith(_OTHER_HEADS):
@@ -124,7 +147,7 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
             "causal language model; a model with one label can be a reward: --rewards."
         )
     if model_class(config) is not None:
-        return None
+        return _why_another_class(config)
     if (
         type(config) in transformers.AutoModelForImageTextToText._model_mapping
         or config.get_text_config() is not config
@@ -136,6 +159,18 @@ def why_not_causal(config: transformers.PreTrainedConfig) -> str | None:
     return (
         f"transformers {transformers.__version__} has no causal language model of the kind {kind}. Pass one that "
         "AutoModelForCausalLM loads."
+    )
+
+
+def _why_no_room(config: transformers.PreTrainedConfig) -> str | None:
+    """That a model has no positions for a prompt and a completion; None if it has."""
+    name = "max_position_embeddings"
+    context = setting(config.get_text_config(), name)
+    if context is None or context > 1:
+        return None
+    return (
+        f"config.json has {name} {context}: need room for a prompt and its completion, two tokens at least. Correct "
+        "config.json."
     )
 
 
@@ -171,9 +206,94 @@ def describe_multimodal(config: transformers.PreTrainedConfig) -> str | None:
     return f"{config.model_type} also takes other inputs than text: its language model is trained, and {rest}"
 
 
+def setting(config: transformers.PreTrainedConfig, *names: str) -> Any:
+    """The first of several names that a configuration gives a value, as an entry or as a property; else None.
+
+    Names differ between architectures, and entries of config.json are attributes of the object, so that only asking
+    for them tells.
+    """
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
+
+
+def is_of_own_code(error: Exception) -> bool:
+    """Whether an error comes from the Python files of a model.
+
+    Args:
+        error: that was caught.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).is_relative_to(HF_MODULES_CACHE) for frame in frames)
+
+
+def _why_another_class(config: transformers.PreTrainedConfig) -> str | None:
+    """That config.json names the class of another kind of model than its model_type; None if it does not.
+
+    transformers goes by model_type and vLLM by architectures, so they would make two different models of the weights.
+    """
+    named, made = next(iter(config.architectures or ()), None), model_class(config)
+    auto_classes = (  # whose models can write text; one kind of configuration has a class in several
+        transformers.AutoModelForCausalLM,
+        transformers.AutoModelForImageTextToText,
+        transformers.AutoModelForMultimodalLM,
+        transformers.AutoModelForSeq2SeqLM,
+    )
+    kinds = {
+        kind.model_type
+        for auto_class in auto_classes
+        for kind, found in auto_class._model_mapping.items()
+        if named in [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]
+    }
+    own = {config.model_type, config.get_text_config().model_type, made.config_class.model_type}
+    if not kinds or kinds & own or named == made.__name__:
+        return None
+    return (
+        f"config.json has model_type {config.model_type!r}, of which transformers makes {made.__name__}, and "
+        f"architectures [{named!r}], of which vLLM makes another model: the two would compute different log-probs. "
+        "Correct the one that is wrong in config.json."
+    )
+
+
+def _why_no_config(path: str | Path) -> str | None:
+    """Why a path leads to no config.json; None if it does, or is a hub id."""
+    folder = Path(path)
+    if not str(path).strip():
+        return "it is empty."
+    if folder.is_file():
+        return "it is a file, not a folder."
+    if not folder.is_dir():
+        is_path = folder.is_absolute() or str(path).startswith((".", "~"))
+        return "cannot be loaded: there is no such folder." if is_path else None
+    if not (folder / transformers.utils.CONFIG_NAME).is_file():
+        return "the folder has no config.json, which says what the model is."
+    return None
+
+
+def _check_config_file(folder: Path, label: str) -> None:
+    """Refuse what the classes of transformers fail on without saying where."""
+    file = folder / transformers.utils.CONFIG_NAME
+    remedy = f"Correct {file}, or download it again."
+    try:
+        values = json.loads(file.read_bytes())
+    except (UnicodeError, ValueError) as error:
+        raise ValueError(f"{label}: {file.name} is not readable as JSON: {first_line(error)}. {remedy}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{label}: {file.name} holds no settings but {json.dumps(values):.40}. {remedy}")
+    quantization = values.get("quantization_config")
+    if quantization is not None and not (isinstance(quantization, dict) and quantization):
+        raise ValueError(
+            f"{label}: {file.name} has quantization_config {json.dumps(quantization):.40}; need a group of settings "
+            f"that says how weights are quantised, or none if they are not. {remedy}"
+        )
+
+
 def _why_unreadable(error: Exception, remedy: str, own_code_remedy: str) -> str:
-    """The first line of an error of transformers, or our own words for the common ones, with what to do."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The useful line of an error of transformers, or our own words for the common ones, with what to do."""
+    reason = first_line(error)
+    if isinstance(error, ImportError):
+        return f"cannot be loaded: {reason}. Install the package, or pass another model."
+    if isinstance(error, SyntaxError) or is_of_own_code(error):
+        return f"its own code cannot be run: {reason}. Correct it, or pass another model."
     if "trust_remote_code" in str(error):
         return (
             f"its architecture is Python code that comes with the model, which is not run unasked. {own_code_remedy}"
@@ -186,12 +306,18 @@ def _why_unreadable(error: Exception, remedy: str, own_code_remedy: str) -> str:
     return f"cannot be loaded: {reason}. {remedy}"
 
 
+def _has_class_for(model_type: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
 def _register(config: transformers.PreTrainedConfig, path: str) -> None:
     """Let the Auto classes load a model with code of its own by its model_type, as their own models."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     places = config.to_dict().get("auto_map") or {}
-    if "AutoConfig" not in places or type(config).__module__.startswith("transformers.models."):
+    if "AutoConfig" not in places:
         return
     transformers.AutoConfig.register(config.model_type, type(config), exist_ok=True)
     for auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModel):
@@ -210,8 +336,11 @@ def _one_line_without_a_network(path: str) -> Iterator[None]:
     said = []
 
     def say_once(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if not ("' thrown while requesting" in text or (said and text.startswith("Retrying in "))):
+            return True  # an answer, such as that there were too many requests
         if not said:
-            logger.info("%s: huggingface.co does not answer; trying again for half a minute ...", path)
+            logger.info("%s: %s does not answer; trying again for half a minute ...", path, ENDPOINT)
             said.append(record)
         return False
 

@@ -1,7 +1,6 @@
 """What a model is, from its configuration and its modules without weights: the rows of `python -m common.check_model`.
 
-Nothing is loaded, and nothing is refused here except lengths without positions, and weights that no memory of this
-machine can hold. What a sampler,
+Nothing is loaded, and nothing is refused here except weights that no memory of this machine can hold. What a sampler,
 an attention or LoRA cannot do is decided where they are.
 """
 
@@ -9,7 +8,6 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -17,7 +15,10 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
+from common.models.chat import why_no_chat
+from common.models.configs import setting
 from common.models.loading import compute_dtype, end_token_ids
+from common.models.positions import context_length
 
 # Bytes of a trained parameter: weight, gradient and two moments of Adam, all in float32.
 _WEIGHT, _GRADIENT, _MOMENTS = 4, 4, 8
@@ -28,16 +29,6 @@ _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 # Layers of these types keep a state of fixed size in place of keys and values.
 _RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid")
-
-
-def setting(config: transformers.PreTrainedConfig, *names: str) -> Any:
-    """The first of several names that a configuration gives a value, as an entry or as a property; else None.
-
-    Names differ between architectures, and entries of config.json are attributes of the object, so that only asking
-    for them tells.
-    """
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if value is not None), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +112,16 @@ def describe_model(
         "decoding": _decoding(model),
         "vocabulary": _vocabulary(text, tokenizer),
         "context": _context(text, config),
-        "chat template": "yes" if tokenizer.chat_template else "none: prompts have to be plain text",
+        "chat template": _chat_template(tokenizer),
         "end tokens": _end_tokens(model, tokenizer),
     }
+
+
+def _chat_template(tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        return "none: prompts have to be plain text"
+    reason = why_no_chat(tokenizer)
+    return "yes" if reason is None else f"of no use, so that prompts have to be plain text: {reason}"
 
 
 def _is_remote(model: nn.Module) -> bool:
@@ -133,6 +131,8 @@ def _is_remote(model: nn.Module) -> bool:
 def _attention(model: transformers.PreTrainedModel, config: RLConfig, device: torch.device) -> str:
     from common.models.attention import attention_for
 
+    if setting(model.config.get_text_config(), "num_attention_heads") is None:
+        return "none"
     asked, dtype = config.attn_implementation, compute_dtype(config, device)
     try:
         chosen, reason = attention_for(model.config, asked, device, dtype=dtype, cls=type(model))
@@ -224,41 +224,6 @@ def _vocabulary(text: transformers.PreTrainedConfig, tokenizer: transformers.Pre
     return f"{size:,} tokens" + (
         f"; the tokenizer has {known:,}, and prompts may use none of the rest" * (known > size)
     )
-
-
-def context_length(config: transformers.PreTrainedConfig) -> int | None:
-    """Tokens that a model has room for; None if its configuration names no limit.
-
-    Args:
-        config: of the model.
-    """
-    return setting(config.get_text_config(), "max_position_embeddings")
-
-
-def check_room(model: transformers.PreTrainedModel, config: RLConfig) -> None:
-    """Refuse lengths for which the model has no positions.
-
-    A model with rotary embeddings computes something beyond its context too, but vLLM refuses to; where the embeddings
-    are scaled, vLLM says how far they reach.
-
-    Args:
-        model: the policy, without storage.
-        config: sampler, max_prompt_length and max_completion_length are read.
-
-    Raises:
-        ValueError: names the model's context.
-    """
-    context, needed = context_length(model.config), config.max_prompt_length + config.max_completion_length
-    rope = setting(model.config.get_text_config(), "rope_parameters") or {}
-    kinds = {each["rope_type"] for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each}
-    is_refused = not kinds or (config.sampler == "vllm" and kinds == {"default"})
-    if context is not None and needed > context and is_refused:
-        raise ValueError(
-            f"max_prompt_length={config.max_prompt_length} and max_completion_length={config.max_completion_length}: "
-            f"{config.model} has room for {context:,} tokens in total, prompt and completion. Pass smaller ones, such "
-            f"as --max_prompt_length {min(config.max_prompt_length, context // 2)} --max_completion_length "
-            f"{min(config.max_completion_length, context // 2)}."
-        )
 
 
 def _context(text: transformers.PreTrainedConfig, config: RLConfig) -> str:

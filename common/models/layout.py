@@ -12,23 +12,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import transformers
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    PrefixChange,
-    WeightConverter,
-    WeightRenaming,
-    WeightTransform,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from common.models.weight_files import weight_names
 
+# The rest of transformers.core_model_loading is imported where it is used: it takes over a second.
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform
+
 # Where from_pretrained keeps the conversions that the checkpoint needed, for save_pretrained.
 _CONVERSIONS = "_weight_conversions"
+
+
+# Model -> the conversions and names that a plan was made for, and what `_plan` gave.
+_plans: WeakKeyDictionary[transformers.PreTrainedModel, tuple] = WeakKeyDictionary()
 
 
 @dataclass
@@ -60,7 +61,7 @@ def in_checkpoint_layout(
         (name in a checkpoint, tensor): in the order of `weights`, untouched where there is nothing to convert; a
         group of weights once its last one has come. Split weights are views of the fused ones.
     """
-    new_names, groups = _plan(model, names)
+    new_names, groups = _plan_of(model, names)
     for name, tensor in weights:
         new_name = new_names[name]
         group = groups.get(new_name)
@@ -73,11 +74,26 @@ def in_checkpoint_layout(
             yield from _converted(group, new_name, model)
 
 
+def _plan_of(model: transformers.PreTrainedModel, names: Sequence[str]) -> tuple[dict[str, str], dict[str, _Group]]:
+    """What `_plan` gives, made once for the names of a model: a push comes after each step. Groups are new ones."""
+    loaded = vars(model).get(_CONVERSIONS)
+    known = _plans.get(model)
+    if known is None or known[0] is not loaded or known[1] != names:
+        # Of a model that was not loaded the conversions are looked up, and may be others the next time.
+        known = (loaded, list(names), *_plan(model, names))
+        if loaded is not None:
+            _plans[model] = known
+    *_, new_names, groups = known
+    return new_names, {name: _Group(group.converter, dict(group.patterns)) for name, group in groups.items()}
+
+
 def _plan(model: transformers.PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, str], dict[str, _Group]]:
     """The new name of each weight, and for each new name that needs more than that, its group.
 
     It does what revert_weight_conversion of transformers does with names.
     """
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
     reverse = [conversion.reverse_transform() for conversion in _conversions(model)[::-1]]
     renamings, converters = _by_kind(reverse)
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -114,6 +130,9 @@ def use_layout_of(model: transformers.PreTrainedModel, path: str | Path) -> None
     Raises:
         ValueError: if the file with the names of the weights is damaged.
     """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import dot_natural_key, rename_source_key
+
     names = weight_names(path)
     if names is None:
         return
@@ -127,6 +146,9 @@ def use_layout_of(model: transformers.PreTrainedModel, path: str | Path) -> None
 
 def _conversions(model: transformers.PreTrainedModel) -> list[WeightTransform]:
     """From checkpoint to memory, in the order of loading, as save_pretrained chooses them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
     loaded = vars(model).get(_CONVERSIONS)
     if loaded is not None:
         return loaded
@@ -136,6 +158,8 @@ def _conversions(model: transformers.PreTrainedModel) -> list[WeightTransform]:
 
 
 def _by_kind(conversions: Iterable[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
     conversions = list(conversions)
     return (
         [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)],

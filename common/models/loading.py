@@ -3,7 +3,7 @@
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,17 @@ from torch import nn
 
 from common.config import RLConfig
 from common.environment import cpu_computes_bfloat16
+from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import turn_end_token
-from common.models.configs import describe_multimodal, model_class, read_config
+from common.models.configs import describe_multimodal, model_class, read_config, setting
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
-from common.models.lora import targets
+from common.models.lora import load_adapter, read_by_kernels, targets
+from common.models.outputs import keep_outputs, parts, use_plain_outputs
 from common.models.quantization import four_bits, keep_trainable
+from common.models.ties import settle_ties
+from common.models.unread import check_unexpected
 from common.seeds import hashed_seed
 
 logger = logging.getLogger("nanorlhf")
@@ -57,7 +61,7 @@ def end_token_ids(
     turn_end = turn_end_token(tokenizer)
     if turn_end is not None:
         ids.add(tokenizer.convert_tokens_to_ids(turn_end))
-    size = model.get_input_embeddings().num_embeddings
+    size = len(model.get_input_embeddings().weight)  # an adapted embedding has no num_embeddings
     if known := sorted(token for token in ids if 0 <= token < size):
         return tuple(known)
     named = f"{sorted(ids)} as end tokens, and the model has {size} tokens" if ids else "no end token"
@@ -130,10 +134,7 @@ def load_policy(
     if not config.use_lora:
         model = _freeze_all_but_text(_load(checkpoint or path, config, dtype=torch.float32, says=True))
     elif checkpoint is not None:
-        from peft import PeftModel
-
-        base = _load(path, config, dtype=dtype, says=True)
-        model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+        model = load_adapter(_load(path, config, dtype=dtype, says=True), checkpoint, is_trainable=True)
     else:
         base = _load(path, config, dtype=dtype, says=True)
         model = add_adapter(base, config, task_type="CAUSAL_LM")
@@ -180,7 +181,7 @@ def load_without_dropout(
     says: bool = False,
     **options: Any,
 ) -> transformers.PreTrainedModel:
-    """Load a transformers model on the CPU, without dropout and with its own attention.
+    """Load a transformers model on the CPU, without dropout, with its own attention and plain outputs.
 
     Its configuration and its generation configuration are as in its folder, to be saved so.
 
@@ -205,7 +206,8 @@ def load_without_dropout(
         dtype=compute_dtype(config, device),
         cls=model_class(model_config, auto_class),
     )
-    if says and reason:
+    has_attention = setting(model_config.get_text_config(), "num_attention_heads") is not None
+    if says and reason and has_attention:
         logger.info("attention: %s, since sdpa cannot be used: %s", attention, reason)
     if says and describe_multimodal(model_config):
         logger.info("%s", describe_multimodal(model_config))
@@ -221,21 +223,38 @@ def load_without_dropout(
                 **options,
             )
     except (OSError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
         raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
     check_report(found, f"model={str(path)!r}")
+    check_unexpected(found, model, model_config, f"model={str(path)!r}")
+    _check_finite(model, f"model={str(path)!r}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     _keep_shipped(model, model_config)
     _align(model)
+    settle_ties(model)
     return model
 
 
+def _check_finite(model: transformers.PreTrainedModel, label: str) -> None:
+    """Refuse weights that are NaN or infinite: every log-prob would be."""
+    with torch.no_grad():
+        floats = [(name, each) for name, each in model.named_parameters() if each.is_floating_point()]
+        broken = [name for name, each in floats if not each.sum(dtype=torch.float32).isfinite()]
+    if broken:
+        what = "weight is" if len(broken) == 1 else "weights are"
+        raise ValueError(
+            f"{label}: {len(broken)} {what} NaN or infinite, such as {broken[0]}, so that its log-probs could not be "
+            "numbers. Download the model again, or pass an earlier checkpoint of the run that wrote it."
+        )
+
+
 def _without_dropout(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:
-    """A copy whose dropout is 0, in parts such as text_config too; some modules read it at each call."""
+    """A copy whose dropout is 0 and whose outputs are plain, in all parts; some modules read both at each call."""
     quiet = deepcopy(config)
-    for part in _parts(quiet):
+    use_plain_outputs(quiet)
+    for _, part in parts(quiet):
         for name, value in vars(part).items():
             if isinstance(value, float) and "drop" in name:
                 setattr(part, name, 0.0)
@@ -251,23 +270,16 @@ def _freeze_all_but_text(model: transformers.PreTrainedModel) -> transformers.Pr
     return model
 
 
-def _parts(config: transformers.PreTrainedConfig) -> Iterator[transformers.PreTrainedConfig]:
-    """A configuration and those inside it."""
-    yield config
-    for part in vars(config).values():
-        if isinstance(part, transformers.PreTrainedConfig):
-            yield from _parts(part)
-
-
 def _keep_shipped(model: transformers.PreTrainedModel, config: transformers.PreTrainedConfig) -> None:
     """Give the model the settings that its folder has, which are saved with it; its modules keep theirs."""
     shipped = deepcopy(model.config)
-    originals = {type(part): part for part in _parts(config)}  # a wrapper's language model may be loaded alone
-    for part in _parts(shipped):
+    originals = {type(part): part for _, part in parts(config)}  # a wrapper's language model may be loaded alone
+    for _, part in parts(shipped):
         for name, value in vars(originals[type(part)]).items():
             if "drop" in name:
                 setattr(part, name, value)
     model.config = shipped
+    keep_outputs(model, config)
     if model.can_generate():
         model.generation_config = AsShipped.of(model.generation_config)
 
@@ -288,7 +300,12 @@ def _load(
 ) -> transformers.PreTrainedModel:
     options: dict[str, Any] = {"says": says}
     if config.load_in_4bit:
-        options |= {"quantization_config": four_bits(dtype), "device_map": {"": "cpu"}}
+        with torch.device("meta"):
+            empty = transformers.AutoModelForCausalLM.from_config(
+                read_config(path, trust_remote_code=config.trust_remote_code)
+            )
+        options |= {"quantization_config": four_bits(dtype, empty, read_by_kernels(empty))}
+        options |= {"device_map": {"": "cpu"}}
     model = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype, **options)
     if config.load_in_4bit:
         keep_trainable(model)

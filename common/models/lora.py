@@ -8,8 +8,10 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import inspect
 import re
+import warnings
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +50,7 @@ def check_targets(model: transformers.PreTrainedModel, config: RLConfig) -> None
     if odd := [name for name in chosen if not isinstance(modules[name], _ADAPTABLE)]:
         raise _refusal(
             config,
-            f"{odd[0]} of the model is a {type(modules[odd[0]]).__name__}, and LoRA is added to linear layers and "
+            f"{odd[0]} of the model is {_a(modules[odd[0]])}, and LoRA is added to linear layers and "
             f"embeddings. The model has {_available(model)}",
         )
     obstacles = _obstacles(model)
@@ -94,6 +96,44 @@ def targets(config: RLConfig, model: transformers.PreTrainedModel, *, headless: 
     return [name for name in names if name not in unmatched]
 
 
+def load_adapter(base: transformers.PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Add an adapter that was saved.
+
+    Its tensors are under the names that the modules have in memory. peft 0.21 takes them for names of a checkpoint and
+    renames them as transformers renames those, and `shared_experts` of Laguna, which matches the pattern of a
+    checkpoint's `shared_expert.`, is then found nowhere. So whatever has a module's own name is copied to it. Remove
+    this when convert_peft_adapter_state_dict_for_transformers leaves such names as they are.
+
+    Args:
+        base: the model that the adapter was trained on.
+        folder: that peft wrote.
+        is_trainable: otherwise it is frozen.
+
+    Raises:
+        ValueError: if the file lacks weights of the adapter.
+    """
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+    saved = load_peft_weights(str(folder), device="cpu")
+    parameters = dict(model.named_parameters())
+    own = {f"{name.removesuffix('.weight')}.default" + ".weight" * name.endswith(".weight"): name for name in saved}
+    with torch.no_grad():
+        for name in own.keys() & parameters.keys():
+            parameters[name].copy_(saved[own[name]])
+    # An adapter of transformers 4 has other names, and a tensor for each expert: more than there are in memory.
+    wanted = [name for name in parameters if ".default" in name]
+    if len(saved) < len(wanted):
+        raise ValueError(
+            f"adapter={folder}: it holds {len(saved)} of the {len(wanted)} tensors that its configuration asks for, "
+            f"and not {next(name for name in wanted if name not in own)}. Copy the adapter's folder again."
+        )
+    return model
+
+
 def describe_adapter(model: PeftModel, config: RLConfig) -> str:
     """A line that says which modules are adapted, how many parameters train, and what all-linear leaves out.
 
@@ -107,7 +147,8 @@ def describe_adapter(model: PeftModel, config: RLConfig) -> str:
     counts = Counter(name.split(".")[-1] for name in adapted)
     kinds = ", ".join(f"{name} {count}" for name, count in counts.items())
     trained, total = model.get_nb_trainable_parameters()
-    line = f"LoRA: {len(adapted)} modules adapted ({kinds}), {trained:,} of {total:,} parameters train"
+    modules = "module" if len(adapted) == 1 else "modules"
+    line = f"LoRA: {len(adapted)} {modules} adapted ({kinds}), {trained:,} of {total:,} parameters train"
     return line + describe_left_out(model.get_base_model(), config)
 
 
@@ -132,6 +173,12 @@ def names_in(modules: list[str]) -> str:
     return ", ".join(dict.fromkeys(name.split(".")[-1] for name in modules))
 
 
+def _a(module: nn.Module) -> str:
+    """The name of a module's class with its article."""
+    name = type(module).__name__
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+
+
 def _names(config: RLConfig) -> list[str]:
     return config.lora_target_modules.split(",")
 
@@ -154,7 +201,7 @@ def _obstacles(model: transformers.PreTrainedModel) -> dict[str, str]:
         own = [parameter.shape for parameter in module.parameters(recurse=False)]
         if isinstance(module, _LINEAR):
             if not _is_plain(module):
-                found[name] = f"a {type(module).__name__}, which returns more than the product with its weight"
+                found[name] = f"{_a(module)}, which returns more than the product with its weight"
             elif name.split(".")[-1] in for_experts:
                 found[name] = "peft takes the name for the experts'"
             elif not name.startswith(language_model):
@@ -162,12 +209,26 @@ def _obstacles(model: transformers.PreTrainedModel) -> dict[str, str]:
         elif not isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)) and any(
             len(shape) > 1 and width in shape and min(shape) > 1 for shape in own
         ):
-            found[name] = f"a {type(module).__name__}, no linear layer"
-        for child in _read_directly(type(module)):
-            if isinstance(module._modules.get(child), _LINEAR):
-                found[f"{name}.{child}".lstrip(".")] = f"a {type(module).__name__} reads its weight without calling it"
+            found[name] = f"{_a(module)}, no linear layer"
+    for name in read_by_kernels(model):
+        owner = model.get_submodule(name.rpartition(".")[0])
+        found[name] = f"{_a(owner)} reads its weight without calling it"
     head = model.get_output_embeddings()
     return {name: reason for name, reason in found.items() if model.get_submodule(name) is not head}
+
+
+def read_by_kernels(model: nn.Module) -> list[str]:
+    """Names of linear layers whose weight is read by their parent, which does not call them.
+
+    Args:
+        model: without storage is enough.
+    """
+    return [
+        f"{name}.{child}".lstrip(".")
+        for name, module in model.named_modules()
+        for child in _read_directly(type(module))
+        if isinstance(module._modules.get(child), _LINEAR)
+    ]
 
 
 def _language_model(model: transformers.PreTrainedModel) -> str:

@@ -11,8 +11,14 @@ import transformers
 from torch import Tensor, nn
 
 
-def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+def four_bits(dtype: torch.dtype, model: nn.Module, kept: list[str]) -> transformers.BitsAndBytesConfig:
     """How transformers loads linear layers in 4 bits: NF4, its scales quantized too, computing in `dtype`.
+
+    Args:
+        dtype: of forward passes.
+        model: what is loaded, without storage.
+        kept: names of linear layers that stay in `dtype`, beside the head: a kernel that reads a weight itself cannot
+            read a packed one.
 
     Raises:
         ValueError: if bitsandbytes is not installed.
@@ -24,8 +30,11 @@ def four_bits(dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
             f"load_in_4bit=True, but bitsandbytes cannot be imported ({error}). Run pip install bitsandbytes, or "
             "leave out --load_in_4bit."
         ) from error
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=[*get_keys_to_not_convert(model), *kept],  # of 4 bits too, whatever its name says
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,

@@ -9,7 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from common.logprobs import has_adapter
+from common.logprobs import has_adapter, without_adapter
+from common.models.outputs import restore_outputs
 from common.models.weights import policy_weights
 
 
@@ -30,6 +31,7 @@ def save_model(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
         save_weights(plain, copied_weights(model), folder)
     else:
         model.save_pretrained(folder)
+    restore_outputs(without_adapter(model), folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -51,6 +53,7 @@ def save_weights(
     """
     # The layout is the checkpoint's already: a second conversion would find nothing, or the wrong weights.
     model.save_pretrained(folder, state_dict=weights, save_original_format=False, **options)
+    restore_outputs(model, folder)
 
 
 def _without_quantization(config: transformers.PreTrainedConfig) -> transformers.PreTrainedConfig:

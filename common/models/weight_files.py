@@ -1,6 +1,7 @@
 """The files with the weights of a checkpoint: which there are, the names in them, and whether they are whole.
 
-Nothing here reads a weight. A sharded checkpoint on the hub is asked for its index only.
+Nothing here reads a weight, except to compare two that should be one. A sharded checkpoint on the hub is asked for
+its index only.
 """
 
 from __future__ import annotations  # for type hints whose import would take seconds
@@ -9,7 +10,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -18,9 +19,18 @@ from transformers.utils import (
     cached_file,
 )
 
+from common.mistakes import first_line
+
 # In the order in which transformers looks for them.
 FILE_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 INDEX_NAMES = (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME)
+# Types of weights that can be trained, as safetensors names them.
+REAL = ("F32", "BF16", "F16", "F64")
+_NAMES_OF_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+# How a file begins that Git LFS has not downloaded.
+_POINTER = b"version https://git-lfs"
+# Rows that are compared at once.
+_ROWS = 4096
 
 
 def weight_names(model: str | Path) -> list[str] | None:
@@ -58,16 +68,17 @@ def shards(folder: Path) -> list[str]:
             return []  # transformers takes this file, and no index beside it
         files = sorted(set(_weight_map(folder / name).values()))
         if missing := [file for file in files if not (folder / file).is_file()]:
+            verb = "is" if len(missing) == 1 else "are"
             raise ValueError(
-                f"model={str(folder)!r}: {', '.join(missing)} of {len(files)} files is missing, which {name} lists: "
-                "these weights would stay uninitialised. Download or write the missing files again."
+                f"model={str(folder)!r}: {', '.join(missing)} {verb} missing, which {name} lists: these weights would "
+                "stay uninitialised. Download or write what is missing again."
             )
         return files
     return []
 
 
 def check_weight_files(model: str | Path) -> None:
-    """Refuse a folder with a weight file that is missing or cut off; no weight is read. Hub ids pass.
+    """Refuse a folder with a weight file that is missing or damaged. Hub ids pass.
 
     Args:
         model: hub id or folder.
@@ -75,13 +86,53 @@ def check_weight_files(model: str | Path) -> None:
     Raises:
         ValueError: names the file.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        return
-    files = shards(folder) or [SAFE_WEIGHTS_NAME]
-    for file in files:
-        if file.endswith(".safetensors") and (folder / file).is_file():
-            _names_in(folder / file)
+    if Path(model).is_dir():
+        weight_dtypes(model)
+
+
+def weight_dtypes(folder: str | Path) -> dict[str, str]:
+    """The type of each tensor of a local checkpoint, as safetensors names types, by the tensor's name.
+
+    Args:
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: if a file is missing or damaged.
+    """
+    return {name: dtype for file in _files(Path(folder)) for name, dtype in _dtypes_in(file).items()}
+
+
+def are_equal(folder: str | Path, one: str, other: str) -> bool:
+    """Whether two weights of modules have the same numbers, or a local checkpoint holds one of them only.
+
+    Args:
+        folder: of the checkpoint.
+        one: name of a module; in the files it may have another beginning.
+        other: likewise.
+    """
+    found = []
+    for module in (one, other):
+        end = f"{module.split('.')[-1]}.weight"
+        for file in _files(Path(folder)):
+            name = next((name for name in _dtypes_in(file) if f".{name}".endswith(f".{end}")), None)
+            if name is not None and file.suffix == ".safetensors":
+                found.append((file, name))
+                break
+    if len(found) < 2:
+        return True
+    with safe_open(found[0][0], "pt") as first, safe_open(found[1][0], "pt") as second:
+        slices = first.get_slice(found[0][1]), second.get_slice(found[1][1])
+        if slices[0].get_shape() != slices[1].get_shape():
+            return False
+        starts = range(0, slices[0].get_shape()[0], _ROWS)
+        return all(torch.equal(*(part[start : start + _ROWS] for part in slices)) for start in starts)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files with the weights of a local checkpoint that transformers reads; none if there are none."""
+    if names := shards(folder):
+        return [folder / name for name in names]
+    return [folder / name for name in FILE_NAMES if name not in INDEX_NAMES and (folder / name).is_file()][:1]
 
 
 def _find(model: str | Path, name: str) -> Path | None:
@@ -100,25 +151,36 @@ def _find(model: str | Path, name: str) -> Path | None:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-        weight_map.values()
+        [file.casefold() for file in weight_map.values()]  # names of files
     except (UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, error) from error
     return weight_map
 
 
 def _names_in(file: Path) -> list[str]:
-    """Names in one file, from its header."""
-    if file.suffix == ".safetensors":
-        try:
+    return list(_dtypes_in(file))
+
+
+def _dtypes_in(file: Path) -> dict[str, str]:
+    """Names and types of the tensors in one file, from its header."""
+    try:
+        if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                return list(tensors.keys())
-        except SafetensorError as error:
-            raise _damaged(file, error) from error
-    return list(torch.load(file, map_location="meta", weights_only=True))
+                return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+        return {name: _NAMES_OF_TYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in tensors.items()}
+    except Exception as error:  # a SafetensorError, or whatever a damaged pickle makes
+        raise _damaged(file, error) from error
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:
+    with file.open("rb") as content:
+        if content.read(len(_POINTER)) == _POINTER:
+            return ValueError(
+                f"model={str(file.parent)!r}: {file.name} is a pointer of Git LFS ({file.stat().st_size:,} bytes), "
+                "not the file itself. Run git lfs pull in its repository."
+            )
     return ValueError(
-        f"model={str(file.parent)!r}: {file.name} is damaged ({file.stat().st_size:,} bytes; {error}): its weights "
-        "cannot be read. Download or write this file again."
+        f"model={str(file.parent)!r}: {file.name} is damaged ({file.stat().st_size:,} bytes; {first_line(error)}): "
+        "its weights cannot be read. Download or write this file again."
     )

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from common.logprobs import without_adapter
+from common.logprobs import has_adapter, without_adapter
 from common.models.layout import in_checkpoint_layout, use_layout_of
 from common.models.quantization import in_floating_point
 
@@ -50,6 +50,18 @@ def weights_in_memory(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What policy_weights yields, under the names that the model's own state_dict has, for load_state_dict."""
     for weight in _without_tied(without_adapter(model)):
         yield weight.name, weight.value()
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of weights with NaN or infinite numbers, as the model's own state_dict has them; adapters by their own.
+
+    Args:
+        model: a transformers model, or one inside peft.
+    """
+    bad = (name for name, weight in model.named_parameters() if not weight.isfinite().all())
+    if not has_adapter(model):
+        return list(bad)
+    return [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in bad]
 
 
 def checkpoint_shapes(model: str, config: transformers.PreTrainedConfig | None = None) -> dict[str, tuple[int, ...]]:

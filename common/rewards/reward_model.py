@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common.data.dialogues import conversation
+from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import check_keeps, render_chat
 from common.models.configs import model_class, read_config, why_quantized
+from common.models.outputs import use_plain_outputs
 from common.models.pool import ModelPool
 from common.update.rows import microbatch_rows
 
@@ -116,6 +118,7 @@ class RewardModel:
         self._now = now
         dtype = "auto" if models.device.type == "cuda" else torch.float32
         config = read_config(self.model)
+        use_plain_outputs(config)
         cls = model_class(config, transformers.AutoModelForSequenceClassification)
         attention, _ = attention_for(config, "auto", models.device, dtype=config.dtype or torch.float32, cls=cls)
         with torch.random.fork_rng(devices=[]):
@@ -275,7 +278,7 @@ def _load_tokenizer(model: str, label: str) -> transformers.PreTrainedTokenizerB
         if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
             reason = "it has no tokenizer"
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error)
     if reason is not None:
         raise ValueError(f"{label}: cannot be loaded: {reason}. {_REMEDY}")
     return tokenizer

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.mistakes import WrongNumbers
+from common.models.outputs import restore_outputs
 from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
 from common.runs.best import better_checkpoint, link_best, restore_best
 from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
+from common.runs.hub import prepare_upload, upload
 from common.runs.log import RunLog
 from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
@@ -54,7 +56,7 @@ class Run:
         stopped_early: early stopping has ended the run.
 
     Raises:
-        ValueError: if the folder is another run's, or a finished one.
+        ValueError: if the folder is another run's, or a finished one, or the hub does not take its final model.
     """
 
     def __init__(self, config: RLConfig, accelerator: Accelerator, *, algorithm: str) -> None:
@@ -62,6 +64,8 @@ class Run:
         self.accelerator = accelerator
         self.folder = run_folder(config, algorithm)
         self.is_new = not has_begun(self.folder)
+        has_upload = config.push_to_hub and accelerator.is_main_process
+        self._repository = prepare_upload(config.push_to_hub) if has_upload else None
         # Only the main process decides, since a damaged file could be seen by one process and not by another.
         found = [self._prepare() if accelerator.is_main_process else None]
         self.checkpoint, state = broadcast_object_list(found)[0]
@@ -244,12 +248,8 @@ class Run:
             patience = self.config.early_stopping_patience
             state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
             checkpoints.save_final(self.folder, step, fill=fill, **state)
-            if self.config.push_to_hub:
-                from huggingface_hub import HfApi
-
-                api = HfApi()
-                repository = api.create_repo(self.config.push_to_hub, exist_ok=True).repo_id
-                api.upload_folder(repo_id=repository, folder_path=self.folder / checkpoints.FINAL_FOLDER)
+            if self._repository is not None:
+                upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
         self.accelerator.wait_for_everyone()
 
     def outcome(self, num_eval_prompts: int) -> list[str]:
@@ -303,4 +303,6 @@ def _save_trainable(
     with torch.no_grad():
         adapters = {"selected_adapters": ["default"]} if use_lora else {}
         module.save_pretrained(folder, **adapters)
+    if not use_lora:
+        restore_outputs(module, folder)
     tokenizer.save_pretrained(folder)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from common.config import RLConfig
-from common.mistakes import WrongNumbers
+from common.mistakes import WrongNumbers, where_to_go_on
+from common.models.weights import not_finite
 from common.rollouts import Rollouts
 from common.update.learner import MetricPart
 
@@ -20,12 +21,13 @@ logger = logging.getLogger("nanorlhf")
 
 DIFFERENCE, RATIO = "sampler/logprob_diff", "policy/first_ratio"
 
-# Bounds of the mean |sampler's log-prob - trainer's log-prob|. In float32, tiny models of 40 architectures that vLLM
-# and transformers compute alike differed by at most 2.6e-6 (one, with ALiBi, by 2.2e-4). Of those that one of them
-# computed in another way, an attention window that is off by one token gave 0.035, a missing soft cap 0.68, wrong
-# experts 0.4 to 2.9. In bfloat16, two layers with weights of deviation 0.06 and 0.3 gave 0.003 and 0.05 by rounding
-# alone; models of many layers were not measured, so the bound leaves them ten times that.
-SUSPICIOUS = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # larger than rounding should be: a warning
+# Bounds of the mean |sampler's log-prob - trainer's log-prob|. In float32, tiny models of 111 architectures that vLLM
+# and transformers compute alike differed by at most 7e-6. Of those that one of them computes in another way, an exact
+# GELU in place of an approximate one gave 1.7e-4, ALiBi rounded to bfloat16 0.0008 to 0.002, an attention window that
+# is off by one token 0.035, a missing soft cap 0.68, wrong experts 0.4 to 2.9. In bfloat16, two layers with weights of
+# deviation 0.06 and 0.3 gave 0.003 and 0.05 by rounding alone; models of many layers were not measured, so the bound
+# leaves them ten times that.
+SUSPICIOUS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # larger than rounding should be: a warning
 IMPOSSIBLE = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # no rounding of any model: the run stops
 
 # A warning comes again when what it is about has grown by this factor.
@@ -95,8 +97,12 @@ class Soundness:
         own = [(total, count) for name, total, count in parts if name == DIFFERENCE]
         if not own:  # a loss of one's own need not report it
             return
-        sums = torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for pair in own for value in pair])
-        total, count = self._sum(sums.reshape(-1, 2).sum(0)).tolist()
+        # On the device until they are one tensor: each copy from there waits for it.
+        device = next(model.parameters()).device
+        sums = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=device) for pair in own for value in pair]
+        )
+        total, count = self._sum(sums.reshape(-1, 2).sum(0).cpu()).tolist()
         difference = total / count if count else 0.0
         if not math.isfinite(difference):  # the sampler's log-probs are finite, or the step would not be here
             raise WrongNumbers(self._of_model("policy", "log-probs", model, step))
@@ -124,7 +130,8 @@ class Soundness:
             if name.endswith("/loss") and not math.isfinite(value):
                 raise WrongNumbers(
                     f"{_when(step)}: {name} is {value}. The gradient was finite, so a part of the loss without a "
-                    "gradient is not. Look at the loss of the algorithm; the last checkpoint of the run is intact."
+                    "gradient is not. Look at the loss of the algorithm. No checkpoint of this step is written.\n"
+                    f"{where_to_go_on(step)}".rstrip()
                 )
 
     # --------------------------------------------------------------------------- on the main process: warn, and go on
@@ -146,7 +153,7 @@ class Soundness:
         difference, bound = metrics.get(DIFFERENCE, 0.0), SUSPICIOUS[self._dtype]
         if not difference <= bound and self._is_news(DIFFERENCE, difference):
             logger.warning(
-                "step %d: log-probs of sampler and trainer differ by %.4f on average, and rounding in %s explains "
+                "step %d: log-probs of sampler and trainer differ by %.2g on average, and rounding in %s explains "
                 "%g: they may not run the same model.%s",
                 *(step, difference, self._dtype_name, bound),
                 " --sampler transformers shows whether vLLM is the cause." if self._config.sampler == "vllm" else "",
@@ -179,13 +186,13 @@ class Soundness:
         """Why outputs of a model are not finite, as far as its weights tell."""
         role = _ROLES.get(name, f"the model {name!r}")
         head = f"{_when(step)}: {role}: {what} are not finite (NaN or infinite)"
-        bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-        if bad:
+        if bad := not_finite(model):
             more = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
             return (
                 f"{head}, nor are its weights: {bad[0]}{more}. Likely causes:\n* the files of the checkpoint are "
                 "damaged, or were made by a training that had failed: load it elsewhere, or take another --model\n"
                 "* an update spoiled them, if the run had good steps before: a lower --learning_rate\n"
+                f"{where_to_go_on(step)}"
                 f"No update has been made with these numbers. {_KEEPS}."
             )
         return (
@@ -194,6 +201,7 @@ class Soundness:
             "good steps before\n"
             f"* attention or rope of this architecture: another --attn_implementation than "
             f"{self._config.attn_implementation}, such as eager\n"
+            f"{where_to_go_on(step)}"
             f"No update has been made with these numbers. {_KEEPS}."
         )
 

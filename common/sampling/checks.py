@@ -10,9 +10,10 @@ import torch
 import transformers
 
 from common.config import RLConfig
-from common.models.facts import check_memory, check_room
+from common.models.facts import check_memory
 from common.models.loading import compute_dtype
 from common.models.lora import check_targets
+from common.models.positions import check_room
 
 
 def check_policy(config: RLConfig, model: transformers.PreTrainedModel, device: torch.device) -> None:

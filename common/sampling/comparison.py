@@ -7,6 +7,7 @@ later one are different work for an engine.
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -20,8 +21,10 @@ from transformers import PreTrainedConfig
 
 from common.config import RLConfig
 from common.logprobs import token_logprobs, without_adapter
+from common.models.attention import why_not
 from common.models.loading import compute_dtype, end_token_ids, load_policy
 from common.models.pool import ModelPool
+from common.models.weights import not_finite
 from common.rollouts import PromptBatch, Rollouts
 from common.sampling.policy_sampler import PolicySampler, make_sampler
 from common.update.batches import Batches
@@ -31,6 +34,9 @@ _NUM_GENERATIONS, _NUM_TOKENS = 2, 48
 _MOVE = 0.02
 # The same for tensors of zeros, such as those of a new adapter.
 _MOVE_OF_ZEROS = 0.01
+
+# The second push must be closer to the policy by this factor than its old weights are.
+_OF_MOVE = 3
 
 # What to do about a difference.
 _OTHER_MODEL = "the sampler computes another model than the trainer; try --sampler transformers"
@@ -48,6 +54,8 @@ class Difference:
         mean: mean absolute difference; NaN if any log-prob is.
         largest: the largest one.
         is_move: weights changed in between, so that a difference is what is wanted.
+        rounding: of a move: what the first push differed by, without any move.
+        limit: the largest mean that is right, where that is less than rounding in this precision explains.
         advice: what to do about a difference that is wrong.
     """
 
@@ -55,20 +63,25 @@ class Difference:
     mean: float
     largest: float
     is_move: bool = False
+    rounding: float = 0.0
+    limit: float = math.inf
     advice: str = ""
 
-    # A move must change log-probs by so many times the bound, or a push after it would show nothing.
+    # A move must change log-probs by so many times what rounding does, or a push after it would show nothing.
     VISIBLE = 10
 
     @classmethod
-    def of(cls, one: Tensor, other: Tensor, rollouts: Rollouts, **described: str | bool) -> Difference:
+    def of(cls, one: Tensor, other: Tensor, rollouts: Rollouts, **described: str | bool | float) -> Difference:
         """Compare log-probs, (B, C) both, at the real tokens of rollouts."""
         apart = (one - other)[rollouts.completion_mask].abs()  # (tokens,)
         return cls(mean=apart.mean().item(), largest=apart.max().item(), **described)
 
     def is_right(self, bound: float) -> bool:
-        """Whether the mean is at most `bound`, or after a move far above it; NaN is never right."""
-        return self.mean >= self.VISIBLE * bound if self.is_move else self.mean <= bound
+        """Whether the mean is at most `bound` and the limit, or after a move far above rounding; NaN is never right.
+
+        A move that is not far above it is no fault of the model: a later difference shows less then.
+        """
+        return self.mean >= self.VISIBLE * self.rounding if self.is_move else self.mean <= min(bound, self.limit)
 
 
 class Comparison:
@@ -117,15 +130,33 @@ class Comparison:
         """Each difference as soon as it is known."""
         rollouts = self._sample()
         before = self._logprobs(rollouts)
-        what = {"what": "sampler and trainer, first push", "advice": _OTHER_MODEL}
-        yield Difference.of(rollouts.sampling_logprobs, before, rollouts, **what)
+        advice = self._why_not_finite(before, rollouts)
+        what = {"what": "sampler and trainer, first push", "advice": advice or _OTHER_MODEL}
+        first = Difference.of(rollouts.sampling_logprobs, before, rollouts, **what)
+        yield first
+        if advice:  # nothing after it can be right
+            return
         yield from self._eager(rollouts, before)
         self._move()
         what = {"what": "trainer before and after its weights moved", "is_move": True, "advice": _NO_MOVE}
-        yield Difference.of(before, self._logprobs(rollouts), rollouts, **what)
+        moved = Difference.of(before, self._logprobs(rollouts), rollouts, **what, rounding=first.mean)
+        yield moved
         rollouts = self._sample()
         what = {"what": "sampler and trainer, second push", "advice": _OLD_WEIGHTS}
-        yield Difference.of(rollouts.sampling_logprobs, self._logprobs(rollouts), rollouts, **what)
+        # A sampler with the old weights would differ by as much as the weights moved.
+        limit = moved.mean / _OF_MOVE if moved.is_right(math.inf) else math.inf
+        yield Difference.of(rollouts.sampling_logprobs, self._logprobs(rollouts), rollouts, **what, limit=limit)
+
+    def _why_not_finite(self, logprobs: Tensor, rollouts: Rollouts) -> str:
+        """That the trainer's own log-probs, (B, C), are no numbers, and why; empty if they are."""
+        if logprobs[rollouts.completion_mask].isfinite().all():
+            return ""
+        with self.models.use("policy") as policy:
+            bad = not_finite(policy)
+        if not bad:
+            return "log-probs of the trainer are NaN or infinite, though no weight is; try --dtype float32"
+        more = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
+        return f"the model's own weights are NaN or infinite: {bad[0]}{more}; download it again, or take another"
 
     def _sample(self) -> Rollouts:
         rollouts = self.sampler.sample(self.prompts, num_generations=_NUM_GENERATIONS, purpose="check")
@@ -143,16 +174,19 @@ class Comparison:
         with self.models.use("policy") as policy:
             base = without_adapter(policy)
         used = base.config._attn_implementation
-        if used == "eager" or not type(base)._can_set_attn_implementation():
+        cannot = why_not("eager", base.config, type(base)) or not type(base)._can_set_attn_implementation()
+        if used == "eager" or cannot:
             return
         # Modules read it from a configuration that need not be the same object as the model's.
         configs = [each.config for each in base.modules() if isinstance(vars(each).get("config"), PreTrainedConfig)]
         before = [each._attn_implementation for each in configs]
         for each in configs:
             each._attn_implementation = "eager"
-        eager = self._logprobs(rollouts)
-        for each, implementation in zip(configs, before, strict=True):
-            each._attn_implementation = implementation
+        try:
+            eager = self._logprobs(rollouts)
+        finally:
+            for each, implementation in zip(configs, before, strict=True):
+                each._attn_implementation = implementation
         what = {"what": f"attention {used} and eager", "advice": _OTHER_ATTENTION}
         yield Difference.of(logprobs, eager, rollouts, **what)
 

@@ -1,8 +1,8 @@
 """The sampler without vLLM: a decoding loop on the policy itself.
 
 Each pass adds one token; the state of earlier tokens is cached in the model's own way, and finished rows are removed.
-Tokens are drawn by inverting the
-cumulative distribution with one random number per token, so that a row does not depend on the other rows.
+Tokens are drawn by inverting the cumulative distribution with one random number per token, so that a row does not
+depend on the other rows.
 """
 
 import logging

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from common.config import RLConfig
-from common.mistakes import WrongNumbers
+from common.mistakes import WrongNumbers, where_to_go_on
 from common.rollouts import Rollouts
 from common.update.batches import Batches
 
@@ -125,8 +125,8 @@ class Learner:
         if not math.isfinite(norm):
             raise WrongNumbers(
                 f"step {step}: the gradient of {self.name} is {norm}; one more step would spoil its weights. A run "
-                "keeps its settings, so start a new one with a lower --learning_rate or --max_grad_norm; the last "
-                "checkpoint of this one is intact."
+                f"keeps its settings, so start a new one with a lower --learning_rate or --max_grad_norm.\n"
+                f"{where_to_go_on(step)}".rstrip()
             )
         if norm > 0:
             for group in self.optimizer.param_groups:

@@ -32,6 +32,8 @@ from trl import RewardConfig, RewardTrainer
 from common import cli
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
+from common.mistakes import first_line
+from common.models.configs import read_config
 from common.models.system_role import fit_system
 from common.runs.writable import check_folder
 
@@ -273,14 +275,17 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
 
 
 def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    remedy = (
+        "Need a folder with weights and tokenizer, or a hub id that this machine can reach. Pass --model with one, or "
+        "--model tiny."
+    )
+    own_code = "This example does not run it. Pass another model."
+    read_config(model, label=f"model={model}", remedy=remedy, own_code_remedy=own_code)
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model={model}: cannot be loaded: {reason}. Need a folder with weights and tokenizer, or a hub id that "
-            "this machine can reach. Pass --model with one, or --model tiny."
-        ) from error
+        reason = first_line(error)
+        raise ValueError(f"model={model}: cannot be loaded: {reason}. {remedy}") from error
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from common.cli import parse_settings, run_script
 from common.data.prompts import PromptStyle
 from common.runs.log import METRICS_FILE
 from common.embedded import check_model
+from common.models.configs import read_config
 from common.data.rows import read_rows
 from common.data.rows import split_held_out
 from examples.sft.conversations import FORMS, encode, end_of_turn, example_key, read_examples
@@ -134,6 +135,8 @@ def load_tokenizer(settings: SFTSettings) -> PreTrainedTokenizerBase:
     base = base_folder(settings)
     if settings.model == "tiny" and not base.exists():
         return build_tokenizer(read_rows(settings.dataset, settings.dataset_split, None))
+    if settings.model != "tiny":
+        read_config(base, own_code_remedy="This example does not run it. Pass another model.")
     check_model(str(base))
     return AutoTokenizer.from_pretrained(base)
 
