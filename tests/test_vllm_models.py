@@ -1,6 +1,7 @@
 """vLLM after two pushes against transformers, for kinds of models whose weights vLLM prepares for its kernels."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from common.mistakes import WrongNumbers
 from common.sampling import vllm_corrections, vllm_engine, vllm_support
 from common.sampling.vllm_engine import EngineSettings, create_engine, push_weights
 from tests.architectures import make, move_off_neutral
@@ -115,9 +117,7 @@ def logprobs_of_engine(engine) -> Tensor:
 
 
 def engine_for(path):
-    engine = create_engine(EngineSettings(model=str(path), dtype="float32", max_model_len=64, max_num_seqs=2))
-    engine.shapes = {name: tuple(t.shape) for name, t in load_file(path / "model.safetensors").items()}
-    return engine
+    return create_engine(EngineSettings(model=str(path), dtype="float32", max_model_len=64, max_num_seqs=2))
 
 
 @pytest.mark.slow
@@ -242,3 +242,71 @@ def test_a_package_that_vllm_misses_is_named_in_a_line(tmp_path, capfd):
     with pytest.raises(ValueError, match=r"torchvision.*Install what it is in, or pass --sampler") as error:
         check(tmp_path, "qwen3_5_text", layer_types=["linear_attention", "full_attention"])
     assert "\n" not in str(error.value) and not "".join(capfd.readouterr())
+
+
+UNDECLARED = {
+    "a window, a soft cap and half a rotation": (
+        "llama",
+        {"head_dim": 32},
+        {"sliding_window": 24, "layer_types": ["full_attention", "sliding_attention"], "attn_logit_softcapping": 3.0}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "a scale of longrope": (
+        "phi3",
+        {},
+        {"original_max_position_embeddings": 64}
+        | {
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+            | {"short_factor": [1.1] * 16, "long_factor": [3.0] * 16, "short_mscale": 1.3, "long_mscale": 1.2}
+        },
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", UNDECLARED)
+def test_a_key_that_transformers_does_not_know_changes_nothing_in_vllm(tmp_path, case):
+    torch.manual_seed(0)
+    kind, settings, keys = UNDECLARED[case]
+    path = save_model(tmp_path / "model", kind, **settings)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | keys))
+    engine = engine_for(path)
+    push_weights(engine, load_file(path / "model.safetensors").items())
+    assert (logprobs_of_engine(engine) - logprobs_of_model(path)).abs().max() < 3e-5
+
+
+ASSUMED = {
+    "a clip and normed experts": (
+        "olmoe",
+        EXPERTS | {"intermediate_size": 32, "clip_qkv": 0.5, "norm_topk_prob": True},
+    ),
+    "an exact gelu": ("gemma", {"head_dim": 32, "hidden_act": "gelu", "tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ASSUMED)
+def test_a_value_that_vllms_class_does_not_read_counts(tmp_path, case):
+    torch.manual_seed(0)
+    path = save_model(tmp_path / "model", ASSUMED[case][0], **ASSUMED[case][1])
+    engine = engine_for(path)
+    push_weights(engine, load_file(path / "model.safetensors").items())
+    assert (logprobs_of_engine(engine) - logprobs_of_model(path)).abs().max() < 3e-5
+
+
+def test_only_keys_that_no_class_has_are_undeclared():
+    config = transformers.LlamaConfig(sliding_window=24, final_logit_softcapping=2.0, rope_theta=1e3)
+    assert vllm_corrections.undeclared(config) == {"sliding_window", "final_logit_softcapping"}
+    assert vllm_corrections.undeclared(transformers.MistralConfig(sliding_window=24)) == set()
+
+
+@pytest.mark.slow
+def test_a_policy_with_nan_is_not_blamed_on_vllm(tmp_path):
+    path = save_model(tmp_path / "model", "qwen2")
+    engine = engine_for(path)
+    weights = load_file(path / "model.safetensors")
+    with pytest.raises(WrongNumbers, match=r"the policy's own weight has \d+ NaN among"):
+        push_weights(engine, {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}.items())
+    push_weights(engine, weights.items())  # the engine is as before
+    assert (logprobs_of_engine(engine) - logprobs_of_model(path)).abs().max() < 3e-5

@@ -64,14 +64,17 @@ def not_finite(model: nn.Module) -> list[str]:
     return [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in bad]
 
 
-def checkpoint_shapes(model: str) -> dict[str, tuple[int, ...]]:
+def checkpoint_shapes(model: str, config: transformers.PreTrainedConfig | None = None) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a complete checkpoint, tied weights once, from a model without storage.
 
     Args:
         model: hub id or folder. If it holds weights, the layout is theirs, else that of a new checkpoint.
+        config: of the model; None: read it.
     """
     with torch.device("meta"):
-        skeleton = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model))
+        skeleton = transformers.AutoModelForCausalLM.from_config(
+            config or transformers.AutoConfig.from_pretrained(model)
+        )
     use_layout_of(skeleton, model)
     return {name: tuple(tensor.shape) for name, tensor in policy_weights(skeleton)}
 

@@ -1,7 +1,7 @@
 """Whether a run can load, adapt and sample from its policy, asked of the model's configuration and empty modules.
 
-A run asks this first, before it reads data: what fails later fails after minutes. `check_policy` costs no import;
-`check_sampling` may import vLLM, which takes seconds.
+A run asks this first, before it reads data: what fails later fails after minutes. With LoRA, `check_policy`
+imports peft, and `check_sampling` imports vLLM if that samples; each takes seconds.
 """
 
 from __future__ import annotations  # for type hints whose import would take seconds

@@ -4,22 +4,108 @@ Each correction names its cause, and the version of vLLM that has it. What nothi
 vllm_trial.py refuses.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 
 def model_arguments(config: PreTrainedConfig) -> dict[str, Any]:
     """Arguments of vLLM's LLM with which it computes what transformers computes for a configuration."""
-    arguments = {"hf_overrides": _overrides(config)}
-    if config.model_type == "gemma3n_text" and not torch.cuda.is_available():
-        # vLLM's own class gives NaN on the CPU (0.31).
+    arguments = {"hf_overrides": _as_transformers_reads(config)}
+    values = config.to_dict()
+    assumed = _ASSUMED.get(config.model_type, {})
+    has_nan = config.model_type == "gemma3n_text" and not torch.cuda.is_available()  # on the CPU (0.31)
+    if has_nan or any(values[name] != value for name, value in assumed.items()):
         arguments["model_impl"] = "transformers"
+    if "attn_temperature_tuning" in values:
+        # Llama 4's class takes it from the generation settings, and puts off there what the configuration says.
+        tuning = {"attn_temperature_tuning": values["attn_temperature_tuning"]}
+        arguments["override_generation_config"] = tuning
     return arguments
+
+
+# By model_type: values of a configuration that vLLM's own class takes for granted (0.31). With others, vLLM runs
+# transformers' class.
+_ASSUMED: dict[str, dict[str, Any]] = {
+    "gpt2": {"scale_attn_weights": True},
+    "gpt_bigcode": {"scale_attn_weights": True},
+    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
+}
+
+
+def _as_transformers_reads(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTrainedConfig]:
+    """The function that changes a configuration, which vLLM has read itself, into what transformers' model computes.
+
+    A key that the class of the configuration does not declare changes nothing in transformers' model. vLLM asks every
+    configuration for windows, soft caps and other keys, so it must not see them.
+    """
+    values = _overrides(config)
+    texts = {type(each): undeclared(each) for each in (config, config.get_text_config())}
+    whole_heads = _rotates_whole_heads(config)
+
+    def change(theirs: PreTrainedConfig) -> PreTrainedConfig:
+        for each in {id(each): each for each in (theirs, theirs.get_text_config())}.values():
+            for name in texts.get(type(each), set()) & vars(each).keys():
+                delattr(each, name)
+            rope = vars(each).get("rope_parameters")
+            if rope and type(each) in texts:
+                if whole_heads:
+                    rope.pop("partial_rotary_factor", None)
+                rope |= _scale_of_longrope(each)
+        theirs.update(values)
+        return theirs
+
+    return change
+
+
+def undeclared(config: PreTrainedConfig) -> set[str]:
+    """Names of attributes that come from config.json alone: the class has no such field and sets none itself.
+
+    Args:
+        config: of a class of transformers; for another, which may take any names, the result is empty.
+    """
+    if not type(config).__module__.startswith("transformers."):
+        return set()
+    try:
+        without_file = type(config)()
+    except Exception:  # its defaults do not fit together
+        return set()
+    return vars(config).keys() - vars(without_file).keys() - config.attribute_map.keys() - _OF_NO_MODEL
+
+
+# Attributes that the classes of all models take.
+_OF_NO_MODEL = {"model_type", "quantization_config", "auto_map", "rope_theta", "rope_parameters", "rope_scaling"}
+
+
+def _rotates_whole_heads(config: PreTrainedConfig) -> bool:
+    """Whether transformers' model rotates all of each head although rope parameters name a part, as Llama's does."""
+    text = config.get_text_config()
+    rope = vars(text).get("rope_parameters") or {}
+    if rope.get("partial_rotary_factor") in (None, 1) or not vars(text).get("head_dim"):
+        return False
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    sizes = {2 * len(buffer) for name, buffer in skeleton.named_buffers() if name.endswith("inv_freq")}
+    return sizes == {text.head_dim}
+
+
+def _scale_of_longrope(config: PreTrainedConfig) -> dict[str, float]:
+    """Names under which vLLM takes the scale that transformers gives rotary embeddings of type "longrope".
+
+    vLLM computes it from other numbers, and lets short_mscale and long_mscale decide, which transformers ignores.
+    """
+    if config.rope_parameters.get("rope_type") != "longrope":
+        return {}
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    _, scale = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+    return {"short_mscale": scale, "long_mscale": scale}
 
 
 def _overrides(config: PreTrainedConfig) -> dict[str, Any]:
@@ -69,72 +155,113 @@ def _mimo(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 @contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Put something else in the place of a module's or class's own attribute, inside.
+
+    One that it lacks, as in another version of vLLM, it lacks again afterwards.
+    """
+    is_there, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if is_there:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+@contextmanager
 def kernels_for(dtype: str) -> Iterator[None]:
     """Let vLLM on the CPU take kernels that exist for a dtype, while weights are prepared or the model runs.
 
     For convolutions of state-space models, it takes kernels of bfloat16 whenever the CPU has them, and fails for
     another dtype: "causal_conv1d_fwd_kernel_impl" not implemented for 'Float' (vLLM 0.31).
     """
-    supported = torch.cpu._is_avx512_bf16_supported
-    if dtype != "bfloat16":
-        torch.cpu._is_avx512_bf16_supported = lambda: False
-    try:
+    from vllm.platforms import current_platform
+
+    with ExitStack() as stack:
+        if dtype != "bfloat16" and current_platform.is_cpu():
+            stack.enter_context(replaced(torch.cpu, "_is_avx512_bf16_supported", lambda: False))
         yield
-    finally:
-        torch.cpu._is_avx512_bf16_supported = supported
 
 
-def correct_classes(config: PreTrainedConfig) -> None:
-    """Correct classes of vLLM that differ from transformers', before an engine makes their objects."""
-    from vllm.model_executor.layers.fused_moe.router import router_factory
+@contextmanager
+def corrected_classes(config: PreTrainedConfig) -> Iterator[None]:
+    """Correct classes of vLLM that differ from transformers', while an engine makes its objects of them."""
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        RotaryEmbedding.forward_cpu = _rotate
-        router_factory.CPURouter = _router
-    _use_bias_of_head()
-    if config.model_type == "bloom":
-        from vllm.model_executor.layers.activation import get_act_fn
-        from vllm.model_executor.models import bloom
+    with ExitStack() as stack:
+        if current_platform.is_cpu():
+            from vllm.model_executor.layers.fused_moe.router import router_factory
 
-        # Bloom was trained with the tanh approximation; vLLM has the exact function (0.31): 8e-4 in log-probs.
-        bloom.get_act_fn = lambda name: get_act_fn("gelu_pytorch_tanh" if name == "gelu" else name)
-    if config.model_type == "hrm_text":
-        from vllm.model_executor.layers.attention import Attention
-        from vllm.model_executor.models import hrm_text
+            # Objects keep the method that they have when they are made.
+            stack.enter_context(replaced(RotaryEmbedding, "forward_cpu", _rotate))
+            stack.enter_context(replaced(router_factory, "CPURouter", _router))
+        if config.model_type in _CORRECTIONS:
+            module, name, value = _CORRECTIONS[config.model_type](config)
+            stack.enter_context(replaced(module, name, value))
+        yield
 
-        # A prompt's tokens see those after them, always; transformers has that for tokens marked as a prefix only, and
-        # nothing marks any here.
-        hrm_text.PrefillPrefixLMAttention = Attention
-    if config.model_type == "phimoe":
-        from vllm.model_executor.models import phimoe
 
+def _bloom(config: PreTrainedConfig) -> tuple[Any, str, Any]:
+    from vllm.model_executor.layers.activation import get_act_fn
+    from vllm.model_executor.models import bloom
+
+    # Bloom was trained with the tanh approximation; vLLM has the exact function (0.31): 8e-4 in log-probs.
+    return bloom, "get_act_fn", lambda name: get_act_fn("gelu_pytorch_tanh" if name == "gelu" else name)
+
+
+def _hrm_text(config: PreTrainedConfig) -> tuple[Any, str, Any]:
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.models import hrm_text
+
+    # A prompt's tokens see those after them, always; transformers has that for tokens marked as a prefix only, and
+    # nothing marks any here.
+    return hrm_text, "PrefillPrefixLMAttention", Attention
+
+
+def _phimoe(config: PreTrainedConfig) -> tuple[Any, str, Any]:
+    from vllm.model_executor.models import phimoe
+
+    def route(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         # Which experts are close enough to be chosen; vLLM always has 0.01 (0.31).
-        phimoe.sparsemixer.__defaults__ = (config.router_jitter_noise,)
-    if config.model_type == "apertus":
-        from vllm.model_executor.layers.activation import XIELU
-        from vllm.model_executor.models import apertus
+        return phimoe.sparsemixer(gating_output, jitter_eps=config.router_jitter_noise)
 
-        # Its parameters are in bfloat16 whatever the model's dtype (0.31): 4e-4 in log-probs.
-        apertus.XIELU = lambda: XIELU(dtype=torch.get_default_dtype())
+    return phimoe, "phimoe_routing_function", route
 
 
-def _use_bias_of_head() -> None:
-    """Let a head's bias count in every model; PhiMoE's is loaded and not used (vLLM 0.31)."""
+def _apertus(config: PreTrainedConfig) -> tuple[Any, str, Any]:
+    from vllm.model_executor.layers.activation import XIELU
+    from vllm.model_executor.models import apertus
+
+    # Its parameters are in bfloat16 whatever the model's dtype (0.31): 4e-4 in log-probs.
+    return apertus, "XIELU", lambda: XIELU(dtype=torch.get_default_dtype())
+
+
+# By model_type: the module, the name in it, and what takes its place.
+_CORRECTIONS = {"bloom": _bloom, "hrm_text": _hrm_text, "phimoe": _phimoe, "apertus": _apertus}
+
+
+def use_bias_of_head(model: nn.Module) -> None:
+    """Let a head's bias count in every model of vLLM; PhiMoE's is loaded and not used (0.31)."""
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    for module in model.modules():
+        if isinstance(module, LogitsProcessor):
+            module.register_forward_pre_hook(_with_bias, with_kwargs=True)
+
+
+def _with_bias(processor: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Arguments of LogitsProcessor.forward(lm_head, hidden_states, embedding_bias)."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    apply = LogitsProcessor._apply_head
-    if apply.__module__ == __name__:  # for an earlier engine
-        return
-
-    def apply_with_bias(processor: Any, head: Any, hidden_states: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is None and isinstance(head, ParallelLMHead):  # not the embeddings of a tied model, which have none
-            bias = head.bias
-        return apply(processor, head, hidden_states, bias)
-
-    LogitsProcessor._apply_head = apply_with_bias
+    head = args[0] if args else options["lm_head"]
+    is_given = len(args) > 2 or options.get("embedding_bias") is not None
+    if not is_given and isinstance(head, ParallelLMHead):  # not the embeddings of a tied model, which have none
+        return args, options | {"embedding_bias": head.bias}
+    return None
 
 
 def _rotate(rotary: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

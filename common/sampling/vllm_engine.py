@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from common.environment import num_threads, preserved_random_state, process_unchanged
+from common.mistakes import WrongNumbers
 from common.models.configs import read_config
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
@@ -60,18 +61,15 @@ def create_engine(settings: EngineSettings) -> Engine:
             of them, or cannot sample with them.
     """
     check_installed()
-    shapes = checkpoint_shapes(settings.model)  # first: vLLM replaces configuration classes of transformers
     config = read_config(settings.model, trust_remote_code=settings.trust_remote_code)
     vllm_support.check_configuration(config, settings.max_model_len)
+    shapes = checkpoint_shapes(settings.model, config)  # first: vLLM replaces configuration classes of transformers
     with vllm_support.imported():
-        arguments = vllm_startup.engine_arguments(settings) | vllm_corrections.model_arguments(config)
+        arguments = vllm_startup.engine_arguments(settings, config)
         supported = vllm_support.supported_config(arguments)
-        if vllm_support.has_state(supported):
-            # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
-            arguments["enable_prefix_caching"] = False
-        vllm_startup.avoid_side_effects()
-        vllm_startup.take_head_from_push(shapes)
-        vllm_corrections.correct_classes(config)
+    if vllm_support.has_state(supported):
+        # It would keep states at the ends of blocks, and cut prompts there: see enable_chunked_prefill.
+        arguments["enable_prefix_caching"] = False
     try:
         engine = _create(settings, arguments, shapes, config)
     except Refused as refusal:
@@ -96,9 +94,15 @@ def _create(
 
         _Groups.owned |= not torch.distributed.is_initialized()
         vllm_startup.add_expert_group()
-        with vllm_startup.cache_for(settings), vllm_corrections.kernels_for(settings.dtype):
+        with (
+            vllm_startup.without_side_effects(shapes),
+            vllm_startup.cache_for(settings),
+            vllm_corrections.kernels_for(settings.dtype),
+            vllm_corrections.corrected_classes(config),
+        ):
             engine = Engine(_start(LLM, arguments), shapes, settings.dtype)
     try:
+        engine.llm.apply_model(vllm_corrections.use_bias_of_head)
         engine.llm.apply_model(lambda model: vllm_support.check_built_model(model, config, settings.max_model_len))
         _try_out(engine, settings.model)
     except BaseException:
@@ -188,6 +192,7 @@ def generate(
             num_threads(1 if small else None),
             _reporting(engine, finished),
             vllm_corrections.kernels_for(engine.dtype),
+            vllm_startup.counted_without_compiling(),
         ):
             outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
@@ -235,11 +240,25 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
             one of its layer was taken.
 
     Raises:
-        ValueError: if a name is unknown, repeated or missing, a shape differs, or vLLM does not take a weight. After
-            this or any other exception, the engine must not be used before a push succeeds.
+        ValueError: if a name is unknown, repeated or missing, a shape differs, or vLLM does not take a weight.
+        WrongNumbers: if a weight is NaN. After this or any other exception, the engine must not be used before a push
+            succeeds.
     """
-    _reload(engine, complete_weights(weights, engine.shapes))
+    _reload(engine, _numbers(complete_weights(weights, engine.shapes)))
     _drop_cache(engine)
+
+
+def _numbers(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights; NaN, which would only show in the completions, ends the run as other wrong numbers do."""
+    for name, tensor in weights:
+        # The sum is quick to compute, and NaN if any number is.
+        if tensor.is_floating_point() and tensor.sum(dtype=torch.float32).isnan() and tensor.isnan().any():
+            raise WrongNumbers(
+                f"push of {name}: the policy's own weight has {int(tensor.isnan().sum())} NaN among {tensor.numel()} "
+                "numbers, so it cannot be sampled from. If the policy has just been loaded, its files are damaged; "
+                "else training has diverged: start from a checkpoint before that, with a lower --learning_rate."
+            )
+        yield name, tensor
 
 
 def _reload(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -288,7 +307,7 @@ class _Groups:
 
 def _shut_down(core: Any) -> None:
     """Free an engine's memory; with the last engine, destroy vLLM's process groups too."""
-    with process_unchanged():
+    with process_unchanged(), vllm_startup.keeping_groups():
         if not torch.accelerator.is_available():  # vLLM calls both here even on the CPU
             torch.accelerator.synchronize = torch.accelerator.empty_cache = vllm_startup.do_nothing
         core.shutdown()

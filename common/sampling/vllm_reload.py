@@ -39,8 +39,9 @@ def load_again(model: nn.Module, weights: Weights, config: Any) -> None:
     """Bring the model back to where its first load began, load, and prepare the weights as a first load does.
 
     On the CPU, vLLM's layerwise reload is not enough (0.31). It does not pack experts, tied heads and convolutions of
-    state-space models again. It drops what a model copies into its parameters without their weight loaders, such as
-    the experts of gpt_oss. And there are no graphs on the CPU that it would have to protect.
+    state-space models again, and it drops what a model copies into its parameters without their weight loaders, as
+    gpt_oss does its experts (on CUDA, the trial push refuses gpt_oss for that before weights are loaded). And there
+    are no graphs on the CPU that it would have to protect.
     """
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
@@ -136,17 +137,28 @@ def _without_weights(model: nn.Module) -> set[str]:
 
     vLLM gives them their old values back and prints a warning.
     """
-    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+    from vllm.model_executor.layers import attention
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+    try:
+        is_deferred = attention.is_deferred_attention_layer
+    except AttributeError:  # before vLLM 0.28
+        is_deferred = _is_attention
     complete = {id(parameter) for parameter in model.parameters()}  # a tied head shares the embeddings' parameter
     names = set()
     for prefix, layer in model.named_modules():
         info = get_layerwise_info(layer)
-        if info.can_load() and info.load_numel == 0 and not is_deferred_attention_layer(layer):
+        if info.can_load() and info.load_numel == 0 and not is_deferred(layer):
             old = info.kernel_tensors[0]
             names |= {f"{prefix}.{name}" for name in info.restore_metadata[0] if id(old.get(name)) not in complete}
     return names
+
+
+def _is_attention(layer: nn.Module) -> bool:
+    """Whether vLLM prepares a layer after all others, up to 0.27."""
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+    return isinstance(layer, Attention | MLAAttention)
 
 
 def _check_loaded(missing: set[str]) -> None:

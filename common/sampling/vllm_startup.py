@@ -2,13 +2,16 @@
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+
+from common.sampling.vllm_corrections import model_arguments, replaced
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
 # vLLM's default of 128, shorter prompts would be computed once per completion.
@@ -50,8 +53,13 @@ class EngineSettings:
         return min(self.max_num_seqs, self.most_rows or self.max_num_seqs)
 
 
-def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Arguments of vLLM's LLM, but those that depend on the model."""
+def engine_arguments(settings: EngineSettings, config: PreTrainedConfig) -> dict[str, Any]:
+    """Arguments of vLLM's LLM.
+
+    Args:
+        settings: of the engine.
+        config: of the model.
+    """
     from vllm.platforms import current_platform
 
     arguments = {
@@ -60,12 +68,14 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
+        "config_format": "hf",  # config.json, even where params.json of Mistral lies beside it
         "load_format": "dummy",  # the first push brings the weights
+        "tokenizer_mode": "hf",
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # no sampling defaults from the model's folder
         "logprobs_mode": "processed_logprobs",  # after the temperature
         "use_tqdm_on_load": False,
-    }
+    } | model_arguments(config)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         # One engine per process, each on the GPU of its LOCAL_RANK; the default would put all of them on the first.
         arguments["distributed_executor_backend"] = "external_launcher"
@@ -108,20 +118,8 @@ def cache_for(settings: EngineSettings) -> Iterator[None]:
         config.cache_config.num_gpu_blocks_override = min(blocks, found.num_blocks)
         return divide(config, specs, memory)
 
-    if current_platform.is_cpu():
-        core.get_kv_cache_configs = divide_for_all
-    try:
+    with replaced(core, "get_kv_cache_configs", divide_for_all if current_platform.is_cpu() else divide):
         yield
-    finally:
-        core.get_kv_cache_configs = divide
-
-
-def take_head_from_push(shapes: dict[str, tuple[int, ...]]) -> None:
-    """Tie vLLM's head if the policy's is tied, even where the model's folder has a copy of it that no push brings."""
-    import vllm.config.model as model_config
-
-    has_head = any(name.endswith("lm_head.weight") for name in shapes)
-    model_config.checkpoint_has_lm_head = lambda *args, **kwargs: has_head
 
 
 def _free_memory() -> int:
@@ -135,24 +133,53 @@ def _free_memory() -> int:
     return min(free, cpu_resource_utils.get_memory_node_info(node).available_memory)
 
 
-def avoid_side_effects() -> None:
-    """Replace functions of vLLM that act on the whole process or take long without a benefit."""
+@contextmanager
+def without_side_effects(shapes: dict[str, tuple[int, ...]]) -> Iterator[None]:
+    """Replace functions of vLLM that act on the whole process or take long without a benefit, while it starts.
+
+    Args:
+        shapes: of all tensors of a complete push.
+    """
+    import vllm.config.model as model_config
     import vllm.v1.engine.core as core
-    import vllm.v1.sample.sampler as sampler
     from vllm.model_executor.models.transformers.base import Base as TransformersBackend
     from vllm.platforms import current_platform
 
-    # Destroys every process group of the process, even the trainer's; `_shut_down` destroys vLLM's own.
-    core.cleanup_dist_env_and_memory = do_nothing
-    # Hides all current objects from the garbage collector forever, and takes a second.
-    core.freeze_gc_heap = do_nothing
-    # Replaces methods of transformers' own class, so that the policy would no longer run outside of vLLM.
-    TransformersBackend._decorate_cls_for_torch_compile = do_nothing
-    if current_platform.is_cpu():
-        # Compiled, this one-line function delays the first sampled token by 14 s.
-        sampler.batched_count_greater_than = _count_at_least
-        # Binds all memory of the process, the trainer's too, to one NUMA node.
-        torch.ops._C.init_cpu_memory_env = do_nothing
+    has_head = any(name.endswith("lm_head.weight") for name in shapes)
+    with keeping_groups(), ExitStack() as stack:
+        # Hides all current objects from the garbage collector forever, and takes a second.
+        stack.enter_context(replaced(core, "freeze_gc_heap", do_nothing))
+        # Replaces methods of transformers' own class, so that the policy would no longer run outside of vLLM. The
+        # cost: on CUDA, models in transformers' own class are not compiled.
+        stack.enter_context(replaced(TransformersBackend, "_decorate_cls_for_torch_compile", do_nothing))
+        if "checkpoint_has_lm_head" in vars(model_config):  # from vLLM 0.29 on
+            # The head is tied if the policy's is, even where the folder has a copy of it that no push brings.
+            stack.enter_context(replaced(model_config, "checkpoint_has_lm_head", lambda *args, **kwargs: has_head))
+        if current_platform.is_cpu():
+            # Binds all memory of the process, the trainer's too, to one NUMA node.
+            stack.enter_context(replaced(torch.ops._C, "init_cpu_memory_env", do_nothing))
+        yield
+
+
+@contextmanager
+def keeping_groups() -> Iterator[None]:
+    """Keep vLLM from destroying every process group, the trainer's too, when an engine is shut down."""
+    import vllm.v1.engine.core as core
+
+    with replaced(core, "cleanup_dist_env_and_memory", do_nothing):
+        yield
+
+
+@contextmanager
+def counted_without_compiling() -> Iterator[None]:
+    """Let the CPU run a one-line function as it is, which delays the first sampled token by 14 s if compiled."""
+    import vllm.v1.sample.sampler as sampler
+    from vllm.platforms import current_platform
+
+    with ExitStack() as stack:
+        if current_platform.is_cpu():
+            stack.enter_context(replaced(sampler, "batched_count_greater_than", _count_at_least))
+        yield
 
 
 def do_nothing(*args: Any, **kwargs: Any) -> None:

@@ -72,7 +72,7 @@ def reason(error: BaseException) -> str:
     """What vLLM's error says in a line, without the frame that pydantic puts around it."""
     lines = [line for line in str(error).splitlines() if "validation error" not in line and "pydantic.dev" not in line]
     text = " ".join(" ".join(lines).split()).removeprefix("Value error, ").split(" [type=")[0]
-    text = re.split(r"\. The available parameters| Please check the logs", text)[0]
+    text = re.split(r"\. The available parameters| Please check the logs|\. Supported architectures", text)[0]
     if not text:  # of an assertion
         text = traceback.extract_tb(error.__traceback__)[-1].line or ""
     if not isinstance(error, ValueError | RuntimeError):  # a KeyError says its key only

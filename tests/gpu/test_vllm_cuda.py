@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.models.weights import policy_weights
 from common.sampling.protocol import SamplingSettings, sampling_seed
@@ -168,3 +168,41 @@ def test_many_cycles_of_push_and_sleep_keep_the_memory_flat(kind, sampler):
         free.append(torch.cuda.mem_get_info()[0])
     assert free[5] - free[-1] < 64 * 2**20
     assert_close_to_the_trainer(model, completions, kind)
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 64}
+ARCHITECTURES = {
+    "dense": ("qwen2", {"num_key_value_heads": 2}),
+    "experts": ("qwen3_moe", EXPERTS | {"num_experts": 4, "num_key_value_heads": 2}),
+    "latent attention": (
+        "deepseek_v2",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
+        | {"kv_lora_rank": 512, "q_lora_rank": None, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
+        | {"v_head_dim": 128, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_of_two_pushes_arrives_in_every_kind_of_layer(architecture, tmp_path):
+    kind, settings = ARCHITECTURES[architecture]
+    sizes = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(kind, **sizes | {"num_attention_heads": 4, "initializer_range": 0.1} | settings)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().to("cuda"))
+    models[0].save_pretrained(tmp_path)
+    sampler = VLLMSampler(
+        str(tmp_path), dtype="bfloat16", max_model_len=512, max_num_seqs=8, memory_share=SHARE, enforce_eager=True
+    )
+    for model in models:
+        sampler.push(policy_weights(model))
+        for prompt, completion in zip(PROMPTS, sampler.generate(PROMPTS, GREEDY), strict=True):
+            ids = torch.tensor([prompt + completion.token_ids], device="cuda")
+            with torch.no_grad():
+                logprobs = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            expected = logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1).cpu()
+            assert (expected - torch.tensor(completion.logprobs)).abs().mean() < 0.1
+    del sampler
+    gc.collect()
