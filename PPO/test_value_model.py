@@ -227,7 +227,7 @@ def test_other_architectures_have_values_that_are_saved_and_read_back(kind, tmp_
     ("settings", "message"),
     [
         ({"num_labels": 2}, r"2 labels and 459 tokens; need one .* with 1 label"),
-        ({"vocab_size": 400}, r"1 labels and 400 tokens; need .* the policy's 459 tokens"),
+        ({"vocab_size": 400}, r"1 label and 400 tokens; need .* the policy's 459 tokens"),
     ],
     ids=["two labels", "fewer tokens"],
 )

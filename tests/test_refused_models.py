@@ -192,7 +192,7 @@ SPOILT = {
     ),
     "an adapter beside the model": (
         write("adapter_config.json", "{}"),
-        "adapter_config.json beside a whole model",
+        "the folder holds a LoRA adapter",
     ),
     "quantised by ModelOpt": (
         write("hf_quant_config.json", "{}"),

@@ -68,8 +68,9 @@ def read_config(
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"{label}: the folder holds a LoRA adapter, which is no model without its base. Run python -m "
-            f"common.merge --model {folder} --output FOLDER to make a model of both, and pass FOLDER."
+            f"{label}: the folder holds a LoRA adapter, which is no model without its base, and which transformers "
+            f"would load into one. Run python -m common.merge --model {folder} --output FOLDER to make a model of "
+            "both, and pass FOLDER; or move the adapter's files elsewhere to train the model beside them without it."
         )
     if reason := _why_no_config(path):
         raise ValueError(f"{label}: {reason} {remedy}")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.utils import ADAPTER_CONFIG_NAME
 
 from common.models.configs import setting
 
@@ -33,12 +32,6 @@ def check_companions(folder: Path) -> None:
     Raises:
         ValueError: names the file.
     """
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        raise ValueError(
-            f"model={str(folder)!r}: holds {ADAPTER_CONFIG_NAME} beside a whole model. transformers would load the "
-            "adapter into it, and what a run trains and saves would be neither of the two. Merge the adapter with "
-            "python -m common.merge, or move its files to another folder to train the model without it."
-        )
     if found := next((name for name in _QUANTISED if (folder / name).is_file()), None):
         raise ValueError(
             f"model={str(folder)!r}: by {found} its weights are quantised: they are rounded numbers that no gradient "

@@ -24,7 +24,6 @@ from common.logprobs import token_logprobs, without_adapter
 from common.models.attention import why_not
 from common.models.loading import compute_dtype, end_token_ids, load_policy
 from common.models.pool import ModelPool
-from common.models.weights import not_finite
 from common.rollouts import PromptBatch, Rollouts
 from common.sampling.policy_sampler import PolicySampler, make_sampler
 from common.update.batches import Batches
@@ -43,6 +42,8 @@ _OTHER_MODEL = "the sampler computes another model than the trainer; try --sampl
 _OTHER_ATTENTION = "the attention leaves out a part of the model; try --attn_implementation eager"
 _NO_MOVE = "the trained weights hardly act on the log-probs, so the next line shows little"
 _OLD_WEIGHTS = "the sampler keeps a part of the old weights; try --sampler transformers"
+# No weight is NaN: a model with such a weight is refused when it is loaded.
+_NOT_FINITE = "log-probs of the trainer are NaN or infinite, though no weight is; try --dtype float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class Comparison:
         """Each difference as soon as it is known."""
         rollouts = self._sample()
         before = self._logprobs(rollouts)
-        advice = self._why_not_finite(before, rollouts)
+        advice = "" if before[rollouts.completion_mask].isfinite().all() else _NOT_FINITE
         what = {"what": "sampler and trainer, first push", "advice": advice or _OTHER_MODEL}
         first = Difference.of(rollouts.sampling_logprobs, before, rollouts, **what)
         yield first
@@ -146,17 +147,6 @@ class Comparison:
         # A sampler with the old weights would differ by as much as the weights moved.
         limit = moved.mean / _OF_MOVE if moved.is_right(math.inf) else math.inf
         yield Difference.of(rollouts.sampling_logprobs, self._logprobs(rollouts), rollouts, **what, limit=limit)
-
-    def _why_not_finite(self, logprobs: Tensor, rollouts: Rollouts) -> str:
-        """That the trainer's own log-probs, (B, C), are no numbers, and why; empty if they are."""
-        if logprobs[rollouts.completion_mask].isfinite().all():
-            return ""
-        with self.models.use("policy") as policy:
-            bad = not_finite(policy)
-        if not bad:
-            return "log-probs of the trainer are NaN or infinite, though no weight is; try --dtype float32"
-        more = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
-        return f"the model's own weights are NaN or infinite: {bad[0]}{more}; download it again, or take another"
 
     def _sample(self) -> Rollouts:
         rollouts = self.sampler.sample(self.prompts, num_generations=_NUM_GENERATIONS, purpose="check")
