@@ -232,18 +232,21 @@ def _why_another_class(config: transformers.PreTrainedConfig) -> str | None:
 
     transformers goes by model_type and vLLM by architectures, so they would make two different models of the weights.
     """
+    # Of names alone: the Auto classes would import every model to name its class.
+    from transformers.models.auto import modeling_auto
+
     named, made = next(iter(config.architectures or ()), None), model_class(config)
-    auto_classes = (  # whose models can write text; one kind of configuration has a class in several
-        transformers.AutoModelForCausalLM,
-        transformers.AutoModelForImageTextToText,
-        transformers.AutoModelForMultimodalLM,
-        transformers.AutoModelForSeq2SeqLM,
+    classes_by_kind = (  # of models that can write text; one kind may have a class in several
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
     kinds = {
-        kind.model_type
-        for auto_class in auto_classes
-        for kind, found in auto_class._model_mapping.items()
-        if named in [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]
+        kind
+        for names in classes_by_kind
+        for kind, found in names.items()
+        if named in (found if isinstance(found, tuple) else (found,))
     }
     own = {config.model_type, config.get_text_config().model_type, made.config_class.model_type}
     if not kinds or kinds & own or named == made.__name__:
