@@ -83,7 +83,8 @@ def _cheapest_head(model: nn.Module, ids: Tensor, temperature: float) -> Head:
     Raises:
         ValueError: if a token's logits depend on later tokens.
     """
-    ids = ids[:1, :NUM_COMPARED]  # any tokens do, padding too: passes get no mask
+    # Any tokens do, padding too: passes get no mask. A row that only keeps processes in step has a single one.
+    ids = ids[:1].repeat(1, NUM_COMPARED)[:, :NUM_COMPARED]
     is_completion = torch.ones_like(ids, dtype=torch.bool)
     # In full precision where the weights have it: rounded logits would differ between ways that are the same.
     with _without_autocast(model, ids.device):
