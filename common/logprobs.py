@@ -58,7 +58,7 @@ def token_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float) -> 
     is_completion = (positions >= prompt_lengths[:, None]) & (positions < rollouts.total_lengths[:, None])  # (b, L)
     base = without_adapter(model)
     if base not in _heads:
-        _heads[base] = _cheapest_head(base, sequence_ids, temperature)
+        _heads[base] = _cheapest_head(base, sequence_ids.device, temperature)
     logprobs, entropy = _heads[base](base, sequence_ids, is_completion, temperature)
     # Both are flat, row by row; masked_scatter fills the mask in the same order.
     mask = rollouts.completion_mask
@@ -77,14 +77,15 @@ def without_adapter(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _cheapest_head(model: nn.Module, ids: Tensor, temperature: float) -> Head:
+def _cheapest_head(model: nn.Module, device: torch.device, temperature: float) -> Head:
     """The first way to log-probs, in the order of their cost, that agrees with the model's own logits.
 
     Raises:
         ValueError: if a token's logits depend on later tokens.
     """
-    # Any tokens do, padding too: passes get no mask. A row that only keeps processes in step has a single one.
-    ids = ids[:1].repeat(1, NUM_COMPARED)[:, :NUM_COMPARED]
+    # Tokens from the whole vocabulary, the same on every process, whatever rows it has.
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = (torch.arange(NUM_COMPARED, device=device) * vocabulary // NUM_COMPARED)[None]  # (1, 16)
     is_completion = torch.ones_like(ids, dtype=torch.bool)
     # In full precision where the weights have it: rounded logits would differ between ways that are the same.
     with _without_autocast(model, ids.device):
@@ -205,11 +206,12 @@ def _plain(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: fl
 def _own(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Use the model's own logits, those of a whole pass at once. Returns both (completion tokens,)."""
     # The memory of a long prompt's logits is saved where the model can leave them out.
-    first = int(is_completion[:, 1:].any(0).int().argmax())
+    first = int((~is_completion[:, 1:].any(0)).cumprod(0).sum())
     options = {"logits_to_keep": ids.shape[1] - first} if takes(model, "logits_to_keep") else {}
     logits = model(input_ids=ids, use_cache=False, **options).logits[:, :-1]  # (b, L - 1 or fewer, V)
-    predicts_completion = is_completion[:, 1:][:, -logits.shape[1] :]
-    targets = ids[:, 1:][:, -logits.shape[1] :][predicts_completion]
+    left_out = ids.shape[1] - 1 - logits.shape[1]
+    predicts_completion = is_completion[:, 1 + left_out :]
+    targets = ids[:, 1 + left_out :][predicts_completion]
     return _in_chunks(nn.Identity(), logits[predicts_completion], targets, temperature, vocabulary=logits.shape[-1])
 
 

@@ -67,7 +67,9 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
 def loads(monkeypatch) -> list[str]:
     """The models whose weights were loaded."""
     loaded, load = [], command.load
-    monkeypatch.setattr(command, "load", lambda source: (loaded.append(source.base), load(source))[1])
+    monkeypatch.setattr(
+        command, "load", lambda source, **options: (loaded.append(source.base), load(source, **options))[1]
+    )
     return loaded
 
 

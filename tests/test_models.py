@@ -38,7 +38,7 @@ from common.models.attention import attention_for, check_attention
 from common.models.configs import describe_multimodal, read_config
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
 from common.models.saving import save_model
-from common.rollouts import Completion, PromptBatch, Rollouts
+from common.rollouts import Completion, PromptBatch, Rollouts, filler
 from common.update.batches import forward_context
 
 T = 0.7
@@ -399,12 +399,23 @@ def test_settings_of_outputs_change_nothing_in_training_and_are_saved_as_they_we
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scale_of_logits_is_no_rounding_in_any_precision(tmp_path, dtype):
     model = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.04), tmp_path).to(dtype).eval()
-    ids = torch.arange(5, 25)[None]
-    assert logprobs_module._cheapest_head(model, ids, 1.0) is not logprobs_module._plain
+    assert logprobs_module._cheapest_head(model, model.device, 1.0) is not logprobs_module._plain
     plain = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.0), tmp_path).to(dtype).eval()
     head = plain.get_output_embeddings()
-    assert logprobs_module._cheapest_head(plain, ids, 1.0) is logprobs_module._plain
+    assert logprobs_module._cheapest_head(plain, plain.device, 1.0) is logprobs_module._plain
     assert plain.get_output_embeddings() is head
+
+
+def test_a_row_that_only_keeps_processes_in_step_decides_nothing(tmp_path, rollouts):
+    """Its one token is padding, whose embedding is 0."""
+    model = save_tiny(CohereConfig(**LLAMA_LIKE, logit_scale=1.0), tmp_path).eval().requires_grad_(False)
+    model.get_input_embeddings().weight[0] = 0
+    logprobs, entropy = token_logprobs(model, filler(rollouts), 1.0)
+    assert not logprobs.any() and not entropy.any()
+    assert logprobs_module._heads[model] is logprobs_module._plain
+    sequence_ids, _ = filler(rollouts).sequences()
+    found = logprobs_module._own(model, sequence_ids, torch.zeros_like(sequence_ids, dtype=torch.bool), 1.0)
+    assert [each.shape for each in found] == [(0,), (0,)]
 
 
 def test_in_16_bits_a_token_that_changes_its_expert_is_no_look_ahead(tmp_path):
