@@ -37,6 +37,7 @@ RIGHT = {
 def test_what_agrees_everywhere_is_right():
     assert judge(RIGHT, "").verdict == "right"
     assert judge(RIGHT, "").logprob_diff == 9e-6
+    assert judge(RIGHT | {"final": 7e-5, "rounding": 2e-5}, "").verdict == "right"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_what_agrees_everywhere_is_right():
         ({"final": 6e-5}, "final 6.0e-05"),
         ({"final": float("nan")}, "final nan"),
         ({"merged": 1.0}, "merged 1.0e"),
+        ({"final": 9e-5, "rounding": 2e-5}, "final 9.0e-05"),
         ({"final misfits": ["lm_head.weight"]}, "lm_head"),
         ({"exit": "AssertionError: no config\nmore"}, "AssertionError: no config"),
         ({"exit": "killed, status 9"}, "killed"),
