@@ -130,6 +130,18 @@ def test_a_mistyped_setting_and_help_cost_no_import_that_they_do_not_need(statem
     assert done.stdout.split() == []
 
 
+@pytest.mark.slow
+def test_the_check_of_a_model_imports_that_model_alone(tiny_folder):
+    """Asking transformers' Auto classes for all of their classes takes five seconds."""
+    code = (
+        f"import sys; from common.embedded import check_model; check_model({str(tiny_folder)!r}); "
+        "print(*[name for name in sys.modules if name.split('.')[-1].startswith('modeling_')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    models = {name for name in done.stdout.split() if name.startswith("transformers.models.")}
+    assert {name for name in models if ".auto." not in name} == {"transformers.models.qwen2.modeling_qwen2"}
+
+
 # Old names
 
 
