@@ -96,6 +96,9 @@ def _has_usable_cache(model: transformers.PreTrainedModel) -> bool:
     # Layers of a kind of the model's own may keep more than is repeated.
     if any(type(layer).__module__ != cache_utils.__name__ for layer in layers):
         return False
+    # The cache also keeps positions, which are not repeated (Qwen4ExpTextModel.forward, modeling_qwen4_exp.py:1452).
+    if model.config.get_text_config().model_type == "qwen4_exp_text":
+        return False
     # The state is in modules of the model: it belongs to the rows of the last pass.
     if model._is_stateful and not any(map(_is_linear, layers)):
         return False

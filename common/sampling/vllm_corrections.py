@@ -63,7 +63,7 @@ def _as_transformers_reads(config: PreTrainedConfig) -> Callable[[PreTrainedConf
 
 
 def undeclared(config: PreTrainedConfig) -> set[str]:
-    """Names of attributes that come from config.json alone: the class has no such field and sets none itself.
+    """Names that vLLM reads and that come from config.json alone: the class has no such field and sets none itself.
 
     Args:
         config: of a class of transformers; for another, which may take any names, the result is empty.
@@ -74,11 +74,19 @@ def undeclared(config: PreTrainedConfig) -> set[str]:
         without_file = type(config)()
     except Exception:  # its defaults do not fit together
         return set()
-    return vars(config).keys() - vars(without_file).keys() - config.attribute_map.keys() - _OF_NO_MODEL
+    return (vars(config).keys() & _ASKED_OF_ALL) - vars(without_file).keys() - config.attribute_map.keys()
 
 
-# Attributes that the classes of all models take.
-_OF_NO_MODEL = {"model_type", "quantization_config", "auto_map", "rope_theta", "rope_parameters", "rope_scaling"}
+# What vLLM reads in any configuration. Other keys that a class does not declare may count all the same: models of
+# transformers ask for some with a default, such as GLM-4 MoE for head_dim.
+_ASKED_OF_ALL = frozenset(
+    (
+        *("sliding_window", "use_sliding_window", "max_window_layers", "interleaved_sliding_window"),
+        *("sliding_window_pattern", "layer_types", "attention_chunk_size", "is_causal", "use_bidirectional_attention"),
+        *("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"),
+        *("partial_rotary_factor", "rotary_pct"),
+    )
+)
 
 
 def _rotates_whole_heads(config: PreTrainedConfig) -> bool:
