@@ -140,7 +140,7 @@ def test_a_script_says_what_its_algorithm_needs(tmp_path, monkeypatch, capsys, n
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"num_labels": 2}, "2 labels and 459 tokens"), ({"vocab_size": 300}, "1 labels and 300 tokens")],
+    [({"num_labels": 2}, "2 labels and 459 tokens"), ({"vocab_size": 300}, "1 label and 300 tokens")],
     ids=["two labels", "fewer tokens"],
 )
 def test_a_model_that_cannot_be_ppos_value_model_is_refused(tiny_folder, tmp_path, settings, message):

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import logprobs
 from common.logprobs import token_logprobs
+from common.models.configs import why_not_causal
 from common.models.decoding_support import decoding_of, why_not_decodable
 from common.rollouts import PromptBatch, Rollouts
 from common.sampling.protocol import SamplingSettings
@@ -133,14 +134,19 @@ def test_a_model_that_sees_later_tokens_is_refused(rollouts):
         intermediate_size=32,
         is_decoder=True,
     )
-    assert "text encoder" in why_not_decodable(config)
+    assert "fills in masked tokens" in why_not_causal(config)
     with pytest.raises(ValueError, match="not causal"):
         token_logprobs(AutoModelForCausalLM.from_config(config).eval(), rollouts, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["xlnet", "cpmant", "moshi", "rwkv", "roberta", "reformer"])
+@pytest.mark.parametrize("kind", ["xlnet", "cpmant", "moshi", "rwkv"])
 def test_what_is_no_plain_decoder_is_refused_by_its_configuration(kind):
     assert kind in why_not_decodable(AutoConfig.for_model(kind))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "reformer"])
+def test_what_fills_in_masked_tokens_is_refused_by_its_configuration(kind):
+    assert kind in why_not_causal(AutoConfig.for_model(kind, is_decoder=True))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "mamba", "gemma3", "deepseek_v3", "zamba2"])

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import date, datetime
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -395,7 +396,9 @@ def test_a_killed_command_goes_on_when_it_is_typed_again(model, sign, status):
     command_line = [sys.executable, "-m", "common.evaluation", "--model", str(model), *arguments, "--output_dir"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     options = {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*command_line, "killed"], **options) as process:
+    # A shell in the background, such as of a CI, lets its children ignore Ctrl-C.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*command_line, "killed"], **options, preexec_fn=heed) as process:
         while sum(len(kept.read_bytes().splitlines()) for kept in Path().glob("*.unfinished.jsonl")) < 40:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
