@@ -434,15 +434,16 @@ def trust_and_evaluate(folder: Path, output: Path) -> None:
     assert (output / "merged" / "modeling_marked.py").is_file()
 
 
+def succeeds(code, *folders):
+    """Code in a process of its own, since the classes that it registers would stay."""
+    command = [sys.executable, "-c", code, *map(str, folders)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_models_own_code_runs_only_if_it_is_trusted(own_code, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS, str(own_code), str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    succeeds(IN_A_PROCESS, own_code, tmp_path)
 
 
 @pytest.mark.slow
@@ -457,13 +458,7 @@ def test_a_models_own_code_is_evaluated_and_merged_only_if_it_is_trusted(own_cod
         names |= dict.fromkeys(part, file)
     (own_code / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     (own_code / WEIGHTS).unlink()
-    done = subprocess.run(
-        [sys.executable, "-c", EVALUATED_IN_A_PROCESS, str(own_code), str(tmp_path)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    succeeds(EVALUATED_IN_A_PROCESS, own_code, tmp_path)
 
 
 @pytest.mark.parametrize(("example", "count"), [("sft/sft.py", "prompts"), ("reward_model/reward_model.py", "pairs")])

@@ -273,17 +273,31 @@ def _why_no_config(path: str | Path) -> str | None:
     return None
 
 
-def _check_config_file(folder: Path, label: str) -> None:
-    """Refuse what the classes of transformers fail on without saying where."""
-    file = folder / transformers.utils.CONFIG_NAME
-    remedy = f"Correct {file}, or download it again."
+def read_settings(file: Path, label: str, remedy: str) -> dict[str, Any]:
+    """The settings in a JSON file of a model.
+
+    Args:
+        file: such as config.json.
+        label: what the model is, for messages.
+        remedy: what to do about a file that cannot be read.
+
+    Raises:
+        ValueError: it is not readable, or holds something else.
+    """
     try:
         values = json.loads(file.read_bytes())
     except (UnicodeError, ValueError) as error:
         raise ValueError(f"{label}: {file.name} is not readable as JSON: {first_line(error)}. {remedy}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{label}: {file.name} holds no settings but {json.dumps(values):.40}. {remedy}")
-    quantization = values.get("quantization_config")
+    return values
+
+
+def _check_config_file(folder: Path, label: str) -> None:
+    """Refuse what the classes of transformers fail on without saying where."""
+    file = folder / transformers.utils.CONFIG_NAME
+    remedy = f"Correct {file}, or download it again."
+    quantization = read_settings(file, label, remedy).get("quantization_config")
     if quantization is not None and not (isinstance(quantization, dict) and quantization):
         raise ValueError(
             f"{label}: {file.name} has quantization_config {json.dumps(quantization):.40}; need a group of settings "

@@ -5,7 +5,6 @@ Only headers are read, never weights. Models on the hub are checked when they ar
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import transformers
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from common.mistakes import first_line
-from common.models.configs import is_of_own_code
+from common.models.configs import is_of_own_code, read_settings
 from common.models.unread import check_companions, check_unexpected
 from common.models.weight_files import FILE_NAMES, REAL, are_equal, check_weight_files, weight_dtypes
 
@@ -180,22 +179,16 @@ def check_generation_config(folder: Path) -> None:
     file = folder / GENERATION_CONFIG_NAME
     if not file.is_file():
         return
-    remedy = f"Correct {file}, or delete it for the values of config.json."
-    try:
-        values = json.loads(file.read_bytes())
-    except (UnicodeError, ValueError) as error:
-        raise ValueError(f"model={str(folder)!r}: {file.name} is not readable as JSON: {error}. {remedy}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"model={str(folder)!r}: {file.name} holds no settings but {values!r:.40}. {remedy}")
+    label, remedy = f"model={str(folder)!r}", f"Correct {file}, or delete it for the values of config.json."
+    values = read_settings(file, label, remedy)
     ends = values.get("eos_token_id")
     for token in ends if isinstance(ends, list) else [ends]:
         if token is not None and type(token) is not int:
             raise ValueError(
-                f"model={str(folder)!r}: {file.name} has eos_token_id {ends!r:.60}; need the number of a token, or a "
+                f"{label}: {file.name} has eos_token_id {ends!r:.60}; need the number of a token, or a "
                 f"list of them, since a completion ends there. {remedy}"
             )
     try:
         transformers.GenerationConfig(**values)
     except Exception as error:  # whatever a value of the wrong type makes of its class
-        reason = first_line(error)
-        raise ValueError(f"model={str(folder)!r}: {file.name}: {reason}. {remedy}") from error
+        raise ValueError(f"{label}: {file.name}: {first_line(error)}. {remedy}") from error

@@ -48,7 +48,7 @@ def weight_names(model: str | Path) -> list[str] | None:
     for name in FILE_NAMES:
         file = _find(model, name)
         if file is not None:
-            return sorted(_weight_map(file) if name in INDEX_NAMES else _names_in(file))
+            return sorted(_weight_map(file) if name in INDEX_NAMES else _dtypes_in(file))
     return None
 
 
@@ -155,10 +155,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     except (UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(index, error) from error
     return weight_map
-
-
-def _names_in(file: Path) -> list[str]:
-    return list(_dtypes_in(file))
 
 
 def _dtypes_in(file: Path) -> dict[str, str]:

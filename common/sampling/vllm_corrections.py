@@ -40,8 +40,8 @@ _ASSUMED: dict[str, dict[str, Any]] = {
 def _as_transformers_reads(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], PreTrainedConfig]:
     """The function that changes a configuration, which vLLM has read itself, into what transformers' model computes.
 
-    A key that the class of the configuration does not declare changes nothing in transformers' model. vLLM asks every
-    configuration for windows, soft caps and other keys, so it must not see them.
+    vLLM asks every configuration for windows, soft caps and the like. Where the class does not declare such a key,
+    transformers' model does without it, so vLLM must not see it.
     """
     values = _overrides(config)
     texts = {type(each): undeclared(each) for each in (config, config.get_text_config())}
