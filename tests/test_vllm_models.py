@@ -229,6 +229,20 @@ def test_an_engine_that_was_refused_leaves_room_for_another(tmp_path):
 
 
 @pytest.mark.slow
+def test_an_engine_that_is_freed_while_another_starts_leaves_it_the_groups(tmp_path, monkeypatch):
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    path = save_model(tmp_path / "model", "qwen2")
+    first = engine_for(path)
+    load = CPUModelRunner.load_model
+    # As the garbage collector does with an engine in a cycle.
+    monkeypatch.setattr(CPUModelRunner, "load_model", lambda *args, **kw: (first.shut_down(), load(*args, **kw)))
+    second = engine_for(path)
+    assert not first.shut_down.alive
+    assert type(second.llm.apply_model(lambda model: model)[0]).__module__.endswith("models.qwen2")
+
+
+@pytest.mark.slow
 def test_a_run_says_that_it_samples_from_transformers_class(tmp_path, caplog):
     kind, settings = KINDS["biases that vLLM's class has not"]
     with caplog.at_level("INFO", "nanorlhf"):

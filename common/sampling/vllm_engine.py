@@ -47,7 +47,6 @@ class Engine:
         self.llm = llm
         self.dtype = dtype
         self.shapes = shapes
-        _Groups.users += 1
         self.shut_down = weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
 
 
@@ -100,7 +99,13 @@ def _create(
             vllm_corrections.kernels_for(settings.dtype),
             vllm_corrections.corrected_classes(config),
         ):
-            engine = Engine(_start(LLM, arguments), shapes, settings.dtype)
+            _Groups.users += 1  # before the start: the collector may free an earlier engine during it
+            try:
+                with vllm_trial.refused(settings.model, "build"):
+                    engine = Engine(LLM(**arguments), shapes, settings.dtype)
+            except BaseException:
+                _leave_groups()
+                raise
     try:
         engine.llm.apply_model(vllm_corrections.use_bias_of_head)
         engine.llm.apply_model(lambda model: vllm_support.check_built_model(model, config, settings.max_model_len))
@@ -109,16 +114,6 @@ def _create(
         engine.shut_down()
         raise
     return engine
-
-
-def _start(make: Any, arguments: dict[str, Any]) -> Any:
-    """VLLM's LLM; one that cannot be made leaves no process groups behind."""
-    try:
-        with vllm_trial.refused(arguments["model"], "build"):
-            return make(**arguments)
-    except BaseException:
-        _destroy_unused_groups()
-        raise
 
 
 def _try_out(engine: Engine, model: str) -> None:
@@ -300,7 +295,7 @@ def wake(engine: Engine, part: str) -> None:
 class _Groups:
     """vLLM's process groups are shared by all engines of the process."""
 
-    users = 0
+    users = 0  # engines that are there or starting
     # vLLM made the default group, so it is not the trainer's.
     owned = False
 
@@ -311,16 +306,17 @@ def _shut_down(core: Any) -> None:
         if not torch.accelerator.is_available():  # vLLM calls both here even on the CPU
             torch.accelerator.synchronize = torch.accelerator.empty_cache = vllm_startup.do_nothing
         core.shutdown()
-    _Groups.users -= 1
-    _destroy_unused_groups()
+    _leave_groups()
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
-def _destroy_unused_groups() -> None:
+def _leave_groups() -> None:
+    """An engine is gone or could not be made: without another, vLLM's process groups go too."""
     from vllm.distributed import parallel_state
 
+    _Groups.users -= 1
     if _Groups.users == 0 and torch.distributed.is_initialized():  # else all groups are destroyed already
         parallel_state.destroy_model_parallel()
         if _Groups.owned:
