@@ -21,6 +21,7 @@ from queue import SimpleQueue
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run_script
+from common.host import num_cpus
 from common.mistakes import ROOT
 from common.runs.writable import make_folder
 from examples.compare_algorithms.report import write_report
@@ -80,11 +81,11 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
 
 
 def run_environment() -> dict[str, str]:
-    """The environment of a run, which lets torch use all CPUs of the calling thread.
+    """The environment of a run, which lets torch use all CPUs of the calling thread that a quota allows.
 
     The run inherits these CPUs. Variables that the user has set are kept.
     """
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "PASSIVE"}
+    threads = {"OMP_NUM_THREADS": str(num_cpus()), "OMP_WAIT_POLICY": "PASSIVE"}
     return threads | os.environ
 
 
