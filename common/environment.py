@@ -3,6 +3,7 @@
 No heavy import at the top: the environment must be prepared before torch is imported.
 """
 
+import io
 import logging
 import os
 import random
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
-from common.host import num_cpus
 from common.caches import use_writable_caches
+from common.host import num_cpus
 
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On shared cores, two threads are then up to 25 times slower than one.
@@ -71,6 +72,13 @@ def said_of_threads() -> list[str]:
 
 def _num_allowed_cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def print_what_has_no_bytes() -> None:
+    """Print a character that the terminal's encoding lacks, as ü under LC_ALL=C, as an escape: no error ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else it is a test's or a notebook's, which takes any text
+            stream.reconfigure(errors="backslashreplace")
 
 
 # What a launcher tells each of several processes, and torch needs to find the others.

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from common.host import host_memory, num_cpus, oom_kills
+from tests.cgroup import enter, limited_cgroup
 from tests.toy import ROOT
 
 GB = 10**9
@@ -134,31 +135,8 @@ def test_limits_of_the_shell_count(kind, name):
     assert (int(total), source) == (4 * GB, f"ulimit_{name}") and 3 * GB < int(available) < 4 * GB
 
 
-@pytest.fixture
-def real_cgroup():
-    """A cgroup with 300 MB of its own, of version 1 or 2."""
-    parents = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
-    names = ["memory.limit_in_bytes", "memory.max"]
-    for parent, name in zip(parents, names, strict=True):
-        folder = parent / f"nanorlhf-test-{os.getpid()}"
-        try:
-            folder.mkdir()
-        except OSError:
-            continue
-        try:
-            if (folder / name).exists():
-                (folder / name).write_text(str(300 * 2**20), encoding="utf-8")
-                yield folder
-                return
-        finally:
-            folder.rmdir()
-    pytest.skip("this user may not make a cgroup here")
-
-
-def test_a_real_cgroup(real_cgroup):
-    def enter() -> None:
-        (real_cgroup / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
-
-    total, available, source = seen(MEMORY, enter)
-    assert int(total) == 300 * 2**20 and source == f"the_cgroup_{real_cgroup}"
+def test_a_real_cgroup():
+    with limited_cgroup(300 * 2**20) as folder:
+        total, available, source = seen(MEMORY, lambda: enter(folder))
+    assert int(total) == 300 * 2**20 and source == f"the_cgroup_{folder}"
     assert 200 * 2**20 < int(available) < 300 * 2**20
