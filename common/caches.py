@@ -1,7 +1,7 @@
 """Caches of the libraries, in a folder that can be written.
 
-A container with `--user 1234` has no home, a job's home may be read-only, and a service has none: each library then fails
-or warns in its own way, or makes a folder `~` where it was started. They read these variables at their import.
+A container with `--user 1234` has no home, a job's home may be read-only, and a service has none: each library then
+fails or warns in its own way, or makes a folder `~` where it was started. They read these variables at their import.
 """
 
 import getpass

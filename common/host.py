@@ -1,7 +1,7 @@
 """What this process may use of its machine: memory and processors, within the limits of cgroups and of the shell.
 
-In a container or a job of a queue the machine's own numbers are of no use: the kernel kills what goes over the limit of
-the cgroup. Cgroups are nested, and the tightest one counts. Where a file cannot be read, there is no limit in it.
+In a container or a job of a queue the machine's own numbers are of no use: the kernel kills what goes over the limit
+of the cgroup. Cgroups are nested, and the tightest one counts. Where a file cannot be read, there is no limit in it.
 """
 
 import os

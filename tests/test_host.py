@@ -27,7 +27,8 @@ def lay_out(folder: Path, files: dict[str, str]) -> Path:
 
 V2 = {
     "proc/cgroup": "0::/jobs/mine\n",
-    "proc/mountinfo": "22 1 0:2 / / rw - ext4 /dev/vda rw\n35 22 0:32 / {}/sys rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
+    "proc/mountinfo": "22 1 0:2 / / rw - ext4 /dev/vda rw\n"
+    "35 22 0:32 / {}/sys rw,nosuid shared:4 - cgroup2 cgroup2 rw\n",
     "sys/jobs/mine/memory.max": "max\n",
     "sys/jobs/mine/memory.current": f"{GB // 4}\n",
 }

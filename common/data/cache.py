@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -60,7 +59,8 @@ def cached_folder(
             for leftover in [folder, *parent.glob(f".{name}-*")]:  # those of a process that was killed
                 _remove(leftover)
             _remove_leftovers(parent)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
+            temporary = parent / f".{name}-{os.urandom(8).hex()}"
+            temporary.mkdir()  # not by mkdtemp, whose folder no other user could read
             try:
                 make(temporary)
                 (temporary / DIGESTS).write_text(json.dumps(_digests(temporary, by_content)), encoding="utf-8")
@@ -155,9 +155,11 @@ def code_digest(*modules: str) -> str:
 def _remove_leftovers(parent: Path) -> None:
     """Remove what killed processes left of folders of other names, which may never be made again."""
     for leftover in parent.glob(".*-*"):
-        lock = parent / f"{leftover.name[1:].rpartition('-')[0]}.lock"
+        folder = parent / leftover.name[1:].rpartition("-")[0]
+        lock = Path(f"{folder}.lock")
         with suppress(OSError, Timeout), FileLock(lock, timeout=0):  # else it is being made
             _remove(leftover)
+            lock.unlink(missing_ok=True)  # who waits for it notices, and takes a new one
 
 
 def _remove(leftover: Path) -> None:

@@ -244,7 +244,8 @@ def tiny_policy(
 
     Args:
         settings: what to make.
-        cache_dir: parent folder; None: ``nanorlhf`` in the user's cache folder, or where `folder_anywhere` finds place.
+        cache_dir: parent folder; None: ``nanorlhf`` in the user's cache folder, or another place: see
+            `folder_anywhere`.
         beside: a folder of the user's, such as that of runs, for a user without a cache folder.
 
     Returns:

@@ -1,8 +1,8 @@
 """How the last process of a run ended: orderly, or without a word, as the out-of-memory killer ends it.
 
-SIGKILL leaves no trace in the process that it ends. So a run keeps a small file as long as it lives, and removes it when
-it ends in any other way; the next process finds it and says what was probably the matter. Only the main process calls
-these functions, with the folder's lock held.
+SIGKILL leaves no trace in the process that it ends. So a run keeps a small file as long as it lives, and removes it
+when it ends in any other way; the next process finds it and says what was probably the matter. Only the main process
+calls these functions, with the folder's lock held.
 """
 
 import atexit
@@ -26,8 +26,8 @@ _NEAR = 0.75
 _GB = 2**30  # as in metrics.jsonl
 
 _REMEDY = (
-    "To need less: a smaller --max_tokens_per_microbatch, --gradient_checkpointing true, --use_lora true, or a smaller "
-    "--vllm_memory_share; or start it with more memory."
+    "To need less: a smaller --max_tokens_per_microbatch, --gradient_checkpointing true, --use_lora true, or a "
+    "smaller --vllm_memory_share; or start it with more memory."
 )
 
 

@@ -25,7 +25,8 @@ def why_no_name(folder: Path, *, is_replaced: bool = False) -> str | None:
     encoding = sys.getfilesystemencoding()
     is_unicode = encoding.lower().replace("-", "") == "utf8"
     if not text.isascii() and not is_unicode:
-        return f"Python takes names for {encoding} here, and other libraries for UTF-8: set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        remedy = "set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        return f"Python takes names for {encoding} here, and other libraries for UTF-8: {remedy}"
     try:
         size = len(text.encode())
     except UnicodeEncodeError as error:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from common.runs.names import why_no_name
 
+_MOST_SHOWN = 300  # characters of a name in a message
+
 
 def check_folder(folder: str | Path, *, setting: str = "output_dir", is_replaced: bool = False) -> None:
     """Try out that a folder can be made and written to; nothing stays behind.
@@ -61,6 +63,7 @@ def make_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
 def _check_name(folder: Path, setting: str, *, is_replaced: bool = False) -> None:
     if reason := why_no_name(folder, is_replaced=is_replaced):
         shown = str(folder).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+        shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
         raise ValueError(f"{setting}={shown}: no folder can have this name: {reason}. Pass --{setting} with another.")
 
 
