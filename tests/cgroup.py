@@ -1,4 +1,4 @@
-"""A real cgroup with a limit on its memory, where this user may make one."""
+"""A real cgroup with a limit, where this user may make one."""
 
 import os
 import time
@@ -8,31 +8,43 @@ from pathlib import Path
 
 import pytest
 
-_PARENTS = {  # version 1 and 2
-    "memory.limit_in_bytes": Path("/sys/fs/cgroup/memory"),
-    "memory.max": Path("/sys/fs/cgroup"),
-}
+_ROOT = Path("/sys/fs/cgroup")
 
 
 @contextmanager
 def limited_cgroup(limit: int) -> Iterator[Path]:
-    """The folder of a cgroup of `limit` bytes, gone afterwards; skips the test where there is none."""
-    for name, parent in _PARENTS.items():
-        folder = parent / f"nanorlhf-test-{os.getpid()}"
+    """The folder of a cgroup of `limit` bytes of memory, gone afterwards; skips the test where there is none."""
+    with _cgroup({"memory/memory.limit_in_bytes": str(limit), "memory.max": str(limit)}) as folder:
+        yield folder
+
+
+@contextmanager
+def one_cpu_cgroup() -> Iterator[Path]:
+    """The folder of a cgroup that has a quota of one processor; skips the test where there is none."""
+    with _cgroup({"cpu/cpu.cfs_quota_us": "100000", "cpu.max": "100000 100000"}) as folder:
+        yield folder
+
+
+@contextmanager
+def _cgroup(limits: dict[str, str]) -> Iterator[Path]:
+    """A cgroup with the first of some limits that there is: those of version 1 and 2."""
+    for name, limit in limits.items():
+        folder = (_ROOT / name).parent / f"nanorlhf-test-{os.getpid()}"
         try:
             folder.mkdir()
         except OSError:
             continue
-        if not (folder / name).exists():
+        file = folder / Path(name).name
+        if not file.exists():
             folder.rmdir()
             continue
         try:
-            (folder / name).write_text(str(limit), encoding="utf-8")
+            file.write_text(limit, encoding="utf-8")
             yield folder
             return
         finally:
             _remove(folder)
-    pytest.skip("this user may not make a cgroup with a limit on memory here")
+    pytest.skip("this user may not make such a cgroup here")
 
 
 def _remove(folder: Path) -> None:

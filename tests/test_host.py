@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from common.host import host_memory, num_cpus, oom_kills
-from tests.cgroup import enter, limited_cgroup
+from tests.cgroup import enter, limited_cgroup, one_cpu_cgroup
 from tests.toy import ROOT
 
 GB = 10**9
@@ -141,3 +141,20 @@ def test_a_real_cgroup():
         total, available, source = seen(MEMORY, lambda: enter(folder))
     assert int(total) == 300 * 2**20 and source == f"the_cgroup_{folder}"
     assert 200 * 2**20 < int(available) < 300 * 2**20
+
+
+THREADS = """
+import os
+os.environ.pop("OMP_NUM_THREADS") if not os.environ["OMP_NUM_THREADS"] else None
+import common
+from common.environment import said_of_threads
+print(os.environ.get("OMP_NUM_THREADS"), len(said_of_threads()))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one processor is no more than the quota")
+def test_torch_gets_as_many_threads_as_the_quota_unless_the_user_says_otherwise():
+    assert seen(THREADS, OMP_NUM_THREADS="") == ["None", "0"]
+    with one_cpu_cgroup() as folder:
+        assert seen(THREADS, lambda: enter(folder), OMP_NUM_THREADS="") == ["1", "1"]
+        assert seen(THREADS, lambda: enter(folder), OMP_NUM_THREADS="2") == ["2", "0"]
