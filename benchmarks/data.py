@@ -61,7 +61,7 @@ print(json.dumps([after[0] - before[0], after[1] - before[1], after[2]]))
 def write_dialogues(path: Path, count: int) -> None:
     """Dialogues of one or three turns with a column besides, all different."""
     source = random.Random(1)
-    with open(path, "w") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for number in range(count):
             messages = [
                 {"role": "user", "content": f"Describe the {source.choice(KINDS)} {source.choice(THINGS)} {number}."}
@@ -122,7 +122,7 @@ def main() -> None:
         folder = Path(name)
         save_chat_model(folder / "chat")
         (folder / "reward.py").write_text(
-            "def score(completions, **columns):\n    return [0.0 for _ in completions]\n"
+            "def score(completions, **columns):\n    return [0.0 for _ in completions]\n", encoding="utf-8"
         )
         for rows in (FEW, options.rows):
             write_dialogues(folder / f"{rows}.jsonl", rows)

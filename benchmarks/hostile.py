@@ -158,7 +158,7 @@ def main() -> None:
     table = measure(hostile_completions(arguments.num_completions, arguments.seed))
     for name, row in table.items():
         print(f"{name:20}", ", ".join(f"{key} {value}" for key, value in row.items()))
-    RESULTS.write_text(json.dumps(vars(arguments) | {"rules": table}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(vars(arguments) | {"rules": table}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def split_of_step(arguments: list[str], folder: Path) -> dict:
     done = subprocess.run(command, cwd=ROOT / "GRPO", capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     fractions = defaultdict(list)
     steps = [line for line in lines if line["step"] >= FIRST_STEP]
     for line in steps:

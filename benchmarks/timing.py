@@ -66,7 +66,7 @@ def comparison(seconds: dict[str, list[float]], *, tokens: int, of: str, to: str
 
 def machine() -> dict:
     """What the numbers depend on, other than the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.machine(),

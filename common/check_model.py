@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import parse_settings, run_script
 from common.config import RLConfig
+from common.host import host_memory
 
 if TYPE_CHECKING:
     import torch
@@ -187,7 +188,8 @@ def _facts(config: RLConfig, model: Model, device: torch.device) -> dict[str, st
         run = replace(config, use_lora=use_lora, load_in_4bit=config.load_in_4bit and use_lora)
         rows[f"memory, {name}"] = str(Memory.of(count, adapter, run, device))
     free, total = memory_there(device)
-    rows["memory there"] = f"{free / GB:.3g} GB free of {total / GB:.3g} GB ({device.type})"
+    limit = "" if device.type == "cuda" or host_memory().source == "this machine" else f", of {host_memory().source}"
+    rows["memory there"] = f"{free / GB:.3g} GB free of {total / GB:.3g} GB ({device.type}{limit})"
     return rows
 
 

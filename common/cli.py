@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import yaml
 
 from common.config import RLConfig
+from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.mistakes import ROOT, WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
@@ -257,6 +258,7 @@ def run_script(
         SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 130 after
             Ctrl-C.
     """
+    print_what_has_no_bytes()
     if "transformers" in sys.modules:
         # Bars for loading and saving would break the run's own progress bar; bars for downloads stay.
         sys.modules["transformers"].logging.disable_progress_bar()

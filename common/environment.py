@@ -3,6 +3,7 @@
 No heavy import at the top: the environment must be prepared before torch is imported.
 """
 
+import io
 import logging
 import os
 import random
@@ -11,6 +12,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
+
+from common.caches import use_writable_caches
+from common.host import num_cpus
 
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On shared cores, two threads are then up to 25 times slower than one.
@@ -31,6 +35,8 @@ def prepare_environment() -> None:
     too_late = "torch" in sys.modules and "OMP_WAIT_POLICY" not in os.environ
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _follow_quota()
+    use_writable_caches()
     # At every start it warns of a missing CPU kernel for inference in 4 bits, which nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if too_late and os.environ.get("OMP_NUM_THREADS") != "1":
@@ -40,6 +46,39 @@ def prepare_environment() -> None:
             "in the shell.",
             stacklevel=2,
         )
+
+
+def _follow_quota() -> None:
+    """Let torch start as many threads as the cgroup's quota lets run: it looks at the machine alone.
+
+    Threads above the quota are stopped for most of the time, in the middle of what the others wait for.
+    """
+    cpus = num_cpus()
+    if "OMP_NUM_THREADS" not in os.environ and "torch" not in sys.modules and cpus < _num_allowed_cpus():
+        os.environ["OMP_NUM_THREADS"] = str(cpus)
+        _said_of_threads.append(
+            f"OMP_NUM_THREADS={cpus}: this process may run on {_num_allowed_cpus()} CPUs, but its cgroup has a quota "
+            f"of {cpus}; set OMP_NUM_THREADS for another number of threads"
+        )
+
+
+_said_of_threads: list[str] = []
+
+
+def said_of_threads() -> list[str]:
+    """A line, if this process was given fewer threads than torch would take."""
+    return list(_said_of_threads)
+
+
+def _num_allowed_cpus() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def print_what_has_no_bytes() -> None:
+    """Print a character that the terminal's encoding lacks, as ü under LC_ALL=C, as an escape: no error ends a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # else it is a test's or a notebook's, which takes any text
+            stream.reconfigure(errors="backslashreplace")
 
 
 # What a launcher tells each of several processes, and torch needs to find the others.
@@ -71,7 +110,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 def cpu_computes_bfloat16() -> bool:
     """Whether this machine's CPU multiplies in bfloat16; True where it does not say what it can do."""
-    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
+    lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines() if CPU_INFO.is_file() else []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), None)
     return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"}.intersection(flags))  # bf16: ARM
 

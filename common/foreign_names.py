@@ -68,7 +68,12 @@ def foreign_names() -> tuple[ForeignName, ...]:
 def algorithm_settings() -> dict[str, frozenset[str]]:
     """The settings of each algorithm, by the name of its folder, read from the files without importing them."""
     files = [ROOT / "common" / "config.py", *sorted(ROOT.glob("*/*_trainer.py"))]
-    classes = [node for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    classes = [
+        node
+        for file in files
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    ]
     found: dict[str, frozenset[str]] = {}
     for node in classes:  # a base comes before what is built on it
         own = {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}

@@ -257,7 +257,7 @@ def _recorded_base(adapter: Path) -> str:
             f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which names the base model. Pass --adapter with "
             "the folder that peft wrote."
         )
-    return json.loads(path.read_text())["base_model_name_or_path"]
+    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 # Checks and loading

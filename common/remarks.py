@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 from common.config import RLConfig
+from common.environment import said_of_threads
 
 
 def remarks(config: RLConfig) -> list[str]:
@@ -13,7 +14,7 @@ def remarks(config: RLConfig) -> list[str]:
 
     Returns:
         Lines: the settings that the user set and that do nothing next to the others, then oddities of the learning
-        rate. None for settings as shipped.
+        rate, then how many threads there are, if not as many as CPUs. None for settings as shipped.
     """
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in config.idle_settings().items():
@@ -23,7 +24,7 @@ def remarks(config: RLConfig) -> list[str]:
         f"{', '.join(names)}: {'they do' if len(names) > 1 else 'it does'} nothing, since {reason}"
         for reason, names in names_by_reason.items()
     ]
-    return lines + _remarks_on_rate(config)
+    return [*lines, *_remarks_on_rate(config), *said_of_threads()]
 
 
 def _is_set_by_user(config: RLConfig, name: str) -> bool:

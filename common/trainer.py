@@ -148,7 +148,7 @@ class OnPolicyTrainer(ABC):
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
         self._signal = SignalCheck(config, self.run.folder)
-        self.model_path = resolve_model(config.model)
+        self.model_path = resolve_model(config.model, beside=folder.parent)
         known = num_tokens(self.model_path)
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
             check_vocabulary(prompts.encoded, known)

@@ -219,7 +219,7 @@ def test_a_run_says_once_what_it_adapts_and_a_mistake_leaves_no_folder(tiny_fold
 
 
 def test_an_embedded_policy_is_checked_before_it_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.trainer.resolve_model", lambda model: pytest.fail("it was built"))
+    monkeypatch.setattr("common.trainer.resolve_model", lambda model, **_: pytest.fail("it was built"))
     with pytest.raises(ValueError, match="ties lm_head"):
         toy_trainer("tiny", tmp_path / "run", **LORA, lora_target_modules="lm_head")
 

@@ -50,6 +50,32 @@ def test_what_cannot_be_a_folder_is_refused_with_the_reason(action, name, reason
     assert sorted(os.listdir(tmp_path)) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a\0b", r"a\\0b: no folder can have this name: a name cannot hold the character NUL"),
+        ("a\ud800b", r"a\\ud800b: no folder can have this name: it is not UTF-8"),
+        (
+            "/".join(["y" * 210] * 19),
+            r"y\.\.\.: .* its path has \d+ bytes, and with the files in it, more than the 4096",
+        ),
+    ],
+)
+@pytest.mark.parametrize("action", [check_folder, make_folder])
+def test_names_that_cannot_hold_a_run_are_refused_at_its_start(action, name, reason, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"^output={re.escape(str(tmp_path))}/{'.*' if 'y' in name else ''}{reason}.*"
+    ):
+        action(tmp_path / name, setting="output")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_written_under_a_longer_name_has_room_for_it(tmp_path):
+    check_folder(tmp_path / ("x" * 240))
+    with pytest.raises(ValueError, match="its name has 240 bytes, and while it is written, up to 20 more"):
+        check_folder(tmp_path / ("x" * 240), is_replaced=True)
+
+
 def test_a_file_system_that_takes_no_folders_is_refused():
     with pytest.raises(ValueError, match="output_dir=/proc/new: nothing can be written there: No such file"):
         check_folder("/proc/new")

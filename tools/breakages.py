@@ -70,7 +70,7 @@ class Breakage:
 
 def read_breakages() -> list[Breakage]:
     """The entries of tests/breakages.yaml."""
-    return [Breakage(**entry) for entry in yaml.safe_load(LIST.read_text())]
+    return [Breakage(**entry) for entry in yaml.safe_load(LIST.read_text(encoding="utf-8"))]
 
 
 def copied(folder: Path) -> Path:
@@ -126,13 +126,13 @@ def failing(copy: Path, *arguments: str, seconds: int) -> str:
 def seen_by(breakage: Breakage, copy: Path, *, own: bool) -> str:
     """The test that fails: its own, else (without `own`) the first of the whole suite; empty if none does."""
     path = copy / breakage.file
-    whole = path.read_text()
-    path.write_text(breakage.broken(whole))
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(breakage.broken(whole), encoding="utf-8")
     try:
         found = failing(copy, breakage.test, seconds=SECONDS_OF_ONE)
         return found if found or own else failing(copy, "--deselect", CHECK_OF_THE_LIST, seconds=SECONDS_OF_ALL)
     finally:
-        path.write_text(whole)
+        path.write_text(whole, encoding="utf-8")
 
 
 def table(breakages: list[Breakage]) -> str:
@@ -146,10 +146,10 @@ def table(breakages: list[Breakage]) -> str:
 
 def write_table(breakages: list[Breakage]) -> None:
     """Replace the table in tests/README.md."""
-    before, _, rest = README.read_text().partition(HEAD)
+    before, _, rest = README.read_text(encoding="utf-8").partition(HEAD)
     rows = rest.splitlines(keepends=True)
     after = next((number for number, row in enumerate(rows) if not row.startswith("|")), len(rows))
-    README.write_text(before + table(breakages) + "".join(rows[after:]))
+    README.write_text(before + table(breakages) + "".join(rows[after:]), encoding="utf-8")
 
 
 def main() -> None:
@@ -162,7 +162,7 @@ def main() -> None:
     arguments = parser.parse_args()
     every = read_breakages()
     for breakage in every:
-        breakage.broken((ROOT / breakage.file).read_text())
+        breakage.broken((ROOT / breakage.file).read_text(encoding="utf-8"))
     if arguments.write:
         write_table(every)
         return

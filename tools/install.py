@@ -30,7 +30,7 @@ IMPORTS = ("from vllm import LLM", "from trl import GRPOTrainer; import datasets
 
 def check_interpreter() -> None:
     """Stops with a message if this interpreter is outside requires-python or cannot create environments."""
-    bounds = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', PYPROJECT.read_text())
+    bounds = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', PYPROJECT.read_text(encoding="utf-8"))
     oldest, above_newest = (int(minor) for minor in bounds.groups())
     minor = sys.version_info[1]
     remedy = f"name another interpreter: make install PYTHON=/path/to/python3.{oldest}"
@@ -56,7 +56,7 @@ def has_nvidia_driver() -> bool:
 def run(*commands: list) -> None:
     """Runs commands side by side with their output in the log; if one fails, shows the log's end and stops."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    with LOG.open("a") as log:
+    with LOG.open("a", encoding="utf-8") as log:
         log.writelines("$ " + " ".join(map(str, command)) + "\n" for command in commands)
         log.flush()
         processes = [
@@ -65,7 +65,9 @@ def run(*commands: list) -> None:
         ]
         exit_codes = [process.wait() for process in processes]
     if any(exit_codes):
-        print("failed. The end of its output:", *LOG.read_text().splitlines()[-15:], sep="\n", flush=True)
+        print(
+            "failed. The end of its output:", *LOG.read_text(encoding="utf-8").splitlines()[-15:], sep="\n", flush=True
+        )
         sys.exit(f"The set-up is not complete; {LOG} has all of its output. Fix the cause, then: make install")
 
 
@@ -84,7 +86,7 @@ def create_environment() -> None:
     if VENV.exists():
         shutil.rmtree(VENV)
     VENV.mkdir()
-    STAMP.write_text(INCOMPLETE)
+    STAMP.write_text(INCOMPLETE, encoding="utf-8")
     run([sys.executable, "-m", "venv", VENV])
 
 
@@ -97,7 +99,7 @@ def install(extra: str, digest: str) -> None:
     """
     import tomllib
 
-    settings = tomllib.loads(PYPROJECT.read_text())
+    settings = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))
     torch = next(name for name in settings["project"]["dependencies"] if name.startswith("torch=="))
     without_dependencies = settings["tool"]["nanorlhf"]["cpu-without-dependencies"]
     started = time.monotonic()
@@ -105,10 +107,10 @@ def install(extra: str, digest: str) -> None:
     def begin(step: int, what: str) -> None:
         print(f"[{step}/4] {time.monotonic() - started:4.0f} s  {what} ...", flush=True)
 
-    reusable = VENV_PYTHON.exists() and (not STAMP.exists() or STAMP.read_text().startswith(extra))
+    reusable = VENV_PYTHON.exists() and (not STAMP.exists() or STAMP.read_text(encoding="utf-8").startswith(extra))
     begin(1, "updating .venv" if reusable else "creating .venv")
     if reusable:
-        STAMP.write_text(INCOMPLETE)
+        STAMP.write_text(INCOMPLETE, encoding="utf-8")
     else:
         create_environment()
     pip_install("--upgrade", "pip")
@@ -131,7 +133,7 @@ def install(extra: str, digest: str) -> None:
     # Compiles the modules that a run imports, so that every later start is fast.
     begin(4, "checking that everything can be imported")
     run(*([VENV_PYTHON, "-c", statement] for statement in IMPORTS))
-    STAMP.write_text(f"{extra} {digest}")
+    STAMP.write_text(f"{extra} {digest}", encoding="utf-8")
     print(f"Ready after {time.monotonic() - started:.0f} s. The environment is .venv.", flush=True)
 
 
@@ -140,9 +142,9 @@ def main() -> None:
     check_interpreter()
     extra = "vllm" if has_nvidia_driver() else "cpu"
     digest = hashlib.sha256(PYPROJECT.read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    with PYPROJECT.open() as pyproject:
+    with PYPROJECT.open(encoding="utf-8") as pyproject:
         fcntl.flock(pyproject, fcntl.LOCK_EX)  # one set-up at a time: a second one waits, then finds it done
-        if not (VENV_PYTHON.exists() and STAMP.exists() and STAMP.read_text() == f"{extra} {digest}"):
+        if not (VENV_PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8") == f"{extra} {digest}"):
             install(extra, digest)
         else:
             print(".venv is up to date.", flush=True)

@@ -78,7 +78,7 @@ def measure(names: list[str], folder: Path, num_processes: int) -> dict[tuple[st
         cells = idle.get()
         found = cells.measure(*cell)
         idle.put(cells)
-        (kept / f"{cell[0]}-{cell[1]}.json").write_text(json.dumps(vars(found)))
+        (kept / f"{cell[0]}-{cell[1]}.json").write_text(json.dumps(vars(found)), encoding="utf-8")
         print(f"{cell[0]:20} {cell[1]:18} {found.seconds:6.1f} s  {found}"[:160], flush=True)
 
     if missing:
@@ -89,7 +89,9 @@ def measure(names: list[str], folder: Path, num_processes: int) -> dict[tuple[st
             list(pool.map(one, missing))
         for cells in processes:
             cells.__exit__()
-    return {cell: Cell(**json.loads((kept / f"{cell[0]}-{cell[1]}.json").read_text())) for cell in wanted}
+    return {
+        cell: Cell(**json.loads((kept / f"{cell[0]}-{cell[1]}.json").read_text(encoding="utf-8"))) for cell in wanted
+    }
 
 
 def page(cells: dict[tuple[str, str], Cell]) -> str:
@@ -139,7 +141,7 @@ def main() -> None:
         parser.error("--write: the page has all architectures. Leave out the names.")
     text = page(measure(settings.names, settings.folder, settings.processes))
     if settings.write:
-        PAGE.write_text(text)
+        PAGE.write_text(text, encoding="utf-8")
     else:
         print(text)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 def content(run: Path) -> tuple[list[str], bytes]:
     """Lines of metrics.jsonl without clock and memory, and the bytes of samples.jsonl."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured = [
         {name: value for name, value in json.loads(line).items() if not name.startswith(("time/", "memory/"))}
         for line in lines

@@ -3,19 +3,22 @@
 Those made of data are in the cache of the `datasets` library. They can be deleted at any time.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from huggingface_hub.constants import HF_HOME
+
+from common.caches import cache_home, temporary_cache
 
 logger = logging.getLogger("nanorlhf")
 
@@ -45,6 +48,8 @@ def cached_folder(
         OSError: the cache cannot be written.
     """
     parent = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    if parent is None:
+        raise FileNotFoundError(errno.ENOENT, "this user has no home", "~")
     folder = parent / name
     if _is_intact(folder, by_content):  # also where nothing can be written, such as in a shared cache
         return folder
@@ -52,13 +57,13 @@ def cached_folder(
     with FileLock(f"{folder}.lock"):
         if not _is_intact(folder, by_content):
             for leftover in [folder, *parent.glob(f".{name}-*")]:  # those of a process that was killed
-                if leftover.is_file():
-                    leftover.unlink()
-                shutil.rmtree(leftover, ignore_errors=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
+                _remove(leftover)
+            _remove_leftovers(parent)
+            temporary = parent / f".{name}-{os.urandom(8).hex()}"
+            temporary.mkdir()  # not by mkdtemp, whose folder no other user could read
             try:
                 make(temporary)
-                (temporary / DIGESTS).write_text(json.dumps(_digests(temporary, by_content)))
+                (temporary / DIGESTS).write_text(json.dumps(_digests(temporary, by_content)), encoding="utf-8")
                 _flush(temporary)
                 os.rename(temporary, folder)
             finally:
@@ -66,9 +71,39 @@ def cached_folder(
     return folder
 
 
-def default_cache_dir() -> Path:
-    """Return ``nanorlhf`` in $XDG_CACHE_HOME, or in ~/.cache if that is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanorlhf"
+def default_cache_dir() -> Path | None:
+    """Return ``nanorlhf`` in the user's cache folder; None: this user has no home."""
+    home = cache_home()
+    return None if home is None else home / "nanorlhf"
+
+
+def folder_anywhere(name: str, make: Callable[[Path], None], *, what: str, beside: Path | None = None) -> Path:
+    """A folder as `cached_folder` gives it, in the first place that can be written, which is said if it is another.
+
+    Args:
+        name: see `cached_folder`.
+        make: see `cached_folder`; it may be called for several places.
+        what: is made, for that line, such as "the policy".
+        beside: a folder whose `.cache` comes after the user's cache folder, and before that of temporary files.
+
+    Raises:
+        ValueError: nothing can be written in any of them.
+    """
+    temporary = temporary_cache()
+    places = [default_cache_dir(), beside and beside / ".cache", temporary and temporary / "nanorlhf"]
+    reasons = [] if places[0] else ["this user has no home"]
+    for place in filter(None, places):
+        if reasons and place not in _said:
+            logger.warning("%s: %s is kept in %s", reasons[-1], what, place)
+            _said.add(place)
+        try:
+            return cached_folder(name, make, place)
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            reasons.append(f"{place} cannot be written ({getattr(error, 'strerror', None) or error})")
+    raise ValueError(
+        f"{'; '.join(reasons)}: there is no place for {what}, which is made once. Set XDG_CACHE_HOME to a folder with "
+        "space that you may write to."
+    )
 
 
 def data_folder(name: str, make: Callable[[Path], None]) -> Path | None:
@@ -115,6 +150,22 @@ def code_digest(*modules: str) -> str:
     """Changes with the source of modules: what other code has made is not used again."""
     files = [Path(sys.modules[name].__file__) for name in modules]
     return digest_of(*(file.read_text(encoding="utf-8") for file in files))
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what killed processes left of folders of other names, which may never be made again."""
+    for leftover in parent.glob(".*-*"):
+        folder = parent / leftover.name[1:].rpartition("-")[0]
+        lock = Path(f"{folder}.lock")
+        with suppress(OSError, Timeout), FileLock(lock, timeout=0):  # else it is being made
+            _remove(leftover)
+            lock.unlink(missing_ok=True)  # who waits for it notices, and takes a new one
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_file() or leftover.is_symlink():
+        leftover.unlink()
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_intact(folder: Path, by_content: bool) -> bool:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.host import num_cpus
 from common.mistakes import is_ours
 
 if TYPE_CHECKING:
@@ -107,8 +108,7 @@ def _follows_interrupt(error: BaseException | None) -> bool:
 
 def _num_processes(count: int) -> int:
     # The machine's other processes of the run wait meanwhile, for the cache.
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return max(1, min(cores, count // ROWS_PER_PROCESS))
+    return max(1, min(num_cpus(), count // ROWS_PER_PROCESS))
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def _file_rows(files: list[str], source: str, examine: Examine | None, columns: 
         table, mapped, found = scan.table(), None, list(scan.columns)
     else:
         table, mapped = kept
-        found = json.loads((mapped[0].parent / "columns.json").read_text())
+        found = json.loads((mapped[0].parent / "columns.json").read_text(encoding="utf-8"))
     return Rows(table, is_json=True, source=source, fingerprint=fingerprint, columns=found, files=mapped)
 
 
@@ -194,7 +194,7 @@ class _Scan:
         with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, self._schema()) as stream:
             for batch in self._batches():
                 stream.write_batch(batch)
-        (folder / "columns.json").write_text(json.dumps(list(self.columns)))
+        (folder / "columns.json").write_text(json.dumps(list(self.columns)), encoding="utf-8")
 
     def table(self) -> pa.Table:
         import pyarrow as pa

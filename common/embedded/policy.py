@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tokenizers import AddedToken, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from common.data.cache import cached_folder
+from common.data.cache import cached_folder, folder_anywhere
 from common.data.texts import completion_texts
+from common.mistakes import first_line
 from common.tasks.countdown import (
     NUMBERS,
     OPERATORS,
@@ -233,23 +235,37 @@ def _held_out_keys(max_numbers: int) -> frozenset:
 # Warm start
 
 
-def tiny_policy(settings: TinySettings = TinySettings(), cache_dir: str | Path | None = None) -> Path:
+def tiny_policy(
+    settings: TinySettings = TinySettings(), cache_dir: str | Path | None = None, *, beside: Path | None = None
+) -> Path:
     """Return the folder of the warm-started policy and its tokenizer; make it first if it is not cached.
 
     The folder's name is a hash of the settings, the tokens and the first lessons.
 
     Args:
         settings: what to make.
-        cache_dir: parent folder; None: ``nanorlhf`` in the user's cache folder.
+        cache_dir: parent folder; None: ``nanorlhf`` in the user's cache folder, or another place: see
+            `folder_anywhere`.
+        beside: a folder of the user's, such as that of runs, for a user without a cache folder.
 
     Returns:
         A folder for `from_pretrained` and for vLLM.
+
+    Raises:
+        ValueError: it can be kept nowhere.
     """
 
-    def make(folder: Path) -> None:
+    @cache
+    def trained() -> Qwen2ForCausalLM:  # once, also if a place turns out to be full
         policy = build_policy(settings)
         train_policy(policy, settings)
-        policy.save_pretrained(folder)
+        return policy
+
+    def make(folder: Path) -> None:
+        try:
+            trained().save_pretrained(folder)
+        except SafetensorError as error:  # of a full disk
+            raise OSError(first_line(error)) from error
         build_tokenizer().save_pretrained(folder)
 
     rng = random.Random(settings.seed)
@@ -257,7 +273,10 @@ def tiny_policy(settings: TinySettings = TinySettings(), cache_dir: str | Path |
     # max_numbers already changes the lessons.
     described = {name: value for name, value in asdict(settings).items() if name != "max_numbers"}
     recipe = json.dumps([described, WORDS, lessons])
-    return cached_folder(f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}", make, cache_dir)
+    name = f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    if cache_dir is not None:
+        return cached_folder(name, make, cache_dir)
+    return folder_anywhere(name, make, what="the embedded policy", beside=beside)
 
 
 def train_policy(policy: Qwen2ForCausalLM, settings: TinySettings) -> None:

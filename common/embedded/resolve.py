@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import transformers
 
 NAMES = ("tiny", "tiny-r1")
@@ -50,13 +52,21 @@ def check_model(
     check_weights_fit(model, AutoModelForCausalLM, config)
 
 
-def resolve_model(model: str) -> str:
-    """Hub id or folder that transformers and vLLM load; an embedded policy is built on first use, in minutes."""
+def resolve_model(model: str, *, beside: Path | None = None) -> str:
+    """Hub id or folder that transformers and vLLM load; an embedded policy is built on first use, in minutes.
+
+    Args:
+        model: hub id, folder, or an embedded policy's name.
+        beside: a folder in which that policy may be kept if the user's cache cannot be written.
+
+    Raises:
+        ValueError: it can be kept nowhere.
+    """
     if not is_embedded(model):
         return model
     from common.embedded.policy import TINY_POLICIES, tiny_policy
 
-    return str(tiny_policy(TINY_POLICIES[model]))
+    return str(tiny_policy(TINY_POLICIES[model], beside=beside))
 
 
 def skeleton(model: str) -> transformers.PreTrainedModel:

@@ -47,7 +47,7 @@ def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
                 "folder, so that nothing is overwritten. Pass another --output_dir."
             )
         return None
-    score = json.loads(path.read_text())
+    score = json.loads(path.read_text(encoding="utf-8"))
     different = [name for name, value in identity.items() if score["settings"].get(name) != value]
     if different:
         raise ValueError(
@@ -76,7 +76,9 @@ def write_result(
         with open(temporary / OUTPUTS_FILE, "wb") as file:
             file.writelines(map(json_line, _outputs(rollouts, score["num_samples"], accuracy, lenient)))
         (temporary / TABLE_FILE).write_text(table([score]), encoding="utf-8")
-        (temporary / SCORE_FILE).write_text(json.dumps(finite_or_null(score), indent=2, allow_nan=False) + "\n")
+        (temporary / SCORE_FILE).write_text(
+            json.dumps(finite_or_null(score), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
         os.replace(temporary, folder)
     except BaseException:  # a full disk or Ctrl-C
         shutil.rmtree(temporary, ignore_errors=True)

@@ -9,12 +9,12 @@ from __future__ import annotations  # for type hints whose import would take sec
 from collections import Counter
 from dataclasses import dataclass
 
-import psutil
 import torch
 import transformers
 from torch import nn
 
 from common.config import RLConfig
+from common.host import host_memory
 from common.models.chat import why_no_chat
 from common.models.configs import setting
 from common.models.loading import compute_dtype, end_token_ids
@@ -309,7 +309,7 @@ def memory_there(device: torch.device) -> tuple[int, int]:
     """Bytes of memory that is free, and that there is in total, where models are used."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
-    there = psutil.virtual_memory()
+    there = host_memory()
     return there.available, there.total
 
 
@@ -327,7 +327,7 @@ def check_memory(model: nn.Module, config: RLConfig, device: torch.device) -> No
     count = sum(parameter.numel() for parameter in model.parameters())
     weights, (_, total) = Memory.of(count, 0, config, device).weights, memory_there(device)
     if weights > total:
-        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else host_memory().source
         raise ValueError(
             f"model={config.model}: its {count:,} parameters take {weights / GB:.1f} GB "
             f"{'frozen' if config.use_lora else 'in float32, which training needs'}, and {where} has "

@@ -121,7 +121,7 @@ def _pairs(name: str) -> Pairs:
         raise ValueError(
             f"preset={name!r}: there is no such preset. Pass --preset with one of {', '.join(known)}, none."
         )
-    pairs = yaml.safe_load(path.read_text())
+    pairs = yaml.safe_load(path.read_text(encoding="utf-8"))
     for setting, pair in pairs.items():
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(

@@ -448,7 +448,7 @@ def _die_with_parent() -> None:
 
 
 def _limit_memory(gigabytes: float) -> None:
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 1e9),) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

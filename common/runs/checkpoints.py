@@ -48,7 +48,7 @@ def _write_folder(target: Path, fill: Callable[[Path], None], state: dict[str, A
     temporary.mkdir()
     try:
         fill(temporary)
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         write_manifest(temporary)
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)

@@ -24,6 +24,7 @@ from common.runs.checkpoints import (
     step_of,
     write_file,
 )
+from common.runs.ended import RECORD_FILE
 from common.runs.log import METRICS_FILE, read_metrics
 from common.runs.longer import check_length, check_unfinished, grows
 from common.runs.writable import make_folder
@@ -40,6 +41,9 @@ _CHECKS = ("max_logprob_diff",)  # it only says when a run stops
 MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_VLLM, *_CHECKS))
 # What it may increase, since it only says when the run ends: a run can be made longer, not shorter.
 MAY_GROW = frozenset(("num_steps", "early_stopping_patience"))
+
+# What every start writes into a run's folder.
+_OF_STARTS = (LOCK_FILE, PROMPTS_FILE, RECORD_FILE)
 
 # Damaged checkpoints that a message names.
 _MOST_NAMED = 4
@@ -129,7 +133,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 def _content(folder: Path) -> set[str]:
     """Names in a folder, without what every start writes and what a killed process left behind."""
     paths = folder.iterdir() if os.path.isdir(folder) else ()  # False also for a name that cannot be one
-    return {path.name for path in paths if path.name not in (LOCK_FILE, PROMPTS_FILE) and not is_leftover(path)}
+    return {path.name for path in paths if path.name not in _OF_STARTS and not is_leftover(path)}
 
 
 def has_begun(folder: Path) -> bool:

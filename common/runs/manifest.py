@@ -32,7 +32,7 @@ def write_manifest(folder: Path) -> None:
     pairs = zip(names, digests, strict=True)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digest} for name, digest in pairs}
     temporary = folder / f"{MANIFEST_FILE}.tmp"
-    temporary.write_text(json.dumps({"files": files}, indent=2) + "\n")
+    temporary.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / MANIFEST_FILE)
 
 

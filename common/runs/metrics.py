@@ -186,7 +186,7 @@ def memory_report(device: torch.device | str) -> dict[str, float]:
     """
     device = torch.device(device)
     # getrusage would include the peak of the process that launched this one.
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     resident, highest = (int(status.partition(f"{name}:")[2].split()[0]) * 1024 / GB for name in ("VmRSS", "VmHWM"))
     peak = _take_device_peak(device) if device.type == "cuda" else highest
     return {"memory/peak_gb": peak, "memory/host_gb": resident}

@@ -23,7 +23,7 @@ from common.mistakes import WrongNumbers
 from common.models.outputs import restore_outputs
 from common.models.saving import save_model
 from common.rollouts import Rollouts
-from common.runs import checkpoints
+from common.runs import checkpoints, ended
 from common.runs.best import better_checkpoint, link_best, restore_best
 from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
 from common.runs.hub import prepare_upload, upload
@@ -84,6 +84,8 @@ class Run:
         before = stored_settings(folder).get("num_steps", config.num_steps)
         options = {"length_matters": length_matters(config), "notes": config.notes}
         checkpoint = prepare_run_folder(folder, asdict(config), config.resume, **options)
+        if last_end := ended.begin(folder):
+            logger.warning("%s", last_end)
         state = checkpoints.load_state(checkpoint) if checkpoint else {"step": 0}
         state["best"], said = restore_best(folder, state.get("best"), state["step"])
         link_best(folder, state["best"])
@@ -134,6 +136,7 @@ class Run:
         self._log.close()
         if self.accelerator.is_main_process:
             draw_curves(self.folder)
+            ended.end(self.folder)
         if kind is WrongNumbers:  # of all processes: a launcher ends the others as soon as one has ended
             self.accelerator.wait_for_everyone()
 

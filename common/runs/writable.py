@@ -4,6 +4,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from common.runs.names import why_no_name
+
+_MOST_SHOWN = 300  # characters of a name in a message
+
 
 def check_folder(folder: str | Path, *, setting: str = "output_dir", is_replaced: bool = False) -> None:
     """Try out that a folder can be made and written to; nothing stays behind.
@@ -17,6 +21,7 @@ def check_folder(folder: str | Path, *, setting: str = "output_dir", is_replaced
         ValueError: it is a file, a link to nothing, or below one, or this user or file system cannot write there.
     """
     folder = Path(folder)
+    _check_name(folder, setting, is_replaced=is_replaced)
     if is_replaced and folder.resolve() == Path.cwd():
         raise ValueError(
             f"{setting}={folder}: it is the folder that you are in, and a finished folder takes its place. Pass "
@@ -48,10 +53,18 @@ def make_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
     Raises:
         ValueError: it cannot be made.
     """
+    _check_name(Path(folder), setting)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (OSError, UnicodeError) as error:  # UnicodeError: under a locale such as C, a name may have no bytes
         raise _refusal(Path(folder), setting, error) from error
+
+
+def _check_name(folder: Path, setting: str, *, is_replaced: bool = False) -> None:
+    if reason := why_no_name(folder, is_replaced=is_replaced):
+        shown = str(folder).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+        shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
+        raise ValueError(f"{setting}={shown}: no folder can have this name: {reason}. Pass --{setting} with another.")
 
 
 def _refusal(folder: Path, setting: str, error: OSError | UnicodeError) -> ValueError:

@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from common.host import host_memory
 from common.sampling.vllm_corrections import model_arguments, replaced
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
@@ -123,8 +123,8 @@ def cache_for(settings: EngineSettings) -> Iterator[None]:
 
 
 def _free_memory() -> int:
-    """Bytes that vLLM takes for free: of the whole machine, or of the memory node that is nearest to this process."""
-    free = psutil.virtual_memory().available
+    """Bytes that are free for this process; vLLM itself looks at the memory node that is nearest to it."""
+    free = host_memory().available
     if importlib.util.find_spec("vllm.utils.cpu_resource_utils") is None:
         return free  # older versions of vLLM know no nodes
     from vllm.utils import cpu_resource_utils

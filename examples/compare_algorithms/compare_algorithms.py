@@ -21,6 +21,7 @@ from queue import SimpleQueue
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run_script
+from common.host import num_cpus
 from common.mistakes import ROOT
 from common.runs.writable import make_folder
 from examples.compare_algorithms.report import write_report
@@ -80,11 +81,11 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
 
 
 def run_environment() -> dict[str, str]:
-    """The environment of a run, which lets torch use all CPUs of the calling thread.
+    """The environment of a run, which lets torch use all CPUs of the calling thread that a quota allows.
 
     The run inherits these CPUs. Variables that the user has set are kept.
     """
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "PASSIVE"}
+    threads = {"OMP_NUM_THREADS": str(num_cpus()), "OMP_WAIT_POLICY": "PASSIVE"}
     return threads | os.environ
 
 
@@ -135,7 +136,7 @@ def _run(
             running.discard(process)
         how = f"{time.monotonic() - start:.0f} s"
         if status or not has_finished(folder):
-            last = (log.read_text(errors="replace").splitlines() or ["it wrote nothing"])[-1]
+            last = (log.read_text(errors="replace", encoding="utf-8").splitlines() or ["it wrote nothing"])[-1]
             return f"{name}, seed {seed}: FAILED with status {status} after {how}, see {log}: {last}", None
     run = read_run(folder, name, seed)
     metric, before, after = run.progress()
@@ -185,12 +186,12 @@ def _keep_arguments(output_dir: Path, arguments: list[str]) -> None:
     """Refuse other arguments in the same folder: finished runs are not repeated, so they would not notice them."""
     make_folder(output_dir)
     path = output_dir / ARGUMENTS_FILE
-    if path.exists() and (stored := json.loads(path.read_text())) != arguments:
+    if path.exists() and (stored := json.loads(path.read_text(encoding="utf-8"))) != arguments:
         raise ValueError(
             f"{' '.join(arguments)}: the runs in {output_dir} were started with {' '.join(stored)}, and only runs "
             "with equal settings can be compared. Pass the same settings to continue, or another --output_dir."
         )
-    path.write_text(json.dumps(arguments) + "\n")
+    path.write_text(json.dumps(arguments) + "\n", encoding="utf-8")
 
 
 def main() -> None:

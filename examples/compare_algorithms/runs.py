@@ -93,7 +93,7 @@ def has_finished(folder: Path) -> bool:
 
 def read_run(folder: Path, algorithm: str, seed: int) -> FinishedRun:
     """Read a run's folder."""
-    settings = yaml.safe_load((folder / CONFIG_FILE).read_text())
+    settings = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     return FinishedRun(algorithm=algorithm, seed=seed, settings=settings, rows=Curves(folder / METRICS_FILE).rows)
 
 

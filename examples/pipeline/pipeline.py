@@ -251,7 +251,10 @@ def make_table(stages: list[Stage], output_dir: Path) -> str:
     """The three models in one table, from the evaluations' score.json."""
     names = {"evaluate-base": "base", "evaluate-sft": "after SFT", "evaluate-rl": "after RL"}
     folders = {names[stage.name]: stage.folder(output_dir) for stage in stages if stage.name in names}
-    scores = [json.loads((folder / SCORE_FILE).read_text()) | {"model": name} for name, folder in folders.items()]
+    scores = [
+        json.loads((folder / SCORE_FILE).read_text(encoding="utf-8")) | {"model": name}
+        for name, folder in folders.items()
+    ]
     return table(scores)
 
 

@@ -92,8 +92,8 @@ def write_records(settings: RecordSettings) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         complete = Path(temporary) / "records"
         complete.mkdir()
-        (complete / TRAIN_FILE).write_text("".join(rows[: settings.num_train]))
-        (complete / TEST_FILE).write_text("".join(rows[settings.num_train :]))
+        (complete / TRAIN_FILE).write_text("".join(rows[: settings.num_train]), encoding="utf-8")
+        (complete / TEST_FILE).write_text("".join(rows[settings.num_train :]), encoding="utf-8")
         complete.replace(folder)
 
 

@@ -100,7 +100,7 @@ class Stage:
                 process.terminate()
                 raise
         if status or not self.is_complete(output_dir):
-            last = "\n    ".join(log.read_text(errors="replace").splitlines()[-LINES_OF_LOG:])
+            last = "\n    ".join(log.read_text(errors="replace", encoding="utf-8").splitlines()[-LINES_OF_LOG:])
             raise ValueError(
                 f"stage {self.name} ended with status {status}, and later stages need its result. Its log {log} "
                 f"ends:\n    {last}\nFix the error; the same command continues from there."

@@ -266,7 +266,9 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
         "num_eval_pairs": len(held_out),
     }
     if trainer.is_world_process_zero():
-        (folder / RESULT_FILE).write_text(json.dumps(result | {"settings": asdict(settings)}, indent=2) + "\n")
+        (folder / RESULT_FILE).write_text(
+            json.dumps(result | {"settings": asdict(settings)}, indent=2) + "\n", encoding="utf-8"
+        )
         print(
             f"chosen above rejected on {len(held_out)} held-out pairs: {before:.3f} before, {after:.3f} "
             f"± {result['accuracy_ci95']:.3f} after training on {len(train)}\nreward model: {folder.resolve()}"
