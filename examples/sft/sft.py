@@ -138,7 +138,7 @@ def load_tokenizer(settings: SFTSettings) -> PreTrainedTokenizerBase:
     if settings.model != "tiny":
         read_config(base, own_code_remedy="This example does not run it. Pass another model.")
     check_model(str(base))
-    return AutoTokenizer.from_pretrained(base)
+    return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 def base_folder(settings: SFTSettings) -> Path | str:
