@@ -329,7 +329,7 @@ def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftM
     Raises:
         ValueError: if the checkpoint lacks weights.
     """
-    config = transformers.AutoConfig.from_pretrained(source.base)
+    config = transformers.AutoConfig.from_pretrained(source.base, trust_remote_code=False)
     plain = deepcopy(config)
     use_plain_outputs(plain)
     with without_report():
@@ -339,6 +339,7 @@ def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftM
             dtype="auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_report names them
+            trust_remote_code=False,
             **options,
         )
     check_report(found, f"model={source.base!r}")

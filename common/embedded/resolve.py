@@ -73,7 +73,7 @@ def skeleton(model: str) -> transformers.PreTrainedModel:
     else:
         config = read_config(model)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:

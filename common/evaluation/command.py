@@ -401,7 +401,8 @@ def _load_merged(source: Source, device: torch.device, dtype: torch.dtype) -> tr
 
 def _context_length(model: str) -> int | None:
     """Context length of a model in tokens; None if its configuration does not say."""
-    return transformers.AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return config.get_text_config().to_dict().get("max_position_embeddings")
 
 
 # The rest

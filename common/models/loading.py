@@ -220,6 +220,7 @@ def load_without_dropout(
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_report names them
+                trust_remote_code=False,
                 **options,
             )
     except (OSError, ImportError) as error:
@@ -302,7 +303,7 @@ def _load(
     if config.load_in_4bit:
         with torch.device("meta"):
             empty = transformers.AutoModelForCausalLM.from_config(
-                read_config(path, trust_remote_code=config.trust_remote_code)
+                read_config(path, trust_remote_code=config.trust_remote_code), trust_remote_code=False
             )
         options |= {"quantization_config": four_bits(dtype, empty, read_by_kernels(empty))}
         options |= {"device_map": {"": "cpu"}}

@@ -26,7 +26,9 @@ def save_model(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
         model.save_pretrained(folder / "adapter", selected_adapters=["default"])
         base = model.get_base_model()
         with torch.device("meta"):  # the merged weights are not quantized, so neither is this configuration
-            plain = transformers.AutoModelForCausalLM.from_config(_without_quantization(base.config))
+            plain = transformers.AutoModelForCausalLM.from_config(
+                _without_quantization(base.config), trust_remote_code=False
+            )
         plain.generation_config = base.generation_config
         save_weights(plain, copied_weights(model), folder)
     else:

@@ -78,6 +78,11 @@ class RewardModel:
                 "that ends in ForSequenceClassification: any other would get a head of random weights. Pass a model "
                 "that was trained to score, such as one by trl.RewardTrainer."
             )
+        if model_class(config, transformers.AutoModelForSequenceClassification) is None:
+            raise ValueError(
+                f"{label}: transformers has no sequence classifier for model_type {config.model_type}, and code that "
+                f"comes with a model is not run for it. {_REMEDY}"
+            )
         if config.num_labels != 1:
             raise ValueError(
                 f"reward model {model!r}: has {config.num_labels} labels. Need 1, since a completion gets one score. "
@@ -126,7 +131,12 @@ class RewardModel:
         attention, _ = attention_for(config, "auto", models.device, dtype=config.dtype or torch.float32, cls=cls)
         with torch.random.fork_rng(devices=[]):
             module, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.model, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+                self.model,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         if report["missing_keys"]:
             raise ValueError(
@@ -278,7 +288,7 @@ def _num_positions(config: transformers.PreTrainedConfig) -> list[int]:
     rows with padding at 1, 64 are left.
     """
     with torch.device("meta"):
-        module = transformers.AutoModelForSequenceClassification.from_config(deepcopy(config))
+        module = transformers.AutoModelForSequenceClassification.from_config(deepcopy(config), trust_remote_code=False)
     tables = [
         table for name, table in module.named_modules() if isinstance(table, nn.Embedding) and "position" in name
     ]
