@@ -310,7 +310,7 @@ def test_an_adapter_is_saved_with_its_base_and_its_end_tokens(sums, tmp_path):
     train_sft(settings)
     final = tmp_path / "run" / "final"
     config = json.loads((final / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(tmp_path / "run" / "base") and config["r"] == 4
+    assert config["base_model_name_or_path"] == "../base" and config["r"] == 4
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base"), final)
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert GenerationConfig.from_pretrained(final).eos_token_id == [tokenizer.eos_token_id]

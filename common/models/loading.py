@@ -16,6 +16,7 @@ from common.config import RLConfig
 from common.environment import cpu_computes_bfloat16
 from common.mistakes import first_line
 from common.models.attention import attention_for
+from common.models.bases import base_from_here
 from common.models.chat import turn_end_token
 from common.models.configs import describe_multimodal, model_class, read_config, setting
 from common.models.files import check_report, without_report
@@ -310,6 +311,7 @@ def _load(
     model = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype, **options)
     if config.load_in_4bit:
         keep_trainable(model)
+    model.name_or_path = model.config.name_or_path = base_from_here(path)  # what an adapter and its card record
     return model
 
 
