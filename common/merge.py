@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from common.cli import parse_settings, run_script
-from common.embedded import check_model, resolve_model, skeleton
+from common.embedded import check_model, is_embedded, resolve_model, skeleton
 from common.mistakes import first_line
 from common.models.bases import find_base, forget_origin, is_lost, is_there
 from common.models.configs import ADAPTER_CONFIG
@@ -259,7 +259,7 @@ def _recorded_base(adapter: Path) -> str:
             f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which names the base model. Pass --adapter with "
             "the folder that peft wrote."
         )
-    return find_base(adapter, _name_of_base(adapter))
+    return find_base(adapter, _name_of_base(adapter), is_embedded)
 
 
 def _name_of_base(adapter: Path) -> str:

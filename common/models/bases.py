@@ -7,12 +7,12 @@ Our own commands find both from anywhere.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import transformers
 import yaml
 
-from common.embedded import is_embedded
 from common.models.configs import ADAPTER_CONFIG
 
 _PARENTS = 4  # of an adapter, among which its run's folder is
@@ -48,7 +48,7 @@ def name_base_from_folder(folder: Path) -> None:
         card.write_text("".join(lines), encoding="utf-8")
 
 
-def find_base(adapter: Path, name: str) -> str:
+def find_base(adapter: Path, name: str, is_known: Callable[[str], bool] = lambda model: False) -> str:
     """Hub id or folder of an adapter's base, from what the adapter calls it.
 
     A relative path is tried from the adapter's folder, then from each folder above it, then from here. If nothing is
@@ -57,6 +57,7 @@ def find_base(adapter: Path, name: str) -> str:
     Args:
         adapter: its folder.
         name: base_model_name_or_path of its configuration.
+        is_known: whether a run's model is one that is built where it is missing, such as the embedded policy.
 
     Returns:
         The name itself, if it is no path or nothing is found.
@@ -74,7 +75,7 @@ def find_base(adapter: Path, name: str) -> str:
         if (parent / "config.yaml").is_file():
             settings = yaml.safe_load((parent / "config.yaml").read_text(encoding="utf-8"))
             model = settings.get("model") if isinstance(settings, dict) else None
-            if isinstance(model, str) and (is_there(model) or is_embedded(model)):
+            if isinstance(model, str) and (is_there(model) or is_known(model)):
                 return model
     return name
 
