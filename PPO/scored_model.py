@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from common.config import RLConfig
-from common.models.configs import read_config, why_quantized
+from common.models.configs import model_class, read_config, why_quantized
 from common.models.files import check_files, check_weights_fit
 
 # Holds the head of a saved value model whose architecture has no class for token classification.
@@ -68,9 +68,14 @@ def scored_model(path: str, config: RLConfig, tokenizer: transformers.PreTrained
             "a model."
         )
     head = None
+    if not is_saved and model_class(found, kind) is None:
+        raise ValueError(
+            f"{label}: transformers has no {architecture} for model_type {found.model_type}, and code that comes with "
+            f"a model is not run for it. {_REMEDY}"
+        )
     if not is_saved:
         with torch.device("meta"):
-            head = head_name(kind.from_config(found))
+            head = head_name(kind.from_config(found, trust_remote_code=False))
         if head is None:
             raise ValueError(
                 f"{label}: the score of {architecture} is not one linear layer on each token's hidden state, so that "

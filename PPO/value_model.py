@@ -194,7 +194,9 @@ def _token_classifier(
     if type(config) not in transformers.AutoModelForTokenClassification._model_mapping:
         return None
     with torch.device("meta"):
-        whole = transformers.AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
+        whole = transformers.AutoModelForTokenClassification.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     name = head_name(whole)
     fits = type(whole.base_model) is type(backbone) and name is not None
     if not fits or whole.get_submodule(name).in_features != head.in_features or whole.get_submodule(name).bias is None:

@@ -60,7 +60,11 @@ class BareLoop:
         self.temperature = config.temperature
         self._dtype = compute_dtype(config, self.device)
         folder = resolve_model(config.model)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).train()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+            .to(self.device)
+            .train()
+        )
         # The learning rate of the benchmark's settings is 0 too: every update starts from the same weights.
         self.optimizer = AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
 

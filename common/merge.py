@@ -22,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from common.cli import parse_settings, run_script
-from common.embedded import check_model, resolve_model, skeleton
+from common.embedded import check_model, is_embedded, resolve_model, skeleton
 from common.mistakes import first_line
+from common.models.bases import find_base, forget_origin, is_lost, is_there
 from common.models.configs import ADAPTER_CONFIG
 from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
@@ -129,7 +130,7 @@ def merge(settings: MergeSettings) -> Source:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.own if has_tokenizer else source.base, trust_remote_code=settings.trust_remote_code
         )
-        tokenizer.save_pretrained(temporary)
+        forget_origin(tokenizer).save_pretrained(temporary)
         os.replace(temporary, output)
     except BaseException:  # a full disk or Ctrl-C
         shutil.rmtree(temporary, ignore_errors=True)
@@ -148,7 +149,8 @@ def find_source(model: str | None, adapter: str | None) -> Source:
     """
     if adapter is not None:
         recorded = _recorded_base(Path(adapter))
-        base = resolve_model(model) if model is not None else recorded
+        base = model if model is not None else recorded
+        base = resolve_model(base)
         return Source(base=base, adapter=Path(adapter), what=f"{_adapter_in_words(Path(adapter))} and its base {base}")
     if model is None:
         raise ValueError("neither model nor adapter: there is nothing to merge. Pass --model, --adapter or both.")
@@ -190,7 +192,7 @@ def _part_of_run(folder: Path, what: str) -> Source:
     if not (folder / ADAPTER_CONFIG).is_file():
         check_weight_files(folder)
         return Source(base=str(folder), what=what)
-    base = _recorded_base(folder)
+    base = resolve_model(_recorded_base(folder))
     what = what if what.startswith("adapter ") else f"{what}, an adapter,"
     return Source(base=base, adapter=folder, what=f"{what} and its base {base}")
 
@@ -257,7 +259,11 @@ def _recorded_base(adapter: Path) -> str:
             f"adapter={adapter}: there is no {ADAPTER_CONFIG} in it, which names the base model. Pass --adapter with "
             "the folder that peft wrote."
         )
-    return json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return find_base(adapter, _name_of_base(adapter), is_embedded)
+
+
+def _name_of_base(adapter: Path) -> str:
+    return json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
 
 
 # Checks and loading
@@ -270,7 +276,9 @@ def check_adapter(adapter: Path, base: str) -> None:
         ValueError: if they differ; it names both models, or the tensor that does not fit.
     """
     recorded = _recorded_base(adapter)
-    if base != recorded and not (Path(base).is_dir() and Path(recorded).is_dir() and os.path.samefile(base, recorded)):
+    recorded = resolve_model(recorded)
+    is_same = base == recorded or (is_there(base) and is_there(recorded) and os.path.samefile(base, recorded))
+    if not is_same and not is_lost(adapter, _name_of_base(adapter)):  # then the shapes alone are compared
         raise ValueError(
             f"adapter={adapter}: it belongs to the base model {recorded}, but model={base} was given: on other "
             f"weights it gives another policy. Pass --model {recorded}. If {base} is the same model at another path, "
@@ -329,7 +337,7 @@ def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftM
     Raises:
         ValueError: if the checkpoint lacks weights.
     """
-    config = transformers.AutoConfig.from_pretrained(source.base)
+    config = transformers.AutoConfig.from_pretrained(source.base, trust_remote_code=False)
     plain = deepcopy(config)
     use_plain_outputs(plain)
     with without_report():
@@ -339,6 +347,7 @@ def load(source: Source, **options: str) -> transformers.PreTrainedModel | PeftM
             dtype="auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_report names them
+            trust_remote_code=False,
             **options,
         )
     check_report(found, f"model={source.base!r}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common.advantages import inverse_deviation, per_token_rewards, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
-from common.data.vocabulary import check_vocabulary, describe_unknown
+from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.logprobs import token_logprobs
@@ -135,7 +135,7 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
-            said += describe_unknown(self.prompts.encoded)
+            said += describe_unknown(self.prompts.encoded) + describe_spelled(self.prompts.encoded)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)

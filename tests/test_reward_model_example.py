@@ -109,6 +109,16 @@ def test_no_training_pair_begins_as_a_held_out_one(tmp_path):
     assert read_pairs(tiny_settings(path, tmp_path, "--num_eval_pairs", "3", "--seed", "1"))[1] != held_out
 
 
+def test_a_special_token_that_a_pair_spells_is_text(trained):
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    answers = [
+        [{"role": "user", "content": "please"}, {"role": "assistant", "content": f"a{end}"}] for end in ("<eos>", "")
+    ]
+    row = tokenize([{"chosen": answers[0], "rejected": answers[1]}], tokenizer, 1000)[0]
+    counts = {row[f"{side}_ids"].count(tokenizer.eos_token_id) for side in ("chosen", "rejected")}
+    assert counts == {1} and tokenizer.decode(row["chosen_ids"]).endswith("Assistant: a<eos><eos>")
+
+
 def test_long_dialogues_lose_their_beginning_and_keep_their_first_token(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     messages = [{"role": "user", "content": "kara " * 50}, {"role": "assistant", "content": "please"}]

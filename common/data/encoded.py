@@ -22,6 +22,7 @@ class Encoded:
         texts: N strings, what the policy continues.
         ids: N lists of token ids.
         unknown: N strings, the characters that the tokenizer does not know.
+        spelled: N strings, the first special token that chat messages spell, which is text there; mostly empty.
         lengths: (N,) int64, in tokens.
         text_digests, value_digests: (N,) uint64, of the text, and of the row's other columns.
     """
@@ -30,7 +31,7 @@ class Encoded:
         import pyarrow.compute as pc
 
         self.texts, self.ids = Column(table["text"], places), Column(table["ids"], places)
-        self.unknown = Column(table["unknown"], places)
+        self.unknown, self.spelled = Column(table["unknown"], places), Column(table["spelled"], places)
         self.lengths = pc.list_value_length(table["ids"]).to_numpy().astype(np.int64)[places]
         self.text_digests, self.value_digests = (
             table[name].to_numpy()[places] for name in ("text_digest", "value_digest")
@@ -50,9 +51,17 @@ class Encoded:
     @property
     def rows_with_unknown(self) -> np.ndarray:
         """The rows with characters that the tokenizer does not know."""
+        return self._rows_with("unknown")
+
+    @property
+    def rows_with_spelled(self) -> np.ndarray:
+        """The rows whose chat messages spell special tokens."""
+        return self._rows_with("spelled")
+
+    def _rows_with(self, name: str) -> np.ndarray:
         import pyarrow.compute as pc
 
-        return np.flatnonzero(pc.not_equal(self._table["unknown"], "").to_numpy()[self._places])
+        return np.flatnonzero(pc.not_equal(self._table[name], "").to_numpy()[self._places])
 
     @property
     def row_of_largest_id(self) -> int:

@@ -23,6 +23,7 @@ from common.data.encoded import Encoded
 from common.data.mapping import map_rows
 from common.data.table import Rows, kept_table, mapped_table
 from common.data.vocabulary import Characters
+from common.models.spellings import Spellings, Written
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 MIN_CACHED = 1000  # rows from which a folder in the cache is worth its files
 BATCH = 1000
 
-Render = Callable[[list], list[str]]
+Render = Callable[[list], list[Written]]
 
 
 def encode(
@@ -47,7 +48,7 @@ def encode(
     Args:
         rows: with `prompt`, or with `prompt_ids`, which are taken as they are.
         tokenizer: the policy's.
-        render: gives the texts that the policy continues; a picklable function of prompts.
+        render: gives what the policy continues; a picklable function of prompts.
         check: called with one prompt of each sequence of roles; raises ValueError for a template that leaves some out.
         identity: what `render` depends on besides the tokenizer; None: more than this, so that nothing is kept.
         progress: show a bar, or a line in a file, if it takes a while.
@@ -91,7 +92,7 @@ class _Batch:
 
     def __post_init__(self) -> None:
         """Know no character yet."""
-        self._characters = Characters(self.tokenizer)
+        self._characters, self._spellings = Characters(self.tokenizer), Spellings(self.tokenizer)
 
     def __call__(self, numbers: Sequence[int]) -> pa.RecordBatch:
         import pyarrow as pa
@@ -101,9 +102,10 @@ class _Batch:
         else:
             rows = [self.rows[number] for number in numbers]
         kinds = [self._kind(number, row) for number, row in zip(numbers, rows, strict=True)]
-        texts = self._texts(rows, kinds)
+        written = self._written(rows, kinds)
+        texts = [each.text for each in written]
         self._check_text(numbers, texts)
-        ids = self._ids(rows, kinds, texts)
+        ids = self._ids(rows, kinds, written)
         for number, sequence in zip(numbers, ids, strict=True):
             if not sequence:
                 raise ValueError(
@@ -117,7 +119,8 @@ class _Batch:
         digests = [_digest(text.encode()) for text in texts]
         values = [_digest(_json(_beside_text(row, kind))) for row, kind in zip(rows, kinds, strict=True)]
         unknown = self._characters.unknown_in(texts, ids)
-        return pa.record_batch([texts, ids, kinds, shapes, unknown, digests, values], schema=_schema())
+        spelled = [each.first for each in written]
+        return pa.record_batch([texts, ids, kinds, shapes, unknown, spelled, digests, values], schema=_schema())
 
     def _kind(self, number: int, row: dict) -> str:
         if row.get("prompt_ids") is not None:
@@ -129,24 +132,25 @@ class _Batch:
             )
         return "chat" if isinstance(row["prompt"], list) else "text"
 
-    def _texts(self, rows: list[dict], kinds: list[str]) -> list[str]:
+    def _written(self, rows: list[dict], kinds: list[str]) -> list[Written]:
         rendered = iter(self.render([row["prompt"] for row, kind in zip(rows, kinds, strict=True) if kind != "ids"]))
         return [
             next(rendered)
             if kind != "ids"
-            else self.tokenizer.decode(row["prompt_ids"], clean_up_tokenization_spaces=False)
+            else Written(self.tokenizer.decode(row["prompt_ids"], clean_up_tokenization_spaces=False))
             for row, kind in zip(rows, kinds, strict=True)
         ]
 
-    def _ids(self, rows: list[dict], kinds: list[str], texts: list[str]) -> list[list[int]]:
+    def _ids(self, rows: list[dict], kinds: list[str], written: list[Written]) -> list[list[int]]:
         ids = [row["prompt_ids"] if kind == "ids" else [] for row, kind in zip(rows, kinds, strict=True)]
         for kind in ("chat", "text"):
             places = [place for place, each in enumerate(kinds) if each == kind]
             if places:
                 # A chat template writes the first special token itself; for plain text the tokenizer adds it.
-                found = self._tokenize([texts[place] for place in places], add_special_tokens=kind == "text")
+                texts = [written[place].text for place in places]
+                found = self._tokenize(texts, add_special_tokens=kind == "text")
                 for place, sequence in zip(places, found, strict=True):
-                    ids[place] = sequence
+                    ids[place] = self._spellings.encode(written[place]) if written[place].spelled else sequence
         return ids
 
     def _check_ids(self, number: int, prompt_ids: Any) -> None:
@@ -195,7 +199,7 @@ def _schema() -> pa.Schema:
     import pyarrow as pa
 
     digests = [("text_digest", pa.uint64()), ("value_digest", pa.uint64())]
-    names = [("kind", pa.string()), ("shape", pa.string()), ("unknown", pa.string())]
+    names = [(name, pa.string()) for name in ("kind", "shape", "unknown", "spelled")]
     return pa.schema([("text", pa.large_string()), ("ids", pa.list_(pa.int32())), *names, *digests])
 
 
@@ -226,7 +230,7 @@ def _fingerprint(rows: Sequence[dict], tokenizer: Any, identity: Sequence) -> st
         return None
     names = ("transformers", "tokenizers", "jinja2")
     modules = (__name__, "common.data.prompts", "common.data.table", "common.data.vocabulary", "common.models.chat")
-    modules += ("common.models.system_role",)
+    modules += ("common.models.system_role", "common.models.spellings")
     state = [type(tokenizer).__name__, backend, tokenizer.chat_template]
     state += [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
     return digest_of(content, _json(state).decode(), list(identity), list(map(version, names)), code_digest(*modules))

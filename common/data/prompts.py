@@ -17,6 +17,7 @@ from common.config import RLConfig
 from common.data.encoded import Encoded
 from common.data.encoding import encode
 from common.models.chat import check_keeps, render_chat, render_chats
+from common.models.spellings import Spellings, Written
 from common.rollouts import PromptBatch
 from common.seeds import seeded_permutation
 
@@ -128,23 +129,36 @@ def render_prompt(
 
 
 def render_prompts(
-    tokenizer: transformers.PreTrainedTokenizerBase, prompts: Sequence[str | list[dict]], style: PromptStyle
-) -> list[str]:
-    """The texts that the policy continues, as `render_prompt` gives each; the template writes many at a time.
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    prompts: Sequence[str | list[dict]],
+    style: PromptStyle,
+    spellings: Spellings,
+) -> list[Written]:
+    """What the policy continues, as `render_prompt` gives each; the template writes many at a time.
+
+    Args:
+        tokenizer: the policy's.
+        prompts: see render_prompt.
+        style: what is added to them. Its own words may mean special tokens, as prompts that are text may.
+        spellings: finds the special tokens that chat messages spell.
 
     Raises:
         ValueError: see render_prompt.
     """
-    texts = [style.around(prompt) for prompt in prompts]
-    places: dict[bool, list[int]] = {}  # of chats, by whether they end with the beginning of an answer
-    for place, prompt in enumerate(texts):
-        if isinstance(prompt, list):
+    written = [Written(prompt) if isinstance(prompt, str) else None for prompt in map(style.around, prompts)]
+    chats = [place for place, each in enumerate(written) if each is None]
+    places: dict[bool, list[int]] = {}  # of ordinary chats, by whether they end with the beginning of an answer
+    for place in chats:
+        prompt = prompts[place]
+        if spellings.may_occur(prompt):
+            written[place] = spellings.written(prompt, partial(render_prompt, tokenizer, style=style))
+        else:
             places.setdefault(prompt[-1]["role"] == "assistant", []).append(place)
     for chosen in places.values():
-        written = _written_together(tokenizer, [texts[place] for place in chosen], style)
-        for place, text in zip(chosen, written, strict=True):
-            texts[place] = text
-    return texts
+        texts = _written_together(tokenizer, [style.around(prompts[place]) for place in chosen], style)
+        for place, text in zip(chosen, texts, strict=True):
+            written[place] = Written(text)
+    return written
 
 
 def _written_together(
@@ -347,7 +361,7 @@ def _raw(row: dict, text: str) -> str | list[dict]:
 def _encode(
     rows: Sequence[dict], tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle, progress: bool
 ) -> Encoded:
-    render = partial(render_prompts, tokenizer, style=style)
+    render = partial(render_prompts, tokenizer, style=style, spellings=Spellings(tokenizer))
 
     def check(messages: list[dict]) -> None:
         check_keeps(lambda messages: render_prompt(tokenizer, messages, style), messages)

@@ -1,4 +1,7 @@
-"""What a tokenizer and a model know of a prompt: characters without a token, and tokens without an embedding."""
+"""What a tokenizer and a model know of a prompt.
+
+Characters without a token, special tokens that are only spelled, and tokens without an embedding.
+"""
 
 import unicodedata
 
@@ -81,6 +84,21 @@ def describe_unknown(prompts: Encoded) -> list[str]:
     return [
         f"{len(rows)} of {len(prompts)} prompts have characters that the tokenizer does not know, so the model does "
         f"not see them: {shown}"
+    ]
+
+
+def describe_spelled(prompts: Encoded) -> list[str]:
+    """A line about chat messages that spell special tokens, if there are any.
+
+    Args:
+        prompts: of the run.
+    """
+    rows = prompts.rows_with_spelled
+    if not len(rows):
+        return []
+    return [
+        f"{len(rows)} of {len(prompts)} prompts spell special tokens such as {prompts.spelled[rows[0]]} in their "
+        "messages: they are encoded as plain text. To mean the tokens, give prompts as text, or a column prompt_ids"
     ]
 
 

@@ -83,7 +83,7 @@ def skeleton(model: str) -> transformers.PreTrainedModel:
     else:
         config = read_config(model)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> transformers.PreTrainedTokenizerBase:
@@ -103,6 +103,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> transforme
     from transformers import AutoTokenizer
 
     from common.mistakes import first_line
+    from common.models.bases import forget_origin
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
@@ -117,4 +118,4 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> transforme
             f"model={model!r}: its tokenizer cannot be loaded: {reason}. Prompts have to become tokens. Put the "
             "tokenizer's files, such as tokenizer.json, into the model's folder."
         )
-    return tokenizer
+    return forget_origin(tokenizer)

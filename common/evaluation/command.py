@@ -27,7 +27,7 @@ from transformers.utils import CONFIG_NAME
 from common.cli import as_arguments, parse_settings
 from common.config import RLConfig
 from common.data.prompts import PromptSet
-from common.data.vocabulary import check_vocabulary, describe_unknown
+from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model
 from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
@@ -223,7 +223,8 @@ class Evaluation:
         num_samples, kept = self.config.eval_num_samples, self.unfinished
         total, have = len(self.prompts) * num_samples, len(kept.completions) * num_samples
         there = f", {have} of which are there" if have else ""
-        said = describe_system(self.tokenizer, self.prompts.one_of_each_shape) + describe_unknown(self.prompts.encoded)
+        said = describe_system(self.tokenizer, self.prompts.one_of_each_shape)
+        said += describe_unknown(self.prompts.encoded) + describe_spelled(self.prompts.encoded)
         said.append(f"sampling {len(self.prompts)} x {num_samples} completions{there}")
         logger.info("%s", "\n".join(f"{self.model}: {line}" for line in said))
         kept.start_clock()
@@ -400,7 +401,8 @@ def _load_merged(source: Source, device: torch.device, dtype: torch.dtype) -> tr
 
 def _context_length(model: str) -> int | None:
     """Context length of a model in tokens; None if its configuration does not say."""
-    return transformers.AutoConfig.from_pretrained(model).get_text_config().to_dict().get("max_position_embeddings")
+    config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+    return config.get_text_config().to_dict().get("max_position_embeddings")
 
 
 # The rest

@@ -69,6 +69,7 @@ def check_weights_fit(path: str | Path, auto_class: type, config: transformers.P
                 device_map={"": "meta"},  # names and shapes only
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                trust_remote_code=False,
             )
     except ImportError as error:
         raise ValueError(f"{label}: {first_line(error)}. Install the package, or pass another model.") from error

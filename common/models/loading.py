@@ -16,6 +16,7 @@ from common.config import RLConfig
 from common.environment import cpu_computes_bfloat16
 from common.mistakes import first_line
 from common.models.attention import attention_for
+from common.models.bases import base_from_here
 from common.models.chat import turn_end_token
 from common.models.configs import describe_multimodal, model_class, read_config, setting
 from common.models.files import check_report, without_report
@@ -220,6 +221,7 @@ def load_without_dropout(
                 attn_implementation=attention,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_report names them
+                trust_remote_code=False,
                 **options,
             )
     except (OSError, ImportError) as error:
@@ -302,13 +304,14 @@ def _load(
     if config.load_in_4bit:
         with torch.device("meta"):
             empty = transformers.AutoModelForCausalLM.from_config(
-                read_config(path, trust_remote_code=config.trust_remote_code)
+                read_config(path, trust_remote_code=config.trust_remote_code), trust_remote_code=False
             )
         options |= {"quantization_config": four_bits(dtype, empty, read_by_kernels(empty))}
         options |= {"device_map": {"": "cpu"}}
     model = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype, **options)
     if config.load_in_4bit:
         keep_trainable(model)
+    model.name_or_path = model.config.name_or_path = base_from_here(path)  # what an adapter and its card record
     return model
 
 

@@ -118,6 +118,7 @@ def load_adapter(base: transformers.PreTrainedModel, folder: str | Path, *, is_t
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+    model.peft_config["default"].base_model_name_or_path = base.name_or_path  # it may lie elsewhere by now
     saved = load_peft_weights(str(folder), device="cpu")
     parameters = dict(model.named_parameters())
     own = {f"{name.removesuffix('.weight')}.default" + ".weight" * name.endswith(".weight"): name for name in saved}

@@ -10,6 +10,7 @@ import transformers
 from torch import nn
 
 from common.logprobs import has_adapter, without_adapter
+from common.models.bases import name_base_from_folder
 from common.models.outputs import restore_outputs
 from common.models.weights import policy_weights
 
@@ -24,9 +25,12 @@ def save_model(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
     """
     if has_adapter(model):
         model.save_pretrained(folder / "adapter", selected_adapters=["default"])
+        name_base_from_folder(folder / "adapter")
         base = model.get_base_model()
         with torch.device("meta"):  # the merged weights are not quantized, so neither is this configuration
-            plain = transformers.AutoModelForCausalLM.from_config(_without_quantization(base.config))
+            plain = transformers.AutoModelForCausalLM.from_config(
+                _without_quantization(base.config), trust_remote_code=False
+            )
         plain.generation_config = base.generation_config
         save_weights(plain, copied_weights(model), folder)
     else:

@@ -73,7 +73,7 @@ def checkpoint_shapes(model: str, config: transformers.PreTrainedConfig | None =
     """
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(
-            config or transformers.AutoConfig.from_pretrained(model)
+            config or transformers.AutoConfig.from_pretrained(model, trust_remote_code=False), trust_remote_code=False
         )
     use_layout_of(skeleton, model)
     return {name: tuple(tensor.shape) for name, tensor in policy_weights(skeleton)}

@@ -6,9 +6,9 @@ score of a text does not depend on the rest of the batch. Reward models are not 
 
 import itertools
 import logging
-import re
 from copy import deepcopy
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from common.models.chat import check_keeps, render_chat
 from common.models.configs import model_class, read_config, why_quantized
 from common.models.outputs import use_plain_outputs
 from common.models.pool import ModelPool
+from common.models.spellings import Spellings
 from common.update.rows import microbatch_rows
 
 logger = logging.getLogger("nanorlhf")
@@ -33,6 +34,8 @@ _REMEDY = (
 )
 # How dialogues are written without a chat template: in the form of hh-rlhf, which most pair encoders have seen.
 _SPEAKERS = {"user": "Human: ", "assistant": "Assistant: "}
+# verbose=False: the tokenizer would warn about long texts, which are cut here.
+_OPTIONS = {"return_attention_mask": True, "verbose": False}
 
 
 def as_messages(prompt: str | list[dict]) -> list[dict]:
@@ -74,6 +77,11 @@ class RewardModel:
                 f"reward model {model!r}: its architecture is {', '.join(architectures) or 'not named'}. Need one "
                 "that ends in ForSequenceClassification: any other would get a head of random weights. Pass a model "
                 "that was trained to score, such as one by trl.RewardTrainer."
+            )
+        if model_class(config, transformers.AutoModelForSequenceClassification) is None:
+            raise ValueError(
+                f"{label}: transformers has no sequence classifier for model_type {config.model_type}, and code that "
+                f"comes with a model is not run for it. {_REMEDY}"
             )
         if config.num_labels != 1:
             raise ValueError(
@@ -123,7 +131,12 @@ class RewardModel:
         attention, _ = attention_for(config, "auto", models.device, dtype=config.dtype or torch.float32, cls=cls)
         with torch.random.fork_rng(devices=[]):
             module, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                self.model, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
+                self.model,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         if report["missing_keys"]:
             raise ValueError(
@@ -184,20 +197,11 @@ class RewardModel:
     def _encode(self, prompts: list[str | list[dict]], completions: list[str]) -> list[dict[str, list[int]]]:
         """The model's inputs for each text, of at most max_length tokens."""
         pairs = [_split(as_messages(prompt), text) for prompt, text in zip(prompts, completions, strict=True)]
-        # verbose=False: the tokenizer would warn about long texts, which are cut below.
-        options = {"return_attention_mask": True, "verbose": False}
-        if self.tokenizer.chat_template is not None:
-            texts = [self._render(*pair) for pair in pairs]
-            encoded = self.tokenizer(texts, add_special_tokens=False, **options)
-        else:
-            encoded = self.tokenizer([_dialogue(m) for m, _ in pairs], [text for _, text in pairs], **options)
-        rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
-        # Of a pair, what each token belongs to: 0 the prompt, 1 the completion, None neither.
         is_chat = self.tokenizer.chat_template is not None
-        parts = [None if is_chat else encoded.sequence_ids(row) for row in range(len(rows))]
-        markers = self._markers()
-        for row in [row for row, (_, text) in enumerate(pairs) if markers.search(text)]:
-            rows[row], parts[row] = self._encode_as_text(*pairs[row], markers, options)
+        if is_chat:
+            rows, parts = self._encode_chats(pairs), []
+        else:
+            rows, parts = self._encode_pairs(pairs)
         too_long = [row for row, inputs in enumerate(rows) if len(inputs["input_ids"]) > self.max_length]
         if too_long and not self.num_truncated:
             logger.warning(
@@ -216,45 +220,38 @@ class RewardModel:
             rows[row] = {key: [v for i, v in enumerate(values) if i not in cut] for key, values in rows[row].items()}
         return rows
 
-    def _markers(self) -> re.Pattern:
-        """Matches the special tokens that divide a text: those that the template, or a pair of texts, adds to it."""
-        if self.tokenizer.chat_template is not None:
-            text = self._render([{"role": "user", "content": "a"}], "b")
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = self.tokenizer("", "")["input_ids"]
-        special = [i for i in set(ids) if not self.tokenizer.decode([i], skip_special_tokens=True)]
-        tokens = {*self.tokenizer.convert_ids_to_tokens(special)}
-        tokens &= {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+    def _encode_chats(self, pairs: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
+        """Conversations. A policy, or the data, must not write a turn into a text: special tokens stay text there."""
+        spellings, render = Spellings(self.tokenizer), partial(render_chat, self.tokenizer, now=self._now)
+        chats = [[*messages, {"role": "assistant", "content": completion}] for messages, completion in pairs]
+        written = [spellings.written(chat, render) for chat in chats]
+        encoded = self.tokenizer([each.text for each in written], add_special_tokens=False, **_OPTIONS)
+        rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
+        for row in [row for row, each in enumerate(written) if each.spelled]:
+            ids = spellings.encode(written[row])
+            rows[row] = {
+                key: ids if key == "input_ids" else values[:1] * len(ids) for key, values in rows[row].items()
+            }
+        return rows
 
-    def _encode_as_text(
-        self, messages: list[dict], completion: str, markers: re.Pattern, options: dict[str, bool]
-    ) -> tuple[dict[str, list[int]], list[int | None] | None]:
-        """A row whose completion spells markers, which stay text: a policy must not write a turn into its answer.
+    def _encode_pairs(
+        self, pairs: list[tuple[list[dict], str]]
+    ) -> tuple[list[dict[str, list[int]]], list[list[int | None]]]:
+        """Prompts and completions as pairs of texts.
 
         Returns:
-            The model's inputs, and for a pair which part each token belongs to.
+            The model's inputs, and what each token belongs to: 0 the prompt, 1 the completion, None neither.
         """
-        if self.tokenizer.chat_template is None:
-            encoded = self.tokenizer([_dialogue(messages)], [completion], split_special_tokens=True, **options)
-            return {key: values[0] for key, values in encoded.items()}, encoded.sequence_ids(0)
-        # The template writes its own markers; those of the completion go through it as numbers between marks.
-        text = self._render(messages, completion)
-        mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in text)  # for private use
-        spelled = markers.findall(completion)
-        numbers = itertools.count()
-        text = self._render(messages, markers.sub(lambda _: f"{mark}{next(numbers)}{mark}", completion))
-        pieces = [
-            self.tokenizer(
-                spelled[int(piece)] if is_number else piece,
-                add_special_tokens=False,
-                split_special_tokens=bool(is_number),
-                **options,
-            )
-            for piece, is_number in zip(re.split(f"{mark}(\\d+){mark}", text), itertools.cycle([False, True]))
-        ]
-        return {key: [value for piece in pieces for value in piece[key]] for key in pieces[0]}, None
+        texts = [(_dialogue(messages), completion) for messages, completion in pairs]
+        encoded = self.tokenizer([text for text, _ in texts], [text for _, text in texts], **_OPTIONS)
+        rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
+        parts = [encoded.sequence_ids(row) for row in range(len(rows))]
+        spellings = Spellings(self.tokenizer)
+        for row, pair in enumerate(texts):
+            if any(map(spellings.in_text, pair)):
+                alone = self.tokenizer(*([text] for text in pair), split_special_tokens=True, **_OPTIONS)
+                rows[row], parts[row] = {key: values[0] for key, values in alone.items()}, alone.sequence_ids(0)
+        return rows, parts
 
     def _render(self, messages: list[dict], completion: str) -> str:
         answer = {"role": "assistant", "content": completion}
@@ -291,7 +288,7 @@ def _num_positions(config: transformers.PreTrainedConfig) -> list[int]:
     rows with padding at 1, 64 are left.
     """
     with torch.device("meta"):
-        module = transformers.AutoModelForSequenceClassification.from_config(deepcopy(config))
+        module = transformers.AutoModelForSequenceClassification.from_config(deepcopy(config), trust_remote_code=False)
     tables = [
         table for name, table in module.named_modules() if isinstance(table, nn.Embedding) and "position" in name
     ]

@@ -161,7 +161,7 @@ def check_processes_agree(record: Record, accelerator: Accelerator) -> None:
 def _cause(stored: Record, record: Record, names: set[str]) -> str:
     """Why the prompts differ, as far as digests tell."""
     if names <= {"token ids"}:
-        return "because the tokenizer has changed"
+        return "because the tokenizer has changed, or special tokens that chat messages spell were not yet text"
     if names <= {"columns"}:
         return "because the data have changed"
     for name, what in (("chat_template", "the model's chat template"), ("prompt_file", "the text of prompt_file")):

@@ -98,7 +98,7 @@ def _rotates_whole_heads(config: PreTrainedConfig) -> bool:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     sizes = {2 * len(buffer) for name, buffer in skeleton.named_buffers() if name.endswith("inv_freq")}
     return sizes == {text.head_dim}
 

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -33,7 +34,9 @@ from common import cli
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
 from common.mistakes import first_line
+from common.models.chat import render_chat
 from common.models.configs import read_config
+from common.models.spellings import Spellings
 from common.models.system_role import fit_system
 from common.runs.writable import check_folder
 
@@ -176,10 +179,14 @@ def build_tiny(pairs: list[dict], max_length: int) -> tuple[PreTrainedModel, Pre
 
 def tokenize(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Token ids of both sides under trl's names. trl would drop long dialogues; here they lose their beginning."""
+    spellings = Spellings(tokenizer)
 
     def ids(messages: list[list[dict]]) -> list[list[int]]:
         messages = [fit_system(tokenizer, dialogue) for dialogue in messages]
         rows = tokenizer.apply_chat_template(messages, return_dict=False, tokenizer_kwargs={"verbose": False})
+        for row, each in enumerate(messages):
+            if spellings.may_occur(each):  # a text that spells special tokens begins no turn
+                rows[row] = spellings.encode(spellings.written(each, partial(render_chat, tokenizer)))
         # The first token stays: some models read the score from it.
         return [row if len(row) <= max_length else row[:1] + row[1 - max_length :] for row in rows]
 
@@ -284,7 +291,7 @@ def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     own_code = "This example does not run it. Pass another model."
     read_config(model, label=f"model={model}", remedy=remedy, own_code_remedy=own_code)
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = first_line(error)
         raise ValueError(f"model={model}: cannot be loaded: {reason}. {remedy}") from error

@@ -16,6 +16,7 @@ from trl.chat_template_utils import get_training_chat_template, is_chat_template
 from common.data.prompts import AS_IT_IS, PromptSet, PromptStyle
 from common.data.rows import read_rows
 from common.models.chat import check_keeps, clock, render_chat, turn_end_token
+from common.models.spellings import Spellings, Written
 from common.models.system_role import fit_system
 from common.tasks import gsm8k, math
 
@@ -197,6 +198,11 @@ def _encode_completions(
     prompts = PromptSet(examples, tokenizer, max_prompt_length=sys.maxsize, seed=0, style=style)
     end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer))
     completions = tokenizer(prompts.columns["completion"], add_special_tokens=False)["input_ids"]
+    spellings = Spellings(tokenizer)
+    for row, (example, text) in enumerate(zip(examples, prompts.columns["completion"], strict=True)):
+        if isinstance(example["prompt"], list) and spellings.in_text(text):  # but the end of the turn may be spelled
+            said = text.removesuffix(end_of_turn(tokenizer))
+            completions[row] = spellings.encode(spellings.as_text(said))
     answers = [ids if ids[-1:] == [end] else [*ids, end] for ids in completions]
     rows = list(zip(prompts.ids, answers, strict=True))
     return {
@@ -215,12 +221,37 @@ def _encode_messages(
     options = {"chat_template": template, "return_dict": True, "return_assistant_tokens_mask": True, **clock(now)}
     conversations = [fit_system(tokenizer, example["messages"], template) for example in examples]
     encoded = [tokenizer.apply_chat_template(messages, **options) for messages in conversations]
+    spellings = Spellings(tokenizer, template)
+    for row, messages in enumerate(conversations):
+        if spellings.may_occur(messages):
+            written = spellings.written(
+                messages, lambda messages: render_chat(tokenizer, messages, now=now, chat_template=template)
+            )
+            encoded[row] = _as_text(encoded[row], written, spellings)
     masks = [[bool(bit) for bit in row["assistant_masks"]] for row in encoded]
     labels = [
         [token if spoken else IGNORED for token, spoken in zip(row["input_ids"], mask, strict=True)]
         for row, mask in zip(encoded, masks, strict=True)
     ]
     return {"input_ids": [row["input_ids"] for row in encoded], "labels": labels}
+
+
+def _as_text(row: dict[str, list[int]], written: Written, spellings: Spellings) -> dict[str, list[int]]:
+    """A row in which special tokens that the messages spell are ordinary text; each keeps its bit of the mask.
+
+    Raises:
+        ValueError: the tokenizer does not read them as they are spelled.
+    """
+    replaced = spellings.replacements(written, row["input_ids"]) if written.spelled else {}
+    if replaced is None:
+        raise ValueError(
+            f"messages that spell the special token {written.first}, which this tokenizer does not read as it is "
+            f"spelled: {written.text!r:.80}. The text of a message must not become a turn. Remove the row."
+        )
+    counts = [len(replaced.get(position, [0])) for position in range(len(row["input_ids"]))]
+    ids = [each for at, token in enumerate(row["input_ids"]) for each in replaced.get(at, [token])]
+    mask = [bit for bit, count in zip(row["assistant_masks"], counts, strict=True) for _ in range(count)]
+    return {"input_ids": ids, "assistant_masks": mask}
 
 
 def _training_template(tokenizer: PreTrainedTokenizerBase) -> str:

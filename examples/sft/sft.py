@@ -31,7 +31,8 @@ from common.cli import parse_settings, run_script
 from common.data.prompts import PromptStyle
 from common.runs.log import METRICS_FILE
 from common.embedded import check_model
-from common.models.configs import read_config
+from common.models.bases import forget_origin, name_base_from_folder
+from common.models.configs import ADAPTER_CONFIG, read_config
 from common.data.rows import read_rows
 from common.data.rows import split_held_out
 from examples.sft.conversations import FORMS, encode, end_of_turn, example_key, read_examples
@@ -138,7 +139,7 @@ def load_tokenizer(settings: SFTSettings) -> PreTrainedTokenizerBase:
     if settings.model != "tiny":
         read_config(base, own_code_remedy="This example does not run it. Pass another model.")
     check_model(str(base))
-    return AutoTokenizer.from_pretrained(base)
+    return AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 def base_folder(settings: SFTSettings) -> Path | str:
@@ -299,8 +300,10 @@ def train_sft(settings: SFTSettings) -> dict[str, float]:
 def save(trainer: SFTTrainer, folder: Path) -> None:
     """Save the model or adapter with tokenizer and end tokens, which may differ from those of an adapter's base."""
     trainer.model.save_pretrained(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        name_base_from_folder(folder)
     trainer.model.generation_config.save_pretrained(folder)
-    trainer.processing_class.save_pretrained(folder)
+    forget_origin(trainer.processing_class).save_pretrained(folder)
 
 
 def main() -> None:
