@@ -153,6 +153,7 @@ class OnPolicyTrainer(ABC):
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
             check_vocabulary(prompts.encoded, known)
         self._load_models()
+        self.run.is_ready()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
 

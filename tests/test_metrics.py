@@ -308,6 +308,22 @@ def test_a_line_is_on_disk_when_log_returns(log, tmp_path):
         assert len(read_lines(tmp_path / "metrics.jsonl")) == step + 1
 
 
+def test_a_full_disk_leaves_no_part_of_a_line(log, tmp_path, monkeypatch):
+    log.log(1, {"score": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            log.log(2, {"score": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    log.log(2, {"score": 2.0})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
 def test_rewind_and_writing_again_gives_the_bytes_of_an_uninterrupted_run(tmp_path, accelerator):
     def write(log, steps):
         for step in steps:

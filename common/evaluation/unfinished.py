@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from common.rollouts import Completion
 from common.runs.log import json_line
+from common.runs.own_files import open_own
 
 
 class Unfinished:
@@ -66,7 +67,7 @@ class Unfinished:
             ValueError: another process is sampling the same completions.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        self._file = open_own(self.path)
         try:
             # Not inherited by the processes of rules. It ends when any descriptor of the file is closed.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

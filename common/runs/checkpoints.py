@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.runs.manifest import MANIFEST_FILE, find_damage, note_damage, write_manifest
+from common.runs.own_files import write_new
 
 FINAL_FOLDER, POLICY_FOLDER, STATE_FILE = "final", "policy", "trainer_state.json"
 
@@ -32,7 +34,7 @@ def write_file(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and renames it: a reader sees the old content or the new, never a part."""
     temporary = temporary_path(path)
     try:
-        temporary.write_bytes(content)
+        write_new(temporary, content)
         _sync(temporary)
     except BaseException:  # a full disk
         temporary.unlink(missing_ok=True)
@@ -62,8 +64,11 @@ def _write_folder(target: Path, fill: Callable[[Path], None], state: dict[str, A
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file or folder is written before it gets its name; `remove_leftovers` knows these names."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    """Where a file or folder is written before it gets its name; `remove_leftovers` knows these names.
+
+    Nobody can guess the name, and put a link there.
+    """
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
 
 
 def _sync(path: Path) -> None:

@@ -10,10 +10,13 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.runs.checkpoints import write_file
+from common.runs.checkpoints import step_of, write_file
+from common.runs.own_files import open_own, write_new
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from common.runs.held import HeldFolder
 
 logger = logging.getLogger("nanorlhf")
 
@@ -148,10 +151,21 @@ class RunLog:
         folder: the run's folder, which exists; its name is the run's name.
         accelerator: made with `log_with=choose_trackers(...)` and any `project_dir`, which tensorboard needs.
         settings: shown by the trackers.
+        held: looks after the folder before each line; None: nothing does.
     """
 
-    def __init__(self, folder: Path, accelerator: "Accelerator", settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: "Accelerator",
+        settings: dict[str, Any],
+        held: "HeldFolder | None" = None,
+    ) -> None:
         self.folder = Path(folder)
+        self._held = held
+        # What is in the files, to see and repair what somebody does to them. Metrics of 10,000 steps take some 30 MB.
+        self._metrics: bytearray | None = None
+        self._samples_size: int | None = None
         self._accelerator = accelerator
         self._wandb: WandbRun | None = None
         self._tables: dict[str, list[dict[str, Any]]] = {}  # of the step whose metrics have not come yet
@@ -175,7 +189,7 @@ class RunLog:
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         leading = {name: values[name] for name in LEADING_KEYS if name in values}
         values = {"step": step} | leading | dict(sorted(values.items()))
-        self._append(METRICS_FILE, [values])
+        self._append_metrics(json_line(values))
         for tracker in self._accelerator.trackers:
             if tracker.name != "wandb":
                 tracker.log(values, step=step)
@@ -196,49 +210,149 @@ class RunLog:
             rows: prompt, completion, score, parts; all with the same keys.
             table: name of the table; of two tables with one name in one step, wandb keeps the second.
         """
-        self._append(SAMPLES_FILE, [{"step": step, **row} for row in rows])
+        self._append_samples(b"".join(json_line({"step": step, **row}) for row in rows))
         if rows:
             self._tables[table] = rows
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, *, samples_size: int | None = None) -> None:
         """Drops lines after `step`, and a line that a kill cut off; the resumed run writes them again.
 
-        W&B keeps what it has of those steps, and this says so.
+        W&B keeps what it has of those steps, and this says so. What is missing before that, it says too.
 
         Args:
             step: the step of the checkpoint that the run continues from; -1 for the very beginning.
+            samples_size: bytes of samples.jsonl when the checkpoint was saved; None: not known.
         """
         if not self._accelerator.is_main_process:
             return
         for path in (self.folder / METRICS_FILE, self.folder / SAMPLES_FILE):
             if path.exists():
-                lines = path.read_bytes().split(b"\n")
-                write_file(path, b"".join(line + b"\n" for line in lines if _belongs_before(line, step)))
+                write_file(path, _lines_until(path, step))
+        self._metrics, self._samples_size = None, None
         if self._wandb:
             self._wandb.rewind(step)
+        self._say_what_is_missing(step, samples_size)
+
+    def _say_what_is_missing(self, step: int, samples_size: int | None) -> None:
         kept = {line["step"] for line in read_metrics(self.folder)}
         if missing := [number for number in range(1, step + 1) if number not in kept]:
             logger.warning(
                 "%s has no line of %d of the %d steps before the checkpoint, the first of them step %d: somebody "
-                "changed the file. The run goes on, and its curves lack these steps.",
+                "changed the file, and the checkpoint holds no copy of these lines. The run goes on, and its curves "
+                "lack these steps.",
                 self.folder / METRICS_FILE,
                 len(missing),
                 step,
                 missing[0],
             )
+        path = self.folder / SAMPLES_FILE
+        if samples_size is not None and (found := path.stat().st_size if path.exists() else 0) != samples_size:
+            logger.warning(
+                "%s has %s bytes of the steps before the checkpoint, and had %s: somebody changed the file. "
+                "Checkpoints hold no copy of completions. The run goes on, and its page lacks those that are missing.",
+                *(path, f"{found:,}", f"{samples_size:,}"),
+            )
+
+    def copy_metrics(self, path: Path) -> None:
+        """Write metrics.jsonl as it should be, for a checkpoint."""
+        write_new(path, self._lines())
+
+    def samples_size(self) -> int:
+        """Bytes of samples.jsonl, for a checkpoint."""
+        path = self.folder / SAMPLES_FILE
+        return path.stat().st_size if path.exists() else 0
 
     def close(self) -> None:
         """Ends the trackers' runs; the files need no closing."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
 
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def _lines(self) -> bytearray:
+        if self._metrics is None:
+            path = self.folder / METRICS_FILE
+            self._metrics = bytearray(path.read_bytes() if path.exists() else b"")
+        return self._metrics
+
+    def _append_metrics(self, line: bytes) -> None:
         if not self._accelerator.is_main_process:
             return
-        with open(self.folder / name, "ab") as file:
-            file.write(b"".join(json_line(row) for row in rows))
-            file.flush()
-            os.fsync(file.fileno())  # after a power cut, no checkpoint may be without its line of metrics
+        known, path = self._lines(), self.folder / METRICS_FILE
+        is_as_written = self._append(path, line, expected=len(known)) == len(known)
+        known += line
+        if not is_as_written:
+            write_file(path, bytes(known))
+            logger.warning("%s was changed while the run worked, and is written again", path)
+
+    def _append_samples(self, lines: bytes) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        path = self.folder / SAMPLES_FILE
+        found = self._append(path, lines)
+        if self._samples_size not in (None, found):
+            logger.warning(
+                "%s was changed while the run worked: it had %s bytes, and has %s. What is missing is lost; the run "
+                "goes on.",
+                *(path, f"{self._samples_size:,}", f"{found:,}"),
+            )
+        self._samples_size = found + len(lines)
+
+    def _append(self, path: Path, content: bytes, *, expected: int | None = None) -> int:
+        """Write at the end of a file, all or nothing.
+
+        Args:
+            path: of the file.
+            content: whole lines.
+            expected: the file's size; of another size, it is left alone.
+
+        Returns:
+            The size that it had.
+        """
+        if self._held:
+            self._held.check()
+        with open_own(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if expected not in (None, size):
+                return size
+            try:
+                while content:
+                    content = content[os.write(file.fileno(), content) :]
+                os.fsync(file.fileno())  # after a power cut, no checkpoint may be without its line of metrics
+            except BaseException:  # a full disk
+                os.ftruncate(file.fileno(), size)
+                raise
+        return size
+
+
+def restore_metrics(folder: Path, checkpoint: Path) -> None:
+    """Give metrics.jsonl the lines that it had when a checkpoint was saved, if somebody has changed them, and say so.
+
+    Args:
+        folder: the run's folder.
+        checkpoint: that the run continues from; one from before checkpoints held a copy changes nothing.
+    """
+    path, copy, step = folder / METRICS_FILE, checkpoint / METRICS_FILE, step_of(checkpoint)
+    if not copy.is_file():
+        return
+    saved, found = copy.read_bytes(), _lines_until(path, step)
+    if found == saved:
+        return
+    later = b"".join(line + b"\n" for line in _whole_lines(path) if not _belongs_before(line, step))
+    write_file(path, saved + later)
+    logger.warning(
+        "%s was not as the run had written it: of the %d lines up to step %d, %d were missing or changed. It is "
+        "written again from the copy in %s.",
+        *(path, saved.count(b"\n"), step, len(set(saved.split(b"\n")) - set(found.split(b"\n"))), checkpoint.name),
+    )
+
+
+def _lines_until(path: Path, step: int) -> bytes:
+    return b"".join(line + b"\n" for line in _whole_lines(path) if _belongs_before(line, step))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a .jsonl file that a run has written and no kill has cut off; none if there is no file."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [line for line in lines if _row(line) is not None]
 
 
 def json_line(row: dict[str, Any]) -> bytes:
@@ -259,18 +373,16 @@ def finite_or_null(value: Any) -> Any:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl that can be read; none if there is no such file."""
-    path = Path(folder) / METRICS_FILE
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return [row for row in map(_row, lines) if row is not None]
+    return [_row(line) for line in _whole_lines(Path(folder) / METRICS_FILE)]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None for an empty line, one that a kill cut off, and one that no run has written."""
     try:
         row = json.loads(line)
-    except ValueError:  # cut off perhaps within a character
+    except (ValueError, RecursionError):  # cut off perhaps within a character
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _belongs_before(line: bytes, step: int) -> bool:

@@ -25,9 +25,10 @@ from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
 from common.runs.best import better_checkpoint, link_best, restore_best
-from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
+from common.runs.folder import CONFIG_FILE, MAY_CHANGE, PROMPTS_FILE, has_begun, prepare_run_folder, stored_settings
+from common.runs.held import HeldFolder, hold
 from common.runs.hub import prepare_upload, upload
-from common.runs.log import RunLog
+from common.runs.log import METRICS_FILE, RunLog, restore_metrics
 from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
 from common.runs.progress import Progress
@@ -66,11 +67,13 @@ class Run:
         self.is_new = not has_begun(self.folder)
         has_upload = config.push_to_hub and accelerator.is_main_process
         self._repository = prepare_upload(config.push_to_hub) if has_upload else None
+        self._held: HeldFolder | None = None  # by the main process
         # Only the main process decides, since a damaged file could be seen by one process and not by another.
         found = [self._prepare() if accelerator.is_main_process else None]
         self.checkpoint, state = broadcast_object_list(found)[0]
         self.first_step = state["step"] + 1
         self.best: dict | None = state.get("best")
+        self._samples_size: int | None = state.get("samples_size")
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
         self._counts: dict[str, int] = {name: state.get(name, 0) for name in ("episodes", "tokens")}
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
@@ -83,7 +86,11 @@ class Run:
         config, folder = self.config, self.folder
         before = stored_settings(folder).get("num_steps", config.num_steps)
         options = {"length_matters": length_matters(config), "notes": config.notes}
-        checkpoint = prepare_run_folder(folder, asdict(config), config.resume, **options)
+        checkpoint = prepare_run_folder(folder, asdict(config), config.resume, run=self, **options)
+        self._held = hold(folder)
+        self._held.keep(CONFIG_FILE)
+        if checkpoint:
+            restore_metrics(folder, checkpoint)
         state = checkpoints.load_state(checkpoint) if checkpoint else {"step": 0}
         state["best"], said = restore_best(folder, state.get("best"), state["step"])
         link_best(folder, state["best"])
@@ -112,7 +119,13 @@ class Run:
         check_processes_agree(record, self.accelerator)
         if self.accelerator.is_main_process:
             check_record(self.folder, record, is_new=self.is_new)
+            self._held.keep(PROMPTS_FILE)
         self.accelerator.wait_for_everyone()
+
+    def is_ready(self) -> None:
+        """The trainer is made: from now on, no other one of this process gets the folder before this run has ended."""
+        if self._held:
+            self._held.is_ready = True
 
     @property
     def stopped_early(self) -> bool:
@@ -121,10 +134,19 @@ class Run:
         return bool(patience) and self._evaluations_since_best >= patience
 
     def __enter__(self) -> "Run":
-        """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint."""
+        """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint.
+
+        Raises:
+            ValueError: it has ended or failed.
+        """
+        if self._log is not None:
+            raise ValueError(
+                f"output_dir={self.folder}: this trainer has trained already, and its run has ended or was "
+                "interrupted. Make a new trainer: it continues from the last checkpoint."
+            )
         is_main, config = self.accelerator.is_main_process, self.config
-        self._log = RunLog(self.folder, self.accelerator, asdict(config))
-        self._log.rewind(self.first_step - 1 if self.checkpoint else -1)
+        self._log = RunLog(self.folder, self.accelerator, asdict(config), self._held)
+        self._log.rewind(self.first_step - 1 if self.checkpoint else -1, samples_size=self._samples_size)
         self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
         return self
 
@@ -132,8 +154,14 @@ class Run:
         """Close them and draw the curves, even after an error."""
         self._progress.close()
         self._log.close()
-        if self.accelerator.is_main_process:
-            draw_curves(self.folder)
+        if self._held:
+            try:
+                if isinstance(error, Exception):
+                    self._held.check()  # the folder's end says more than an error of who wrote into it
+                if self._held.is_there():
+                    draw_curves(self.folder)
+            finally:
+                self._held.release()
         if kind is WrongNumbers:  # of all processes: a launcher ends the others as soon as one has ended
             self.accelerator.wait_for_everyone()
 
@@ -228,6 +256,7 @@ class Run:
             state = {
                 "best": self.best,
                 "evaluations_since_best": self._evaluations_since_best,
+                "samples_size": self._log.samples_size(),
                 **self._counts,
             }
             checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
@@ -238,6 +267,7 @@ class Run:
     def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Write final/, the policy after the last step, and send it to the hub if asked."""
         if self.accelerator.is_main_process:
+            self._held.check()
             policy = self._learners["policy"][1]
 
             def fill(folder: Path) -> None:
@@ -257,7 +287,7 @@ class Run:
         return describe_outcome(self.folder, self.config, self.best, num_eval_prompts)
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
-        writers = {}
+        writers = {METRICS_FILE: self._log.copy_metrics}
         for name, (learner, module) in self._learners.items():
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path
