@@ -19,12 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config import RLConfig
-from common.mistakes import WrongNumbers
+from common.mistakes import CannotWrite, WrongNumbers
 from common.models.outputs import restore_outputs
 from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints
-from common.runs.best import better_checkpoint, link_best, restore_best
+from common.runs.best import BEST_LINK, better_checkpoint, link_best, restore_best
+from common.runs.disk import written
 from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
 from common.runs.hub import prepare_upload, upload
 from common.runs.log import RunLog
@@ -32,6 +33,7 @@ from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
 from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
+from common.runs.room import Sizes, sizes_of, warn_of_little_room
 from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
@@ -110,9 +112,7 @@ class Run:
             ValueError: says what differs, between now and the start or between processes.
         """
         check_processes_agree(record, self.accelerator)
-        if self.accelerator.is_main_process:
-            check_record(self.folder, record, is_new=self.is_new)
-        self.accelerator.wait_for_everyone()
+        self._on_main(lambda: check_record(self.folder, record, is_new=self.is_new))
 
     @property
     def stopped_early(self) -> bool:
@@ -124,7 +124,9 @@ class Run:
         """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint."""
         is_main, config = self.accelerator.is_main_process, self.config
         self._log = RunLog(self.folder, self.accelerator, asdict(config))
-        self._log.rewind(self.first_step - 1 if self.checkpoint else -1)
+        self._on_main(lambda: self._log.rewind(self.first_step - 1 if self.checkpoint else -1))
+        if is_main:
+            warn_of_little_room(self.folder, self._sizes(), config, first_step=self.first_step)
         self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
         return self
 
@@ -132,9 +134,12 @@ class Run:
         """Close them and draw the curves, even after an error."""
         self._progress.close()
         self._log.close()
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and kind is not CannotWrite:
             draw_curves(self.folder)
-        if kind is WrongNumbers:  # of all processes: a launcher ends the others as soon as one has ended
+        if kind in (
+            WrongNumbers,
+            CannotWrite,
+        ):  # of all processes: a launcher ends the others as soon as one has ended
             self.accelerator.wait_for_everyone()
 
     def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
@@ -198,7 +203,7 @@ class Run:
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log.samples(step, rows, table=f"samples/{split}")
+        self._on_main(lambda: self._log.samples(step, rows, table=f"samples/{split}"))
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.
@@ -208,7 +213,7 @@ class Run:
             metrics: global values.
             timings: time and memory of this process.
         """
-        self._log.log(step, self._counts | metrics | timings)
+        self._on_main(lambda: self._log.log(step, self._counts | metrics | timings))
         self._progress.update(step, metrics)
         metric = "eval/accuracy" if "eval/accuracy" in metrics else "eval/score"
         if metric in metrics:
@@ -224,33 +229,50 @@ class Run:
         is_new_best = self.best is not None and self.best["checkpoint"] == f"checkpoint-{step}"
         if not every or step == 0 or not (step % every == 0 or is_new_best):
             return
-        if self.accelerator.is_main_process:
-            state = {
-                "best": self.best,
-                "evaluations_since_best": self._evaluations_since_best,
-                **self._counts,
-            }
-            checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
-            link_best(self.folder, self.best)
-            checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
-        self.accelerator.wait_for_everyone()
+        self._on_main(lambda: self._save(step, tokenizer))
+
+    def _save(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        config, sizes, best = self.config, self._sizes(), (self.best or {}).get("checkpoint")
+        state = {
+            "best": self.best,
+            "evaluations_since_best": self._evaluations_since_best,
+            **self._counts,
+        }
+        room = {"needed": sizes.checkpoint, "largest": sizes.largest, "drop_oldest": config.save_drop_oldest_first}
+        checkpoints.make_room(self.folder, step, best=best, **room)
+        checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
+        written(self.folder / BEST_LINK, lambda: link_best(self.folder, self.best))
+        checkpoints.rotate(self.folder, config.save_total_limit, best)
 
     def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Write final/, the policy after the last step, and send it to the hub if asked."""
-        if self.accelerator.is_main_process:
-            policy = self._learners["policy"][1]
+        policy = self._learners["policy"][1]
 
-            def fill(folder: Path) -> None:
-                save_model(policy, tokenizer, folder)
-                for name, save in self._exports.items():
-                    save(folder / f"{name}_model")
+        def fill(folder: Path) -> None:
+            save_model(policy, tokenizer, folder)
+            for name, save in self._exports.items():
+                save(folder / f"{name}_model")
 
-            patience = self.config.early_stopping_patience
-            state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
-            checkpoints.save_final(self.folder, step, fill=fill, **state)
-            if self._repository is not None:
-                upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
+        patience = self.config.early_stopping_patience
+        state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
+        self._on_main(lambda: checkpoints.save_final(self.folder, step, fill=fill, **state))
+        if self._repository is not None:
+            upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
         self.accelerator.wait_for_everyone()
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Have the main process write. All raise what it raises, so that none waits for one that has ended."""
+        failed: list[CannotWrite | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except CannotWrite as error:
+                failed = [error]
+        if error := broadcast_object_list(failed)[0]:
+            raise error
+
+    def _sizes(self) -> Sizes:
+        return sizes_of(self._learners, self._exports, use_lora=self.config.use_lora)
 
     def outcome(self, num_eval_prompts: int) -> list[str]:
         """Lines about a finished run: the held-out metric before and after, where its models are, how to go on."""
