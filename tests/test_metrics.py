@@ -16,9 +16,10 @@ import torch
 from accelerate import Accelerator
 
 from common.config import RLConfig
-from common.runs.log import RunLog, choose_trackers
+from common.runs.log import RunLog
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, memory_report
 from common.runs.progress import LongWork, Progress
+from common.runs.trackers import choose_trackers
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from common.runs.log import WANDB_FILE, RunLog, WandbRun
+from common.runs.log import RunLog
+from common.runs.trackers import WANDB_FILE, WandbRun
 from tests.toy import ROOT, metrics_of, samples_of, toy_trainer, train_until
 
 BLOCK = 32768  # bytes; a .wandb file is cut into blocks, and a record into parts that end with one

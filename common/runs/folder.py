@@ -23,9 +23,10 @@ from common.runs.checkpoints import (
     write_file,
 )
 from common.runs.held import LOCK_FILE, hold
-from common.runs.log import METRICS_FILE, SAMPLES_FILE, WANDB_FILE, read_metrics
+from common.runs.log import METRICS_FILE, SAMPLES_FILE, read_metrics
 from common.runs.longer import check_length, check_unfinished, grows
 from common.runs.own_files import check_own_files
+from common.runs.trackers import WANDB_FILE
 from common.runs.writable import make_folder
 
 logger = logging.getLogger("nanorlhf")
@@ -36,7 +37,14 @@ _OWN_FILES = (CONFIG_FILE, LOCK_FILE, PROMPTS_FILE, METRICS_FILE, SAMPLES_FILE, 
 
 # What a resumed run may change: where it reports, what it keeps and how much memory it uses, not what it learns.
 _REPORTING = ("output_dir", "preset", "report_to", "resume", "progress", "samples_every", "push_to_hub")
-_SAVING = ("save_every", "save_total_limit", "max_tokens_per_microbatch", "gradient_checkpointing", "offload")
+_SAVING = (
+    "save_every",
+    "save_total_limit",
+    "save_drop_oldest_first",
+    "max_tokens_per_microbatch",
+    "gradient_checkpointing",
+    "offload",
+)
 _VLLM = ("vllm_memory_share", "vllm_sleep_level", "vllm_enforce_eager", "vllm_max_num_seqs")
 _CHECKS = ("max_logprob_diff",)  # it only says when a run stops
 MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_VLLM, *_CHECKS))

@@ -11,6 +11,7 @@ import os
 import weakref
 from pathlib import Path
 
+from common.mistakes import CannotWrite
 from common.runs.checkpoints import write_file
 from common.runs.own_files import what_else
 
@@ -77,13 +78,13 @@ class HeldFolder:
         """See that the folder is there and locked, and write again what was deleted from it; costs microseconds.
 
         Raises:
-            ValueError: the folder is gone, or another process holds it.
+            CannotWrite: the folder is gone, or another process holds it.
         """
         if self.descriptor is None:  # released
             return
         if not self.is_there():
             taken = " Another folder has its name, and nothing was written into that." if self.folder.exists() else ""
-            raise ValueError(
+            raise CannotWrite(
                 f"output_dir={self.folder}: the folder of this run was deleted or moved while the run worked, and its "
                 f"metrics and checkpoints with it, so the run ends here.{taken} If it was moved, move it back and "
                 "repeat the command, which continues from its last checkpoint. Otherwise the same command begins a "
@@ -156,7 +157,7 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         if error.errno in _NO_LOCKS:
             return None
-        raise ValueError(
+        raise CannotWrite(
             f"output_dir={folder}: another process is working on this run, and two would damage each other's files. "
             "Wait for it or stop it, or pass another --output_dir."
         ) from None

@@ -3,15 +3,13 @@
 import json
 import logging
 import math
-import netrc
-import os
-import re
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.runs.checkpoints import step_of, write_file
-from common.runs.own_files import open_own, write_new
+from common.runs.disk import append
+from common.runs.own_files import write_new
+from common.runs.trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -20,128 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nanorlhf")
 
-METRICS_FILE, SAMPLES_FILE, WANDB_FILE = "metrics.jsonl", "samples.jsonl", "wandb.json"
-PROJECT = "nanoRLHF"  # of trackers
-_WANDB_ID = re.compile(r"[^\s:;,#?/']+")  # others are refused by wandb
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 LEADING_KEYS = ("episodes", "tokens", "score")  # first in a line of metrics.jsonl after the step, for human readers
-
-
-def choose_trackers(report_to: list[str] | None) -> list[str]:
-    """The trackers for `Accelerator(log_with=...)`; wandb without an account works offline.
-
-    Raises:
-        ValueError: for a tracker that Accelerate does not know, or whose package is not installed.
-    """
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    known = sorted(str(name) for name in LoggerType if name != LoggerType.ALL)
-    installed = sorted(str(name) for name in get_available_trackers())
-    for name in report_to or []:
-        if name not in installed:
-            problem = "its package is not installed" if name in known else f"Accelerate knows only {', '.join(known)}"
-            raise ValueError(
-                f"report_to={name!r}: {problem}, so nothing could be sent there. Install it, pass another, or leave "
-                f"it out: {METRICS_FILE} is always written."
-            )
-    if "wandb" in (report_to or []) and "WANDB_MODE" not in os.environ and not _has_wandb_account():
-        os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    return list(report_to or [])
-
-
-def _has_wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].strip("/")
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-class WandbRun:
-    """The run of Weights & Biases that belongs to a run's folder; a continued run goes on in it.
-
-    W&B cannot take back a step. So steps that a continued run does again, because they came after its checkpoint, are
-    not sent again: W&B keeps what it has of them, also where a longer schedule or a corrected reward gives others now.
-    `rewind` says so.
-
-    Args:
-        folder: the run's folder.
-        write: whether this process keeps the file; the others never send anything.
-
-    Attributes:
-        project: WANDB_PROJECT, else nanoRLHF.
-        id: WANDB_RUN_ID, else that in the file, else a new one.
-    """
-
-    def __init__(self, folder: Path, *, write: bool) -> None:
-        self._path, self._write = folder / WANDB_FILE, write
-        self.project = os.environ.get("WANDB_PROJECT") or PROJECT
-        given, known = os.environ.get("WANDB_RUN_ID"), {}
-        try:
-            known = _known(self._path, self.project)
-        except ValueError as error:
-            if write and not given:
-                logger.warning(
-                    "%s: %s. So its W&B run cannot be continued, and a new one begins, without the steps so far. To "
-                    "go on in the old one, stop, and repeat the command with WANDB_RUN_ID set to its id.",
-                    *(self._path, error),
-                )
-        self.id = given or known.get("id") or secrets.token_hex(4)
-        self._last_step = known["last_step"] if known.get("id") == self.id else -1  # sent by earlier processes
-        self._keep(self._last_step)
-
-    def arguments(self) -> dict[str, str]:
-        """Of wandb.init. Offline, the folders of one run carry the same id, and `wandb sync` joins them."""
-        return {"id": self.id, "resume": "allow"}
-
-    def takes(self, step: int) -> bool:
-        """Whether this step has not been sent yet by an earlier process."""
-        return step > self._last_step
-
-    def sent(self, step: int) -> None:
-        """All of this step is sent."""
-        self._keep(step)
-
-    def rewind(self, step: int) -> None:
-        """Say which steps W&B keeps as they were, if the run goes back behind its last one.
-
-        Args:
-            step: the last one that is not done again; -1 for the very beginning.
-        """
-        if self._last_step > step:
-            logger.warning(
-                "W&B has this run's steps up to %d, and the run goes on from step %d. W&B cannot take a step back, so "
-                "it keeps what it has of steps %d to %d; %s gets them anew, and values may differ. For a W&B run with "
-                "the new ones, stop, delete %s, and repeat the command: another one then begins with step %d.",
-                *(self._last_step, max(step, 0), step + 1, self._last_step, METRICS_FILE, self._path, step + 1),
-            )
-
-    def _keep(self, step: int) -> None:
-        if self._write:
-            write_file(self._path, json_line({"id": self.id, "last_step": step, "project": self.project}))
-
-
-def _known(path: Path, project: str) -> dict[str, Any]:
-    """The W&B run that a file holds; empty if there is no file.
-
-    Raises:
-        ValueError: why it cannot be continued.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        known = json.loads(path.read_bytes())
-    except ValueError:
-        raise ValueError("it is not JSON") from None
-    name, step = (known.get("id"), known.get("last_step")) if isinstance(known, dict) else (None, None)
-    if not isinstance(name, str) or not _WANDB_ID.fullmatch(name) or type(step) is not int:
-        raise ValueError("it does not hold the id of a W&B run and the last step that was sent")
-    if (before := known.get("project", project)) != project:
-        raise ValueError(f"its run {name} is in the project {before}, and this one is to be in {project}")
-    return known
 
 
 class RunLog:
@@ -167,17 +45,8 @@ class RunLog:
         self._metrics: bytearray | None = None
         self._samples_size: int | None = None
         self._accelerator = accelerator
-        self._wandb: WandbRun | None = None
         self._tables: dict[str, list[dict[str, Any]]] = {}  # of the step whose metrics have not come yet
-        if accelerator.log_with:
-            shown = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
-            options, project = {}, PROJECT
-            if "wandb" in map(str, accelerator.log_with):
-                self._wandb = WandbRun(self.folder, write=accelerator.is_main_process)
-                place = {"name": self.folder.name, "dir": str(self.folder)}
-                options["wandb"], project = place | self._wandb.arguments(), self._wandb.project
-            accelerator.project_configuration.logging_dir = str(self.folder)
-            accelerator.init_trackers(project, config=shown, init_kwargs=options)
+        self._trackers = Trackers(self.folder, accelerator, settings)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl; floats are read back bit-equal, and those that are not finite become null.
@@ -190,16 +59,7 @@ class RunLog:
         leading = {name: values[name] for name in LEADING_KEYS if name in values}
         values = {"step": step} | leading | dict(sorted(values.items()))
         self._append_metrics(json_line(values))
-        for tracker in self._accelerator.trackers:
-            if tracker.name != "wandb":
-                tracker.log(values, step=step)
-            elif self._wandb.takes(step):
-                # Tables and metrics at once: a kill between them would leave a step that W&B lets nobody complete.
-                for name, rows in self._tables.items():
-                    cells = [[str(value) for value in row.values()] for row in rows]
-                    tracker.log_table(name, columns=list(rows[0]), data=cells, step=step)
-                tracker.log(values, step=step, commit=True)
-                self._wandb.sent(step)
+        self._trackers.log(step, values, self._tables)
         self._tables.clear()
 
     def samples(self, step: int, rows: list[dict[str, Any]], *, table: str = "samples") -> None:
@@ -229,8 +89,7 @@ class RunLog:
             if path.exists():
                 write_file(path, _lines_until(path, step))
         self._metrics, self._samples_size = None, None
-        if self._wandb:
-            self._wandb.rewind(step)
+        self._trackers.rewind(step)
         self._say_what_is_missing(step, samples_size)
 
     def _say_what_is_missing(self, step: int, samples_size: int | None) -> None:
@@ -264,8 +123,7 @@ class RunLog:
 
     def close(self) -> None:
         """Ends the trackers' runs; the files need no closing."""
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        self._trackers.close()
 
     def _lines(self) -> bytearray:
         if self._metrics is None:
@@ -297,30 +155,9 @@ class RunLog:
         self._samples_size = found + len(lines)
 
     def _append(self, path: Path, content: bytes, *, expected: int | None = None) -> int:
-        """Write at the end of a file, all or nothing.
-
-        Args:
-            path: of the file.
-            content: whole lines.
-            expected: the file's size; of another size, it is left alone.
-
-        Returns:
-            The size that it had.
-        """
         if self._held:
             self._held.check()
-        with open_own(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if expected not in (None, size):
-                return size
-            try:
-                while content:
-                    content = content[os.write(file.fileno(), content) :]
-                os.fsync(file.fileno())  # after a power cut, no checkpoint may be without its line of metrics
-            except BaseException:  # a full disk
-                os.ftruncate(file.fileno(), size)
-                raise
-        return size
+        return append(path, content, expected=expected)
 
 
 def restore_metrics(folder: Path, checkpoint: Path) -> None:

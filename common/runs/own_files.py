@@ -8,6 +8,8 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from common.mistakes import CannotWrite
+
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -61,16 +63,17 @@ def open_own(path: Path) -> BinaryIO:
     """Open a file to append to it and to read it, and make it if there is none.
 
     Raises:
-        ValueError: it is a link.
+        CannotWrite: it is a link.
         OSError: it cannot be opened.
     """
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     try:
         return open(path, "a+b", opener=lambda name, _: os.open(name, flags, 0o666))
-    except OSError:
-        if found := what_else(path):
-            raise ValueError(
-                f"{path}: it is {found}, and nothing is written through that. Put the file itself in its place, or "
-                "move it away."
-            ) from None
-        raise
+    except OSError as error:
+        failure = error
+    if found := what_else(path):
+        raise CannotWrite(
+            f"{path}: it is {found}, and nothing is written through that. Put the file itself in its place, or move "
+            "it away."
+        )
+    raise failure

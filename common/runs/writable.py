@@ -1,8 +1,11 @@
 """Folders that a command writes: whether one can be made is found out first, not after minutes of loading."""
 
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
+
+from common.runs.disk import reason
 
 
 def check_folder(folder: str | Path, *, setting: str = "output_dir", is_replaced: bool = False) -> None:
@@ -23,15 +26,19 @@ def check_folder(folder: str | Path, *, setting: str = "output_dir", is_replaced
             f"--{setting} with a folder in it."
         )
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    trial = folder / f".tmp-{os.getpid()}"
+    trial = folder / f".tmp-{secrets.token_hex(8)}"
     try:
         make_folder(folder, setting=setting)
         try:
-            trial.write_bytes(b"x")
+            with open(trial, "xb") as file:
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())  # where a quota or a disk on the network refuses it
         except OSError as error:  # on a full disk the file is there, and empty
             raise _refusal(folder, setting, error) from error
         finally:
-            trial.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only file system refuses that too, whether the file is there or not
+                trial.unlink()
     finally:
         for path in missing:
             with suppress(OSError, UnicodeError):
@@ -55,15 +62,18 @@ def make_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
 
 
 def _refusal(folder: Path, setting: str, error: OSError | UnicodeError) -> ValueError:
-    reason = (error.strerror if isinstance(error, OSError) else error.reason) or str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        why = reason(error.errno, next((path for path in (folder, *folder.parents) if os.path.isdir(path)), folder))
+    else:
+        why = str(error) if isinstance(error, OSError) else error.reason
     for path in map(str, (folder, *folder.parents)):
         it = "it" if path == str(folder) else path
         if os.path.islink(path) and not os.path.exists(path):
-            reason = f"{it} is a link to {os.readlink(path)}, which is not there"
+            why = f"{it} is a link to {os.readlink(path)}, which is not there"
         elif os.path.exists(path) and not os.path.isdir(path):
-            reason = f"{it} is a file, and a folder is needed"
+            why = f"{it} is a file, and a folder is needed"
     shown = str(folder).encode("utf-8", "backslashreplace").decode()
     return ValueError(
-        f"{setting}={shown}: nothing can be written there: {reason}. Pass --{setting} with a folder that you may "
+        f"{setting}={shown}: nothing can be written there: {why}. Pass --{setting} with a folder that you may "
         "write to."
     )
