@@ -8,6 +8,7 @@ import fcntl
 import gc
 import logging
 import os
+import time
 import weakref
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from common.runs.own_files import what_else
 
 LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
+# Seconds before anything is written again: perhaps the whole folder is being deleted.
+_SETTLE = 0.3
 
 logger = logging.getLogger("nanorlhf")
 
@@ -82,30 +85,45 @@ class HeldFolder:
         """
         if self.descriptor is None:  # released
             return
-        if not self.is_there():
-            taken = " Another folder has its name, and nothing was written into that." if self.folder.exists() else ""
-            raise CannotWrite(
-                f"output_dir={self.folder}: the folder of this run was deleted or moved while the run worked, and its "
-                f"metrics and checkpoints with it, so the run ends here.{taken} If it was moved, move it back and "
-                "repeat the command, which continues from its last checkpoint. Otherwise the same command begins a "
-                "new run."
-            )
-        if self._lock is not None and not _is_at(self._lock, self.folder / LOCK_FILE):
-            self._lock_again()
-        for name, content in self._kept.items():
-            if not os.path.lexists(self.folder / name):
-                write_file(self.folder / name, content)
-                logger.warning("%s was deleted while the run worked, and is written again", self.folder / name)
+        self._check_there()
+        if not self._missing():
+            return
+        time.sleep(_SETTLE)
+        self._check_there()
+        try:
+            self._restore()
+        except (OSError, ValueError):
+            self._check_there()
+            raise
+
+    def _check_there(self) -> None:
+        if self.is_there():
+            return
+        taken = " Another folder has its name, and nothing was written into that." if self.folder.exists() else ""
+        raise CannotWrite(
+            f"output_dir={self.folder}: the folder of this run was deleted or moved while the run worked, and its "
+            f"metrics and checkpoints with it, so the run ends here.{taken} If it was moved, move it back and repeat "
+            "the command, which continues from its last checkpoint. Otherwise the same command begins a new run."
+        )
+
+    def _missing(self) -> list[str]:
+        missing = [name for name in self._kept if not os.path.lexists(self.folder / name)]
+        has_lost_lock = self._lock is not None and not _is_at(self._lock, self.folder / LOCK_FILE)
+        return [*missing, LOCK_FILE] if has_lost_lock else missing
+
+    def _restore(self) -> None:
+        for name in self._missing():
+            if name == LOCK_FILE:
+                before, self._lock = self._lock, None
+                os.close(before)
+                self._lock = _lock(self.folder)
+            else:
+                write_file(self.folder / name, self._kept[name])
+            logger.warning("%s was deleted while the run worked, and is written again", self.folder / name)
 
     def is_there(self) -> bool:
         """False if the folder was deleted or moved, also if another one has its name."""
         return self.descriptor is None or _is_at(self.descriptor, self.folder)
-
-    def _lock_again(self) -> None:
-        before, self._lock = self._lock, None
-        os.close(before)
-        self._lock = _lock(self.folder)
-        logger.warning("%s was deleted while the run worked, and is written again", self.folder / LOCK_FILE)
 
     def release(self) -> None:
         """Let go of the folder: the run has ended."""
