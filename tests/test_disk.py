@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.embedded.policy import build_tokenizer
+from common.evaluation.unfinished import Unfinished
+from common.merge import MergeSettings, merge
 from common.mistakes import CannotWrite
+from common.rollouts import Completion
 from common.runs import disk
 from common.runs.checkpoints import list_checkpoints, make_room, save_checkpoint, write_file
 from common.runs.disk import append, check_room, number_of, written
+from common.runs.room import Sizes, warn_of_little_room
 from common.runs.writable import check_folder
-from tests.toy import metrics_of, samples_of, toy_trainer
+from tests.toy import metrics_of, samples_of, toy_config, toy_trainer
 
 SETTINGS = {"num_steps": 3, "save_every": 1, "save_total_limit": 2}
 
@@ -85,7 +90,12 @@ FULL = {
         "checkpoint-2",
         "are needed.*goes on from checkpoint-1, which",
     ),
-    "a checkpoint that is larger than it seemed": (1, 0, "checkpoint-1", r"are free\. Nothing.*goes on\.$"),
+    "a checkpoint that is larger than it seemed": (
+        1,
+        0,
+        "checkpoint-1",
+        "are free.*then begins the run again",
+    ),
     "final": (1, 60_000, "final", "goes on from checkpoint-3, which stands"),
     "a line of the log": (0, 12_288, "metrics.jsonl", "0 bytes are free"),
 }
@@ -264,3 +274,43 @@ def test_room_is_compared_with_what_the_file_system_says(tmp_path):
     check_room(tmp_path / "file", 1)
     with pytest.raises(CannotWrite, match=r"About 1000000000\.0 GB are needed"):
         check_room(tmp_path / "file", 10**18)
+
+
+def test_a_run_whose_disk_will_be_full_says_so_at_its_start(mount, tiny_folder, caplog):
+    folder = mount("size=2m")
+
+    def said(**settings: object) -> str:
+        caplog.clear()
+        config = toy_config(tiny_folder, folder, **settings)
+        sizes = Sizes(checkpoint=400_000, largest=1, final=200_000)
+        warn_of_little_room(folder, sizes, config, first_step=1)
+        return caplog.text
+
+    assert not said(save_every=1, num_steps=9, save_total_limit=4)
+    assert not said(save_every=2, num_steps=9, save_total_limit=9)
+    for more in ({"save_total_limit": 5}, {"save_total_limit": 4, "eval_every": 1}):
+        assert "2.1 MB are free, and this run needs about 2.4 MB more" in said(save_every=1, num_steps=9, **more)
+    assert not said(save_every=0)
+
+
+def test_what_an_evaluation_has_sampled_stands_on_a_full_disk(mount):
+    folder = mount("size=8k")
+    unfinished, completions = Unfinished(folder / "result.jsonl", {"seed": 1}), [Completion([1], [0.5], False)]
+    with unfinished as kept, pytest.raises(CannotWrite, match=r"result\.jsonl could not be written: No space left"):
+        for problem in range(1000):
+            kept.add(problem, completions, ["a text"])
+    content = unfinished.path.read_bytes()
+    assert content.endswith(b"}\n") and len(content.splitlines()) == problem + 1
+    mount("size=1m")
+    with Unfinished(folder / "result.jsonl", {"seed": 1}) as kept:
+        assert len(kept.completions) == problem
+
+
+@pytest.mark.slow
+def test_merging_onto_a_full_disk_leaves_nothing_behind(mount, tiny_folder, tmp_path):
+    folder, sharded = mount("size=60k"), tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_folder).save_pretrained(sharded, max_shard_size="50KB")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(sharded)
+    with pytest.raises(CannotWrite, match="merged could not be written: No space left on device"):
+        merge(MergeSettings(model=str(sharded), output=str(folder / "merged")))
+    assert not list(folder.iterdir())
