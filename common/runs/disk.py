@@ -209,17 +209,15 @@ def _in_words(path: Path, number: int, needed: int) -> str:
         remedy = "Make the folder writable" if number in _REFUSED else "Repair that"
     return (
         f"{path} could not be written: {reason(number, folder)}.{amount} Nothing incomplete is left. {remedy}; "
-        f"the same command then goes on{_where(path.parent)}."
+        f"the same command then {_where(path.parent)}."
     )
 
 
 def _where(folder: Path) -> str:
-    """From which checkpoint a run goes on; empty if the folder has none, or is no run's."""
-    steps = sorted(
-        int(path.parent.name.split("-")[1])
-        for path in folder.glob(f"checkpoint-*/{MANIFEST_FILE}")
-        if path.parent.name.split("-")[1].isdecimal()
-    )
-    whole = (step for step in reversed(steps) if find_damage(folder / f"checkpoint-{step}") is None)
-    step = next(whole, None)
-    return "" if step is None else f" from checkpoint-{step}, which stands"
+    """Where a run goes on, or a command that writes into a folder that is no run's."""
+    steps = (path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"checkpoint-*/{MANIFEST_FILE}"))
+    latest_first = sorted((int(step) for step in steps if step.isdecimal()), reverse=True)
+    whole = (step for step in latest_first if find_damage(folder / f"checkpoint-{step}") is None)
+    if step := next(whole, None):
+        return f"goes on from checkpoint-{step}, which stands"
+    return "begins the run again, which has no checkpoint" if (folder / "metrics.jsonl").exists() else "goes on"

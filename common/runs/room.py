@@ -59,13 +59,13 @@ def warn_of_little_room(folder: Path, sizes: Sizes, config: RLConfig, *, first_s
         config: its settings.
         first_step: the next step to do, from 1.
     """
+    every, best = config.save_every, bool(config.eval_every)
     num_there = len(list_checkpoints(folder))
-    num_coming = (
-        config.num_steps // config.save_every - (first_step - 1) // config.save_every if config.save_every else 0
-    )
-    # The next one is written before the oldest is deleted; the best is kept beside them.
-    num_kept = min(num_there + num_coming, config.save_total_limit + 1 + bool(config.eval_every))
-    needed, free = max(num_kept - num_there, 0) * sizes.checkpoint + sizes.final, free_bytes(folder)
+    num = num_there + (config.num_steps // every - (first_step - 1) // every if every else 0)
+    # A new one is written before the oldest is deleted, and final/ after that; the best is kept beside them.
+    with_new = min(num, config.save_total_limit + 1 + best) * sizes.checkpoint
+    with_final = min(num, config.save_total_limit + best) * sizes.checkpoint + sizes.final
+    needed, free = max(with_new, with_final) - num_there * sizes.checkpoint, free_bytes(folder)
     if needed > free:
         logger.warning(
             "%s: %s are free, and this run needs about %s more: checkpoints of %s and a final model of %s. Make room "

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +159,7 @@ class Trackers:
     def __init__(self, folder: Path, accelerator: "Accelerator", settings: dict[str, Any]) -> None:
         self._wandb: WandbRun | None = None
         self._trackers: list[GeneralTracker] = []
+        self._failed: set[str] = set()
         self._is_main = accelerator.is_main_process
         names = list(map(str, accelerator.log_with))
         accelerator.project_configuration.logging_dir = str(folder)
@@ -210,11 +212,17 @@ class Trackers:
         """End their runs."""
         for tracker in list(self._trackers):
             self._try(tracker.name, tracker.finish)
+        if "wandb" in self._failed:
+            import wandb
+
+            with suppress(Exception):  # its service may be dead, of which it would print a traceback when Python ends
+                wandb.teardown()
 
     def _try(self, name: str, call: Callable[[], object]) -> None:
         try:
             call()
         except (Exception, SystemExit) as error:  # of the network, of an account, of a service of its own
+            self._failed.add(name)
             self._trackers[:] = [tracker for tracker in self._trackers if tracker.name != name]
             if self._is_main:
                 logger.warning(
