@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.runs.checkpoints import step_of, write_file
+from common.runs.checkpoints import write_file
 from common.runs.disk import append
 from common.runs.own_files import write_new
 from common.runs.trackers import Trackers
@@ -30,6 +30,9 @@ class RunLog:
         accelerator: made with `log_with=choose_trackers(...)` and any `project_dir`, which tensorboard needs.
         settings: shown by the trackers.
         held: looks after the folder before each line; None: nothing does.
+
+    Attributes:
+        samples_size: bytes of samples.jsonl at the last line of metrics, for a checkpoint.
     """
 
     def __init__(
@@ -43,7 +46,8 @@ class RunLog:
         self._held = held
         # What is in the files, to see and repair what somebody does to them. Metrics of 10,000 steps take some 30 MB.
         self._metrics: bytearray | None = None
-        self._samples_size: int | None = None
+        self._size: int | None = None  # of samples.jsonl
+        self.samples_size = 0
         self._accelerator = accelerator
         self._tables: dict[str, list[dict[str, Any]]] = {}  # of the step whose metrics have not come yet
         self._trackers = Trackers(self.folder, accelerator, settings)
@@ -88,7 +92,7 @@ class RunLog:
         for path in (self.folder / METRICS_FILE, self.folder / SAMPLES_FILE):
             if path.exists():
                 write_file(path, _lines_until(path, step))
-        self._metrics, self._samples_size = None, None
+        self._metrics, self._size, self.samples_size = None, None, self._size_of_samples()
         self._trackers.rewind(step)
         self._say_what_is_missing(step, samples_size)
 
@@ -104,8 +108,8 @@ class RunLog:
                 step,
                 missing[0],
             )
-        path = self.folder / SAMPLES_FILE
-        if samples_size is not None and (found := path.stat().st_size if path.exists() else 0) != samples_size:
+        path, found = self.folder / SAMPLES_FILE, self.samples_size
+        if samples_size not in (None, found):
             logger.warning(
                 "%s has %s bytes of the steps before the checkpoint, and had %s: somebody changed the file. "
                 "Checkpoints hold no copy of completions. The run goes on, and its page lacks those that are missing.",
@@ -116,8 +120,7 @@ class RunLog:
         """Write metrics.jsonl as it should be, for a checkpoint."""
         write_new(path, self._lines())
 
-    def samples_size(self) -> int:
-        """Bytes of samples.jsonl, for a checkpoint."""
+    def _size_of_samples(self) -> int:
         path = self.folder / SAMPLES_FILE
         return path.stat().st_size if path.exists() else 0
 
@@ -137,6 +140,7 @@ class RunLog:
         known, path = self._lines(), self.folder / METRICS_FILE
         is_as_written = self._append(path, line, expected=len(known)) == len(known)
         known += line
+        self.samples_size = self._size_of_samples()
         if not is_as_written:
             write_file(path, bytes(known))
             logger.warning("%s was changed while the run worked, and is written again", path)
@@ -146,13 +150,13 @@ class RunLog:
             return
         path = self.folder / SAMPLES_FILE
         found = self._append(path, lines)
-        if self._samples_size not in (None, found):
+        if self._size not in (None, found):
             logger.warning(
                 "%s was changed while the run worked: it had %s bytes, and has %s. What is missing is lost; the run "
                 "goes on.",
-                *(path, f"{self._samples_size:,}", f"{found:,}"),
+                *(path, f"{self._size:,}", f"{found:,}"),
             )
-        self._samples_size = found + len(lines)
+        self._size = found + len(lines)
 
     def _append(self, path: Path, content: bytes, *, expected: int | None = None) -> int:
         if self._held:
@@ -167,10 +171,12 @@ def restore_metrics(folder: Path, checkpoint: Path) -> None:
         folder: the run's folder.
         checkpoint: that the run continues from; one from before checkpoints held a copy changes nothing.
     """
-    path, copy, step = folder / METRICS_FILE, checkpoint / METRICS_FILE, step_of(checkpoint)
+    path, copy = folder / METRICS_FILE, checkpoint / METRICS_FILE
     if not copy.is_file():
         return
-    saved, found = copy.read_bytes(), _lines_until(path, step)
+    saved = copy.read_bytes()
+    step = max((row["step"] for row in read_metrics(checkpoint)), default=-1)
+    found = _lines_until(path, step)
     if found == saved:
         return
     later = b"".join(line + b"\n" for line in _whole_lines(path) if not _belongs_before(line, step))

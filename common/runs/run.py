@@ -272,7 +272,7 @@ class Run:
         state = {
             "best": self.best,
             "evaluations_since_best": self._evaluations_since_best,
-            "samples_size": self._log.samples_size(),
+            "samples_size": self._log.samples_size,
             **self._counts,
         }
         room = {"needed": sizes.checkpoint, "largest": sizes.largest, "drop_oldest": config.save_drop_oldest_first}
