@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from common.config import RLConfig
+from common.mistakes import CannotWrite
 from common.runs.log import RunLog
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, memory_report
 from common.runs.progress import LongWork, Progress
@@ -318,7 +319,7 @@ def test_a_full_disk_leaves_no_part_of_a_line(log, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(CannotWrite, match="No space"):
             log.log(2, {"score": 2.0})
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     log.log(2, {"score": 2.0})
