@@ -88,6 +88,7 @@ SETTINGS = VinePPOConfig(
     resume="auto",
     save_every=50,  # cpu: 20
     save_total_limit=2,
+    save_drop_oldest_first=False,
     push_to_hub=None,
     report_to=None,  # for example ["wandb"]
     samples_every=5,

@@ -24,7 +24,7 @@ import yaml
 from common.config import RLConfig
 from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import ROOT, WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
+from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 
 Config = TypeVar("Config", bound=RLConfig)
@@ -276,7 +276,8 @@ def run_script(
     except ValueError as error:
         if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        if is_main or not isinstance(error, CannotWrite):  # which all processes raise
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except WrongNumbers as error:
         if is_main:  # all processes raise the same

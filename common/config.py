@@ -192,6 +192,8 @@ class RLConfig:
     """Steps between checkpoints; 0: only the final model."""
     save_total_limit: int = 2
     """Checkpoints kept in addition to the best one."""
+    save_drop_oldest_first: bool = False
+    """Where the next checkpoint does not fit on the disk, first delete older ones: all but the latest and the best."""
     push_to_hub: str | None = None
     """Hub id that the final model is uploaded to."""
     report_to: list[str] | None = None
@@ -272,7 +274,7 @@ class RLConfig:
         if not self.reward_time_limit:
             idle["reward_memory_limit"] = "reward_time_limit is 0, which switches both limits off"
         if not self.save_every:
-            idle["save_total_limit"] = "save_every is 0"
+            idle |= dict.fromkeys(("save_total_limit", "save_drop_oldest_first"), "save_every is 0")
         if self.eval_temperature == 0:
             idle |= dict.fromkeys(("eval_top_p", "eval_top_k"), "eval_temperature is 0: the likeliest token is taken")
         if not (self.eval_every and self.num_eval_prompts):

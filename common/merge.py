@@ -9,12 +9,12 @@ from __future__ import annotations  # for type hints whose import would take sec
 import json
 import os
 import re
-import shutil
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -41,6 +41,7 @@ from common.runs.checkpoints import (
     load_state,
     step_of,
 )
+from common.runs.disk import remove_folder, written
 from common.runs.folder import CONFIG_FILE
 from common.runs.writable import check_folder
 
@@ -122,10 +123,21 @@ def merge(settings: MergeSettings) -> Source:
     model = load(source)
     weights = copied_weights(model)
     base = model if source.adapter is None else model.get_base_model()
+    written(output, lambda: _write(output, source, base, weights, settings))
+    return source
+
+
+def _write(
+    output: Path,
+    source: Source,
+    base: transformers.PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    settings: MergeSettings,
+) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
-        save_weights(base, weights, temporary, max_shard_size=settings.max_shard_size)
+        save_weights(base, dict(weights), temporary, max_shard_size=settings.max_shard_size)
         has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             source.own if has_tokenizer else source.base, trust_remote_code=settings.trust_remote_code
@@ -133,9 +145,8 @@ def merge(settings: MergeSettings) -> Source:
         forget_origin(tokenizer).save_pretrained(temporary)
         os.replace(temporary, output)
     except BaseException:  # a full disk or Ctrl-C
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
         raise
-    return source
 
 
 # Finding the parts

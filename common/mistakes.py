@@ -18,6 +18,10 @@ class WrongNumbers(FloatingPointError):
     """Numbers of a run cannot be right, so it stops before its policy learns from them; all processes raise it."""
 
 
+class CannotWrite(ValueError):
+    """The disk does not take what a run or a command has to write; the message says what stands, and how to go on."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, for a message of ours: one line, without a full stop at its end.
 
@@ -71,7 +75,7 @@ def explain_mistakes() -> None:
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         frames = traceback.extract_tb(trace)
         is_script = len(frames) > 1 and frames[0].name == "<module>" and Path(frames[0].filename).is_file()
-        is_message = kind in (ValueError, TypeError, WrongNumbers) and is_script and is_ours(frames[-1])
+        is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(frames[-1])
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
         print(f"error: {name_of_script(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)

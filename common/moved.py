@@ -62,6 +62,7 @@ MOVED: dict[str, dict[str, str]] = {
         "common.runs.best": "better_checkpoint",
     },
     "common.metrics": {
+        "common.runs.trackers": "choose_trackers WandbRun WANDB_FILE PROJECT",
         "common.runs.log": "",
         "common.runs.metrics": "GB Stopwatch memory_report",
         "common.runs.metrics.StepMetrics": "MetricShares",
@@ -77,7 +78,10 @@ MOVED: dict[str, dict[str, str]] = {
         "common.runs.measures.evaluation_means": "evaluation_shares",
     },
     "common.samples": {"common.samples.page": ""},
-    "common.runs.log": {"common.runs.progress": "Progress"},
+    "common.runs.log": {
+        "common.runs.progress": "Progress",
+        "common.runs.trackers": "choose_trackers WandbRun WANDB_FILE PROJECT",
+    },
     "common.losses": {"RLOO.rloo_trainer": "RATIO_LEVELS", "PPO.value_model": "clipped_value_loss"},
     "common.advantages": {"RAFT.raft_trainer": "best_of_group", "VinePPO.chunks": "chunk_advantages"},
     "common.cli": {"common.start": "report"},

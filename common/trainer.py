@@ -41,7 +41,6 @@ from common.models.system_role import describe_system
 from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
-from common.runs.log import choose_trackers
 from common.runs.measures import (
     evaluation_means,
     judge,
@@ -54,6 +53,7 @@ from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
+from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
 from common.sampling.checks import check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
@@ -153,6 +153,7 @@ class OnPolicyTrainer(ABC):
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
             check_vocabulary(prompts.encoded, known)
         self._load_models()
+        self.run.is_ready()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
 

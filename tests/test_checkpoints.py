@@ -22,6 +22,7 @@ from common.runs.checkpoints import (
     list_checkpoints,
     load_state,
     load_tensors,
+    remove_leftovers,
     rotate,
     save_checkpoint,
     save_final,
@@ -512,3 +513,101 @@ def test_a_run_that_stopped_early_or_kept_no_checkpoint_is_finished_for_good(tmp
     with pytest.raises(ValueError, match="kept no checkpoint to continue from"):
         prepare_run_folder(tmp_path / "bare", SETTINGS | {"num_steps": 200})
     assert json.loads((tmp_path / "bare" / "final" / "trainer_state.json").read_text())["step"] == 100
+
+
+# Links, and what a kill has left while something was replaced
+
+
+def linked(path, target):
+    target.mkdir(parents=True)
+    (target / "trainer_state.json").write_text('{"step": 1}')
+    (target / "mine").write_text("on another disk")
+    path.symlink_to(target)
+    return target
+
+
+def test_rotation_deletes_a_link_and_not_what_it_points_to(tmp_path):
+    run = tmp_path / "run"
+    save(run_folder(run), 2)
+    target = linked(run / "checkpoint-1", tmp_path / "disk")
+    (run / "checkpoint-0").symlink_to("nowhere")
+    save(run, 3)
+    rotate(run, 1, None)
+    assert names(run) == ["checkpoint-0", "checkpoint-3"]
+    assert names(target) == ["mine", "trainer_state.json"]
+
+
+def run_folder(path):
+    path.mkdir()
+    return path
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    if os.system(f"mount --bind {tmp_path}/checkpoint-1 {tmp_path}/checkpoint-1 2> {os.devnull}"):
+        pytest.skip("nothing can be mounted here")
+    try:
+        rotate(tmp_path, 1, None)
+    finally:
+        os.system(f"umount {tmp_path}/checkpoint-1")
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3"]
+    assert "checkpoint-1 could not be deleted: Device or resource busy. So this old checkpoint stays" in caplog.text
+
+
+def test_a_final_model_replaces_a_link_and_not_what_it_points_to(tmp_path):
+    run = run_folder(tmp_path / "run")
+    target = linked(run / "final", tmp_path / "disk")
+    finish(run, 5)
+    assert not (run / "final").is_symlink() and (run / "final" / "weights").read_text() == "5"
+    assert names(run) == ["final"] and names(target) == ["mine", "trainer_state.json"]
+
+
+def replace_final_blocked(folder, where, point):
+    module, name, is_there = {
+        "before the old one is set aside": (os, "replace", lambda path, _: path.name == "final"),
+        "between the renames": (os, "replace", lambda _, path: path.name == "final"),
+        "before the old one is deleted": (shutil, "rmtree", lambda path: path.name.endswith("-deleted")),
+    }[where]
+    real = getattr(module, name)
+    setattr(module, name, lambda *args, **options: block(point) if is_there(*args) else real(*args, **options))
+    finish(folder, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where", ["before the old one is set aside", "between the renames", "before the old one is deleted"]
+)
+def test_a_kill_while_the_final_model_is_replaced_costs_neither(where, tmp_path):
+    run = tmp_path / "run"
+    prepare_run_folder(run, SETTINGS | {"num_steps": 150})
+    save(run, 100)
+    finish(run, 100)
+    kill_at(tmp_path / "point", replace_final_blocked, run, where)
+    assert len(names(run)) > 3
+    with pytest.raises(ValueError, match="has finished"):
+        prepare_run_folder(run, SETTINGS | {"num_steps": 150})
+    assert (run / "final" / "weights").read_text() == "150"
+    assert names(run) == ["checkpoint-100", "config.yaml", "final"]
+
+
+def test_the_only_whole_final_model_is_never_a_leftover(tmp_path):
+    for name, what in (("old", "final.tmp-7-deleted"), ("new", "final.tmp-7")):
+        run = run_folder(tmp_path / name)
+        finish(run, 100)
+        (run / "final").rename(run / what)
+        remove_leftovers(run)
+        assert names(run) == ["final"] and load_state(run / "final")["step"] == 100
+
+
+def test_a_final_model_that_is_incomplete_damaged_or_a_link_is_a_leftover(tmp_path):
+    run = run_folder(tmp_path / "run")
+    finish(run, 100)
+    for name in ("final.tmp-1", "final.tmp-2"):
+        shutil.copytree(run / "final", run / name)
+    (run / "final.tmp-1" / "manifest.json").unlink()
+    (run / "final.tmp-2" / "weights").write_text("101")
+    (run / "final").rename(tmp_path / "elsewhere")
+    (run / "final.tmp-3").symlink_to(tmp_path / "elsewhere")
+    remove_leftovers(run)
+    assert names(run) == [] and (tmp_path / "elsewhere" / "weights").read_text() == "100"

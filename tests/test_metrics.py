@@ -16,9 +16,11 @@ import torch
 from accelerate import Accelerator
 
 from common.config import RLConfig
-from common.runs.log import RunLog, choose_trackers
+from common.mistakes import CannotWrite
+from common.runs.log import RunLog
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, memory_report
 from common.runs.progress import LongWork, Progress
+from common.runs.trackers import choose_trackers
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +308,22 @@ def test_a_line_is_on_disk_when_log_returns(log, tmp_path):
     for step in range(3):
         log.log(step, {"score": 1.0})
         assert len(read_lines(tmp_path / "metrics.jsonl")) == step + 1
+
+
+def test_a_full_disk_leaves_no_part_of_a_line(log, tmp_path, monkeypatch):
+    log.log(1, {"score": 1.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(CannotWrite, match="No space"):
+            log.log(2, {"score": 2.0})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    log.log(2, {"score": 2.0})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 def test_rewind_and_writing_again_gives_the_bytes_of_an_uninterrupted_run(tmp_path, accelerator):

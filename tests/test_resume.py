@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.runs.checkpoints import damage_of, list_checkpoints, load_state
-from common.runs.manifest import DAMAGE_FILE, MANIFEST_FILE
+from common.runs.manifest import DAMAGE_FILE, MANIFEST_FILE, write_manifest
 from common.start import report
 from tests.toy import (
     LORA,
@@ -297,12 +297,16 @@ def test_other_folders_with_a_similar_name_are_left_alone(runs, tiny_folder, tmp
 # What else is in the folder
 
 
-@pytest.mark.parametrize("content", [None, b"", b'\xff\xfe\n[1]\n{}\n5\n"x"\n{"step": "2"}\n\x00\x00'])
-def test_without_its_metrics_a_run_goes_on_and_says_which_are_missing(runs, tiny_folder, tmp_path, caplog, content):
+@pytest.mark.parametrize("content", [None, b'\xff\xfe\n[1]\n{}\n5\n"x"\n{"step": "2"}\n\x00\x00'])
+def test_metrics_of_which_an_old_checkpoint_has_no_copy_are_said_to_be_missing(
+    runs, tiny_folder, tmp_path, caplog, content
+):
     run = killed_run(runs, tmp_path)
     (run / "metrics.jsonl").unlink()
     if content is not None:
         (run / "metrics.jsonl").write_bytes(content)
+    (run / "checkpoint-3" / "metrics.jsonl").unlink()
+    write_manifest(run / "checkpoint-3")
     continued(tiny_folder, run).train()
     assert "metrics.jsonl has no line of 3 of the 3 steps before the checkpoint" in caplog.text
     assert metrics_of(run) == metrics_of(runs()[1])[4:]

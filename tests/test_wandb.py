@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from common.runs.log import WANDB_FILE, RunLog, WandbRun
+from common.runs.log import RunLog
+from common.runs.trackers import WANDB_FILE, Trackers, WandbRun
 from tests.toy import ROOT, metrics_of, samples_of, toy_trainer, train_until
 
 BLOCK = 32768  # bytes; a .wandb file is cut into blocks, and a record into parts that end with one
@@ -234,3 +235,75 @@ def test_the_project_is_that_of_the_environment(tmp_path, monkeypatch, project):
 def test_without_wandb_there_is_no_such_file(toy_folder, tmp_path):
     toy_trainer(toy_folder, tmp_path / "run", num_steps=1).train()
     assert not (tmp_path / "run" / WANDB_FILE).exists()
+
+
+@pytest.mark.slow
+def test_a_service_of_wandb_that_dies_never_ends_a_run_and_its_steps_count_as_not_sent(tmp_path):
+    script = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from common.runs.log import RunLog
+from accelerate import Accelerator
+folder = Path(sys.argv[1])
+log = RunLog(folder, Accelerator(cpu=True, log_with=["wandb"], project_dir=folder), {})
+log.log(0, {"score": 0.0})
+ours = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
+lines = subprocess.run(ours, capture_output=True, text=True).stdout.splitlines()
+for line in lines:
+    if "wandb-core" in line:
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+for step in (1, 2, 3):
+    log.samples(step, [{"completion": str(step)}])
+    log.log(step, {"score": 1.0})
+log.close()
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("wandb failed, and gets nothing more of this run until it is started again") == 1
+    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1, 2, 3]
+    assert json.loads((tmp_path / WANDB_FILE).read_text())["last_step"] == 0
+
+
+def test_a_tracker_that_cannot_begin_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_RUN_ID", "no/id")  # wandb refuses it
+    log = RunLog(tmp_path, Accelerator(cpu=True, log_with=["wandb"], project_dir=tmp_path), {})
+    log.log(1, {"score": 0.5})
+    log.close()
+    assert caplog.text.count("wandb failed") == 1 and "Run ID cannot contain" in caplog.text
+    assert json.loads((tmp_path / WANDB_FILE).read_text())["last_step"] == -1
+    assert [line["score"] for line in metrics_of(tmp_path)] == [0.5]
+
+
+class Broken:
+    """A tracker that raises whatever it is told to."""
+
+    name = "broken"
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.calls = error, 0
+
+    def log(self, values: dict, step: int) -> None:
+        self.calls += 1
+        raise self.error
+
+    def finish(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), ConnectionError("401"), SystemExit(1), Exception()])
+def test_whatever_a_tracker_raises_is_one_warning(tmp_path, caplog, error):
+    trackers = Trackers(tmp_path, Accelerator(cpu=True), {})
+    broken = Broken(error)
+    trackers._trackers.append(broken)
+    for step in range(3):
+        trackers.log(step, {"score": 0.5}, {})
+    trackers.close()
+    assert broken.calls == 1 and caplog.text.count("broken failed") == 1
+
+
+def test_ctrl_c_within_a_tracker_is_no_failure_of_it(tmp_path):
+    trackers = Trackers(tmp_path, Accelerator(cpu=True), {})
+    trackers._trackers.append(Broken(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        trackers.log(1, {"score": 0.5}, {})

@@ -35,7 +35,7 @@ from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
-from common.mistakes import WrongNumbers, first_line, is_ours
+from common.mistakes import CannotWrite, WrongNumbers, first_line, is_ours
 from common.models.attention import attention_for
 from common.models.configs import model_class, read_config
 from common.models.loading import compute_dtype, end_token_ids, num_tokens, warn_of_slow_dtype
@@ -149,7 +149,7 @@ class Evaluation:
         with self.unfinished as kept:
             try:
                 self._run()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, CannotWrite):
                 if kept.completions:
                     count = f"{len(kept.completions)} of {len(self.prompts)} problems"
                     logger.info("\n%s: the completions of %s are kept in %s", self.model, count, kept.path)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from operator import getitem
@@ -13,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from common.rollouts import Rollouts
+from common.runs.disk import remove_folder, reported
 from common.runs.log import finite_or_null, json_line
 from common.runs.measures import is_one, sizes_of_k
 
@@ -57,6 +57,7 @@ def stored_score(folder: Path, identity: dict[str, Any]) -> Score | None:
     return score
 
 
+@reported
 def write_result(
     folder: Path, score: Score, rollouts: Rollouts, *, accuracy: str | None, lenient: Tensor | None = None
 ) -> None:
@@ -68,11 +69,13 @@ def write_result(
         rollouts: scored completions, score["num_samples"] adjacent rows per problem.
         accuracy: the reward that gives 1 for a right answer; None if there is none.
         lenient: (B,) bool, the answer is right in any form; None if that was not judged.
+
+    Raises:
+        CannotWrite: the file system does not let it; nothing is left.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         with open(temporary / OUTPUTS_FILE, "wb") as file:
             file.writelines(map(json_line, _outputs(rollouts, score["num_samples"], accuracy, lenient)))
         (temporary / TABLE_FILE).write_text(table([score]), encoding="utf-8")
@@ -81,7 +84,7 @@ def write_result(
         )
         os.replace(temporary, folder)
     except BaseException:  # a full disk or Ctrl-C
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
         raise
 
 

@@ -10,14 +10,15 @@ import errno
 import fcntl
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.rollouts import Completion
+from common.runs.disk import append_to, written
 from common.runs.log import json_line
+from common.runs.own_files import open_own
 
 
 class Unfinished:
@@ -65,8 +66,7 @@ class Unfinished:
         Raises:
             ValueError: another process is sampling the same completions.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        self._file = written(self.path, self._open)
         try:
             # Not inherited by the processes of rules. It ends when any descriptor of the file is closed.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,13 +81,17 @@ class Unfinished:
         self._file.seek(0)
         lines, size = _lines(self._file.read())
         self._check(lines)
-        self._file.truncate(size)
+        written(self.path, lambda: self._file.truncate(size))
         for line in lines[1:]:
             self.completions[line["problem"]] = [_completion(each) for each in line["completions"]]
             self.seconds += line["seconds"]
         if not lines:
             self._append(self._identity)
         return self
+
+    def _open(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return open_own(self.path)
 
     def __exit__(self, *_: object) -> None:
         """Close the file; the completions in it stay."""
@@ -118,9 +122,7 @@ class Unfinished:
         self.path.unlink(missing_ok=True)
 
     def _append(self, row: dict[str, Any]) -> None:
-        self._file.write(json_line(row))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        written(self.path, lambda: append_to(self._file.fileno(), json_line(row)))
 
 
 def _lines(content: bytes) -> tuple[list[dict[str, Any]], int]:

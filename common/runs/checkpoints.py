@@ -9,13 +9,16 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from common.runs.disk import check_room, free_bytes, remove_folder, reported, written
 from common.runs.manifest import MANIFEST_FILE, find_damage, note_damage, write_manifest
+from common.runs.own_files import write_new
 
 FINAL_FOLDER, POLICY_FOLDER, STATE_FILE = "final", "policy", "trainer_state.json"
 
@@ -28,11 +31,12 @@ _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
 _LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|best|[a-z]+\.(yaml|jsonl?|png|html))\.tmp-.*")
 
 
+@reported
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file under a temporary name and renames it: a reader sees the old content or the new, never a part."""
     temporary = temporary_path(path)
     try:
-        temporary.write_bytes(content)
+        write_new(temporary, content)
         _sync(temporary)
     except BaseException:  # a full disk
         temporary.unlink(missing_ok=True)
@@ -41,29 +45,45 @@ def write_file(path: Path, content: bytes) -> None:
     _sync(path.parent)
 
 
+@reported
 def _write_folder(target: Path, fill: Callable[[Path], None], state: dict[str, Any]) -> None:
     """Fills a temporary folder, its state and then its manifest last, and renames it; an existing one is replaced."""
     temporary = temporary_path(target)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    remove_folder(temporary)
     try:
+        temporary.mkdir()
         fill(temporary)
         (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         write_manifest(temporary)
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
     except BaseException:  # a full disk or Ctrl-C: the incomplete folder is useless and may be large
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
         raise
-    if target.exists() or target.is_symlink():
-        _remove(target)
-    os.replace(temporary, target)
+    _put(temporary, target)
+
+
+def _put(complete: Path, target: Path) -> None:
+    """Give a complete folder its name; what had that name is removed only after it has."""
+    before = _set_aside(target) if os.path.lexists(target) else None
+    try:
+        os.replace(complete, target)
+    except OSError:
+        if before is not None:
+            os.replace(before, target)
+        raise
     _sync(target.parent)
+    if before is not None:
+        with suppress(OSError):  # the next start tries again
+            _delete(before)
 
 
 def temporary_path(path: Path) -> Path:
-    """Where a file or folder is written before it gets its name; `remove_leftovers` knows these names."""
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    """Where a file or folder is written before it gets its name; `remove_leftovers` knows these names.
+
+    Nobody can guess the name, and put a link there.
+    """
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
 
 
 def _sync(path: Path) -> None:
@@ -77,14 +97,23 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Removes a folder or a file, or a link and not what it points to.
 
-    A folder is renamed before it is emptied, so that a half-deleted one never has a valid name.
+    It is renamed before it is emptied, so that a half-deleted folder never has a valid name.
     """
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}-deleted")
-    os.replace(path, temporary)
-    shutil.rmtree(temporary)
+    _delete(_set_aside(path))
+
+
+def _set_aside(path: Path) -> Path:
+    """Renames what is to be deleted; a link itself, not what it points to."""
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-deleted")
+    os.replace(path, aside)
+    return aside
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_leftover(path: Path) -> bool:
@@ -93,10 +122,28 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes had started to write or to delete in a run's folder."""
-    for path in filter(is_leftover, folder.iterdir()):
-        remove = shutil.rmtree if path.is_dir() and not path.is_symlink() else os.unlink
-        remove(path)
+    """Removes what killed processes had started to write or to delete in a run's folder.
+
+    A complete `final` that had not got its name yet gets it, if what has the name is none or from before it.
+
+    Raises:
+        CannotWrite: the folder's file system does not let it.
+    """
+    leftovers = list(filter(is_leftover, folder.iterdir()))
+    finals = [path for path in leftovers if path.name.startswith(f"{FINAL_FOLDER}.") and not path.is_symlink()]
+    whole = [path for path in finals if (path / MANIFEST_FILE).is_file() and damage_of(path, read="") is None]
+    target = folder / FINAL_FOLDER
+    if whole:
+        newest = max(whole, key=_step_in)
+        if damage_of(target) is not None or _step_in(target) < _step_in(newest):
+            written(target, lambda: _put(newest, target))
+    for path in leftovers:
+        written(path, lambda path=path: _delete(path))
+
+
+def _step_in(folder: Path) -> int:
+    step = (_read_state(folder) or {}).get("step")
+    return step if isinstance(step, int) else 0
 
 
 def save_checkpoint(
@@ -227,27 +274,75 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:
-    """Deletes old checkpoints, and damaged ones that the run has passed.
+    """Deletes old checkpoints, and damaged ones that the run has passed; of a link, only the link.
+
+    One that cannot be deleted, such as the place where another disk is mounted, is a warning.
 
     Args:
         folder: the run's folder.
         keep: how many of the latest stay, at least 1; damaged ones do not count.
         best: name of a checkpoint that stays in any case, for example "checkpoint-40", or None.
     """
+    for checkpoint in _passed(folder, keep, best):
+        try:
+            _remove(checkpoint)
+        except OSError as error:
+            logger.warning("%s could not be deleted: %s. So this old checkpoint stays.", checkpoint, error.strerror)
+
+
+def _passed(folder: Path, keep: int, best: str | None) -> list[Path]:
+    """The checkpoints that a run does not need, oldest first: see `rotate`."""
     assert keep >= 1, "a run needs its latest checkpoint to be resumed"
     kept = list_checkpoints(folder)[-keep:]
-    for checkpoint in named_checkpoints(folder):
-        passed = bool(kept) and step_of(checkpoint) < step_of(kept[-1])
-        is_ours = any((checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST_FILE))
-        if passed and is_ours and checkpoint not in kept and checkpoint.name != best:
-            _remove(checkpoint)
+    passed = [path for path in named_checkpoints(folder) if kept and step_of(path) < step_of(kept[-1])]
+    return [
+        path
+        for path in passed
+        if path not in kept
+        and path.name != best
+        and any((path / name).is_file() for name in (STATE_FILE, MANIFEST_FILE))
+    ]
+
+
+def make_room(folder: Path, step: int, *, needed: int, largest: int, best: str | None, drop_oldest: bool) -> None:
+    """Makes sure that the next checkpoint fits before it is begun.
+
+    Args:
+        folder: the run's folder.
+        step: of the next checkpoint.
+        needed: its bytes.
+        largest: bytes of its largest file.
+        best: as in `rotate`.
+        drop_oldest: if it does not fit, delete old checkpoints first: all but the latest whole one and the best, and
+            only if it fits then.
+
+    Raises:
+        CannotWrite: it does not fit.
+    """
+    target = folder / f"checkpoint-{step}"
+    if damage_of(target) is None:  # it is there already
+        return
+    sizes = {path: _size(path) for path in _passed(folder, 1, best) if not path.is_symlink()}
+    would_fit = free_bytes(folder) < needed <= free_bytes(folder) + sum(sizes.values())
+    if would_fit and drop_oldest:
+        for path in sizes:
+            if free_bytes(folder) < needed:
+                logger.info("%s is dropped to make room for %s", path.name, target.name)
+                written(path, lambda path=path: _remove(path))
+    hint = " Or pass --save_drop_oldest_first true, and older checkpoints make room." if would_fit else ""
+    check_room(target, needed, largest=largest, hint="" if drop_oldest else hint)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 def save_tensors(state: dict[str, Any], path: Path) -> None:
     """Writes tensors and plain Python values, for example an optimizer's `state_dict()`, bit for bit."""
     import torch
 
-    torch.save(state, path)
+    with open(path, "wb") as file:  # torch's own files do not say why they could not be written
+        torch.save(state, file)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 It decides which checkpoint a run continues from. Only the main process calls these functions.
 """
 
-import errno
-import fcntl
 import logging
 import os
 import platform
@@ -25,17 +23,29 @@ from common.runs.checkpoints import (
     write_file,
 )
 from common.runs.ended import RECORD_FILE
-from common.runs.log import METRICS_FILE, read_metrics
+from common.runs.held import LOCK_FILE, hold
+from common.runs.log import METRICS_FILE, SAMPLES_FILE, read_metrics
 from common.runs.longer import check_length, check_unfinished, grows
+from common.runs.own_files import check_own_files
+from common.runs.trackers import WANDB_FILE
 from common.runs.writable import make_folder
 
 logger = logging.getLogger("nanorlhf")
 
-CONFIG_FILE, LOCK_FILE, PROMPTS_FILE = "config.yaml", ".lock", "prompts.json"
+CONFIG_FILE, PROMPTS_FILE = "config.yaml", "prompts.json"
+# A run reads them, or writes at their ends.
+_OWN_FILES = (CONFIG_FILE, LOCK_FILE, PROMPTS_FILE, METRICS_FILE, SAMPLES_FILE, WANDB_FILE)
 
 # What a resumed run may change: where it reports, what it keeps and how much memory it uses, not what it learns.
 _REPORTING = ("output_dir", "preset", "report_to", "resume", "progress", "samples_every", "push_to_hub")
-_SAVING = ("save_every", "save_total_limit", "max_tokens_per_microbatch", "gradient_checkpointing", "offload")
+_SAVING = (
+    "save_every",
+    "save_total_limit",
+    "save_drop_oldest_first",
+    "max_tokens_per_microbatch",
+    "gradient_checkpointing",
+    "offload",
+)
 _VLLM = ("vllm_memory_share", "vllm_sleep_level", "vllm_enforce_eager", "vllm_max_num_seqs")
 _CHECKS = ("max_logprob_diff",)  # it only says when a run stops
 MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_VLLM, *_CHECKS))
@@ -53,8 +63,6 @@ _MOST_NAMED = 4
 _BEFORE_THEY_WERE_SETTINGS = {"kl_place": "reward", "kl_estimator": None}
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
-_held_locks: list[int] = []  # open for as long as this process lives, which keeps its run folders locked
-
 
 def prepare_run_folder(
     output_dir: str | Path,
@@ -66,6 +74,7 @@ def prepare_run_folder(
     length_matters: str = "",
     in_place: bool = False,
     notes: Sequence[str] = (),
+    run: object = None,
 ) -> Path | None:
     """Creates the folder of a new run, or finds where to continue an interrupted one.
 
@@ -80,21 +89,23 @@ def prepare_run_folder(
         in_place: checkpoints are written under their own names, so that a kill can leave a part of one; a run without
             a whole one then begins again.
         notes: lines about where settings come from, for the top of a new run's config.yaml.
+        run: holds the folder until it has ended or is garbage; None: this process holds it until it ends.
 
     Returns:
         The checkpoint to resume from, the newest that is whole; None if the run starts from the beginning, also
         because it has none yet.
 
     Raises:
-        ValueError: if the folder contains something else, a run with other settings, a finished run, a run that
-            another process is working on, a run none of whose checkpoints is whole, or any run and resume is "never".
+        ValueError: if the folder contains something else, a link in place of a file, a run with other settings, a
+            finished run, a run that another process or trainer is working on, a run none of whose checkpoints is
+            whole, or any run and resume is "never".
     """
     folder = Path(output_dir)
     settings = yaml.safe_load(yaml.safe_dump(settings))  # as they are read from a file, to compare both
     if not has_begun(folder):
         _check_free(folder)
         make_folder(folder)
-        _lock(folder)
+        hold(folder, run)
         remove_leftovers(folder)
         header = [_HEADER, *(f"# {note}" for note in notes), f"# From step 0: {versions()}"]
         _write_config(folder, settings, header)
@@ -110,7 +121,7 @@ def prepare_run_folder(
     _check_same_run(folder, stored, settings, grown.union(may_change))
     if length_matters and resume != "extend":
         check_length(folder, stored, settings, length_matters)
-    _lock(folder)
+    hold(folder, run)
     remove_leftovers(folder)
     check_unfinished(folder, stored, settings, length_matters)
     checkpoint = _choose_checkpoint(folder, stored, in_place=in_place)
@@ -137,7 +148,12 @@ def _content(folder: Path) -> set[str]:
 
 
 def has_begun(folder: Path) -> bool:
-    """True if the folder contains a run with more than its settings; a failed start leaves nothing to protect."""
+    """True if the folder contains a run with more than its settings; a failed start leaves nothing to protect.
+
+    Raises:
+        ValueError: one of its files is a link or no file.
+    """
+    check_own_files(folder, _OWN_FILES)
     content, config = _content(folder), folder / CONFIG_FILE
     return CONFIG_FILE in content and (len(content) > 1 or not config.read_bytes().startswith(_HEADER.encode()))
 
@@ -153,28 +169,6 @@ def _check_free(folder: Path) -> None:
             f"{CONFIG_FILE}, so it is not a run's. A run needs a new or empty folder, so that nothing is overwritten. "
             f"{remedy} another --output_dir."
         )
-
-
-def _lock(folder: Path) -> None:
-    """Locks the folder against other processes until this one ends, even by a kill."""
-    try:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={folder}: {LOCK_FILE} cannot be written there ({error.strerror}), so neither can a run. Make "
-            "the folder writable, or pass another --output_dir."
-        ) from None
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
-            return
-        raise ValueError(
-            f"output_dir={folder}: another process is working on this run, and two would damage each other's files. "
-            "Wait for it or stop it, or pass another --output_dir."
-        ) from None
-    _held_locks.append(descriptor)
 
 
 def _check_same_run(folder: Path, stored: dict[str, Any], now: dict[str, Any], may_change: Collection[str]) -> None:

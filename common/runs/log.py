@@ -3,142 +3,23 @@
 import json
 import logging
 import math
-import netrc
-import os
-import re
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.runs.checkpoints import write_file
+from common.runs.disk import append
+from common.runs.own_files import write_new
+from common.runs.trackers import Trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from common.runs.held import HeldFolder
+
 logger = logging.getLogger("nanorlhf")
 
-METRICS_FILE, SAMPLES_FILE, WANDB_FILE = "metrics.jsonl", "samples.jsonl", "wandb.json"
-PROJECT = "nanoRLHF"  # of trackers
-_WANDB_ID = re.compile(r"[^\s:;,#?/']+")  # others are refused by wandb
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 LEADING_KEYS = ("episodes", "tokens", "score")  # first in a line of metrics.jsonl after the step, for human readers
-
-
-def choose_trackers(report_to: list[str] | None) -> list[str]:
-    """The trackers for `Accelerator(log_with=...)`; wandb without an account works offline.
-
-    Raises:
-        ValueError: for a tracker that Accelerate does not know, or whose package is not installed.
-    """
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import LoggerType
-
-    known = sorted(str(name) for name in LoggerType if name != LoggerType.ALL)
-    installed = sorted(str(name) for name in get_available_trackers())
-    for name in report_to or []:
-        if name not in installed:
-            problem = "its package is not installed" if name in known else f"Accelerate knows only {', '.join(known)}"
-            raise ValueError(
-                f"report_to={name!r}: {problem}, so nothing could be sent there. Install it, pass another, or leave "
-                f"it out: {METRICS_FILE} is always written."
-            )
-    if "wandb" in (report_to or []) and "WANDB_MODE" not in os.environ and not _has_wandb_account():
-        os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    return list(report_to or [])
-
-
-def _has_wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].strip("/")
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-class WandbRun:
-    """The run of Weights & Biases that belongs to a run's folder; a continued run goes on in it.
-
-    W&B cannot take back a step. So steps that a continued run does again, because they came after its checkpoint, are
-    not sent again: W&B keeps what it has of them, also where a longer schedule or a corrected reward gives others now.
-    `rewind` says so.
-
-    Args:
-        folder: the run's folder.
-        write: whether this process keeps the file; the others never send anything.
-
-    Attributes:
-        project: WANDB_PROJECT, else nanoRLHF.
-        id: WANDB_RUN_ID, else that in the file, else a new one.
-    """
-
-    def __init__(self, folder: Path, *, write: bool) -> None:
-        self._path, self._write = folder / WANDB_FILE, write
-        self.project = os.environ.get("WANDB_PROJECT") or PROJECT
-        given, known = os.environ.get("WANDB_RUN_ID"), {}
-        try:
-            known = _known(self._path, self.project)
-        except ValueError as error:
-            if write and not given:
-                logger.warning(
-                    "%s: %s. So its W&B run cannot be continued, and a new one begins, without the steps so far. To "
-                    "go on in the old one, stop, and repeat the command with WANDB_RUN_ID set to its id.",
-                    *(self._path, error),
-                )
-        self.id = given or known.get("id") or secrets.token_hex(4)
-        self._last_step = known["last_step"] if known.get("id") == self.id else -1  # sent by earlier processes
-        self._keep(self._last_step)
-
-    def arguments(self) -> dict[str, str]:
-        """Of wandb.init. Offline, the folders of one run carry the same id, and `wandb sync` joins them."""
-        return {"id": self.id, "resume": "allow"}
-
-    def takes(self, step: int) -> bool:
-        """Whether this step has not been sent yet by an earlier process."""
-        return step > self._last_step
-
-    def sent(self, step: int) -> None:
-        """All of this step is sent."""
-        self._keep(step)
-
-    def rewind(self, step: int) -> None:
-        """Say which steps W&B keeps as they were, if the run goes back behind its last one.
-
-        Args:
-            step: the last one that is not done again; -1 for the very beginning.
-        """
-        if self._last_step > step:
-            logger.warning(
-                "W&B has this run's steps up to %d, and the run goes on from step %d. W&B cannot take a step back, so "
-                "it keeps what it has of steps %d to %d; %s gets them anew, and values may differ. For a W&B run with "
-                "the new ones, stop, delete %s, and repeat the command: another one then begins with step %d.",
-                *(self._last_step, max(step, 0), step + 1, self._last_step, METRICS_FILE, self._path, step + 1),
-            )
-
-    def _keep(self, step: int) -> None:
-        if self._write:
-            write_file(self._path, json_line({"id": self.id, "last_step": step, "project": self.project}))
-
-
-def _known(path: Path, project: str) -> dict[str, Any]:
-    """The W&B run that a file holds; empty if there is no file.
-
-    Raises:
-        ValueError: why it cannot be continued.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        known = json.loads(path.read_bytes())
-    except ValueError:
-        raise ValueError("it is not JSON") from None
-    name, step = (known.get("id"), known.get("last_step")) if isinstance(known, dict) else (None, None)
-    if not isinstance(name, str) or not _WANDB_ID.fullmatch(name) or type(step) is not int:
-        raise ValueError("it does not hold the id of a W&B run and the last step that was sent")
-    if (before := known.get("project", project)) != project:
-        raise ValueError(f"its run {name} is in the project {before}, and this one is to be in {project}")
-    return known
 
 
 class RunLog:
@@ -148,22 +29,28 @@ class RunLog:
         folder: the run's folder, which exists; its name is the run's name.
         accelerator: made with `log_with=choose_trackers(...)` and any `project_dir`, which tensorboard needs.
         settings: shown by the trackers.
+        held: looks after the folder before each line; None: nothing does.
+
+    Attributes:
+        samples_size: bytes of samples.jsonl at the last line of metrics, for a checkpoint.
     """
 
-    def __init__(self, folder: Path, accelerator: "Accelerator", settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: "Accelerator",
+        settings: dict[str, Any],
+        held: "HeldFolder | None" = None,
+    ) -> None:
         self.folder = Path(folder)
+        self._held = held
+        # What is in the files, to see and repair what somebody does to them. Metrics of 10,000 steps take some 30 MB.
+        self._metrics: bytearray | None = None
+        self._size: int | None = None  # of samples.jsonl
+        self.samples_size = 0
         self._accelerator = accelerator
-        self._wandb: WandbRun | None = None
         self._tables: dict[str, list[dict[str, Any]]] = {}  # of the step whose metrics have not come yet
-        if accelerator.log_with:
-            shown = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
-            options, project = {}, PROJECT
-            if "wandb" in map(str, accelerator.log_with):
-                self._wandb = WandbRun(self.folder, write=accelerator.is_main_process)
-                place = {"name": self.folder.name, "dir": str(self.folder)}
-                options["wandb"], project = place | self._wandb.arguments(), self._wandb.project
-            accelerator.project_configuration.logging_dir = str(self.folder)
-            accelerator.init_trackers(project, config=shown, init_kwargs=options)
+        self._trackers = Trackers(self.folder, accelerator, settings)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Writes one line of metrics.jsonl; floats are read back bit-equal, and those that are not finite become null.
@@ -175,17 +62,8 @@ class RunLog:
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         leading = {name: values[name] for name in LEADING_KEYS if name in values}
         values = {"step": step} | leading | dict(sorted(values.items()))
-        self._append(METRICS_FILE, [values])
-        for tracker in self._accelerator.trackers:
-            if tracker.name != "wandb":
-                tracker.log(values, step=step)
-            elif self._wandb.takes(step):
-                # Tables and metrics at once: a kill between them would leave a step that W&B lets nobody complete.
-                for name, rows in self._tables.items():
-                    cells = [[str(value) for value in row.values()] for row in rows]
-                    tracker.log_table(name, columns=list(rows[0]), data=cells, step=step)
-                tracker.log(values, step=step, commit=True)
-                self._wandb.sent(step)
+        self._append_metrics(json_line(values))
+        self._trackers.log(step, values, self._tables)
         self._tables.clear()
 
     def samples(self, step: int, rows: list[dict[str, Any]], *, table: str = "samples") -> None:
@@ -196,49 +74,128 @@ class RunLog:
             rows: prompt, completion, score, parts; all with the same keys.
             table: name of the table; of two tables with one name in one step, wandb keeps the second.
         """
-        self._append(SAMPLES_FILE, [{"step": step, **row} for row in rows])
+        self._append_samples(b"".join(json_line({"step": step, **row}) for row in rows))
         if rows:
             self._tables[table] = rows
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, *, samples_size: int | None = None) -> None:
         """Drops lines after `step`, and a line that a kill cut off; the resumed run writes them again.
 
-        W&B keeps what it has of those steps, and this says so.
+        W&B keeps what it has of those steps, and this says so. What is missing before that, it says too.
 
         Args:
             step: the step of the checkpoint that the run continues from; -1 for the very beginning.
+            samples_size: bytes of samples.jsonl when the checkpoint was saved; None: not known.
         """
         if not self._accelerator.is_main_process:
             return
         for path in (self.folder / METRICS_FILE, self.folder / SAMPLES_FILE):
             if path.exists():
-                lines = path.read_bytes().split(b"\n")
-                write_file(path, b"".join(line + b"\n" for line in lines if _belongs_before(line, step)))
-        if self._wandb:
-            self._wandb.rewind(step)
+                write_file(path, _lines_until(path, step))
+        self._metrics, self._size, self.samples_size = None, None, self._size_of_samples()
+        self._trackers.rewind(step)
+        self._say_what_is_missing(step, samples_size)
+
+    def _say_what_is_missing(self, step: int, samples_size: int | None) -> None:
         kept = {line["step"] for line in read_metrics(self.folder)}
         if missing := [number for number in range(1, step + 1) if number not in kept]:
             logger.warning(
                 "%s has no line of %d of the %d steps before the checkpoint, the first of them step %d: somebody "
-                "changed the file. The run goes on, and its curves lack these steps.",
+                "changed the file, and the checkpoint holds no copy of these lines. The run goes on, and its curves "
+                "lack these steps.",
                 self.folder / METRICS_FILE,
                 len(missing),
                 step,
                 missing[0],
             )
+        path, found = self.folder / SAMPLES_FILE, self.samples_size
+        if samples_size not in (None, found):
+            logger.warning(
+                "%s has %s bytes of the steps before the checkpoint, and had %s: somebody changed the file. "
+                "Checkpoints hold no copy of completions. The run goes on, and its page lacks those that are missing.",
+                *(path, f"{found:,}", f"{samples_size:,}"),
+            )
+
+    def copy_metrics(self, path: Path) -> None:
+        """Write metrics.jsonl as it should be, for a checkpoint."""
+        write_new(path, self._lines())
+
+    def _size_of_samples(self) -> int:
+        path = self.folder / SAMPLES_FILE
+        return path.stat().st_size if path.exists() else 0
 
     def close(self) -> None:
         """Ends the trackers' runs; the files need no closing."""
-        for tracker in self._accelerator.trackers:
-            tracker.finish()
+        self._trackers.close()
 
-    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def _lines(self) -> bytearray:
+        if self._metrics is None:
+            path = self.folder / METRICS_FILE
+            self._metrics = bytearray(path.read_bytes() if path.exists() else b"")
+        return self._metrics
+
+    def _append_metrics(self, line: bytes) -> None:
         if not self._accelerator.is_main_process:
             return
-        with open(self.folder / name, "ab") as file:
-            file.write(b"".join(json_line(row) for row in rows))
-            file.flush()
-            os.fsync(file.fileno())  # after a power cut, no checkpoint may be without its line of metrics
+        known, path = self._lines(), self.folder / METRICS_FILE
+        is_as_written = self._append(path, line, expected=len(known)) == len(known)
+        known += line
+        self.samples_size = self._size_of_samples()
+        if not is_as_written:
+            write_file(path, bytes(known))
+            logger.warning("%s was changed while the run worked, and is written again", path)
+
+    def _append_samples(self, lines: bytes) -> None:
+        if not self._accelerator.is_main_process:
+            return
+        path = self.folder / SAMPLES_FILE
+        found = self._append(path, lines)
+        if self._size not in (None, found):
+            logger.warning(
+                "%s was changed while the run worked: it had %s bytes, and has %s. What is missing is lost; the run "
+                "goes on.",
+                *(path, f"{self._size:,}", f"{found:,}"),
+            )
+        self._size = found + len(lines)
+
+    def _append(self, path: Path, content: bytes, *, expected: int | None = None) -> int:
+        if self._held:
+            self._held.check()
+        return append(path, content, expected=expected)
+
+
+def restore_metrics(folder: Path, checkpoint: Path) -> None:
+    """Give metrics.jsonl the lines that it had when a checkpoint was saved, if somebody has changed them, and say so.
+
+    Args:
+        folder: the run's folder.
+        checkpoint: that the run continues from; one from before checkpoints held a copy changes nothing.
+    """
+    path, copy = folder / METRICS_FILE, checkpoint / METRICS_FILE
+    if not copy.is_file():
+        return
+    saved = copy.read_bytes()
+    step = max((row["step"] for row in read_metrics(checkpoint)), default=-1)
+    found = _lines_until(path, step)
+    if found == saved:
+        return
+    later = b"".join(line + b"\n" for line in _whole_lines(path) if not _belongs_before(line, step))
+    write_file(path, saved + later)
+    logger.warning(
+        "%s was not as the run had written it: of the %d lines up to step %d, %d were missing or changed. It is "
+        "written again from the copy in %s.",
+        *(path, saved.count(b"\n"), step, len(set(saved.split(b"\n")) - set(found.split(b"\n"))), checkpoint.name),
+    )
+
+
+def _lines_until(path: Path, step: int) -> bytes:
+    return b"".join(line + b"\n" for line in _whole_lines(path) if _belongs_before(line, step))
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of a .jsonl file that a run has written and no kill has cut off; none if there is no file."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [line for line in lines if _row(line) is not None]
 
 
 def json_line(row: dict[str, Any]) -> bytes:
@@ -259,18 +216,16 @@ def finite_or_null(value: Any) -> Any:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl that can be read; none if there is no such file."""
-    path = Path(folder) / METRICS_FILE
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    return [row for row in map(_row, lines) if row is not None]
+    return [_row(line) for line in _whole_lines(Path(folder) / METRICS_FILE)]
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None for an empty line, one that a kill cut off, and one that no run has written."""
     try:
         row = json.loads(line)
-    except ValueError:  # cut off perhaps within a character
+    except (ValueError, RecursionError):  # cut off perhaps within a character
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _belongs_before(line: bytes, step: int) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from common.data.cache import content_digest
+from common.runs.own_files import write_new
 
 MANIFEST_FILE = "manifest.json"
 # In a folder whose contents were found to be wrong although all sizes are right: one sentence that says so.
@@ -32,7 +33,8 @@ def write_manifest(folder: Path) -> None:
     pairs = zip(names, digests, strict=True)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digest} for name, digest in pairs}
     temporary = folder / f"{MANIFEST_FILE}.tmp"
-    temporary.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    write_new(temporary, (json.dumps({"files": files}, indent=2) + "\n").encode())
     os.replace(temporary, folder / MANIFEST_FILE)
 
 
@@ -76,7 +78,8 @@ def note_damage(folder: Path, damage: str | None) -> None:
     if damage is None:
         (folder / DAMAGE_FILE).unlink(missing_ok=True)
     elif find_damage(folder) is None:
-        (folder / DAMAGE_FILE).write_text(f"{damage}\n", "utf-8")
+        (folder / DAMAGE_FILE).unlink(missing_ok=True)  # a link to nothing
+        write_new(folder / DAMAGE_FILE, f"{damage}\n".encode())
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:

@@ -19,19 +19,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config import RLConfig
-from common.mistakes import WrongNumbers
+from common.mistakes import CannotWrite, WrongNumbers
 from common.models.outputs import restore_outputs
 from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints, ended
-from common.runs.best import better_checkpoint, link_best, restore_best
-from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
+from common.runs.best import BEST_LINK, better_checkpoint, link_best, restore_best
+from common.runs.disk import written
+from common.runs.folder import CONFIG_FILE, MAY_CHANGE, PROMPTS_FILE, has_begun, prepare_run_folder, stored_settings
+from common.runs.held import HeldFolder, hold
 from common.runs.hub import prepare_upload, upload
-from common.runs.log import RunLog
+from common.runs.log import METRICS_FILE, RunLog, restore_metrics
 from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
 from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
+from common.runs.room import Sizes, sizes_of, warn_of_little_room
 from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
@@ -66,11 +69,13 @@ class Run:
         self.is_new = not has_begun(self.folder)
         has_upload = config.push_to_hub and accelerator.is_main_process
         self._repository = prepare_upload(config.push_to_hub) if has_upload else None
+        self._held: HeldFolder | None = None  # by the main process
         # Only the main process decides, since a damaged file could be seen by one process and not by another.
         found = [self._prepare() if accelerator.is_main_process else None]
         self.checkpoint, state = broadcast_object_list(found)[0]
         self.first_step = state["step"] + 1
         self.best: dict | None = state.get("best")
+        self._samples_size: int | None = state.get("samples_size")
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
         self._counts: dict[str, int] = {name: state.get(name, 0) for name in ("episodes", "tokens")}
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
@@ -83,9 +88,13 @@ class Run:
         config, folder = self.config, self.folder
         before = stored_settings(folder).get("num_steps", config.num_steps)
         options = {"length_matters": length_matters(config), "notes": config.notes}
-        checkpoint = prepare_run_folder(folder, asdict(config), config.resume, **options)
+        checkpoint = prepare_run_folder(folder, asdict(config), config.resume, run=self, **options)
         if last_end := ended.begin(folder):
             logger.warning("%s", last_end)
+        self._held = hold(folder)
+        self._held.keep(CONFIG_FILE)
+        if checkpoint:
+            restore_metrics(folder, checkpoint)
         state = checkpoints.load_state(checkpoint) if checkpoint else {"step": 0}
         state["best"], said = restore_best(folder, state.get("best"), state["step"])
         link_best(folder, state["best"])
@@ -112,9 +121,16 @@ class Run:
             ValueError: says what differs, between now and the start or between processes.
         """
         check_processes_agree(record, self.accelerator)
-        if self.accelerator.is_main_process:
-            check_record(self.folder, record, is_new=self.is_new)
-        self.accelerator.wait_for_everyone()
+        self._on_main(lambda: self._check_record(record))
+
+    def _check_record(self, record: Record) -> None:
+        check_record(self.folder, record, is_new=self.is_new)
+        self._held.keep(PROMPTS_FILE)
+
+    def is_ready(self) -> None:
+        """The trainer is made: from now on, no other one of this process gets the folder before this run has ended."""
+        if self._held:
+            self._held.is_ready = True
 
     @property
     def stopped_early(self) -> bool:
@@ -123,10 +139,22 @@ class Run:
         return bool(patience) and self._evaluations_since_best >= patience
 
     def __enter__(self) -> "Run":
-        """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint."""
+        """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint.
+
+        Raises:
+            ValueError: it has ended or failed.
+        """
+        if self._log is not None:
+            raise ValueError(
+                f"output_dir={self.folder}: this trainer has trained already, and its run has ended or was "
+                "interrupted. Make a new trainer: it continues from the last checkpoint."
+            )
         is_main, config = self.accelerator.is_main_process, self.config
-        self._log = RunLog(self.folder, self.accelerator, asdict(config))
-        self._log.rewind(self.first_step - 1 if self.checkpoint else -1)
+        self._log = RunLog(self.folder, self.accelerator, asdict(config), self._held)
+        step = self.first_step - 1 if self.checkpoint else -1
+        self._on_main(lambda: self._log.rewind(step, samples_size=self._samples_size))
+        if is_main:
+            warn_of_little_room(self.folder, self._sizes(), config, first_step=self.first_step)
         self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
         return self
 
@@ -134,11 +162,24 @@ class Run:
         """Close them and draw the curves, even after an error."""
         self._progress.close()
         self._log.close()
-        if self.accelerator.is_main_process:
-            draw_curves(self.folder)
-            ended.end(self.folder)
-        if kind is WrongNumbers:  # of all processes: a launcher ends the others as soon as one has ended
+        lost = self._let_go(error) if self._held else None
+        if kind in (WrongNumbers, CannotWrite):  # of all processes: a launcher ends the others as soon as one ends
             self.accelerator.wait_for_everyone()
+        if lost:
+            raise lost
+
+    def _let_go(self, error: BaseException | None) -> CannotWrite | None:
+        """Draw the curves and release the folder. If the folder is gone, that says more than an error of a writer."""
+        try:
+            if isinstance(error, Exception):
+                self._held.check()
+            if self._held.is_there() and not isinstance(error, CannotWrite):
+                draw_curves(self.folder)
+        except CannotWrite as gone:
+            return gone
+        finally:
+            ended.end(self.folder)
+            self._held.release()
 
     def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
         """Save a learner in every checkpoint from now on, and load its state from the one to continue from.
@@ -201,7 +242,7 @@ class Run:
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log.samples(step, rows, table=f"samples/{split}")
+        self._on_main(lambda: self._log.samples(step, rows, table=f"samples/{split}"))
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.
@@ -211,7 +252,7 @@ class Run:
             metrics: global values.
             timings: time and memory of this process.
         """
-        self._log.log(step, self._counts | metrics | timings)
+        self._on_main(lambda: self._log.log(step, self._counts | metrics | timings))
         self._progress.update(step, metrics)
         metric = "eval/accuracy" if "eval/accuracy" in metrics else "eval/score"
         if metric in metrics:
@@ -227,40 +268,63 @@ class Run:
         is_new_best = self.best is not None and self.best["checkpoint"] == f"checkpoint-{step}"
         if not every or step == 0 or not (step % every == 0 or is_new_best):
             return
-        if self.accelerator.is_main_process:
-            state = {
-                "best": self.best,
-                "evaluations_since_best": self._evaluations_since_best,
-                **self._counts,
-            }
-            checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
-            link_best(self.folder, self.best)
-            checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
-        self.accelerator.wait_for_everyone()
+        self._on_main(lambda: self._save(step, tokenizer))
+
+    def _save(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        config, sizes, best = self.config, self._sizes(), (self.best or {}).get("checkpoint")
+        state = {
+            "best": self.best,
+            "evaluations_since_best": self._evaluations_since_best,
+            "samples_size": self._log.samples_size,
+            **self._counts,
+        }
+        room = {"needed": sizes.checkpoint, "largest": sizes.largest, "drop_oldest": config.save_drop_oldest_first}
+        checkpoints.make_room(self.folder, step, best=best, **room)
+        checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
+        written(self.folder / BEST_LINK, lambda: link_best(self.folder, self.best))
+        checkpoints.rotate(self.folder, config.save_total_limit, best)
 
     def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Write final/, the policy after the last step, and send it to the hub if asked."""
-        if self.accelerator.is_main_process:
-            policy = self._learners["policy"][1]
+        policy = self._learners["policy"][1]
 
-            def fill(folder: Path) -> None:
-                save_model(policy, tokenizer, folder)
-                for name, save in self._exports.items():
-                    save(folder / f"{name}_model")
+        def fill(folder: Path) -> None:
+            save_model(policy, tokenizer, folder)
+            for name, save in self._exports.items():
+                save(folder / f"{name}_model")
 
-            patience = self.config.early_stopping_patience
-            state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
+        patience = self.config.early_stopping_patience
+        state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
+
+        def write() -> None:
+            self._held.check()
             checkpoints.save_final(self.folder, step, fill=fill, **state)
-            if self._repository is not None:
-                upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
+
+        self._on_main(write)
+        if self._repository is not None:
+            upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
         self.accelerator.wait_for_everyone()
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Have the main process write. All raise what it raises, so that none waits for one that has ended."""
+        failed: list[CannotWrite | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                write()
+            except CannotWrite as error:
+                failed = [error]
+        if error := broadcast_object_list(failed)[0]:
+            raise error
+
+    def _sizes(self) -> Sizes:
+        return sizes_of(self._learners, self._exports, use_lora=self.config.use_lora)
 
     def outcome(self, num_eval_prompts: int) -> list[str]:
         """Lines about a finished run: the held-out metric before and after, where its models are, how to go on."""
         return describe_outcome(self.folder, self.config, self.best, num_eval_prompts)
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
-        writers = {}
+        writers = {METRICS_FILE: self._log.copy_metrics}
         for name, (learner, module) in self._learners.items():
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path

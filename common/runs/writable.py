@@ -1,9 +1,11 @@
 """Folders that a command writes: whether one can be made is found out first, not after minutes of loading."""
 
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
+from common.runs.disk import reason
 from common.runs.names import why_no_name
 
 _MOST_SHOWN = 300  # characters of a name in a message
@@ -28,15 +30,19 @@ def check_folder(folder: str | Path, *, setting: str = "output_dir", is_replaced
             f"--{setting} with a folder in it."
         )
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    trial = folder / f".tmp-{os.getpid()}"
+    trial = folder / f".tmp-{secrets.token_hex(8)}"
     try:
         make_folder(folder, setting=setting)
         try:
-            trial.write_bytes(b"x")
+            with open(trial, "xb") as file:
+                file.write(b"x")
+                file.flush()
+                os.fsync(file.fileno())  # where a quota or a disk on the network refuses it
         except OSError as error:  # on a full disk the file is there, and empty
             raise _refusal(folder, setting, error) from error
         finally:
-            trial.unlink(missing_ok=True)
+            with suppress(OSError):  # a read-only file system refuses that too, whether the file is there or not
+                trial.unlink()
     finally:
         for path in missing:
             with suppress(OSError, UnicodeError):
@@ -61,22 +67,25 @@ def make_folder(folder: str | Path, *, setting: str = "output_dir") -> None:
 
 
 def _check_name(folder: Path, setting: str, *, is_replaced: bool = False) -> None:
-    if reason := why_no_name(folder, is_replaced=is_replaced):
+    if why := why_no_name(folder, is_replaced=is_replaced):
         shown = str(folder).replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
         shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
-        raise ValueError(f"{setting}={shown}: no folder can have this name: {reason}. Pass --{setting} with another.")
+        raise ValueError(f"{setting}={shown}: no folder can have this name: {why}. Pass --{setting} with another.")
 
 
 def _refusal(folder: Path, setting: str, error: OSError | UnicodeError) -> ValueError:
-    reason = (error.strerror if isinstance(error, OSError) else error.reason) or str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        why = reason(error.errno, next((path for path in (folder, *folder.parents) if os.path.isdir(path)), folder))
+    else:
+        why = str(error) if isinstance(error, OSError) else error.reason
     for path in map(str, (folder, *folder.parents)):
         it = "it" if path == str(folder) else path
         if os.path.islink(path) and not os.path.exists(path):
-            reason = f"{it} is a link to {os.readlink(path)}, which is not there"
+            why = f"{it} is a link to {os.readlink(path)}, which is not there"
         elif os.path.exists(path) and not os.path.isdir(path):
-            reason = f"{it} is a file, and a folder is needed"
+            why = f"{it} is a file, and a folder is needed"
     shown = str(folder).encode("utf-8", "backslashreplace").decode()
     return ValueError(
-        f"{setting}={shown}: nothing can be written there: {reason}. Pass --{setting} with a folder that you may "
+        f"{setting}={shown}: nothing can be written there: {why}. Pass --{setting} with a folder that you may "
         "write to."
     )

@@ -20,6 +20,7 @@ import yaml
 from common.runs.checkpoints import write_file
 from common.runs.folder import CONFIG_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE, json_line
+from common.runs.own_files import check_own_files, what_else
 from common.runs.plots import PHASE_COLORS
 
 PAGE_FILE = "samples.html"
@@ -113,9 +114,10 @@ def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
         the time of the last entry in seconds since 1970.
 
     Raises:
-        ValueError: the folder is not a run or has no samples, or a line is broken.
+        ValueError: the folder is not a run or has no samples, one of both files is a link, or a line is broken.
     """
     folder = Path(folder)
+    check_own_files(folder, (METRICS_FILE, SAMPLES_FILE), setting="RUN")
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(
             f"{folder}: there is no {METRICS_FILE} in it, so it is not the folder of a run that has started. Pass the "
@@ -138,22 +140,27 @@ def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
         "settings": {str(name): _setting(value) for name, value in settings.items()},
         "versions": versions,
         "facts": " · ".join(str(fact) for fact in facts if fact is not None),
-        "notes": notes(settings, samples, len(shown)),
+        "notes": [*_notes_on_links(folder), *notes(settings, samples, len(shown))],
         "metrics": columns(metrics),
         "samples": shown,
         "written": (folder / SAMPLES_FILE).stat().st_mtime,
     }
 
 
+def _notes_on_links(folder: Path) -> list[str]:
+    found = what_else(folder / CONFIG_FILE)
+    return [f"No settings: {CONFIG_FILE} is {found}, and what is elsewhere is not shown."] if found else []
+
+
 def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The settings of a config.yaml and the versions in its comments; both empty if there is no such file.
+    """The settings of a config.yaml and the versions in its comments; both empty if there is none, or a link.
 
     Raises:
         ValueError: the file is not a YAML mapping.
     """
     text, settings = "", None
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        text = path.read_text(encoding="utf-8") if path.is_file() and not what_else(path) else "{}"
         settings = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):  # not YAML, not UTF-8 or no date, nested too deeply
         pass

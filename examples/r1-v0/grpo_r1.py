@@ -95,6 +95,7 @@ SETTINGS = GRPOConfig(
     resume="auto",
     save_every=50,  # cpu: 20
     save_total_limit=2,
+    save_drop_oldest_first=False,
     push_to_hub=None,
     report_to=None,  # ["wandb"], say
     samples_every=5,
