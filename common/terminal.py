@@ -6,9 +6,7 @@ clear a screen, rewrite lines, or turn the direction of writing. All that this p
 
 import logging
 import re
-import sys
 from collections.abc import Iterable
-from typing import TextIO
 
 MAX_NAME = 80  # characters of one name in a message
 MAX_NAMES = 20  # names in a message
@@ -44,20 +42,6 @@ def names(given: Iterable[object]) -> str:
     given = list(given)
     shown = [one_line(name) for name in given[:MAX_NAMES]]
     return ", ".join([*shown, *([f"... ({len(given) - MAX_NAMES} more)"] if len(given) > MAX_NAMES else [])])
-
-
-def say(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print text that may hold names or texts from outside.
-
-    Args:
-        text: what to print.
-        end: comes after it.
-        file: None is standard output.
-    """
-    stream = file or sys.stdout
-    shown = printable(text)
-    stream.write(shown.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8") + end)
-    stream.flush()
 
 
 class PrintableFormatter(logging.Formatter):
