@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from common.cli import parse_settings, run_script
 from common.config import RLConfig
 from common.host import host_memory
+from common.terminal import printable
 
 if TYPE_CHECKING:
     import torch
@@ -243,7 +244,7 @@ def main(args: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = read_model(settings.model, trust_remote_code=settings.trust_remote_code)
     config = settings.as_run_settings(context_length(model.skeleton.config))
-    print(*table(config, model, device), sep="\n", flush=True)
+    print(*map(printable, table(config, model, device)), sep="\n", flush=True)
     run = f"sampler={config.sampler}, {'LoRA' if config.use_lora else 'full training'}"
     reason = model.refusal(config, device)
     if reason is not None:

@@ -19,13 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from common.config import RLConfig
 from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
+from common.terminal import PrintableFormatter, printable
+from common.yaml_files import parse_yaml
 
 Config = TypeVar("Config", bound=RLConfig)
 Settings = TypeVar("Settings")
@@ -135,21 +135,6 @@ def as_arguments(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a setting that stands in a file twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """A mapping whose keys differ."""
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value).replace("-", "_") in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value} is there twice, and one value would be lost", key.start_mark
-                )
-            seen.add(str(key.value).replace("-", "_"))
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     """Read a YAML file of settings.
 
@@ -165,9 +150,10 @@ def read_yaml(path: Path, *, option: str = "", remedy: str) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{named}: there is no such file. {remedy}")
     try:
-        settings = yaml.load(path.read_bytes(), _Loader)
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise ValueError(f"{named}: not readable as YAML: {error}. Fix the file; it must be UTF-8.") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{named}: cannot be read ({error.strerror}). Check the file and its rights.") from None
+    settings = parse_yaml(content, named)
     if not isinstance(settings, dict):
         raise ValueError(f"{named}: need lines of the form `setting: value`. Fix the file.")
     return settings
@@ -266,7 +252,9 @@ def run_script(
     # These print their warnings themselves; the root logger's handler would print each a second time.
     for library in ("huggingface_hub", "transformers"):
         logging.getLogger(library).propagate = False
-    logging.basicConfig(format="%(message)s")
+    shown = logging.StreamHandler()
+    shown.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[shown])
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:  # the main process says what all would say; errors of one process are printed
@@ -277,11 +265,11 @@ def run_script(
         if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
             raise
         if is_main or not isinstance(error, CannotWrite):  # which all processes raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except WrongNumbers as error:
         if is_main:  # all processes raise the same
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS)
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)

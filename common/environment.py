@@ -100,7 +100,8 @@ def check_launch() -> None:
             f"{', '.join(f'{name}={value}' for name, value in given.items())} in the environment, without "
             f"{', '.join(missing)}: this would be one of several processes that cannot find each other, as in a "
             "container or a Slurm step that sets only some of these variables. Start the processes with `torchrun "
-            f"--nproc_per_node {number} {script}` or `accelerate launch`, which set all of them; or a single one with "
+            f"--nproc_per_node {number} --master_addr 127.0.0.1 --master_port 29500 {script}` or `accelerate launch`, "
+            "which set all of them; or a single one with "
             f"`env {' '.join(f'-u {name}' for name in given)} python {script}`."
         )
 

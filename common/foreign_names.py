@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from common.mistakes import ROOT
+from common.yaml_files import read_yaml_file
 
 NAMES_FILE = Path(__file__).with_suffix(".yaml")
 
@@ -55,7 +54,7 @@ class ForeignName:
 def foreign_names() -> tuple[ForeignName, ...]:
     """All rows of foreign_names.yaml."""
     rows = []
-    for library, groups in yaml.safe_load(NAMES_FILE.read_text(encoding="utf-8")).items():
+    for library, groups in read_yaml_file(NAMES_FILE).items():
         for group, answers in groups.items():
             for names, answer in answers.items():
                 parts = {"ours": answer} if isinstance(answer, str) else dict(answer or {})

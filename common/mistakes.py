@@ -6,6 +6,8 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from common.terminal import printable
+
 ROOT = Path(__file__).parent.parent
 
 # Exit status of a script whose run stopped itself because of its numbers; 2 is a mistake in what it was given.
@@ -78,7 +80,8 @@ def explain_mistakes() -> None:
         is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(frames[-1])
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
-        print(f"error: {name_of_script(frames[0].filename)}, line {frames[0].lineno}: {error}", file=sys.stderr)
+        place = f"{name_of_script(frames[0].filename)}, line {frames[0].lineno}"
+        print(f"error: {place}: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS if kind is WrongNumbers else 2)
 
     sys.excepthook = explain

@@ -100,6 +100,33 @@ def test_what_cannot_be_drawn_is_a_warning_and_leaves_the_old_picture(tmp_path):
     assert (tmp_path / "curves.png").read_bytes() == before
 
 
+HOSTILE_METRICS = {
+    "an axis finer than a float": [{"step": 1, "kl": 10**17}, {"step": 2, "kl": 10**17 + 16}],
+    "sums that overflow": [{"step": 1, "score": 1e308, "kl": -1e308}, {"step": 2, "score": 0.5, "kl": 1e308}],
+    "subnormal": [{"step": 1, "score": 1e-320}, {"step": 2, "score": 2e-320}],
+    "no float": [{"step": 1, "score": 10**400}, {"step": 2, "score": 0.5}],
+    "far steps": [{"step": 10**30, "score": 1}, {"step": -5, "score": 1}, {"step": 2**53, "score": 0}],
+    "bad mathtext": [{"step": 1, "score": 1, "reward/$": 1, "reward/$\\frac$": 2, "reward/\x1b[2J\n\u202e": 3}],
+    "a long name": [{"step": 1, "score": 1, "reward/" + 10_000 * "n": 1, "reward/b": 2}],
+    "no time": [{"step": 1, "score": 1, "time/step": 0}, {"step": 2, "score": 1, "time/step": 0}],
+}
+
+
+@pytest.mark.parametrize("rows", HOSTILE_METRICS.values(), ids=HOSTILE_METRICS)
+def test_whatever_names_and_numbers_there_are_the_picture_is_drawn(rows, tmp_path, recwarn):
+    write_metrics(tmp_path, rows)
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not [str(warning.message) for warning in recwarn.list if "curves.png" in str(warning.message)]
+
+
+def test_of_very_many_lines_some_are_drawn_with_the_last(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.runs.plots.MAX_POINTS", 10)
+    write_metrics(tmp_path, [{"step": step, "score": 0.5} for step in range(95)])
+    steps = [row["step"] for row in Curves(tmp_path / "metrics.jsonl").rows]
+    assert len(steps) <= 11 and steps[0] == 0 and steps[-1] == 94
+
+
 def test_the_band_of_an_evaluation_reaches_as_far_below_as_above(tmp_path):
     write_metrics(tmp_path, [{"step": step, "eval/accuracy": 0.5, "eval/accuracy_ci95": 0.2} for step in (0, 10)])
     axes = Figure().subplots()

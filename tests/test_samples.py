@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import tomllib
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -137,6 +138,33 @@ def test_what_a_model_wrote_never_becomes_markup(text, tmp_path):
     expected = text.replace("\ud800", "\N{REPLACEMENT CHARACTER}")
     assert data["runs"][0]["samples"][0]["completion"] == data["prompts"][0] == expected
     assert data["runs"][0]["samples"][0]["parts"] == {text: 1.0}
+
+
+def test_of_very_many_metrics_parts_and_lines_the_page_holds_some_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.samples.page.MAX_STEPS", 100)
+    metrics = [{"step": step, **{f"m{n}": 1.0 for n in range(400)}, "n" * 10_000: 1.0} for step in range(1, 600)]
+    samples = [row(parts={f"p{n}": 1.0 for n in range(100_000)})]
+    began = time.process_time()
+    (run,) = data_of(write_page([write_run(tmp_path / "run", samples, metrics)]))["runs"]
+    assert time.process_time() - began < 10
+    assert len(run["metrics"]) == 300 and len(run["samples"][0]["parts"]) == 50
+    assert run["metrics"]["step"][0] == 1 and run["metrics"]["step"][-1] == 599 and len(run["metrics"]["step"]) < 102
+    assert any("of 599 lines of metrics.jsonl" in note for note in run["notes"])
+    assert any("first 300 of 402 metrics" in note for note in run["notes"])
+
+
+@pytest.mark.parametrize(
+    "values", [{"kl": 10**17}, {"kl": 1e308}, {"kl": 1e-320}, {"n" * 10_000: 1.0}, {"$\\frac$": 1}]
+)
+def test_names_and_numbers_that_no_run_writes_do_no_harm(values, tmp_path):
+    write_page([write_run(tmp_path / "run", [row()], [{"step": 1} | values, {"step": 2**53} | values])])
+    assert (tmp_path / "run" / "samples.html").stat().st_size < 200_000
+
+
+def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.samples.page.MAX_LINE", 1000)
+    with pytest.raises(ValueError, match=r"samples\.jsonl: line 2 is not one JSON"):
+        read_run(write_run(tmp_path / "run", [row(), row(completion="x" * 2000)]))
 
 
 def test_a_folder_named_like_markup_makes_none(tmp_path):

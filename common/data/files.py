@@ -7,14 +7,18 @@ import bz2
 import csv
 import gzip
 import io
+import itertools
 import json
 import lzma
+import os
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from common.terminal import names
 
 FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv", "parquet")
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
@@ -30,6 +34,13 @@ _MARKS = {  # byte order marks; the longer ones first, since one begins with the
     b"\xfe\xff": "utf-16",
 }
 _UTF8_MARK = b"\xef\xbb\xbf"
+# A row of a million tokens has a few MB. What is larger is no row, and would fill the memory.
+MAX_LINE = 64 * 2**20  # bytes, decompressed
+MAX_JSON = 2 * 2**30  # bytes of a .json file, which is read as a whole and takes several times as much memory
+MAX_NESTING = 100  # levels of lists and objects in a row; it is read again later, from deeper within a program
+# Text of people and models is compressed to a tenth, of repeated templates to a fiftieth.
+MAX_RATIO, FREE_BYTES = 200, 256 * 2**20
+
 _NOT_JSON = (ValueError, RecursionError)  # json's own errors, huge numbers; values nested too deeply
 _SURROGATE = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}|\\u[dD][c-fC-F][0-9a-fA-F]{2}")
 
@@ -70,6 +81,7 @@ def json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
     read = {"json": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}.get(format_of(source), _jsonl_rows)
     try:
         for where, text, value in read(source):
+            _refuse_depth(source, where, text, value)
             _refuse_surrogates(source, where, text, value)
             yield where, text, value
     except (EOFError, zlib.error, lzma.LZMAError) as error:
@@ -96,7 +108,7 @@ def _jsonl_rows(source: str) -> Iterator[tuple[str, str, Any]]:
 
 
 def _json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
-    text = "".join(_lines(source))
+    text = "".join(_lines(source, MAX_JSON))
     try:
         rows = json.loads(text)
     except _NOT_JSON as error:
@@ -114,6 +126,7 @@ def _json_rows(source: str) -> Iterator[tuple[str, str, Any]]:
             "Put the rows in [...], or name the file .jsonl if each of its lines is a row."
         )
     for number, row in enumerate(rows, start=1):
+        _refuse_depth(source, f"row {number}", None, row)
         yield f"row {number}", json.dumps(row), row
 
 
@@ -133,7 +146,7 @@ def _reason(error: ValueError | RecursionError) -> str:
 
 
 def _csv_rows(source: str) -> Iterator[tuple[str, str, Any]]:
-    csv.field_size_limit(sys.maxsize)  # its own limit, 128 KiB, is less than a long prompt
+    csv.field_size_limit(MAX_LINE)  # its own limit, 128 KiB, is less than a long prompt
     lines = _lines(source)
     num_before, first, delimiter = _header(lines)
     if format_of(source) == "tsv":
@@ -152,7 +165,7 @@ def _csv_rows(source: str) -> Iterator[tuple[str, str, Any]]:
             if len(cells) != len(columns):
                 raise ValueError(
                     f"dataset={source}: the row that ends in {where} has {len(cells)} cells, but the first line "
-                    f"names {len(columns)} columns: {', '.join(columns)[:200]}. Put cells with commas, quotes or line "
+                    f"names {len(columns)} columns: {names(columns)}. Put cells with commas, quotes or line "
                     'breaks in "...", with quotes inside doubled.'
                 )
             row = {name: _cell(source, where, cell) for name, cell in zip(columns, cells, strict=True)}
@@ -189,8 +202,7 @@ def _joined(first: str, rest: Iterable[str]) -> Iterator[str]:
 
 
 def _check_header(source: str, columns: list[str]) -> None:
-    odd = [name for name in columns if not name.strip() or columns.count(name) > 1]
-    if odd or not columns:
+    if len(set(columns)) < len(columns) or not all(map(str.strip, columns)) or not columns:
         raise ValueError(
             f"dataset={source}: the first line must name the columns, each differently; it has "
             f"{', '.join(map(repr, columns))[:200] or 'nothing'}. Write the names, such as prompt,answer."
@@ -218,16 +230,21 @@ def _cell(source: str, where: str, cell: str) -> Any:
 # Bytes and characters
 
 
-def _lines(source: str) -> Iterator[str]:
-    """The lines of a file with their line breaks; a byte order mark says the encoding and is left out."""
+def _lines(source: str, max_bytes: int | None = None) -> Iterator[str]:
+    """The lines of a file with their line breaks; a byte order mark says the encoding and is left out.
+
+    Args:
+        source: path of the file.
+        max_bytes: of all lines, decompressed; None: any number.
+    """
     with _opened(source) as file:
         start = file.read(4)
-        encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
-        file.seek(0)
+    encoding = next((encoding for mark, encoding in _MARKS.items() if start.startswith(mark)), None)
+    with _opened(source) as file:
         if encoding is not None:
-            yield from _decoded_stream(source, file, encoding)
+            yield from _decoded_stream(source, file, encoding, max_bytes)
             return
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_bounded(source, file, max_bytes), start=1):
             content = line.removeprefix(_UTF8_MARK) if number == 1 else line
             if b"\0" in line:
                 # The first characters of data are ASCII, whose other byte is zero.
@@ -248,9 +265,42 @@ def _lines(source: str) -> Iterator[str]:
             yield text
 
 
-def _decoded_stream(source: str, file: IO[bytes], encoding: str) -> Iterator[str]:
+def _bounded(source: str, file: IO, max_bytes: int | None) -> Iterator:
+    """The lines of a file, or an error before one, or all of them, fill the memory.
+
+    Raises:
+        ValueError: a line is longer than MAX_LINE, the file than `max_bytes`, or a compressed file expands enormously.
+    """
+    size, total = os.path.getsize(source), 0
+    limit = (
+        max(FREE_BYTES, MAX_RATIO * size) if Path(source).suffix.lower().removeprefix(".") in COMPRESSIONS else None
+    )
+    for number in itertools.count(1):
+        line = file.readline(MAX_LINE + 1)
+        if not line:
+            return
+        if len(line) > MAX_LINE:
+            raise ValueError(
+                f"dataset={source}: line {number} has more than {MAX_LINE // 2**20} MB; a row has at most that much. "
+                "Write one row per line, or remove the line."
+            )
+        total += len(line)
+        if limit is not None and total > limit:
+            raise ValueError(
+                f"dataset={source}: {size / 2**20:.1f} MB that expand to more than {limit / 2**20:.0f} MB (line "
+                f"{number}), as no text does. If it is meant, decompress the file and pass that."
+            )
+        if max_bytes is not None and total > max_bytes:
+            raise ValueError(
+                f"dataset={source}: more than {max_bytes / 2**30:.0f} GB (line {number}); a list of rows is read as a "
+                "whole and takes several times as much memory. Write one row per line, as .jsonl, or as .parquet."
+            )
+        yield line
+
+
+def _decoded_stream(source: str, file: IO[bytes], encoding: str, max_bytes: int | None) -> Iterator[str]:
     try:
-        yield from io.TextIOWrapper(file, encoding=encoding, newline="\n")
+        yield from _bounded(source, io.TextIOWrapper(file, encoding=encoding, newline="\n"), max_bytes)
     except UnicodeError as error:
         raise ValueError(
             f"dataset={source}: it begins with the mark of {encoding.upper()}, but is not: {error}. Write it as UTF-8."
@@ -267,8 +317,7 @@ def _opened(source: str) -> IO[bytes]:
     if suffix == ".zst":
         import pyarrow
 
-        with pyarrow.input_stream(source, compression="zstd") as stream:
-            return io.BytesIO(stream.read())
+        return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
     return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)(source, "rb")
 
 
@@ -280,6 +329,23 @@ def unreadable(source: str, error: OSError) -> ValueError:
 def _damaged(source: str, error: Exception) -> ValueError:
     kind = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}.get(Path(source).suffix.lower(), "")
     return ValueError(f"dataset={source}: unreadable {kind} file ({error}). Write or fetch it again.")
+
+
+def _refuse_depth(source: str, where: str, text: str | None, row: Any) -> None:
+    """A row is read again, where Python may have less room for nested values than here."""
+    if text is not None and text.count("[") + text.count("{") <= MAX_NESTING:
+        return
+    level = [row]
+    for _ in range(MAX_NESTING):
+        inner = [list(value.values()) if isinstance(value, dict) else value for value in level]
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+        if not level:
+            return
+        level = [each for each in level if each]
+    raise ValueError(
+        f"dataset={source}: {where} is nested more than {MAX_NESTING} deep; values of a row are text, numbers and "
+        "chat messages. Correct or remove it."
+    )
 
 
 def _refuse_surrogates(source: str, where: str, text: str, row: Any) -> None:

@@ -17,6 +17,7 @@ from common.data.cache import code_digest, content_digest, digest_of
 from common.data.files import READABLE, format_of, is_path, json_rows, unreadable
 from common.data.sources import files_of_folder, hub_table, parquet_table, saved_table, say_once, table_digest
 from common.data.table import KEY, KEY_BYTES, ROW, Rows, kept_table
+from common.terminal import names
 
 if TYPE_CHECKING:
     import datasets
@@ -26,6 +27,7 @@ SPLIT_SEED = 42  # used by published results on Countdown and others; independen
 
 # Files from this size on, and rows from this number on, are kept in the cache in the form that is read in place.
 MIN_CACHED_BYTES, MIN_CACHED_ROWS = 4 * 2**20, 20_000
+MAX_BATCH_BYTES = 64 * 2**20  # of rows that are in memory before they are written
 
 # Called with a row and its place for messages; raises ValueError, or gives the key under which the row is held out.
 Examine = Callable[[dict, str], str]
@@ -210,11 +212,13 @@ class _Scan:
         import pyarrow as pa
 
         parts: list[tuple] = []
+        size = 0
         for part in self._rows():
             parts.append(part)
-            if len(parts) == 1000:
+            size += len(part[0])
+            if len(parts) == 1000 or size > MAX_BATCH_BYTES:
                 yield pa.record_batch(list(zip(*parts, strict=True)), schema=self._schema())
-                parts = []
+                parts, size = [], 0
         if parts:
             yield pa.record_batch(list(zip(*parts, strict=True)), schema=self._schema())
 
@@ -246,7 +250,7 @@ def _mention_split(source: str, split: str) -> None:
 
 def _lacking(where: str, row: Sequence[str] | dict, missing: list[str], columns: list[str]) -> str:
     return (
-        f"{where} holds {', '.join(row) or 'nothing'}; the task needs the columns {', '.join(columns)}. Add or rename "
+        f"{where} holds {names(row) or 'nothing'}; the task needs the columns {', '.join(columns)}. Add or rename "
         f"{', '.join(missing)}."
     )
 

@@ -15,6 +15,7 @@ from common.rollouts import Rollouts
 from common.runs.disk import remove_folder, reported
 from common.runs.log import finite_or_null, json_line
 from common.runs.measures import is_one, sizes_of_k
+from common.terminal import one_line
 
 SCORE_FILE, OUTPUTS_FILE, TABLE_FILE = "score.json", "outputs.jsonl", "table.md"
 
@@ -153,10 +154,10 @@ def table(scores: list[Score]) -> str:
     """
     first, settings = scores[0], scores[0]["settings"]
     columns = _columns(first)
-    rows = [["model", *columns, "limit", "tokens/s"]]
+    rows = [["model", *map(one_line, columns), "limit", "tokens/s"]]
     rows.append(["---"] * len(rows[0]))
     for score in scores:
-        row = [" + ".join(filter(None, (score["model"], score["adapter"])))]
+        row = [" + ".join(one_line(part, 200) for part in (score["model"], score["adapter"]) if part)]
         row += [cell(score) for cell in columns.values()]
         rows.append([*row, str(score["settings"]["max_completion_length"]), f"{score['tokens_per_second']:.0f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -169,6 +170,7 @@ def table(scores: list[Score]) -> str:
     }
     notes = []
     for score in scores:
+        named = one_line(score["model"], 200)
         missing = {reason: score[name] for name, reason in reasons.items() if score[name]}
-        notes += [f"{score['model']}: without {count} rows {reason}" for reason, count in missing.items()]
+        notes += [f"{named}: without {count} rows {reason}" for reason, count in missing.items()]
     return "\n".join([title, *notes, "", *lines, ""])

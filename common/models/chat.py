@@ -7,11 +7,13 @@ leaves out is refused, and the end of the assistant's turn is read from where th
 import re
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import transformers
 
 from common.models.system_role import fit_system, texts
+from common.models.template_limit import check_template
 
 # A probe is long enough to notice a template that cuts texts off.
 _PROBE_WORDS = 400
@@ -60,8 +62,17 @@ def render_chats(
     Raises:
         Exception: of any kind, if the template refuses one of them; `render_chat` then says what is wrong.
     """
+    _check_template(tokenizer, conversations[0], clock(now) | options)
     fitting = [fit_system(tokenizer, messages, options.get("chat_template")) for messages in conversations]
     return tokenizer.apply_chat_template(fitting, tokenize=False, **clock(now), **options)
+
+
+def _check_template(tokenizer: transformers.PreTrainedTokenizerBase, messages: list[dict], options: dict) -> None:
+    """Refuse a template that takes far too much time or memory, before it runs in this process."""
+    question = {"role": "user", "content": "a question"}
+    tried = [messages, [question], [question, {"role": "assistant", "content": "an answer"}, question]]
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **options)
+    check_template(options.get("chat_template") or tokenizer.chat_template, [partial(render, each) for each in tried])
 
 
 def clock(now: datetime | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from common.mistakes import first_line
 logger = logging.getLogger("nanorlhf")
 
 # What a user does about a model that cannot be found.
+MAX_JSON = 64 * 2**20  # bytes of a file of settings
 REMEDY = (
     "Need a folder with a config.json or a hub id that this machine can reach. Pass --model with one, or --model tiny "
     "for the embedded policy."
@@ -284,10 +285,13 @@ def read_settings(file: Path, label: str, remedy: str) -> dict[str, Any]:
     Raises:
         ValueError: it is not readable, or holds something else.
     """
+    if (size := file.stat().st_size) > MAX_JSON:
+        raise ValueError(f"{label}: {file.name} has {size / 2**20:.0f} MB; settings have a few kB. {remedy}")
     try:
         values = json.loads(file.read_bytes())
-    except (UnicodeError, ValueError) as error:
-        raise ValueError(f"{label}: {file.name} is not readable as JSON: {first_line(error)}. {remedy}") from error
+    except (UnicodeError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+        raise ValueError(f"{label}: {file.name} is not readable as JSON: {reason}. {remedy}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{label}: {file.name} holds no settings but {json.dumps(values):.40}. {remedy}")
     return values

@@ -152,7 +152,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         [file.casefold() for file in weight_map.values()]  # names of files
-    except (UnicodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (UnicodeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(index, error) from error
     return weight_map
 

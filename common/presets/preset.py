@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.config import MEMORY_SETTINGS
 from common.embedded import is_embedded
+from common.yaml_files import read_yaml_file
 
 PRESETS = Path(__file__).parent
 # Data and rewards belong to one task: if one of these is edited, the preset replaces none of them.
@@ -121,7 +120,7 @@ def _pairs(name: str) -> Pairs:
         raise ValueError(
             f"preset={name!r}: there is no such preset. Pass --preset with one of {', '.join(known)}, none."
         )
-    pairs = yaml.safe_load(path.read_text(encoding="utf-8"))
+    pairs = read_yaml_file(path)
     for setting, pair in pairs.items():
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(

@@ -29,6 +29,7 @@ from common.runs.longer import check_length, check_unfinished, grows
 from common.runs.own_files import check_own_files
 from common.runs.trackers import WANDB_FILE
 from common.runs.writable import make_folder
+from common.yaml_files import parse_yaml
 
 logger = logging.getLogger("nanorlhf")
 
@@ -210,8 +211,8 @@ def _read_config(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """The comment lines on top of config.yaml, and the settings."""
     path = folder / CONFIG_FILE
     text, stored = path.read_bytes().decode(errors="replace"), None
-    with suppress(yaml.YAMLError):
-        stored = yaml.safe_load(text)
+    with suppress(ValueError):
+        stored = parse_yaml(text.encode(), str(path))
     if not isinstance(stored, dict):
         raise ValueError(
             f"{path}: not the settings of a run. It must be a YAML mapping, to tell whether this is the same run. "

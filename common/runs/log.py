@@ -223,7 +223,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """The row in a line; None for an empty line, one that a kill cut off, and one that no run has written."""
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):  # cut off perhaps within a character
+    except (ValueError, RecursionError):  # cut off perhaps within a character; nested too deeply
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
 

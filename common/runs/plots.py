@@ -1,11 +1,11 @@
 """The plot of a run: curves.png from its metrics.jsonl.
 
 It reads only this file, so it can be drawn again at any time. An error here is one warning, because a plot must never
-stop a run.
+stop a run. Names and numbers may be anything: names are drawn as they are, never as mathematics, and numbers that a
+picture has no room for are left out.
 """
 
 import io
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.runs.checkpoints import write_file
+from common.runs.log import read_metrics
+from common.terminal import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +40,10 @@ PHASE_COLORS = {
 }
 MAX_PANELS = 6
 MAX_DOTS = 300
+MAX_POINTS = 20_000  # lines of metrics.jsonl in the picture, evenly spread
+MAX_LABEL = 24  # characters of a name in a legend
+MAX_VALUE = 1e100  # sums and squares of larger ones overflow
+MAX_STEP = 2**53  # floats cannot tell larger ones apart
 _LEGEND = {"fontsize": 8, "frameon": False, "labelcolor": INK, "handlelength": 1.2, "columnspacing": 1.0}
 
 Panel = Callable[["Axes", "Curves"], None]
@@ -48,20 +54,27 @@ class Curves:
 
     def __init__(self, path: Path) -> None:
         """Reads the file; a line that is still being written is left out."""
-        lines = [line for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]
-        self.rows = [json.loads(line) for line in lines]
+        self.rows = read_metrics(path.parent)
+        if len(self.rows) > MAX_POINTS:
+            self.rows = self.rows[:: -(-len(self.rows) // MAX_POINTS)] + self.rows[-1:]
 
     def names(self, prefix: str) -> list[str]:
         """Names that begin with `prefix` and have a value somewhere, without the prefix, in order of appearance."""
-        names = {name: None for row in self.rows for name, value in row.items() if value is not None}
+        names = {name: None for row in self.rows for name, value in row.items() if _fits(row["step"], value)}
         return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
     def series(self, name: str) -> tuple["np.ndarray", "np.ndarray"]:
-        """Steps and values of a metric, without the steps that do not have it."""
+        """Steps and values of a metric, without the steps that have none for which there is room."""
         import numpy as np
 
-        points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
+        points = [(row["step"], row[name]) for row in self.rows if _fits(row["step"], row.get(name))]
         return tuple(np.array(points, dtype=float).reshape(-1, 2).T)
+
+
+def _fits(step: int, value: object) -> bool:
+    """Whether there is a value and a picture has room for it; of what is no number, drawing says so."""
+    is_far = isinstance(value, int | float) and not abs(value) <= MAX_VALUE
+    return value is not None and not is_far and abs(step) <= MAX_STEP
 
 
 def draw_curves(run_folder: Path) -> None:
@@ -80,7 +93,7 @@ def draw_curves(run_folder: Path) -> None:
             write_file(run_folder / CURVES_FILE, picture)
     except Exception as error:
         warnings.warn(
-            f"{run_folder / CURVES_FILE} could not be drawn ({type(error).__name__}: {error}). The run goes on, and "
+            f"{run_folder / CURVES_FILE} could not be drawn ({one_line(repr(error), 300)}). The run goes on, and "
             "the numbers are in metrics.jsonl.",
             stacklevel=2,
         )
@@ -98,9 +111,8 @@ def _picture(curves: Curves, title: str) -> bytes | None:
     rows = -(-len(panels) // columns)
     width, height = 4.6 * columns, 3.1 * rows + 0.5
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-    figure.suptitle(
-        title, x=0.55 / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=12, color=INK, weight="bold"
-    )
+    look = {"x": 0.55 / width, "y": 1 - 0.12 / height, "ha": "left", "va": "top"}
+    figure.suptitle(one_line(title), parse_math=False, fontsize=12, color=INK, weight="bold", **look)
     for index, (name, draw) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, index + 1)
         draw(axes, curves)
@@ -156,8 +168,10 @@ def _evaluation(axes: "Axes", curves: Curves, name: str) -> None:
 
 def _reward_parts(axes: "Axes", curves: Curves) -> None:
     for color, part in zip(PALETTE, curves.names("reward/"), strict=False):
-        _line(axes, *curves.series(f"reward/{part}"), color, part)
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=len(PALETTE), **_LEGEND)
+        _line(axes, *curves.series(f"reward/{part}"), color, one_line(part, MAX_LABEL))
+    legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=len(PALETTE), **_LEGEND)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold a "$"
 
 
 def _time_by_phase(axes: "Axes", curves: Curves) -> None:
@@ -172,6 +186,8 @@ def _time_by_phase(axes: "Axes", curves: Curves) -> None:
     totals = totals - stacked.pop("value_init")
     stacked["other"] = np.maximum(totals - sum(stacked.values()), 0)
     shown = {phase: seconds for phase, seconds in stacked.items() if seconds.sum() > 0.005 * totals.sum()}
+    if not shown:  # no step took any time
+        return _line(axes, steps, totals, INK)
     smooth = [running_mean(seconds) for seconds in shown.values()]
     axes.stackplot(steps, *smooth, labels=shown, colors=[PHASE_COLORS[phase] for phase in shown], linewidth=0)
     axes.set_ylim(0, 1.35 * max(sum(smooth)))

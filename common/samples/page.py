@@ -11,17 +11,19 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import Any
-
-import yaml
 
 from common.runs.checkpoints import write_file
 from common.runs.folder import CONFIG_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE, json_line
 from common.runs.own_files import check_own_files, what_else
 from common.runs.plots import PHASE_COLORS
+from common.terminal import one_line
+from common.yaml_files import read_yaml_file
 
 PAGE_FILE = "samples.html"
 PAGE_PARTS = Path(__file__).parent / "assets"
@@ -37,6 +39,11 @@ LIVE_SHARE = 0.2
 DIGITS = 6  # significant digits of a metric
 MAX_NUMBER = 1e300  # differences of larger ones are not finite
 MAX_STEP = 2**53  # a browser cannot tell larger ones apart
+MAX_LINE = 64 * 2**20  # bytes of a line of a .jsonl file
+MAX_FILE = 2 * 2**30  # bytes of such a file, all of whose lines are in memory
+# Of a run's metrics, which the page holds as a table; a run of this project has about 50 names.
+MAX_STEPS, MAX_METRICS, MAX_PARTS, MAX_NAME = 5_000, 300, 50, 100
+MAX_SETTINGS = 1_000
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 # A settings file of a few lines can say a list of lists of lists ... with billions of entries.
@@ -130,17 +137,21 @@ def read_run(folder: Path, *, share: float = 1.0) -> dict[str, Any]:
         )
     settings, versions = read_settings(folder / CONFIG_FILE)
     samples = [_sample(row) for row in read_lines(folder / SAMPLES_FILE, ("step", "prompt", "completion"))]
-    metrics = read_lines(folder / METRICS_FILE, ("step",))
+    metrics, num_steps = read_metrics_evenly(folder / METRICS_FILE)
     shown = spread_evenly(samples, share)
     steps = max((row["step"] for row in metrics), default=0)
     facts = [settings.get(name) for name in ("task", "model")]
     facts.append(f"step {steps} of {settings['num_steps']}" if "num_steps" in settings else f"step {steps}")
     return {
-        "name": folder.resolve().name,
-        "settings": {str(name): _setting(value) for name, value in settings.items()},
+        "name": _name(folder.resolve().name),
+        "settings": {_setting(name): _setting(value) for name, value in islice(settings.items(), MAX_SETTINGS)},
         "versions": versions,
-        "facts": " · ".join(str(fact) for fact in facts if fact is not None),
-        "notes": [*_notes_on_links(folder), *notes(settings, samples, len(shown))],
+        "facts": " · ".join(one_line(fact, 200) for fact in facts if fact is not None),
+        "notes": [
+            *_notes_on_links(folder),
+            *notes(settings, samples, len(shown)),
+            *_notes_of_metrics(metrics, num_steps),
+        ],
         "metrics": columns(metrics),
         "samples": shown,
         "written": (folder / SAMPLES_FILE).stat().st_mtime,
@@ -158,18 +169,48 @@ def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:
     Raises:
         ValueError: the file is not a YAML mapping.
     """
-    text, settings = "", None
+    if not path.is_file() or what_else(path):
+        return {}, []
     try:
-        text = path.read_text(encoding="utf-8") if path.is_file() and not what_else(path) else "{}"
-        settings = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # not YAML, not UTF-8 or no date, nested too deeply
-        pass
+        settings, wrong = read_yaml_file(path, written_out=False), f"{path}: not the settings of a run."
+    except ValueError as error:
+        settings, wrong = None, str(error)
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: not the settings of a run, which are a YAML mapping. Restore or remove the file.")
-    return settings, [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# From step")]
+        raise ValueError(f"{wrong} A run's settings are a YAML mapping. Restore or remove the file.")
+    comments = [line for line in path.read_text(encoding="utf-8").split("\n") if line.startswith("# From step")]
+    return settings, [one_line(line.removeprefix("# "), 300) for line in comments[:100]]
 
 
-def read_lines(path: Path, keys: tuple[str, ...]) -> list[Row]:
+def read_metrics_evenly(path: Path) -> tuple[list[Row], int]:
+    """The lines of metrics.jsonl, of more than MAX_STEPS some that are evenly spread and the last; and their number.
+
+    Raises:
+        ValueError: a line is broken.
+    """
+    kept: list[Row] = []
+    every, number, row = 1, 0, {}
+    for number, row in enumerate(read_lines(path, ("step",)), start=1):
+        if (number - 1) % every == 0:
+            kept.append(row)
+        if len(kept) > MAX_STEPS:
+            kept, every = kept[::2], 2 * every
+    if kept and kept[-1] is not row:
+        kept.append(row)
+    return kept, number
+
+
+def _notes_of_metrics(metrics: list[Row], num_steps: int) -> list[str]:
+    """Which metrics the page leaves out."""
+    found = []
+    if num_steps > len(metrics):
+        found.append(f"The curves show {len(metrics)} of {num_steps} lines of {METRICS_FILE}, evenly spread.")
+    num_names = len({name for row in metrics for name in row})
+    if num_names > MAX_METRICS:
+        found.append(f"The curves show the first {MAX_METRICS} of {num_names} metrics in {METRICS_FILE}.")
+    return found
+
+
+def read_lines(path: Path, keys: tuple[str, ...]) -> Iterator[Row]:
     """The objects of a .jsonl file; an incomplete last line, which is still being written, is skipped.
 
     Args:
@@ -179,25 +220,30 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[Row]:
     Raises:
         ValueError: a line is broken.
     """
-    rows = []
-    *lines, _ = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line, parse_constant=lambda name: None)
-        except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply
-            row = None
-        if not isinstance(row, dict) or not all(_fits(key, row.get(key)) for key in keys):
-            raise ValueError(
-                f"{path}: line {number} is not one JSON object with {', '.join(keys)}, as a run writes them. Correct "
-                "or remove the line."
-            )
-        rows.append(row)
-    return rows
+    if (size := path.stat().st_size) > MAX_FILE:
+        raise ValueError(
+            f"{path}: {size / 2**30:.1f} GB; the page is made of at most {MAX_FILE // 2**30} GB. Pass a copy of the "
+            "folder with fewer lines in this file."
+        )
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), start=1):
+            if not line.endswith(b"\n") and len(line) < MAX_LINE:
+                return  # the last one, which is still being written
+            try:
+                row = json.loads(line, parse_constant=lambda name: None)
+            except (ValueError, RecursionError):  # not JSON, not UTF-8, nested too deeply, or cut off as too long
+                row = None
+            if not isinstance(row, dict) or not all(_fits(key, row.get(key)) for key in keys):
+                raise ValueError(
+                    f"{path}: line {number} is not one JSON object with {', '.join(keys)}, as a run writes them "
+                    "(step is a whole number from 0 to 2^53). Correct or remove the line."
+                )
+            yield row
 
 
 def _fits(key: str, value: Any) -> bool:
     if key == "step":
-        return type(value) is int and 0 <= value <= MAX_STEP
+        return type(value) is int and 0 <= value <= MAX_STEP  # a step of a run, and one that a browser can tell apart
     return isinstance(value, str)
 
 
@@ -206,19 +252,28 @@ def _sample(row: Row) -> Row:
     parts = row.get("parts")
     return {
         "step": row["step"],
-        "split": row["split"] if isinstance(row.get("split"), str) else None,
+        "split": _name(row["split"]) if isinstance(row.get("split"), str) else None,
         "prompt": _readable(row["prompt"]),
         "completion": _readable(row["completion"]),
         "score": _number(row.get("score")),
-        "parts": {name: _number(value) for name, value in parts.items()} if isinstance(parts, dict) else {},
+        "parts": _parts(parts) if isinstance(parts, dict) else {},
         "length": _number(row.get("length")),
         "truncated": bool(row.get("truncated")),
     }
 
 
+def _parts(parts: dict[str, Any]) -> dict[str, float | int | None]:
+    return {_name(name): _number(value) for name, value in islice(parts.items(), MAX_PARTS)}
+
+
 def _number(value: Any) -> float | int | None:
     """The value if a browser can calculate with it."""
     return value if isinstance(value, int | float) and abs(value) <= MAX_NUMBER else None
+
+
+def _name(text: str) -> str:
+    """A name, shortened to MAX_NAME."""
+    return text if len(text) <= MAX_NAME else f"{text[:MAX_NAME]}..."
 
 
 def _setting(value: Any) -> str:
@@ -230,9 +285,9 @@ def _readable(text: str) -> str:
     """The text, shortened to MAX_TEXT, with the replacement character for half a surrogate pair."""
     text = _HALF_PAIR.sub("\N{REPLACEMENT CHARACTER}", text)
     left_out = len(text) - MAX_TEXT
-    if left_out <= 0:
-        return text
-    return f"{text[: MAX_TEXT // 2]}\n[... {left_out} characters are left out here ...]\n{text[-MAX_TEXT // 2 :]}"
+    if left_out > 0:
+        text = f"{text[: MAX_TEXT // 2]}\n[... {left_out} characters are left out here ...]\n{text[-MAX_TEXT // 2 :]}"
+    return text
 
 
 def spread_evenly(samples: list[Row], share: float = 1.0) -> list[Row]:
@@ -287,8 +342,8 @@ def notes(settings: dict[str, Any], samples: list[Row], num_shown: int) -> list[
 
 def columns(metrics: list[Row]) -> dict[str, list[float | None]]:
     """The lines of metrics.jsonl as one list per name, None where a line lacks it."""
-    names = dict.fromkeys(name for row in metrics for name in row)
-    return {name: [_rounded(row.get(name)) for row in metrics] for name in names}
+    names = list(dict.fromkeys(name for row in metrics for name in row))[:MAX_METRICS]
+    return {_name(name): [_rounded(row.get(name)) for row in metrics] for name in ["step", *names]}
 
 
 def _rounded(value: Any) -> float | int | None:

@@ -1,7 +1,8 @@
 r"""Whether two answers in LaTeX mean the same, in any of the forms that people and models write.
 
 Numbers are compared exactly, here. Everything else is parsed and compared by Math-Verify. Only its LaTeX parser is
-used, which passes only digits of numbers to sympy's evaluator. Answers that could take forever to evaluate, such as
+used. Of a model's text it passes numerals, and nothing else, to sympy's parser, which evaluates them as Python: their
+length is bounded. Answers that could take forever to evaluate, such as
 9^(9^9), are compared as text only. There is no time limit here, so scores are the same on every machine, unless
 scoring exceeds the worker's limit.
 
@@ -34,6 +35,7 @@ from common.tasks._writing import tidy, with_binomials
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 MAX_ANSWER_LENGTH = 300  # characters; the longest answer of MATH-500 has 53
+MAX_DIGITS = 120  # of a numeral, each of which sympy's parser evaluates as Python; decimals have up to 40
 MAX_NESTING = 10  # levels of brackets; parsing takes seconds from 40 on
 MAX_SIZE = 10_000  # limit of `_size`; comparisons below it take milliseconds, at worst seconds
 SYMBOL_SIZE = 30  # a symbolic expression takes far longer to compare than a number with as many parts
@@ -66,6 +68,7 @@ _UNFINISHED = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+_LONG_NUMERAL = re.compile(rf"(?:\d(?:[.,](?=\d\d\d))?){{{MAX_DIGITS}}}")
 _NORMALIZATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
 )
@@ -405,7 +408,7 @@ def _expressions(latex: str) -> list:
     """What Math-Verify parses from an answer; empty if it is not a finished answer of reasonable size."""
     if _nesting(latex) > MAX_NESTING:
         return []
-    if _UNFINISHED.search(latex) or not _COMMANDS.issuperset(_COMMAND.findall(latex)):
+    if _UNFINISHED.search(latex) or _LONG_NUMERAL.search(latex) or not _COMMANDS.issuperset(_COMMAND.findall(latex)):
         return []
     exact = _DECIMAL.sub(_as_fraction, latex)
     found = parse(f"\\boxed{{{exact}}}", _EXTRACTION, extraction_mode="first_match", parsing_timeout=None)

@@ -20,6 +20,7 @@ from common.tasks import Task
 from common.tasks._meaning import MAX_ANSWER_LENGTH, means_the_same
 from common.tasks._numbers import last_number
 from common.tasks._places import Box, last_box, outside_thoughts
+from common.terminal import names
 
 logger = logging.getLogger("nanorlhf")
 
@@ -161,7 +162,7 @@ def _as_text(value: object) -> str | None:
             return value
         try:
             return _as_text(json.loads(value))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # not JSON, a number of 5,000 digits, nested too deeply
             return value
     if isinstance(value, list | tuple) and len(value) == 1:
         return _as_text(value[0])
@@ -208,7 +209,7 @@ def _shown_answer(row: dict) -> str:
 
 def _refusal(source: str, number: int, row: dict, count: str = "") -> str:
     return (
-        f"dataset={source}: row {number} has the columns {', '.join(row)} with {_shown_answer(row)}. {count}Needed "
+        f"dataset={source}: row {number} has the columns {names(row)} with {_shown_answer(row)}. {count}Needed "
         f"are a problem ({', '.join(QUESTION_COLUMNS)}) and its answer ({', '.join(ANSWER_COLUMNS)}), in the last two "
         f'with \\boxed{{}}, #### or "The answer is:". Rename the columns, or correct or remove the rows.'
     )

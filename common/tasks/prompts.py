@@ -9,6 +9,7 @@ from common.config import RLConfig
 from common.data.rows import is_prompt, read_rows, split_held_out
 from common.data.table import Rows
 from common.tasks import Task
+from common.terminal import names
 
 
 def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> Task:
@@ -62,7 +63,7 @@ def examine(row: dict, where: str) -> str:
             "as they are. Correct or remove the row, or leave the column out."
         )
     if not is_prompt(prompt) and (prompt_ids is None or prompt is not None):
-        found = f"prompt={prompt!r:.80}" if "prompt" in row else f"the columns {', '.join(row)}"
+        found = f"prompt={prompt!r:.80}" if "prompt" in row else f"the columns {names(row)}"
         raise ValueError(
             f"{where} has {found}; a prompt must be text or a list of messages, each with a "
             '"role" and a "content", text or a list of parts. Rename a column, or correct or remove the row.'

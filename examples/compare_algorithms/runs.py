@@ -8,12 +8,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.runs.checkpoints import FINAL_FOLDER
 from common.runs.folder import CONFIG_FILE, MAY_CHANGE
 from common.runs.log import METRICS_FILE
 from common.runs.plots import Curves
+from common.yaml_files import read_yaml_file
 
 # Two runs are comparable when these settings are equal, and all whose names begin with EQUAL_PREFIXES.
 EQUAL = (
@@ -93,7 +92,7 @@ def has_finished(folder: Path) -> bool:
 
 def read_run(folder: Path, algorithm: str, seed: int) -> FinishedRun:
     """Read a run's folder."""
-    settings = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    settings = read_yaml_file(folder / CONFIG_FILE)
     return FinishedRun(algorithm=algorithm, seed=seed, settings=settings, rows=Curves(folder / METRICS_FILE).rows)
 
 

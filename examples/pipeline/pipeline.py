@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import common  # noqa: F401, I001  it prepares the environment before torch loads
 
-import yaml
 from filelock import FileLock, Timeout
 from transformers.utils import CONFIG_NAME
 
@@ -29,6 +28,7 @@ from common.data.files import is_data_file
 from common.evaluation.results import SCORE_FILE, table
 from common.evaluation.settings import EvaluationSettings
 from common.runs.writable import make_folder
+from common.yaml_files import parse_yaml
 from examples.compare_algorithms.compare_algorithms import find_algorithms
 from examples.pipeline.records import TEST_FILE, TRAIN_FILE, RecordSettings
 from examples.pipeline.stages import Stage
@@ -113,7 +113,7 @@ def _changes(words: list[str]) -> Iterator[tuple[str, Any]]:
     if len(words) % 2 or not all(word.startswith("--") for word in words[::2]):
         raise ValueError(f"{' '.join(words)}: need pairs --stage.setting value. See --help.")
     for name, value in zip(words[::2], words[1::2], strict=True):
-        yield name[2:], None if value == "none" else yaml.safe_load(value)
+        yield name[2:], None if value == "none" else parse_yaml(value.encode(errors="surrogateescape"), name)
 
 
 def make_stages(settings: PipelineSettings) -> list[Stage]:

@@ -114,7 +114,7 @@ function ticks(low, high, integers) {
   // By number, since adding a small size to a large tick may not change it.
   const first = Math.ceil(low / size), number = Math.min(Math.floor(high / size + 1e-6) - first + 1, MAX_TICKS);
   const found = Array.from({ length: Math.max(number, 0) || 0 }, (_, index) => Number(((first + index) * size).toPrecision(12)));
-  return [...new Set(found)];
+  return [...new Set(found.filter(Number.isFinite))];
 }
 
 function scales(layers) {
