@@ -59,6 +59,8 @@ def run_event(runs: Runs, one: Event) -> Outcome:
         verdict, reason = "failed", str(failure)
     except Exception as error:  # of the soak itself, or a folder in a state that nobody thought of
         verdict, reason = "failed", f"{type(error).__name__}: {error}"
+    finally:
+        case.end()
     if verdict != "failed":
         shutil.rmtree(folder, ignore_errors=True)
     seconds = time.monotonic() - begun

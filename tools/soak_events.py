@@ -58,7 +58,7 @@ class Case:
         self.event, self.runs, self.folder = event, runs, folder
         self.output_dir = folder / "run"
         self.steps_lost, self.seconds = 0, 0.0
-        self._parts = 0
+        self._started: list[Process] = []
 
     @property
     def command(self) -> list[str]:
@@ -66,8 +66,16 @@ class Case:
 
     def start(self, *before: str) -> Process:
         """Start the run, or go on with it; `before` are words that come before its command."""
-        self._parts += 1
-        return Process([*before, *self.command], self.folder, f"part-{self._parts}")
+        name = f"part-{len(self._started) + 1}"
+        self._started.append(Process([*before, *self.command], self.folder, name))
+        return self._started[-1]
+
+    def end(self) -> None:
+        """End what is still running, because the case failed halfway."""
+        for process in self._started:
+            if process.running:
+                process.send(signal.SIGKILL, group=True)
+                process.wait()
 
     def continued(self) -> Ended:
         """Go on with the run until it ends by itself."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -62,7 +63,10 @@ SETTINGS = {
     "save_total_limit": 3,
     "progress": False,
 }
-OF_ALGORITHM = {"PPO": {"value_backbone": "own"}}
+SHORT_FIT = {"prompts": 10, "generations": 2, "epochs": 1, "minibatches": 2}
+OF_ALGORITHM = {
+    "PPO": {"value_backbone": "own"} | {f"value_init_{name}": number for name, number in SHORT_FIT.items()},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,17 +99,16 @@ class Runs:
         rows = [{"prompt": f"{a} {b} make {a + b}\n"} for a in range(1, 6) for b in range(1, 6)]
         (inputs / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (inputs / "reward.py").write_text(REWARD)
+        common = SETTINGS | {"model": str(inputs / "policy"), "dataset": str(inputs / "prompts.jsonl")}
+        common |= {"rewards": [f"{inputs / 'reward.py'}:digits"]}
+        for name in ALGORITHMS:
+            (inputs / f"{name}.yaml").write_text(yaml.safe_dump(common | OF_ALGORITHM.get(name, {})))
         self._locks = {}
         self._lock = Lock()
 
     def command(self, setup: Setup, output_dir: Path, save_every: int) -> list[str]:
         """The command of a run; the same one continues it."""
         config = self._inputs / f"{setup.algorithm}.yaml"
-        places = {"model": "policy", "dataset": "prompts.jsonl"}
-        settings = SETTINGS | {name: str(self._inputs / file) for name, file in places.items()}
-        settings |= {"rewards": [f"{self._inputs / 'reward.py'}:digits"]} | OF_ALGORITHM.get(setup.algorithm, {})
-        if not config.exists():
-            config.write_text(yaml.safe_dump(settings))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup.processes)]
         script = str(ROOT / setup.algorithm / f"{setup.algorithm.lower()}.py")
         options = {"config": config, "sampler": setup.sampler, "save_every": save_every, "output_dir": output_dir}
@@ -188,7 +191,7 @@ class Process:
     def send(self, number: signal.Signals, *, group: bool = False) -> None:
         """Send a signal to the process or, as a terminal or a queue does, to its group."""
         self.note_family()
-        if self.running:
+        with suppress(ProcessLookupError):
             (os.killpg if group else os.kill)(self.pid, number)
 
     def note_family(self) -> None:
@@ -211,7 +214,9 @@ class Process:
             time.sleep(0.05)
         names = [f"{pid}: {words_of(pid)[:200]}" for pid in left]
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait_for_group(GRACE)
         status = self._process.returncode
         status = 128 - status if status < 0 else status
         return Ended(status, seconds, self._errors.read_text(errors="replace"), hangs + names)
