@@ -146,15 +146,15 @@ def test_any_other_difference_is_named(whole, tmp_path, name):
 def test_the_table_counts_what_was_tried_by_kind_and_setup():
     one = event(1, 0, kinds=["kill"], samplers=["transformers"], processes=[1], algorithms=["PPO"])
     outcomes = [
-        Outcome(event=one, verdict="equal", steps_lost=2, resume_seconds=3.0),
-        Outcome(event=one, verdict="failed", reason="samples.jsonl: line 2 differs", resume_seconds=4.25),
+        Outcome(event=one, verdict="equal", survived=True, equal=True, steps_lost=2, resume_seconds=3.0),
+        Outcome(event=one, verdict="failed", survived=True, reason="line 2 differs", resume_seconds=4.25),
         Outcome(event=one, verdict="missed", reason="it was over before", steps_lost=9, resume_seconds=9.0),
-        Outcome(event=replace(one, kind="metrics-cut"), verdict="said so", reason="it says so"),
+        Outcome(event=replace(one, kind="metrics-cut"), verdict="said so", survived=True, reason="it says so"),
     ]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(outcomes).splitlines()]
-    assert rows[2] == ["kill", "transformers", "PPO", "1", "2", "1", "1", "2", "4.2 s"]
+    assert rows[2] == ["kill", "transformers", "PPO", "1", "2", "2", "1", "2", "4.2 s"]
     assert rows[3] == ["metrics-cut", "transformers", "PPO", "1", "1", "1", "0", "0", ""]
-    assert rows[4] == ["all", "", "", "", "3", "2", "1", "2", "4.2 s"]
+    assert rows[4] == ["all", "", "", "", "3", "3", "1", "2", "4.2 s"]
     assert summary(outcomes, 90).splitlines()[0] == ("3 events in 1.5 minutes: 1 equal, 1 said so, 1 missed, 1 failed")
 
 

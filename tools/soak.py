@@ -19,13 +19,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from common.runs.checkpoints import FINAL_FOLDER  # noqa: E402
 from common.runs.log import METRICS_FILE, SAMPLES_FILE  # noqa: E402
 from tools.soak_compare import difference  # noqa: E402
 from tools.soak_events import ACTIONS, Case, Failure, Missed, Skipped, require, require_message  # noqa: E402
@@ -37,64 +38,80 @@ from tools.soak_table import Outcome, summary, table  # noqa: E402
 def run_event(runs: Runs, one: Event) -> Outcome:
     """Do what an event says, continue the run and compare it; a folder of a case that passed is deleted."""
     begun = time.monotonic()
-    folder = runs.folder / f"event-{one.number}"
-    shutil.rmtree(folder, ignore_errors=True)
-    case, verdict, reason = Case(one, runs, folder), "equal", ""
-    resume_seconds = 0.0
+    case = Case(one, runs, runs.folder / f"event-{one.number}")
+    shutil.rmtree(case.folder, ignore_errors=True)
+    verdict, reasons, result = "equal", [], Result()
     try:
         runs.reference(one.setup)  # first, so that its time is not the event's
         begun = time.monotonic()
         try:
             ACTIONS[one.kind](case)
         except Missed as missed:
-            verdict, reason = "missed", str(missed)
-        going_on = time.monotonic()
-        problem = compare(case)
-        resume_seconds = time.monotonic() - going_on
-        if problem:
-            verdict, reason = ("said so", problem)
+            verdict, reasons = "missed", [str(missed)]
+        except Failure as failure:  # whether it can be continued all the same, is worth to know
+            verdict, reasons = "failed", [str(failure)]
+        finish(case, result)
+        if result.said and verdict != "failed":
+            verdict, reasons = "said so", [result.said]
     except Skipped as skipped:
-        verdict, reason = "skipped", str(skipped)
+        verdict, reasons = "skipped", [str(skipped)]
     except Failure as failure:
-        verdict, reason = "failed", str(failure)
+        verdict, reasons = "failed", [*reasons, str(failure)]
     except Exception as error:  # of the soak itself, or a folder in a state that nobody thought of
-        verdict, reason = "failed", f"{type(error).__name__}: {error}"
+        verdict, reasons = "failed", [*reasons, f"{type(error).__name__}: {error}"]
     finally:
         case.end()
     if verdict != "failed":
-        shutil.rmtree(folder, ignore_errors=True)
-    seconds = time.monotonic() - begun
-    numbers = {"steps_lost": case.steps_lost, "resume_seconds": resume_seconds, "seconds": seconds}
-    return Outcome(event=one, verdict=verdict, reason=reason, **numbers)
+        shutil.rmtree(case.folder, ignore_errors=True)
+    return Outcome(
+        event=one,
+        verdict=verdict,
+        reason="; then ".join(reasons),
+        survived=result.survived,
+        equal=result.equal,
+        steps_lost=case.steps_lost,
+        resume_seconds=result.seconds,
+        seconds=time.monotonic() - begun,
+    )
 
 
-def compare(case: Case) -> str | None:
+@dataclass
+class Result:
+    """What became of a run after the event: see Outcome; `said` is what it says itself of what differs."""
+
+    survived: bool = False
+    equal: bool = False
+    said: str = ""
+    seconds: float = 0.0
+
+
+def finish(case: Case, result: Result) -> None:
     """Continue a run that is not finished, and compare it with its reference.
-
-    Returns:
-        None if nothing differs; else what the run itself says about it, where no run could do better.
 
     Raises:
         Failure: if it cannot be continued, or something differs and nothing says so.
     """
-    said = ""
-    kind = case.event.kind
-    if not (case.output_dir / "final").is_dir():
+    kind, errors = case.event.kind, ""
+    if not (case.output_dir / FINAL_FOLDER).is_dir():
         ended = case.start().wait()
-        said = ended.errors
+        result.seconds, errors = ended.seconds, ended.errors
         if kind.startswith(("metrics-", "samples-")) and ended.status == 2:
             require_message(case, ended)  # nobody can bring back what was in the file
-            return "it says that it cannot go on"
+            result.survived, result.said = True, "it says that it cannot go on"
+            return
         require(ended.status == 0, "the same command continues it", ended)
         require(not ended.left, "its processes end with it", ended)
+    result.survived = True
     differs = difference(case.output_dir, case.runs.folder / "references" / case.event.setup.name / "run")
-    if differs is None:
-        return None
-    if kind == "samples-cut" and differs.startswith(SAMPLES_FILE) and SAMPLES_FILE in said:
-        return "it names the lines of samples that are gone"
-    if kind == "worker-killed" and _rows_lost(case.output_dir):
-        return "the row that the worker was at counts as over its limit"
-    raise Failure(differs)
+    result.equal = differs is None
+    if result.equal:
+        return
+    if kind == "samples-cut" and differs.startswith(SAMPLES_FILE) and SAMPLES_FILE in errors:
+        result.said = "it names the lines of samples that are gone"
+    elif kind == "worker-killed" and _rows_lost(case.output_dir):
+        result.said = "the row that the worker was at counts as over its limit"
+    else:
+        raise Failure(differs)
 
 
 def _rows_lost(folder: Path) -> bool:
@@ -134,9 +151,8 @@ def main() -> None:
     add("--write", type=Path, help="a JSON file for all outcomes")
     settings = parser.parse_args()
     # Started in the background, a shell has this process ignore Ctrl-C, and what it starts would inherit that.
-    for number in (signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = (settings.folder or Path(tempfile.mkdtemp(prefix="nanorlhf-soak-"))).resolve()
     drawn = {name: getattr(settings, name) for name in ("kinds", "samplers", "processes", "algorithms")}
     numbers = settings.only or (count() if settings.events is None else range(settings.events))

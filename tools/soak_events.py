@@ -24,6 +24,8 @@ from tools.soak_runs import Ended, Process, Runs, children, last_step, ranks
 MAX_LINES = 8  # of a message
 # What the fraction of a moment means, in seconds.
 START, STEP, WRITE = 4.0, 0.3, 0.004
+# From a signal to the end: a run may finish its step, which takes a moment here; a launcher waits longer.
+SOON, PATIENCE_OF_QUEUES = 15.0, 60.0
 DISK = 12 << 20  # bytes of the small disk
 NEEDED = 2_500_000  # bytes that a run of these settings takes, about
 
@@ -51,13 +53,12 @@ class Case:
     Attributes:
         output_dir: the run's folder.
         steps_lost: finished steps that the last interruption has cost.
-        seconds: until the run had ended after the last interruption.
     """
 
     def __init__(self, event: Event, runs: Runs, folder: Path) -> None:
         self.event, self.runs, self.folder = event, runs, folder
         self.output_dir = folder / "run"
-        self.steps_lost, self.seconds = 0, 0.0
+        self.steps_lost = 0
         self._started: list[Process] = []
 
     @property
@@ -184,7 +185,9 @@ def stop(case: Case) -> None:
     if event.setup.processes > 1:
         process.wait_for_group(30 + 15)  # a launcher's own patience, and some more
     ended = process.wait()
-    case.seconds = time.monotonic() - begun
+    seconds = time.monotonic() - begun
+    limit = SOON if second else PATIENCE_OF_QUEUES
+    require(seconds < limit, f"an end within {limit:.0f} s after the signal, not {seconds:.0f}", ended)
     if event.setup.processes > 1:
         require(ended.status != 0, "an exit status that is not 0", ended)
     elif moment.step >= 0 and not second:

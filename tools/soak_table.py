@@ -22,6 +22,8 @@ class Outcome:
         event: what happened.
         verdict: one of PASSED and NOT_TRIED, or "failed".
         reason: why it is not "equal".
+        survived: the run could be continued to its end, or said that it could not where nobody could.
+        equal: it then was the run that nothing interrupts.
         steps_lost: finished steps that an interruption has cost.
         resume_seconds: from the command that continued the run to its end; 0 if none did.
         seconds: of the whole case.
@@ -30,13 +32,11 @@ class Outcome:
     event: Event
     verdict: str
     reason: str = ""
+    survived: bool = False
+    equal: bool = False
     steps_lost: int = 0
     resume_seconds: float = 0.0
     seconds: float = 0.0
-
-    @property
-    def survived(self) -> bool:
-        return self.verdict in PASSED
 
     @property
     def tried(self) -> bool:
@@ -57,7 +57,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 def _row(key: tuple, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     tried = [outcome for outcome in outcomes if outcome.tried]
-    equal = sum(outcome.verdict == "equal" for outcome in tried)
+    equal = sum(outcome.equal for outcome in tried)
     lost = max((outcome.steps_lost for outcome in tried), default=0)
     slowest = max((outcome.resume_seconds for outcome in tried), default=0.0)
     numbers = (len(tried), sum(outcome.survived for outcome in tried), equal, lost)
