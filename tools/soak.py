@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -163,15 +164,19 @@ def main() -> None:
             repeat += [f"--{name}", *map(str, values)]
     print(f"in {folder}", flush=True)
     begun, outcomes = time.monotonic(), []
-    for outcome in soak(Runs(folder), events, seconds=60 * settings.minutes, jobs=settings.jobs):
-        outcomes.append(outcome)
-        one = outcome.event
-        what = f"{one.number:4} {one.kind:16} {one.setup.name:24} {outcome.verdict:8} {outcome.seconds:5.0f} s"
-        print(f"{what}  {outcome.reason}".rstrip(), flush=True)
-        if outcome.verdict == "failed":
-            print(f"     kept in {folder}/event-{one.number}; {shlex.join([*repeat, '--only', str(one.number)])}")
-        if settings.write:  # each time, so that a soak that is itself interrupted keeps what it found
-            settings.write.write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
+    with suppress(KeyboardInterrupt):  # the table of what there is
+        for outcome in soak(Runs(folder), events, seconds=60 * settings.minutes, jobs=settings.jobs):
+            outcomes.append(outcome)
+            one = outcome.event
+            what = f"{one.number:4} {one.kind:16} {one.setup.name:24} {outcome.verdict:8} {outcome.seconds:5.0f} s"
+            print(f"{what}  {outcome.reason}".rstrip(), flush=True)
+            if outcome.verdict == "failed":
+                print(
+                    f"     kept in {folder}/event-{one.number}; {shlex.join([*repeat, '--only', str(one.number)])}",
+                    flush=True,
+                )
+            if settings.write:  # each time, so that a soak that is itself interrupted keeps what it found
+                settings.write.write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
     print(f"\n{table(outcomes)}\n\n{summary(outcomes, time.monotonic() - begun)}")
     sys.exit(any(outcome.verdict == "failed" for outcome in outcomes))
 

@@ -27,7 +27,7 @@ START, STEP, WRITE = 4.0, 0.3, 0.004
 # From a signal to the end: a run may finish its step, which takes a moment here; a launcher waits longer.
 SOON, PATIENCE_OF_QUEUES = 15.0, 60.0
 DISK = 12 << 20  # bytes of the small disk
-NEEDED = 2_500_000  # bytes that a run of these settings takes, about
+NEEDED = 1_800_000  # bytes that a run of these settings takes, about
 
 
 class Failure(Exception):
@@ -225,26 +225,24 @@ def mounted(target: Path, *options: str) -> Iterator[None]:
 
 
 def full_disk(case: Case) -> None:
-    """A disk that becomes full somewhere in the run; the run is then continued on a disk with room."""
-    disk = case.folder / "disk"
-    disk.mkdir()
-    kept = case.output_dir
+    """A disk that becomes full somewhere in the run, which is then continued where there is room."""
+    disk, kept = case.folder / "disk", case.output_dir
+    disk.mkdir(parents=True)
     with mounted(disk, "-t", "tmpfs", "-o", f"size={DISK}", "none"):
+        free = 20_000 + int(case.event.level * NEEDED)
+        (disk / "ballast").write_bytes(bytes(DISK - free))
         case.output_dir = disk / "run"
-        ballast = disk / "ballast"
-        ballast.write_bytes(bytes(DISK - (20_000 + int(case.event.level * NEEDED)) // 4096 * 4096))
-        ended = case.start().wait()
-        ballast.unlink()
-        if ended.status == 0:
-            case.runs.reference(case.event.setup)
-        else:
-            require_message(case, ended)
+        try:
+            ended = case.start().wait()
+            if ended.status != 0:
+                require_message(case, ended)
+        finally:
             case.note_loss()
-            case.continued()
-        shutil.copytree(case.output_dir, kept, symlinks=True)
-        case.output_dir = kept
-        if ended.status == 0:
-            raise Missed("the disk was large enough")
+            if case.output_dir.is_dir():
+                shutil.copytree(case.output_dir, kept, symlinks=True)
+            case.output_dir = kept
+    if ended.status == 0:
+        raise Missed("the disk was large enough")
 
 
 def read_only(case: Case) -> None:

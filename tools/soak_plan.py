@@ -126,5 +126,5 @@ def _moments(kind: str, draw: random.Random) -> tuple[Moment, ...]:
         return (Moment(step=first, fraction=draw.random(), aim=aim),)
     if kind == "SIGINT" and draw.random() < 0.2:  # during its imports too
         return (Moment(step=-1, fraction=draw.random()),)
-    lowest = 2 if kind in DAMAGES else 0
+    lowest = 3 if kind in DAMAGES else 0  # with two checkpoints at least, where it is one of them
     return (Moment(step=draw.randint(lowest, NUM_STEPS - 3), fraction=draw.random()),)
