@@ -135,8 +135,8 @@ def soak(runs: Runs, events: Iterator[Event], *, seconds: float, jobs: int) -> I
                 yield future.result()
 
 
-def main() -> None:
-    """Run, print, and say by the exit status whether all passed."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--minutes", type=float, default=60.0, help="no event begins later (default: %(default)s)")
@@ -150,6 +150,12 @@ def main() -> None:
     add("--jobs", type=int, default=1, help="events at the same time (default: 1)")
     add("--folder", type=Path, help="for the runs; of events that passed nothing stays (default: a new one)")
     add("--write", type=Path, help="a JSON file for all outcomes")
+    return parser
+
+
+def main() -> None:
+    """Run, print, and say by the exit status whether all passed."""
+    parser = make_parser()
     settings = parser.parse_args()
     # Started in the background, a shell has this process ignore Ctrl-C, and what it starts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -171,10 +177,8 @@ def main() -> None:
             what = f"{one.number:4} {one.kind:16} {one.setup.name:24} {outcome.verdict:8} {outcome.seconds:5.0f} s"
             print(f"{what}  {outcome.reason}".rstrip(), flush=True)
             if outcome.verdict == "failed":
-                print(
-                    f"     kept in {folder}/event-{one.number}; {shlex.join([*repeat, '--only', str(one.number)])}",
-                    flush=True,
-                )
+                again = shlex.join([*repeat, "--only", str(one.number)])
+                print(f"     kept in {folder}/event-{one.number}; {again}", flush=True)
             if settings.write:  # each time, so that a soak that is itself interrupted keeps what it found
                 settings.write.write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
     print(f"\n{table(outcomes)}\n\n{summary(outcomes, time.monotonic() - begun)}")
