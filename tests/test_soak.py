@@ -178,7 +178,7 @@ def test_runs_survive_a_short_soak(tmp_path):
     kinds = ["kill-writing", "SIGTERM", "keeper-killed", "metrics-emptied", "full-disk"]
     places = ["--folder", str(tmp_path / "runs"), "--write", str(tmp_path / "outcomes.json")]
     drawn = ["--samplers", "transformers", "--processes", "1", "--algorithms", "GRPO", "--kinds", *kinds]
-    # Of this seed's events, the kill has several checkpoints to be in the middle of, and the disk is full before the end.
+    # With this seed, the kill has several checkpoints to be in the middle of, and the disk is full before the end.
     command = [sys.executable, "tools/soak.py", "--seed", "2392", "--events", "5", "--jobs", "2", *places, *drawn]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
