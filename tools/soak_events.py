@@ -19,7 +19,7 @@ from common.runs.folder import CONFIG_FILE, LOCK_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE
 from tools.soak_compare import leftovers
 from tools.soak_plan import DAMAGES, Event, Moment
-from tools.soak_runs import Ended, Process, Runs, children, last_step, ranks
+from tools.soak_runs import Ended, Process, Runs, children, last_step, ranks, words_of
 
 MAX_LINES = 8  # of a message
 # What the fraction of a moment means, in seconds.
@@ -134,9 +134,14 @@ def require(holds: bool, what: str, ended: Ended) -> None:
 def require_message(case: Case, ended: Ended) -> None:
     """Require that the run ended with one message and status 2, and left no part of a file."""
     lines = case.message(ended)
-    require("Traceback" not in ended.errors, "no traceback", ended)
-    require(ended.status == 2, "exit status 2", ended)
-    require(1 <= len(lines) <= MAX_LINES, f"a message of at most {MAX_LINES} lines, not {len(lines)}", ended)
+    if case.event.setup.processes > 1:  # a launcher has a status and a traceback of its own
+        require(ended.status != 0, "an exit status that is not 0", ended)
+        require(any(line.startswith("error: ") for line in lines), "a message", ended)
+    else:
+        require("Traceback" not in ended.errors, "no traceback", ended)
+        require(ended.status == 2, "exit status 2", ended)
+        require(1 <= len(lines) <= MAX_LINES, f"a message of at most {MAX_LINES} lines, not {len(lines)}", ended)
+    require(not ended.left, "its processes end with it", ended)
     if case.output_dir.is_dir():
         left = leftovers(case.output_dir)
         require(not left, f"nothing half written, not {', '.join(left)}", ended)
@@ -320,7 +325,8 @@ def scorer_killed(case: Case) -> None:
     process = case.start()
     case.wait_until(process, event.moments[0])
     parents = ranks(process.pid)
-    keepers = [pid for parent in parents for pid in children(parent)]
+    # A fork has its parent's command line, unlike what libraries start.
+    keepers = [pid for parent in parents for pid in children(parent) if words_of(pid) == words_of(parent)]
     found = [pid for keeper in keepers for pid in children(keeper)] if event.kind == "worker-killed" else keepers
     if not found:
         raise Missed("there was no such process")
