@@ -158,7 +158,9 @@ def main() -> None:
     parser = make_parser()
     settings = parser.parse_args()
     # Started in the background, a shell has this process ignore Ctrl-C, and what it starts would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What asks the soak itself to end lets the events that have begun end: they have mounts and processes to put away.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = (settings.folder or Path(tempfile.mkdtemp(prefix="nanorlhf-soak-"))).resolve()
     drawn = {name: getattr(settings, name) for name in ("kinds", "samplers", "processes", "algorithms")}
