@@ -2,6 +2,7 @@
 # make demo     sets up and trains the embedded Countdown policy, on the CPU too: make demo ARGS="--seed 1"
 # make test     sets up and runs the whole test suite: make test ARGS="tests/test_losses.py"
 # make check    sets up and runs what every commit should pass: style, and the tests without engines and processes
+# make soak     sets up, and kills, signals and starves small runs for an hour: make soak ARGS="--minutes 10 --seed 2"
 # make style    sets up, then corrects what ruff can correct and formats
 # Another interpreter than the first suitable one on the path: make install PYTHON=/path/to/python3.12
 
@@ -9,7 +10,7 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11 py
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& echo $$python && break; done),python3)
 
-.PHONY: install demo test check style
+.PHONY: install demo test check soak style
 
 install:
 	@$(PYTHON) tools/install.py
@@ -27,6 +28,9 @@ check: install
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	$(PYTEST) -m "not slow and not gpu and not models" $(ARGS)
+
+soak: install
+	.venv/bin/python tools/soak.py $(ARGS)
 
 style: install
 	.venv/bin/ruff check --fix
