@@ -193,6 +193,18 @@ def test_the_keeper_survives_the_end_of_the_thread_that_started_it(caplog):
     assert made[0]("it", {"completions": ["a"]})[0].reward == 1 and not caplog.records
 
 
+def test_after_an_interrupted_call_the_next_one_gets_its_own_answers():
+    worker = RuleWorker({"it": lambda completions: [time.sleep(1.0) or float(len(completions[0]))]}, SHORT)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker("it", {"completions": ["abc"]})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert worker("it", {"completions": ["a"]})[0].reward == 1
+
+
 # What is no row's fault
 
 

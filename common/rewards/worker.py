@@ -49,6 +49,7 @@ class RuleWorker:
             refuse_asynchronous(function)
         self._functions = functions
         self._limits = limits
+        self._interrupted = False
         try:
             self._start()
         except (EOFError, ConnectionError):
@@ -73,6 +74,10 @@ class RuleWorker:
             request = pickle.dumps((name, arguments, extra or {}))
         except Exception as error:  # an object may raise anything
             refuse_unpickled(arguments, error)
+        if self._interrupted:  # the answers to another request are still to come
+            self._stop()
+            self._start()
+        self._interrupted = True
         for _ in range(2):
             try:
                 self._connection.send_bytes(request)
@@ -80,6 +85,7 @@ class RuleWorker:
             except (EOFError, ConnectionError):
                 self._restart()
                 continue
+            self._interrupted = False
             show(reply.printed, name)
             if reply.unread:
                 refuse_unpickled(arguments, reply.unread)
