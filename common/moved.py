@@ -46,7 +46,11 @@ MOVED: dict[str, dict[str, str]] = {
     "common.rewards": {"common.rewards.scorer": "RewardFunction Scorer"},
     "common.reward_choice": {"common.rewards.choose": ""},
     "common.reward_model": {"common.rewards.reward_model": ""},
-    "common.workers": {"common.rewards.rules": ""},
+    "common.workers": {
+        "common.rewards.worker": "Limits DEFAULT_LIMITS RowAnswer RuleWorker",
+        "common.rewards.rules": "",
+    },
+    "common.rewards.rules": {"common.rewards.worker": "Limits DEFAULT_LIMITS RowAnswer RuleWorker"},
     "common.arithmetic": {"common.tasks._arithmetic": ""},
     "common.tiny": {"common.embedded.policy": ""},
     "common.cache": {"common.data.cache": ""},

@@ -41,6 +41,7 @@ from common.models.system_role import describe_system
 from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
+from common.runs.lost_rows import LostRows
 from common.runs.measures import (
     evaluation_means,
     judge,
@@ -148,6 +149,8 @@ class OnPolicyTrainer(ABC):
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
         self._signal = SignalCheck(config, self.run.folder)
+        is_main = self.accelerator.is_main_process
+        self._lost_rows = LostRows(sum_over_processes=self.sum_over_processes, says=is_main)
         self.model_path = resolve_model(config.model, beside=folder.parent)
         known = num_tokens(self.model_path)
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
@@ -433,6 +436,7 @@ class OnPolicyTrainer(ABC):
             self._check_sampled(rollouts)
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
+            self._lost_rows.add(self.lenient_scorer.lost if self.lenient_scorer else {})
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
                 self.metrics.add("eval/kl", self._kl(rollouts).sum(), rollouts.lengths.sum())
@@ -520,6 +524,7 @@ class OnPolicyTrainer(ABC):
         state = TrainerState(global_step=finished_steps, max_steps=config.num_steps, epoch=epoch)
         with self.stopwatch("score"):
             scores = judge(rollouts, self.scorer, state)
+        self._lost_rows.add(self.scorer.lost)
         for name, values in self.scorer.reports.metrics.items():
             self.metrics.add(f"{prefix}/{name}", math.fsum(values), len(values))
         for name, rows in self.scorer.over_limit.items():
@@ -547,7 +552,8 @@ class OnPolicyTrainer(ABC):
     def _end_step(self) -> dict[str, float]:
         """Reduce and write the step's metrics, and save what is due."""
         step = self.current_step
-        metrics = self.metrics.reduce(self.accelerator)
+        self._lost_rows.put_into(self.metrics)
+        metrics = self._lost_rows.take_from(self.metrics.reduce(self.accelerator), step=step)
         metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
             self._soundness.warn(metrics, step=step)

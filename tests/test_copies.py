@@ -12,8 +12,9 @@ from common.data.prompts import PromptSet
 from common.embedded.policy import build_tokenizer
 from common.rewards.choose import ScoringSettings, make_scorer
 from common.rewards.copies import own_copy
-from common.rewards.rules import Limits, RuleWorker, rule
+from common.rewards.rules import rule
 from common.rewards.scorer import Scorer
+from common.rewards.worker import Limits, RuleWorker
 from common.rollouts import Completion, Rollouts
 from common.runs.measures import judge
 

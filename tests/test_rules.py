@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from benchmarks.hostile import hostile_completions, task_rules
-from common.rewards.rules import Limits, RuleWorker, is_rule, rule, warmed_up_by
+from common.rewards.rules import is_rule, rule, warmed_up_by
 from common.rewards.scorer import Scorer
+from common.rewards.worker import Limits, RuleWorker
 from common.tasks import _meaning
 from common.tasks.math import WARM_UP_ANSWERS, correct_reward
 from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task

@@ -49,6 +49,7 @@ from common.rewards.scorer import RewardFunction, Scorer
 from common.rollouts import Completion, Rollouts
 from common.runs.checkpoints import STATE_FILE, write_file
 from common.runs.folder import CONFIG_FILE, versions
+from common.runs.lost_rows import judge_evaluation
 from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently, mean_interval
 from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.progress import LongWork
@@ -169,6 +170,7 @@ class Evaluation:
         with stopwatch("score"):
             rollouts.scores = self._judge(rollouts, scorer)
             lenient = judge_leniently(rollouts, leniently)
+            judge_evaluation(leniently.lost if leniently else {})
         metrics = StepMetrics()
         judged_by = {"accuracy": self.task.accuracy, "format": self.task.format, "lenient": lenient}
         evaluation_means(rollouts, **judged_by, num_samples=num_samples, metrics=metrics)
@@ -255,7 +257,9 @@ class Evaluation:
     def _judge(self, rollouts: Rollouts, scorer: Scorer) -> Tensor:
         """(B,) float32: the scores; the refusal of a reward says that sampling was not in vain."""
         try:
-            return judge(rollouts, scorer, TrainerState(global_step=1))
+            scores = judge(rollouts, scorer, TrainerState(global_step=1))
+            judge_evaluation(scorer.lost)
+            return scores
         except ValueError as error:
             if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
                 raise

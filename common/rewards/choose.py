@@ -6,8 +6,8 @@ from pathlib import Path
 from common.rewards.forms import AUTO
 from common.rewards.load import load_reward, reward_name
 from common.rewards.reward_model import RewardModel
-from common.rewards.rules import DEFAULT_LIMITS, Limits
 from common.rewards.scorer import RewardFunction, Scorer
+from common.rewards.worker import DEFAULT_LIMITS, Limits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Reward functions: the interface that users implement, and the score, a weighted sum of rewards.
 
 A reward is a function of the task, a function from a file, or a `RewardModel`. Functions marked as rules run in a
-worker process with limits (rules.py); the others run in the training process without limits.
+worker process with limits (worker.py); the others run in the training process without limits.
 """
 
 import inspect
@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 
 from common.models.pool import ModelPool
+from common.rewards.answers import DEFAULT_LIMITS, Limits, Lost
 from common.rewards.batch import Batch
 from common.rewards.copies import Arguments, own_arguments
 from common.rewards.event_loop import EventLoop
 from common.rewards.forms import ANNOTATED, AUTO, CONVERSATIONAL, SHOWN, TEXT, expects_messages, form_of
 from common.rewards.reports import Reports, TrainerState
 from common.rewards.reward_model import RewardModel
-from common.rewards.rules import DEFAULT_LIMITS, Limits, RuleWorker, is_rule
+from common.rewards.rules import is_rule
 from common.rewards.signatures import PER_CALL, check_columns, check_signature
 from common.rewards.values import LARGEST, number_of, values_of
+from common.rewards.worker import RuleWorker
 
 logger = logging.getLogger("nanorlhf")
 
@@ -79,6 +81,7 @@ class Scorer:
 
     Attributes:
         over_limit: for each rule, (B,) bool: the rows of the last call that scored 0 because they were over a limit.
+        lost: for each rule, what these rows cost.
         reports: what functions logged in the last call.
 
     Raises:
@@ -98,6 +101,7 @@ class Scorer:
         self.functions = functions
         self.weights = weights
         self.over_limit: dict[str, Tensor] = {}
+        self.lost: dict[str, Lost] = {}
         self.reports = Reports()
         chosen = {name: (forms or {}).get(name, AUTO) for name in functions}
         self._forms = {name: form_of(functions[name]) if form == AUTO else form for name, form in chosen.items()}
@@ -176,6 +180,7 @@ class Scorer:
         self.reports = Reports(num_rows=len(completions))
         if not completions:  # of a process without rows; few functions expect empty lists
             self.over_limit = {name: torch.zeros(0, dtype=torch.bool) for name in self._rules}
+            self.lost = {name: Lost() for name in self._rules}
             return torch.zeros(0), {name: torch.zeros(0) for name in self.functions}
         answers = self._answers(batch, dict(self._forms), self.reports)
         self._settle_forms(batch, answers)
@@ -234,6 +239,7 @@ class Scorer:
         if rows and rows[-1].error:
             return _RowError(rows[-1].error, len(rows) - 1)
         self.over_limit[name] = torch.tensor([row.over_limit for row in rows], dtype=torch.bool)
+        self.lost[name] = Lost.among(rows)
         return [0.0 if row.over_limit else None if math.isnan(row.reward) else row.reward for row in rows]
 
     def _settle_forms(self, batch: Batch, answers: dict[str, object]) -> None:

@@ -14,8 +14,8 @@ import transformers
 from common.config import RLConfig
 from common.data.rows import is_prompt, rows_of_dataset
 from common.rewards.choose import ScoringSettings, make_scorer
-from common.rewards.rules import Limits
 from common.rewards.scorer import RewardFunction, Scorer
+from common.rewards.worker import Limits
 
 
 @dataclass(kw_only=True)
