@@ -35,6 +35,8 @@ _AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDO
 _AWAY |= {errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNABORTED, errno.EREMOTEIO, errno.ESHUTDOWN}
 _ROOM = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+# A checkpoint has about ten files.
+_FEW_FILES = 100
 # Libraries in Rust put the system's number into a text.
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 
@@ -184,10 +186,10 @@ def reason(number: int, folder: Path) -> str:
     free = free_bytes(folder)
     if number == errno.EDQUOT or free == math.inf:
         return said
-    with suppress(OSError):
-        if os.statvfs(folder).f_files and not os.statvfs(folder).f_favail:
-            return f"{said}: no more files can be made there (no inodes are left)"
-    return f"{said}: {in_bytes(free)} are free"
+    status = os.statvfs(folder)
+    is_short = status.f_files and status.f_favail < _FEW_FILES
+    files = f", and room for {status.f_favail} more files" if is_short else ""  # each takes an inode
+    return f"{said}: {in_bytes(free)} are free{files}"
 
 
 def in_bytes(number: float) -> str:

@@ -25,7 +25,7 @@ from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints, ended
 from common.runs.best import BEST_LINK, better_checkpoint, link_best, restore_best
-from common.runs.disk import written
+from common.runs.disk import check_room, written
 from common.runs.folder import CONFIG_FILE, MAY_CHANGE, PROMPTS_FILE, has_begun, prepare_run_folder, stored_settings
 from common.runs.held import HeldFolder, hold
 from common.runs.hub import prepare_upload, upload
@@ -296,11 +296,12 @@ class Run:
         patience = self.config.early_stopping_patience
         state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
 
-        def write() -> None:
+        def save() -> None:
             self._held.check()
+            check_room(self.folder / checkpoints.FINAL_FOLDER, self._sizes().final)
             checkpoints.save_final(self.folder, step, fill=fill, **state)
 
-        self._on_main(write)
+        self._on_main(save)
         if self._repository is not None:
             upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
         self.accelerator.wait_for_everyone()
