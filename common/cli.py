@@ -25,6 +25,7 @@ from common.config import RLConfig
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.mistakes import ROOT, WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
+from common.signals import Stopped, name_of, raise_in_script
 
 Config = TypeVar("Config", bound=RLConfig)
 Settings = TypeVar("Settings")
@@ -251,11 +252,11 @@ def run_script(
 
     Args:
         main: the script.
-        interrupted: what to say after Ctrl-C about the work so far, or what finds out.
+        interrupted: what to say of the work so far after Ctrl-C or another signal, or what finds out.
 
     Raises:
         SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 130 after
-            Ctrl-C.
+            Ctrl-C, 128 and its number after another signal.
     """
     if "transformers" in sys.modules:
         # Bars for loading and saving would break the run's own progress bar; bars for downloads stay.
@@ -266,6 +267,7 @@ def run_script(
         logging.getLogger(library).propagate = False
     logging.basicConfig(format="%(message)s")
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
+    raise_in_script()
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:  # the main process says what all would say; errors of one process are printed
         logging.getLogger("nanorlhf").setLevel(logging.ERROR)
@@ -280,9 +282,11 @@ def run_script(
         if is_main:  # all processes raise the same
             print(f"error: {error}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as error:
+        if is_main:  # a launcher sends the signal to all
+            name = name_of(error.number) if isinstance(error, Stopped) else "interrupted"
+            print(f"\n{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, Stopped) else 130)
 
 
 def _take_yaml(args: list[str], names: list[str], owner: str) -> tuple[list[str], Path | None, dict]:

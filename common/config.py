@@ -192,6 +192,9 @@ class RLConfig:
     """Steps between checkpoints; 0: only the final model."""
     save_total_limit: int = 2
     """Checkpoints kept in addition to the best one."""
+    stop_grace: float = 30.0
+    """Seconds that the step in hand may still take after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; then it is left, unless
+    its update has begun. A checkpoint is written either way."""
     push_to_hub: str | None = None
     """Hub id that the final model is uploaded to."""
     report_to: list[str] | None = None
@@ -295,7 +298,7 @@ class RLConfig:
         not_negative = (
             "num_eval_prompts reward_time_limit kl_coef missing_eos_penalty warmup_steps min_lr_ratio weight_decay "
             "max_grad_norm eval_every eval_temperature eval_top_k early_stopping_patience save_every samples_every "
-            "learning_rate"
+            "learning_rate stop_grace"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:

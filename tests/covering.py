@@ -39,7 +39,7 @@ FIXED = {
         "reward_format",
     ),
     *("enable_thinking", "sampler", "load_in_4bit", "preset", "output_dir", "resume", "push_to_hub", "report_to"),
-    "progress",
+    *("progress", "stop_grace"),
 }
 # The first value is the one of toy runs.
 SHARED = {

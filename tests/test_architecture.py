@@ -19,7 +19,7 @@ ORDER = [
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.data", "common.update", "common.models", "common.logprobs", "common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
-    *("common.values", "common.mistakes", "common.moved", "common.environment"),
+    *("common.values", "common.mistakes", "common.moved", "common.signals", "common.environment"),
 ]
 # What an algorithm's folder may import besides itself. models: to bring a model of its own; tasks: the type Task.
 FOR_ALGORITHMS = {

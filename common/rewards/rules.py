@@ -30,6 +30,7 @@ from torch import nn
 
 from common.rewards.copies import Arguments, own_arguments, refuse_unpickled
 from common.rewards.values import number_of, values_of
+from common.signals import hear_no_signal
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -306,7 +307,7 @@ def _receive(connection: Connection) -> Any:
 
 def _keep(connection: Connection, functions: dict[str, Callable], limits: Limits) -> None:
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C and ends this one
+    hear_no_signal()  # the training process answers them, needs this one's scores meanwhile, and ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked tokenizer has no threads and would warn about it
     _warm_up(functions)
     worker = _Worker(functions, limits)

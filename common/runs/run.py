@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn, TypedDict
 
 import torch
 import transformers
@@ -27,17 +28,31 @@ from common.runs import checkpoints
 from common.runs.best import better_checkpoint, link_best, restore_best
 from common.runs.folder import MAY_CHANGE, has_begun, prepare_run_folder, stored_settings
 from common.runs.hub import prepare_upload, upload
-from common.runs.log import RunLog
+from common.runs.log import RunLog, json_line
 from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
 from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
+from common.runs.stopping import Stopping
+from common.signals import name_of
 from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
 
 # Rows of each entry in samples.jsonl: enough to read, few enough to store every few steps.
 NUM_SAMPLES = 8
+
+
+class Unfinished(TypedDict):
+    """What a step has left behind that was stopped between its update and the end of its evaluation.
+
+    Attributes:
+        measured: see StepMetrics.gather.
+        samples: names of tables, and their rows.
+    """
+
+    measured: list[dict[str, float]]
+    samples: list[tuple[str, list[dict]]]
 
 
 class Run:
@@ -53,6 +68,8 @@ class Run:
         checkpoint: what to continue from, None at the beginning.
         is_new: nothing of it was there before.
         first_step: the next step to do, from 1.
+        unfinished: what the step of the checkpoint has measured, if its evaluation and its line are still to be done.
+        stopping: what signals ask for.
         stopped_early: early stopping has ended the run.
 
     Raises:
@@ -73,6 +90,11 @@ class Run:
         self.best: dict | None = state.get("best")
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
         self._counts: dict[str, int] = {name: state.get(name, 0) for name in ("episodes", "tokens")}
+        # A checkpoint of this step, with what it says, can be written until the next update begins.
+        self._saved_as, self._state = state["step"], state
+        self.unfinished: Unfinished | None = state.get("unfinished")
+        self._samples: list[tuple[str, list[dict]]] = []  # of the step
+        self.stopping = Stopping(config.stop_grace, accelerator, keeps_checkpoint=bool(config.save_every))
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
@@ -124,7 +146,9 @@ class Run:
         """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint."""
         is_main, config = self.accelerator.is_main_process, self.config
         self._log = RunLog(self.folder, self.accelerator, asdict(config))
-        self._log.rewind(self.first_step - 1 if self.checkpoint else -1)
+        self._log.rewind(self.first_step - 1 - bool(self.unfinished) if self.checkpoint else -1)
+        for table, rows in (self.unfinished or {}).get("samples", []):
+            self._log_samples(self.first_step - 1, rows, table)
         self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
         return self
 
@@ -198,7 +222,27 @@ class Run:
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log.samples(step, rows, table=f"samples/{split}")
+        self._log_samples(step, rows, f"samples/{split}")
+
+    def _log_samples(self, step: int, rows: list[dict], table: str) -> None:
+        self._samples.append((table, [json.loads(json_line(row)) for row in rows]))
+        self._log.samples(step, rows, table=table)
+
+    def begin_evaluation(self, step: int, measured: list[dict[str, float]]) -> None:
+        """After the update of a step and before its evaluation: from here on, a checkpoint may be without its line.
+
+        Args:
+            step: the step.
+            measured: so far, over all processes; see StepMetrics.gather.
+        """
+        unfinished = {"measured": measured, "samples": [*self._samples]}
+        self._note_state(step, {"unfinished": unfinished})
+        self.stopping.leave_if_asked()
+
+    def _note_state(self, step: int, more: dict | None = None) -> None:
+        """Keep what a checkpoint of this step says, since counters go on in the next one."""
+        kept = {"best": self.best, "evaluations_since_best": self._evaluations_since_best}
+        self._saved_as, self._state = step, kept | self._counts | (more or {})
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.
@@ -217,6 +261,8 @@ class Run:
             self.best = best
             if self.accelerator.is_main_process:
                 draw_curves(self.folder)
+        self._samples, self.unfinished = [], None
+        self._note_state(step)
 
     def save_if_due(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """After the step's line is written: save a checkpoint every save_every steps, and one of every new best."""
@@ -225,15 +271,29 @@ class Run:
         if not every or step == 0 or not (step % every == 0 or is_new_best):
             return
         if self.accelerator.is_main_process:
-            state = {
-                "best": self.best,
-                "evaluations_since_best": self._evaluations_since_best,
-                **self._counts,
-            }
-            checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
-            link_best(self.folder, self.best)
-            checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
+            self._save(tokenizer)
         self.accelerator.wait_for_everyone()
+
+    def _save(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        checkpoints.save_checkpoint(self.folder, self._saved_as, writers=self._writers(tokenizer), state=self._state)
+        link_best(self.folder, self.best)
+        checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
+
+    def leave(self, tokenizer: transformers.PreTrainedTokenizerBase) -> NoReturn:
+        """After StepLeft: save the last step whose update is done, and end.
+
+        Raises:
+            Stopped: or KeyboardInterrupt after Ctrl-C.
+        """
+        self.stopping.tell_others()
+        if self.accelerator.is_main_process:
+            step = self._saved_as
+            if self.config.save_every and step >= self.first_step:  # older ones are there
+                self._save(tokenizer)
+            signal = name_of(self.stopping.number)
+            logger.info("%s: left after step %d of %d, in %s", signal, step, self.config.num_steps, self.folder)
+        self.stopping.wait_for_main()
+        raise self.stopping.reason()
 
     def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Write final/, the policy after the last step, and send it to the hub if asked."""
