@@ -284,8 +284,8 @@ def run_script(
         sys.exit(WRONG_NUMBERS)
     except (KeyboardInterrupt, Stopped) as error:
         if is_main:  # a launcher sends the signal to all
-            name = name_of(error.number) if isinstance(error, Stopped) else "interrupted"
-            print(f"\n{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
+            name = name_of(error.number) if isinstance(error, Stopped) else "\ninterrupted"
+            print(f"{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         sys.exit(error.code if isinstance(error, Stopped) else 130)
 
 

@@ -146,7 +146,8 @@ class Run:
         """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint."""
         is_main, config = self.accelerator.is_main_process, self.config
         self._log = RunLog(self.folder, self.accelerator, asdict(config))
-        self._log.rewind(self.first_step - 1 - bool(self.unfinished) if self.checkpoint else -1)
+        last = self.first_step - 2 if self.unfinished else self.first_step - 1
+        self._log.rewind(last if self.checkpoint else -1)
         for table, rows in (self.unfinished or {}).get("samples", []):
             self._log_samples(self.first_step - 1, rows, table)
         self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
@@ -287,11 +288,11 @@ class Run:
         """
         self.stopping.tell_others()
         if self.accelerator.is_main_process:
-            step = self._saved_as
+            step, name = self._saved_as, name_of(self.stopping.number)
             if self.config.save_every and step >= self.first_step:  # older ones are there
                 self._save(tokenizer)
-            signal = name_of(self.stopping.number)
-            logger.info("%s: left after step %d of %d, in %s", signal, step, self.config.num_steps, self.folder)
+            latest = checkpoints.latest_checkpoint(self.folder) or "no checkpoint yet"
+            logger.info("%s: left after step %d of %d; %s", name, step, self.config.num_steps, latest)
         self.stopping.wait_for_main()
         raise self.stopping.reason()
 
