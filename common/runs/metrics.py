@@ -90,8 +90,10 @@ class StepMetrics:
         own = [_as_numbers(part) for part in parts]
         self._totals, self._counts, self._sums, self._maxima, self._minima = {}, {}, {}, {}, {}
         everyone = gather_object([own]) if accelerator.num_processes > 1 else [own]
-        combine = (operator.add, operator.add, operator.add, _highest, _lowest)
-        return [_merge([parts[kind] for parts in everyone], how) for kind, how in enumerate(combine)]
+        totals, counts, sums = (_merge([parts[kind] for parts in everyone], operator.add) for kind in range(3))
+        maxima = _merge([parts[3] for parts in everyone], _highest)
+        minima = _merge([parts[4] for parts in everyone], _lowest)
+        return [totals, counts, sums, maxima, minima]
 
 
 def _as_scalar(value: Number) -> Number:

@@ -149,7 +149,7 @@ class Run:
         last = self.first_step - 2 if self.unfinished else self.first_step - 1
         self._log.rewind(last if self.checkpoint else -1)
         for table, rows in (self.unfinished or {}).get("samples", []):
-            self._log_samples(self.first_step - 1, rows, table)
+            self._log_samples(self.first_step - 1, rows, table=table)
         self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
         return self
 
@@ -223,9 +223,9 @@ class Run:
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._log_samples(step, rows, f"samples/{split}")
+        self._log_samples(step, rows, table=f"samples/{split}")
 
-    def _log_samples(self, step: int, rows: list[dict], table: str) -> None:
+    def _log_samples(self, step: int, rows: list[dict], *, table: str) -> None:
         self._samples.append((table, [json.loads(json_line(row)) for row in rows]))
         self._log.samples(step, rows, table=table)
 
