@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from common.runs.stopping import StepLeft, Stopping
 from common.signals import Stopped
+from common.trainer import OnPolicyTrainer
 from tests.toy import ROOT, metrics_of, samples_of, save_toy_policy, toy_trainer
 
 SETTINGS = {"num_steps": 4, "eval_every": 2, "save_every": 100, "stop_grace": 1}
@@ -87,14 +88,11 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(
     ("event", "status", "saved"),
     [
-        (("policy_sampler.sample", "2", "SIGUSR1", "0"), 138, ["checkpoint-2"]),
-        (("policy_sampler.sample", "3", "SIGTERM", "60"), 143, ["checkpoint-2"]),
-        (("batches.sum_over_processes", "1", "SIGINT", "60"), 130, []),
+        (("policy_sampler.sample", "3", "SIGINT", "60"), 130, ["checkpoint-2"]),
         (("policy_sampler.sample_for_evaluation", "2", "SIGHUP", "60"), 129, ["checkpoint-2"]),
         (("policy_sampler.policy_has_changed", "3", "SIGTERM", "2"), 143, ["checkpoint-3"]),
-        (("run.finish", "4", "SIGTERM", "0"), 0, []),
     ],
-    ids=["finished", "left", "the first step", "evaluation", "update", "final"],
+    ids=["left", "evaluation", "update"],
 )
 def test_a_run_that_a_signal_stops_goes_on_as_if_nothing_had_happened(whole, tmp_path, event, status, saved):
     model, uninterrupted = whole
@@ -104,27 +102,18 @@ def test_a_run_that_a_signal_stops_goes_on_as_if_nothing_had_happened(whole, tmp
     assert checkpoints(folder) == saved
     assert not list(folder.glob("*.tmp-*")) and "Traceback" not in stopped.stderr
     assert f"{name}: " in stopped.stderr and "leaves at once" in stopped.stderr
-    if status:
-        assert stopped.stderr.endswith("interrupted: as said\n" if name == "Ctrl-C" else f"{name}: as said\n")
-        assert run(model, folder).returncode == 0
+    assert stopped.stderr.endswith("interrupted: as said\n" if name == "Ctrl-C" else f"{name}: as said\n")
+    assert run(model, folder).returncode == 0
     assert same_run(folder, uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_second_signal_leaves_at_once(whole, tmp_path):
+def test_a_second_signal_leaves_at_once_and_save_every_0_keeps_no_checkpoint(whole, tmp_path):
     began = time.monotonic()
-    event = ("policy_sampler.sample", "3", "SIGTERM,SIGTERM", "60")
-    stopped = run(whole[0], tmp_path / "run", *event, settings={"stop_grace": 600})
-    assert stopped.returncode == -signal.SIGTERM and time.monotonic() - began < 60
-    assert not checkpoints(tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_save_every_0_keeps_no_checkpoint_and_says_so(whole, tmp_path):
-    event = ("policy_sampler.sample", "3", "SIGTERM", "60")
-    stopped = run(whole[0], tmp_path / "run", *event, settings={"save_every": 0, "stop_grace": 0})
-    assert stopped.returncode == 143 and not checkpoints(tmp_path / "run")
-    assert "save_every=0 keeps no checkpoint" in stopped.stderr
+    event = ("policy_sampler.sample", "1", "SIGTERM,SIGTERM", "300")
+    stopped = run(whole[0], tmp_path / "run", *event, settings={"stop_grace": 600, "save_every": 0})
+    assert stopped.returncode == -signal.SIGTERM and time.monotonic() - began < 200
+    assert "finishing step 1 (at most 600 s); save_every=0 keeps no checkpoint; a second" in stopped.stderr
 
 
 @pytest.mark.slow
@@ -137,8 +126,14 @@ def test_processes_stop_at_the_end_of_the_same_step_though_one_got_the_signal(wh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("script", [["GRPO/grpo.py"], ["-m", "common.evaluation"], ["-m", "common.merge"]])
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (["GRPO/grpo.py"], signal.SIGINT),
+        (["-m", "common.evaluation"], signal.SIGTERM),
+        (["-m", "common.merge"], signal.SIGINT),
+    ],
+)
 def test_a_signal_during_the_imports_shows_no_traceback(script, number):
     def heed() -> None:  # a shell in the background lets its children ignore Ctrl-C
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -219,17 +214,39 @@ def test_handlers_of_others_and_ignored_signals_stay(monkeypatch):
             signal.signal(number, handler)
 
 
-def test_a_trainer_in_a_python_program_raises_what_ends_it(tiny_folder, tmp_path):
-    trainer = toy_trainer(tiny_folder, tmp_path / "run", num_steps=3, save_every=9)
-    sample = trainer.policy_sampler.sample
-
-    def and_signal(*args: object, **options: object) -> object:
-        if trainer.current_step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return sample(*args, **options)
-
-    trainer.policy_sampler.sample = and_signal
+@pytest.mark.parametrize(
+    ("method", "step", "settings", "saved"),
+    [
+        ("policy_sampler.sample", 2, {}, ["checkpoint-2"]),
+        ("policy_sampler.sample", 1, {"stop_grace": 0}, []),
+        ("policy_sampler.sample", 2, {"save_every": 0}, []),
+    ],
+    ids=["", "in the first step", "without checkpoints"],
+)
+def test_a_trainer_in_a_python_program_raises_what_ends_it(tiny_folder, tmp_path, method, step, settings, saved):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", **{"num_steps": 3, "save_every": 9} | settings)
+    signal_at(trainer, method, step)
     with pytest.raises(Stopped) as stopped:
         trainer.train()
-    assert stopped.value.code == 138 and checkpoints(tmp_path / "run") == ["checkpoint-2"]
+    assert stopped.value.code == 138 and checkpoints(tmp_path / "run") == saved
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_run_that_only_writes_its_model_is_finished(tiny_folder, tmp_path):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, stop_grace=0)
+    signal_at(trainer, "run.finish", 2)
+    trainer.train()
+    assert (tmp_path / "run/final/model.safetensors").is_file()
+
+
+def signal_at(trainer: OnPolicyTrainer, path: str, step: int) -> None:
+    """Have a method send this process a signal when it is called in a step."""
+    owner = vars(trainer)[path.split(".")[0]]
+    method = getattr(owner, path.split(".")[1])
+
+    def and_signal(*args: object, **options: object) -> object:
+        if trainer.current_step == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return method(*args, **options)
+
+    setattr(owner, path.split(".")[1], and_signal)

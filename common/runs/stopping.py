@@ -65,7 +65,9 @@ class Stopping:
         self._window = self._agreed = False
         self._update_began: float | None = None
         self._doing = "ending"
-        self._over = threading.Event()
+        self._over, self._asleep = threading.Event(), threading.Lock()
+        self._asleep.acquire()
+        self._terminals: list[int] = []
 
     def __enter__(self) -> "Stopping":
         """Install the handlers."""
@@ -77,8 +79,6 @@ class Stopping:
         if threading.current_thread() is threading.main_thread():
             self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
             # Begun here: a handler that interrupts the start of a thread cannot start one.
-            self._asleep = threading.Lock()
-            self._asleep.acquire()
             threading.Thread(target=self._knock, name="grace of a stop", daemon=True).start()
             answered = dict.fromkeys(filter(is_ours_to_answer, ENDING), self._receive)
             if answered and signal.getsignal(_KNOCK) is signal.SIG_DFL:
