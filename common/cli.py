@@ -24,6 +24,7 @@ from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
+from common.signals import Stopped, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
 from common.yaml_files import parse_yaml
 
@@ -238,11 +239,11 @@ def run_script(
 
     Args:
         main: the script.
-        interrupted: what to say after Ctrl-C about the work so far, or what finds out.
+        interrupted: what to say of the work so far after Ctrl-C or another signal, or what finds out.
 
     Raises:
         SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 130 after
-            Ctrl-C.
+            Ctrl-C, 128 and its number after another signal.
     """
     print_what_has_no_bytes()
     if "transformers" in sys.modules:
@@ -256,6 +257,7 @@ def run_script(
     shown.setFormatter(PrintableFormatter("%(message)s"))
     logging.basicConfig(handlers=[shown])
     logging.getLogger("nanorlhf").setLevel(logging.INFO)
+    raise_in_script()
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:  # the main process says what all would say; errors of one process are printed
         logging.getLogger("nanorlhf").setLevel(logging.ERROR)
@@ -271,9 +273,11 @@ def run_script(
         if is_main:  # all processes raise the same
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as error:
+        if is_main:  # a launcher sends the signal to all
+            name = name_of(error.number) if isinstance(error, Stopped) else "\ninterrupted"
+            print(f"{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, Stopped) else 130)
 
 
 def _take_yaml(args: list[str], names: list[str], owner: str) -> tuple[list[str], Path | None, dict]:

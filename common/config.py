@@ -194,6 +194,9 @@ class RLConfig:
     """Checkpoints kept in addition to the best one."""
     save_drop_oldest_first: bool = False
     """Where the next checkpoint does not fit on the disk, first delete older ones: all but the latest and the best."""
+    stop_grace: float = 30.0
+    """Seconds that the step in hand may still take after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C; then it is left, unless
+    its update has begun. A checkpoint is written either way."""
     push_to_hub: str | None = None
     """Hub id that the final model is uploaded to."""
     report_to: list[str] | None = None
@@ -297,7 +300,7 @@ class RLConfig:
         not_negative = (
             "num_eval_prompts reward_time_limit kl_coef missing_eos_penalty warmup_steps min_lr_ratio weight_decay "
             "max_grad_norm eval_every eval_temperature eval_top_k early_stopping_patience save_every samples_every "
-            "learning_rate"
+            "learning_rate stop_grace"
         )
         for name in at_least_one.split():
             if getattr(self, name) < 1:

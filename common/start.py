@@ -8,6 +8,7 @@ from common.cli import origins_in, parse_config, run_script
 from common.config import RLConfig
 from common.runs.outcome import how_to_continue
 from common.runs.run import algorithm_name, run_folder
+from common.signals import command_line
 from common.trainer import OnPolicyTrainer
 
 
@@ -50,13 +51,13 @@ def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer
 
 
 def how_to_go_on(trainer: type[OnPolicyTrainer], config: RLConfig) -> str:
-    """What the same command does after Ctrl-C.
+    """What the same command does after Ctrl-C or a signal, and that command.
 
     Args:
         trainer: the algorithm.
         config: its settings.
     """
-    return how_to_continue(run_folder(config, algorithm_name(trainer)), config)
+    return f"{how_to_continue(run_folder(config, algorithm_name(trainer)), config)}\n{command_line()}"
 
 
 def report(trainer: OnPolicyTrainer) -> None:

@@ -181,19 +181,18 @@ class OnPolicyTrainer(ABC):
         """Run all remaining steps, and return the metrics of the last one."""
         metrics = {}
         self.stopwatch.start_first_step()  # loading is no part of it
-        with self.run as run:
-            if self.current_step == 0 and self._evaluates_at(0):
-                self.evaluate()
-                metrics = self._end_step()
-            while self.current_step < self.config.num_steps and not run.stopped_early:
-                self.current_step += 1
-                self._used_settings.clear()
-                self.step(self.training_prompts(self.current_step))
-                if self.current_step == run.first_step and self.accelerator.is_main_process:
-                    warn_of_unused_settings(self.config, self._used_settings, algorithm=type(self).__name__)
-                if self._evaluates_at(self.current_step):
-                    self.evaluate()
-                metrics = self._end_step()
+        with self.run as run, run.stopping as stopping:
+            try:
+                metrics = self._finish_step_of_checkpoint()
+                while self.current_step < self.config.num_steps and not run.stopped_early:
+                    stopping.leave_if_asked()
+                    self.current_step += 1
+                    metrics = self._whole_step()
+            except BaseException as error:
+                if not stopping.caused(error):
+                    raise
+                run.leave(self.tokenizer)
+            stopping.begin_end()
             run.finish(self.current_step, self.tokenizer)
         return metrics
 
@@ -229,6 +228,7 @@ class OnPolicyTrainer(ABC):
         """
         settings = {"num_generations": num_generations, "greedy": greedy, "purpose": purpose}
         rollouts = self.policy_sampler.sample(prompts, **settings)
+        self.run.stopping.meet()
         if self.config.mask_truncated:
             rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]  # (B, C)
         self.batches.number(rollouts)
@@ -263,6 +263,7 @@ class OnPolicyTrainer(ABC):
         """
         request = {"step": self.current_step, "num_generations": num_generations, "purpose": purpose}
         continuations = self.policy_sampler.continue_from(rollouts, rows, places, **request)
+        self.run.stopping.meet()
         self._check_sampled(continuations)
         num_tokens = continuations.lengths.sum() - num_generations * places.sum()
         self.run.count(tokens=int(self.sum_over_processes(num_tokens)))
@@ -369,12 +370,15 @@ class OnPolicyTrainer(ABC):
     def update(self, learner: Learner, rollouts: Rollouts, loss: LossFunction, *, average_over: str) -> None:
         """Take num_update_epochs x num_minibatches optimizer steps.
 
+        A run that was asked to stop may leave the step before its first update, but not after.
+
         Args:
             learner: what is trained, with its own settings.
             rollouts: B rows; dropped rows of the step still count in the means.
             loss: per-token loss and metrics of a micro-batch; token weights make it a mean.
             average_over: "tokens", "rows" or "constant": what the mean is over.
         """
+        self.run.stopping.begin_update()
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
         with self.stopwatch("update"), self.models.use(learner.name, train=True) as model:
@@ -428,11 +432,13 @@ class OnPolicyTrainer(ABC):
         """Record the held-out score, accuracy and length of the current policy; changes nothing else."""
         process, num_samples = self.accelerator.process_index, self.config.eval_num_samples
         prompts = self.eval_prompts.share(process=process, num_processes=self.accelerator.num_processes)
-        with self.stopwatch("eval"):
+        doing = f"finishing the evaluation of step {self.current_step}"
+        with self.stopwatch("eval"), self.run.stopping.window(doing):
             with self._long_work("evaluation", len(prompts) * num_samples, "completions") as work:
                 rollouts = self.policy_sampler.sample_for_evaluation(
                     prompts, finished=lambda _, completions: work.advance(len(completions))
                 )
+            self.run.stopping.meet()
             self._check_sampled(rollouts)
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
@@ -545,6 +551,29 @@ class OnPolicyTrainer(ABC):
         rollouts.old_logprobs = self.logprobs("policy", rollouts)
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         return kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
+
+    def _finish_step_of_checkpoint(self) -> dict[str, float]:
+        """Evaluate the untrained policy; or that of a checkpoint which was saved before its evaluation was done."""
+        unfinished = self.run.unfinished
+        if not unfinished and not (self.current_step == 0 and self._evaluates_at(0)):
+            return {}
+        if unfinished and self.accelerator.is_main_process:
+            self.metrics.restore(unfinished["measured"])
+        self.evaluate()
+        return self._end_step()
+
+    def _whole_step(self) -> dict[str, float]:
+        step, stopping = self.current_step, self.run.stopping
+        self._used_settings.clear()
+        stopping.begin_step(step)
+        self.step(self.training_prompts(step))
+        stopping.end_update()
+        if step == self.run.first_step and self.accelerator.is_main_process:
+            warn_of_unused_settings(self.config, self._used_settings, algorithm=type(self).__name__)
+        if self._evaluates_at(step):
+            self.run.begin_evaluation(step, self.metrics.gather(self.accelerator))
+            self.evaluate()
+        return self._end_step()
 
     def _evaluates_at(self, step: int) -> bool:
         return self._evaluates and (step % self.config.eval_every == 0 or step == self.config.num_steps)

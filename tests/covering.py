@@ -39,7 +39,7 @@ FIXED = {
         "reward_format",
     ),
     *("enable_thinking", "sampler", "load_in_4bit", "preset", "output_dir", "resume", "push_to_hub", "report_to"),
-    *("progress", "save_drop_oldest_first"),
+    *("progress", "save_drop_oldest_first", "stop_grace"),
 }
 # The first value is the one of toy runs.
 SHARED = {

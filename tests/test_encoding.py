@@ -323,8 +323,12 @@ def test_processes_that_encode_end_with_the_script(tmp_path, file, end):
         else:
             script.send_signal(end)
         said = script.communicate(timeout=30)[1]
-    assert script.returncode == (130 if end == signal.SIGINT else -end)
-    assert said == ("\ninterrupted: as said\n" if end == signal.SIGINT else "")
+    status, message = {
+        signal.SIGINT: (130, "\ninterrupted: as said\n"),
+        signal.SIGTERM: (143, "SIGTERM: as said\n"),
+        signal.SIGKILL: (-9, ""),
+    }[end]
+    assert script.returncode == status and said == message
     limit = time.monotonic() + 10
     while any(map(alive, workers)) and time.monotonic() < limit:
         time.sleep(0.05)

@@ -390,7 +390,7 @@ def test_an_evaluation_that_another_process_is_working_on_is_refused(tiny_folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sign", "status"), [("SIGINT", 130), ("SIGTERM", 130), ("SIGKILL", -9)])
+@pytest.mark.parametrize(("sign", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
 def test_a_killed_command_goes_on_when_it_is_typed_again(model, sign, status):
     arguments = ["--task", "countdown", "--sampler", "transformers", "--max_completion_length", "120"]
     command_line = [sys.executable, "-m", "common.evaluation", "--model", str(model), *arguments, "--output_dir"]
@@ -406,8 +406,9 @@ def test_a_killed_command_goes_on_when_it_is_typed_again(model, sign, status):
         said = process.communicate()[1]
     assert process.returncode == status and not Path("killed").exists()
     if sign != "SIGKILL":
+        name = "interrupted" if sign == "SIGINT" else sign
         assert re.search(r"completions of \d+ of 256 problems are kept in \S+-countdown-\w+.unfinished.jsonl\n", said)
-        assert said.endswith("interrupted: the same command continues with what is missing\n")
+        assert said.endswith(f"{name}: the same command continues with what is missing\n")
     again = subprocess.run([*command_line, "killed"], **options)
     assert re.search(r"sampling 256 x 8 completions, \d+ of which are there", again.stderr)
     assert subprocess.run([*command_line, "whole"], **options).returncode == again.returncode == 0

@@ -57,6 +57,7 @@ from common.runs.prompt_record import time_of_run
 from common.runs.writable import check_folder
 from common.sampling.checks import check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, make_sampler
+from common.signals import Stopped
 from common.tasks import lenient_scorer, task_scorer
 
 logger = logging.getLogger("nanorlhf")
@@ -150,7 +151,7 @@ class Evaluation:
         with self.unfinished as kept:
             try:
                 self._run()
-            except (KeyboardInterrupt, CannotWrite):
+            except (KeyboardInterrupt, Stopped, CannotWrite):
                 if kept.completions:
                     count = f"{len(kept.completions)} of {len(self.prompts)} problems"
                     logger.info("\n%s: the completions of %s are kept in %s", self.model, count, kept.path)

@@ -39,17 +39,11 @@ _OWN_FILES = (CONFIG_FILE, LOCK_FILE, PROMPTS_FILE, METRICS_FILE, SAMPLES_FILE, 
 
 # What a resumed run may change: where it reports, what it keeps and how much memory it uses, not what it learns.
 _REPORTING = ("output_dir", "preset", "report_to", "resume", "progress", "samples_every", "push_to_hub")
-_SAVING = (
-    "save_every",
-    "save_total_limit",
-    "save_drop_oldest_first",
-    "max_tokens_per_microbatch",
-    "gradient_checkpointing",
-    "offload",
-)
+_SAVING = ("save_every", "save_total_limit", "save_drop_oldest_first", "stop_grace")
+_MEMORY = ("max_tokens_per_microbatch", "gradient_checkpointing", "offload")
 _VLLM = ("vllm_memory_share", "vllm_sleep_level", "vllm_enforce_eager", "vllm_max_num_seqs")
 _CHECKS = ("max_logprob_diff",)  # it only says when a run stops
-MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_VLLM, *_CHECKS))
+MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_MEMORY, *_VLLM, *_CHECKS))
 # What it may increase, since it only says when the run ends: a run can be made longer, not shorter.
 MAY_GROW = frozenset(("num_steps", "early_stopping_patience"))
 

@@ -61,11 +61,31 @@ class StepMetrics:
         """Adds a value of a quantity whose global value is the minimum."""
         self._minima[name] = _lowest(self._minima.get(name, value), value)
 
+    def gather(self, accelerator: Accelerator) -> list[dict[str, float]]:
+        """Brings what all processes have added to the main one, where `reduce` finds it; all must call it.
+
+        Returns:
+            Totals, counts, sums, maxima and minima by name, which `restore` takes.
+        """
+        parts = self._merged(accelerator)
+        if accelerator.is_main_process:
+            self.restore(parts)
+        return parts
+
+    def restore(self, parts: list[dict[str, float]]) -> None:
+        """Goes on from what `gather` gave; on the main process alone."""
+        self._totals, self._counts, self._sums, self._maxima, self._minima = map(dict, parts)
+
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:
         """The global values of everything added since the last call, in float64; every process gets the same.
 
         All processes must call it; the names they added may differ. A mean with count 0 is left out.
         """
+        totals, counts, sums, maxima, minima = self._merged(accelerator)
+        means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
+        return means | sums | maxima | minima
+
+    def _merged(self, accelerator: Accelerator) -> list[dict[str, float]]:
         parts = (self._totals, self._counts, self._sums, self._maxima, self._minima)
         own = [_as_numbers(part) for part in parts]
         self._totals, self._counts, self._sums, self._maxima, self._minima = {}, {}, {}, {}, {}
@@ -73,8 +93,7 @@ class StepMetrics:
         totals, counts, sums = (_merge([parts[kind] for parts in everyone], operator.add) for kind in range(3))
         maxima = _merge([parts[3] for parts in everyone], _highest)
         minima = _merge([parts[4] for parts in everyone], _lowest)
-        means = {name: total / counts[name] for name, total in totals.items() if counts[name]}
-        return means | sums | maxima | minima
+        return [totals, counts, sums, maxima, minima]
 
 
 def _as_scalar(value: Number) -> Number:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn, TypedDict
 
 import torch
 import transformers
@@ -29,18 +30,32 @@ from common.runs.disk import check_room, written
 from common.runs.folder import CONFIG_FILE, MAY_CHANGE, PROMPTS_FILE, has_begun, prepare_run_folder, stored_settings
 from common.runs.held import HeldFolder, hold
 from common.runs.hub import prepare_upload, upload
-from common.runs.log import METRICS_FILE, RunLog, restore_metrics
+from common.runs.log import METRICS_FILE, RunLog, json_line, restore_metrics
 from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
 from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.runs.room import Sizes, sizes_of, warn_of_little_room
+from common.runs.stopping import Stopping
+from common.signals import name_of
 from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
 
 # Rows of each entry in samples.jsonl: enough to read, few enough to store every few steps.
 NUM_SAMPLES = 8
+
+
+class Unfinished(TypedDict):
+    """What a step has left behind that was stopped between its update and the end of its evaluation.
+
+    Attributes:
+        measured: see StepMetrics.gather.
+        samples: names of tables, and their rows.
+    """
+
+    measured: list[dict[str, float]]
+    samples: list[tuple[str, list[dict]]]
 
 
 class Run:
@@ -56,6 +71,8 @@ class Run:
         checkpoint: what to continue from, None at the beginning.
         is_new: nothing of it was there before.
         first_step: the next step to do, from 1.
+        unfinished: what the step of the checkpoint has measured, if its evaluation and its line are still to be done.
+        stopping: what signals ask for.
         stopped_early: early stopping has ended the run.
 
     Raises:
@@ -78,6 +95,11 @@ class Run:
         self._samples_size: int | None = state.get("samples_size")
         self._evaluations_since_best: int = state.get("evaluations_since_best", 0)
         self._counts: dict[str, int] = {name: state.get(name, 0) for name in ("episodes", "tokens")}
+        # A checkpoint of this step, with what it says, can be written until the next update begins.
+        self._saved_as, self._state = state["step"], state
+        self.unfinished: Unfinished | None = state.get("unfinished")
+        self._samples: list[tuple[str, list[dict]]] = []  # of the step
+        self.stopping = Stopping(config.stop_grace, accelerator, keeps_checkpoint=bool(config.save_every))
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
@@ -151,8 +173,11 @@ class Run:
             )
         is_main, config = self.accelerator.is_main_process, self.config
         self._log = RunLog(self.folder, self.accelerator, asdict(config), self._held)
-        step = self.first_step - 1 if self.checkpoint else -1
-        self._on_main(lambda: self._log.rewind(step, samples_size=self._samples_size))
+        last = self.first_step - 2 if self.unfinished else self.first_step - 1
+        last = last if self.checkpoint else -1
+        self._on_main(lambda: self._log.rewind(last, samples_size=self._samples_size))
+        for table, rows in (self.unfinished or {}).get("samples", []):
+            self._log_samples(self.first_step - 1, rows, table=table)
         if is_main:
             warn_of_little_room(self.folder, self._sizes(), config, first_step=self.first_step)
         self._progress = Progress(config.num_steps, start=self.first_step - 1, enabled=config.progress and is_main)
@@ -163,7 +188,8 @@ class Run:
         self._progress.close()
         self._log.close()
         lost = self._let_go(error) if self._held else None
-        if kind in (WrongNumbers, CannotWrite):  # of all processes: a launcher ends the others as soon as one ends
+        if kind in (WrongNumbers, CannotWrite) and self.stopping.number is None:
+            # Of all processes: a launcher ends the others as soon as one ends.
             self.accelerator.wait_for_everyone()
         if lost:
             raise lost
@@ -242,7 +268,31 @@ class Run:
             }
             for row in range(0, len(rollouts), every)[:NUM_SAMPLES]
         ]
-        self._on_main(lambda: self._log.samples(step, rows, table=f"samples/{split}"))
+        self._log_samples(step, rows, table=f"samples/{split}")
+
+    def _log_samples(self, step: int, rows: list[dict], *, table: str) -> None:
+        self._samples.append((table, [json.loads(json_line(row)) for row in rows]))
+        self._on_main(lambda: self._log.samples(step, rows, table=table))
+
+    def begin_evaluation(self, step: int, measured: list[dict[str, float]]) -> None:
+        """After the update of a step and before its evaluation: from here on, a checkpoint may be without its line.
+
+        Args:
+            step: the step.
+            measured: so far, over all processes; see StepMetrics.gather.
+        """
+        unfinished = {"measured": measured, "samples": [*self._samples]}
+        self._note_state(step, {"unfinished": unfinished})
+        self.stopping.leave_if_asked()
+
+    def _note_state(self, step: int, more: dict | None = None) -> None:
+        """Keep what a checkpoint of this step says, since counters go on in the next one."""
+        kept = {
+            "best": self.best,
+            "evaluations_since_best": self._evaluations_since_best,
+            "samples_size": self._log.samples_size,
+        }
+        self._saved_as, self._state = step, kept | self._counts | (more or {})
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:
         """Write the step's line, and on evaluation steps note whether it is the best so far.
@@ -261,6 +311,8 @@ class Run:
             self.best = best
             if self.accelerator.is_main_process:
                 draw_curves(self.folder)
+        self._samples, self.unfinished = [], None
+        self._note_state(step)
 
     def save_if_due(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """After the step's line is written: save a checkpoint every save_every steps, and one of every new best."""
@@ -268,21 +320,35 @@ class Run:
         is_new_best = self.best is not None and self.best["checkpoint"] == f"checkpoint-{step}"
         if not every or step == 0 or not (step % every == 0 or is_new_best):
             return
-        self._on_main(lambda: self._save(step, tokenizer))
+        self._on_main(lambda: self._save(tokenizer))
 
-    def _save(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    def _save(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        """Write the checkpoint of the last step whose update is done, and delete older ones."""
         config, sizes, best = self.config, self._sizes(), (self.best or {}).get("checkpoint")
-        state = {
-            "best": self.best,
-            "evaluations_since_best": self._evaluations_since_best,
-            "samples_size": self._log.samples_size,
-            **self._counts,
-        }
         room = {"needed": sizes.checkpoint, "largest": sizes.largest, "drop_oldest": config.save_drop_oldest_first}
-        checkpoints.make_room(self.folder, step, best=best, **room)
-        checkpoints.save_checkpoint(self.folder, step, writers=self._writers(tokenizer), state=state)
+        checkpoints.make_room(self.folder, self._saved_as, best=best, **room)
+        checkpoints.save_checkpoint(self.folder, self._saved_as, writers=self._writers(tokenizer), state=self._state)
         written(self.folder / BEST_LINK, lambda: link_best(self.folder, self.best))
         checkpoints.rotate(self.folder, config.save_total_limit, best)
+
+    def leave(self, tokenizer: transformers.PreTrainedTokenizerBase) -> NoReturn:
+        """After StepLeft: save the last step whose update is done, and end.
+
+        Raises:
+            Stopped: or KeyboardInterrupt after Ctrl-C.
+            CannotWrite: in the main process, if the disk does not take the checkpoint.
+        """
+        self.stopping.tell_others()
+        try:
+            if self.accelerator.is_main_process:
+                step, name = self._saved_as, name_of(self.stopping.number)
+                if self.config.save_every and step >= self.first_step:  # older ones are there
+                    self._save(tokenizer)
+                latest = checkpoints.latest_checkpoint(self.folder) or "no checkpoint yet"
+                logger.info("%s: left after step %d of %d; %s", name, step, self.config.num_steps, latest)
+        finally:
+            self.stopping.wait_for_main()
+        raise self.stopping.reason()
 
     def finish(self, step: int, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Write final/, the policy after the last step, and send it to the hub if asked."""

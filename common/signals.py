@@ -1,0 +1,118 @@
+"""What ends a program from outside: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C, while our scripts start and end.
+
+While a run trains, common/runs/stopping.py answers them. Only scripts of this project are changed: in a notebook or
+another program, nothing here is installed. No heavy import at the top, since this must be there before torch is.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).parent.parent
+
+# What queues, containers and terminals send before they kill, and Ctrl-C.
+ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """A signal has ended the work; a program that does not catch it exits with 128 plus the signal's number.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+def name_of(number: int) -> str:
+    """A signal's name in messages."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def say(text: str) -> None:
+    """Write lines to standard error from a handler: print may not be called while another print is at work."""
+    with suppress(OSError):  # the terminal is gone
+        os.write(2, f"{text}\n".encode())
+
+
+def is_ours_to_answer(number: int) -> bool:
+    """Whether nobody else answers a signal: an ignored one stays ignored (nohup), and others' handlers stay."""
+    return signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler, _leave, _raise)
+
+
+def pass_on(number: int) -> None:
+    """In a process that was forked after a handler was installed: do what the signal does by default."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def hear_no_signal() -> None:
+    """In a process that ends with its parent: leave signals to the whole group to the parent.
+
+    They are not ignored: the programs that it starts would inherit that, and could not be ended.
+    """
+    for number in ENDING:
+        signal.signal(number, lambda *_: None)
+
+
+def leave_while_importing() -> None:
+    """In a script of this project, have a signal during the imports, which take seconds, end it with one line."""
+    if _is_our_script():
+        _install(_leave)
+
+
+def raise_in_script() -> None:
+    """From now on, a signal raises Stopped in this script, and Ctrl-C KeyboardInterrupt as always."""
+    _install(_raise)
+
+
+def _install(handler: object) -> None:
+    global _owner
+    _owner = os.getpid()
+    for number in filter(is_ours_to_answer, ENDING):
+        is_plain = number == signal.SIGINT and handler is _raise
+        signal.signal(number, signal.default_int_handler if is_plain else handler)
+
+
+_owner = 0  # the process that installed the handlers
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _owner:
+        return pass_on(number)
+    say(f"\n{name_of(number)}: nothing had begun yet")
+    os._exit(128 + number)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _owner:
+        return pass_on(number)
+    raise Stopped(number)
+
+
+def _is_our_script() -> bool:
+    """Whether Python was started with a script of this repository, or with `-m` and a module of it."""
+    if sys.argv[:1] == ["-m"]:  # the module is not found yet: its package is imported first
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+        return module.split(".")[0] == __name__.split(".")[0]
+    file = getattr(sys.modules["__main__"], "__file__", None)
+    return file is not None and _is_in_project(Path(file).resolve())
+
+
+def _is_in_project(file: Path) -> bool:
+    return file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
+
+
+def command_line() -> str:
+    """The command that started this program, as a shell takes it: with its launcher, if it had one."""
+    words = sys.orig_argv
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun or accelerate launch is the parent
+        with suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text("utf-8", "replace").split("\0")[:-1] or words
+    return shlex.join(words)

@@ -1,0 +1,252 @@
+"""Signals that ask a run to end: what is finished, what is saved, and that it goes on as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from common.runs.stopping import StepLeft, Stopping
+from common.signals import Stopped
+from common.trainer import OnPolicyTrainer
+from tests.toy import ROOT, metrics_of, samples_of, save_toy_policy, toy_trainer
+
+SETTINGS = {"num_steps": 4, "eval_every": 2, "save_every": 100, "stop_grace": 1}
+
+# Its arguments: model, folder, algorithm, settings; then where it signals itself: method, step, signals, and how long
+# the method takes from there on.
+RUN = """
+import json, os, signal, sys, time
+from pathlib import Path
+from common.cli import run_script
+from common.start import report
+from tests.toy import toy_trainer
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+model, folder, algorithm, settings, *event = sys.argv[1:]
+
+def main():
+    trainer = toy_trainer(Path(model), Path(folder), algorithm=algorithm, **json.loads(settings))
+    if event and os.environ.get("RANK", "0") == os.environ.get("SIGNALLED", "0"):
+        path, step, signals, seconds = event
+        *owners, name = path.split(".")
+        owner = vars(trainer)[owners[0]] if owners else trainer
+        method = getattr(owner, name)
+
+        def slow(*args, **options):
+            if trainer.current_step == int(step):
+                setattr(owner, name, method)
+                for each in signals.split(","):
+                    os.kill(os.getpid(), getattr(signal, each))
+                    time.sleep(1.2 if "," in signals else 0)
+                time.sleep(float(seconds))
+            return method(*args, **options)
+
+        setattr(owner, name, slow)
+    report(trainer)
+
+run_script(main, interrupted="as said")
+"""
+
+
+def run(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
+    settings = json.dumps(SETTINGS | more.pop("settings", {}))
+    script = folder.parent / "run.py"
+    script.write_text(RUN)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+    command = [sys.executable, *launch, str(script), str(model), str(folder), algorithm, settings, *event]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=200)
+
+
+def same_run(folder: Path, whole: Path) -> bool:
+    """Metrics, samples and every byte of final/."""
+    files = [[(path.name, path.read_bytes()) for path in sorted(each.glob("final/*"))] for each in (folder, whole)]
+    lines = metrics_of(folder) == metrics_of(whole), samples_of(folder) == samples_of(whole)
+    return all(lines) and files[0] == files[1] and bool(files[0])
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("checkpoint-*")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A model, and the run that nobody stops."""
+    folder = tmp_path_factory.mktemp("stopping")
+    model = save_toy_policy(folder / "model")
+    done = run(model, folder / "whole")
+    assert done.returncode == 0, done.stderr
+    return model, folder / "whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("event", "status", "saved"),
+    [
+        (("policy_sampler.sample", "3", "SIGINT", "60"), 130, ["checkpoint-2"]),
+        (("policy_sampler.sample_for_evaluation", "2", "SIGHUP", "60"), 129, ["checkpoint-2"]),
+        (("policy_sampler.policy_has_changed", "3", "SIGTERM", "2"), 143, ["checkpoint-3"]),
+    ],
+    ids=["left", "evaluation", "update"],
+)
+def test_a_run_that_a_signal_stops_goes_on_as_if_nothing_had_happened(whole, tmp_path, event, status, saved):
+    model, uninterrupted = whole
+    folder, name = tmp_path / "run", {"SIGINT": "Ctrl-C"}.get(event[2], event[2])
+    stopped = run(model, folder, *event)
+    assert stopped.returncode == status, stopped.stderr
+    assert checkpoints(folder) == saved
+    assert not list(folder.glob("*.tmp-*")) and "Traceback" not in stopped.stderr
+    assert f"{name}: " in stopped.stderr and "leaves at once" in stopped.stderr
+    assert stopped.stderr.endswith("interrupted: as said\n" if name == "Ctrl-C" else f"{name}: as said\n")
+    assert run(model, folder).returncode == 0
+    assert same_run(folder, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once_and_save_every_0_keeps_no_checkpoint(whole, tmp_path):
+    began = time.monotonic()
+    event = ("policy_sampler.sample", "1", "SIGTERM,SIGTERM", "300")
+    stopped = run(whole[0], tmp_path / "run", *event, settings={"stop_grace": 600, "save_every": 0})
+    assert stopped.returncode == -signal.SIGTERM and time.monotonic() - began < 200
+    assert "finishing step 1 (at most 600 s); save_every=0 keeps no checkpoint; a second" in stopped.stderr
+
+
+@pytest.mark.slow
+def test_processes_stop_at_the_end_of_the_same_step_though_one_got_the_signal(whole, tmp_path):
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--local_addr", "127.0.0.1")
+    event = ("policy_sampler.sample", "2", "SIGUSR1", "0")
+    stopped = run(whole[0], tmp_path / "run", *event, launch=launch, SIGNALLED="1")
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"], stopped.stderr
+    assert "SIGUSR1: left after step 2 of 4" in stopped.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (["GRPO/grpo.py"], signal.SIGINT),
+        (["-m", "common.evaluation"], signal.SIGTERM),
+        (["-m", "common.merge"], signal.SIGINT),
+    ],
+)
+def test_a_signal_during_the_imports_shows_no_traceback(script, number):
+    def heed() -> None:  # a shell in the background lets its children ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT, "preexec_fn": heed}
+    with subprocess.Popen([sys.executable, *script], **options) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said and said.count("\n") <= 3
+
+
+# Without a run
+
+
+@pytest.fixture
+def stopping():
+    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True) as stopping:
+        yield stopping
+
+
+def test_an_update_that_does_not_fit_into_the_grace_is_not_begun(stopping):
+    stopping.begin_step(1)
+    stopping.begin_update()  # nothing asks for a stop
+    stopping.end_update()
+    signal.raise_signal(signal.SIGUSR1)
+    stopping.begin_step(2)
+    stopping.begin_update()  # the last one took no time
+    stopping.begin_update()  # the second learner's: it is no question any more
+    stopping.end_update()
+    stopping._update_seconds = 601
+    stopping.begin_step(3)
+    with pytest.raises(StepLeft):
+        stopping.begin_update()
+
+
+def test_leaving_is_raised_again_where_it_is_swallowed_and_never_in_an_update():
+    with Stopping(0, Accelerator(cpu=True), keeps_checkpoint=True) as stopping:
+        stopping.begin_step(1)
+        stopping.begin_update()
+        signal.raise_signal(signal.SIGUSR1)
+        time.sleep(1.5)
+        swallowed = 0
+        try:
+            with stopping.window():
+                while True:
+                    try:
+                        time.sleep(10)
+                    except StepLeft:
+                        swallowed += 1
+        except StepLeft:
+            pass
+        assert not swallowed  # it was due when the window opened
+        stopping._window = True
+        for _ in range(2):
+            with pytest.raises(StepLeft):
+                time.sleep(10)
+    assert isinstance(stopping.reason(), Stopped) and stopping.reason().code == 138
+
+
+def test_handlers_of_others_and_ignored_signals_stay(monkeypatch):
+    def theirs(*_: object) -> None:
+        pass
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    signal.signal(signal.SIGTERM, theirs)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True):
+            assert signal.getsignal(signal.SIGTERM) is theirs
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR1) is not before[signal.SIGUSR1]
+        assert signal.getsignal(signal.SIGUSR1) is before[signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("method", "step", "settings", "saved"),
+    [
+        ("policy_sampler.sample", 2, {}, ["checkpoint-2"]),
+        ("policy_sampler.sample", 1, {"stop_grace": 0}, []),
+        ("policy_sampler.sample", 2, {"save_every": 0}, []),
+    ],
+    ids=["", "in the first step", "without checkpoints"],
+)
+def test_a_trainer_in_a_python_program_raises_what_ends_it(tiny_folder, tmp_path, method, step, settings, saved):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", **{"num_steps": 3, "save_every": 9} | settings)
+    signal_at(trainer, method, step)
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 138 and checkpoints(tmp_path / "run") == saved
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_run_that_only_writes_its_model_is_finished(tiny_folder, tmp_path):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, stop_grace=0)
+    signal_at(trainer, "run.finish", 2)
+    trainer.train()
+    assert (tmp_path / "run/final/model.safetensors").is_file()
+
+
+def signal_at(trainer: OnPolicyTrainer, path: str, step: int) -> None:
+    """Have a method send this process a signal when it is called in a step."""
+    owner = vars(trainer)[path.split(".")[0]]
+    method = getattr(owner, path.split(".")[1])
+
+    def and_signal(*args: object, **options: object) -> object:
+        if trainer.current_step == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return method(*args, **options)
+
+    setattr(owner, path.split(".")[1], and_signal)
