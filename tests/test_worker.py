@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from common.rewards.answers import Lost
-from common.rewards.prints import MOST_BYTES, escaped
+from common.rewards.prints import MOST_BYTES
 from common.rewards.processes import children
 from common.rewards.rules import rule, warmed_up_by
 from common.rewards.secret_variables import is_secret
@@ -420,8 +420,10 @@ def test_what_a_row_printed_before_it_was_ended_is_shown_with_it(capfd):
     assert capfd.readouterr().out == "before the end\n"
 
 
-def test_escapes_of_a_print_are_shown_and_not_obeyed():
-    assert escaped("a\tü\n\x1b]0;x\x07\x9b31m\u202e\r") == "a\tü\n\\x1b]0;x\\x07\\x9b31m\\u202e\\r"
+def test_escapes_of_a_print_are_shown_and_not_obeyed(capfd):
+    worker = RuleWorker({"it": lambda completions: print(completions[0]) or [0.0]}, SHORT)
+    worker("it", {"completions": ["a\tü\u3000ー\n\x1b]0;x\x07\x9b31m\u202e\r"]})
+    assert capfd.readouterr().out == "a\tü\u3000ー\n\\x1b]0;x\\x07\\x9b31m\\u202e\n"
 
 
 # Secrets
