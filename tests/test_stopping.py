@@ -205,6 +205,13 @@ def test_leaving_is_raised_again_where_it_is_swallowed_and_never_in_an_update():
     assert isinstance(stopping.reason(), Stopped) and stopping.reason().code == 138
 
 
+def test_a_signal_that_comes_while_another_process_is_heard_of_is_the_same_request():
+    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True) as stopping:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            stopping._note(number)
+    assert stopping.number == signal.SIGUSR1
+
+
 def test_handlers_of_others_and_ignored_signals_stay():
     def theirs(*_: object) -> None:
         pass
