@@ -81,6 +81,15 @@ def test_folders_that_are_no_complete_checkpoints_are_ignored(tmp_path):
         load_state(tmp_path / "checkpoint-4")
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "manifest.json"])
+def test_a_checkpoint_whose_files_are_nested_too_deeply_is_damaged(name, tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "checkpoint-2" / "manifest.json").unlink()
+    (tmp_path / "checkpoint-2" / name).write_text("[" * 100_000)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-1"
+
+
 def test_a_writer_that_fails_leaves_nothing_behind_and_the_same_step_can_be_saved_later(tmp_path):
     def fail(path):
         path.write_text("half")

@@ -217,7 +217,7 @@ def damage_of(folder: Path, *, read: str | None = None) -> str | None:
 def _read_state(folder: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / STATE_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 
