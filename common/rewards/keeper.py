@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+from common.host import limits_in_force
 from common.rewards.answers import OUT_OF_MEMORY, SENT_BY_QUEUES, Limits, RowAnswer, receive, send, work
 from common.rewards.copies import Arguments
 from common.rewards.prints import Printed, PrintPipes, flush, open_standard_files
@@ -27,7 +28,6 @@ from common.rewards.processes import (
     end_children,
     end_with_parent,
     has_children,
-    limits_in_force,
     processor_clock,
     wait_for_end,
 )

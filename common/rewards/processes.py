@@ -14,14 +14,6 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 # Processes that were killed are gone within milliseconds, unless they wait for a disk.
 _SECONDS_TO_END = 5.0
 
-# What a shell's `ulimit` calls the limits that keep processes from starting or working, and its unit in bytes.
-_NAMES = {
-    "ulimit -v": (resource.RLIMIT_AS, 1024),
-    "ulimit -d": (resource.RLIMIT_DATA, 1024),
-    "ulimit -u": (resource.RLIMIT_NPROC, 1),
-    "ulimit -n": (resource.RLIMIT_NOFILE, 1),
-}
-
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:
     """Have Linux send this process a signal when the thread that forked it ends, for whatever reason."""
@@ -184,13 +176,3 @@ def limit_memory(gigabytes: float) -> float:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     return (limit - used) / 1e9
-
-
-def limits_in_force() -> str:
-    """The limits of this process that can keep another from starting or working, as `ulimit` shows them."""
-    found = []
-    for name, (number, unit) in _NAMES.items():
-        limits = [limit for limit in resource.getrlimit(number) if limit != resource.RLIM_INFINITY]
-        if limits:
-            found.append(f"{name} {min(limits) // unit}")
-    return ", ".join(found) or "no ulimit"
