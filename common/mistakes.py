@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from common.host import limit_in_the_way
 from common.terminal import printable
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +71,8 @@ def name_of_script(script: str | None) -> str:
 def explain_mistakes() -> None:
     """Make an error of ours that ends a program a message with the program's line, and exit status 2 (or 3).
 
+    So is one that a limit of the shell or the queue causes, also while libraries are imported.
+
     Every other error, and every error at Python's prompt, in a notebook or with `python -X dev`, keeps its traceback.
     """
     others = sys.excepthook
@@ -77,6 +80,9 @@ def explain_mistakes() -> None:
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         frames = traceback.extract_tb(trace)
         is_script = len(frames) > 1 and frames[0].name == "<module>" and Path(frames[0].filename).is_file()
+        if limits := is_script and not sys.flags.dev_mode and limit_in_the_way(error):
+            print(f"error: {printable(_said_of_limits(error, limits))}", file=sys.stderr)
+            sys.exit(2)
         is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(frames[-1])
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
@@ -85,3 +91,13 @@ def explain_mistakes() -> None:
         sys.exit(WRONG_NUMBERS if kind is WrongNumbers else 2)
 
     sys.excepthook = explain
+
+
+def _said_of_limits(error: BaseException, limits: str) -> str:
+    said = first_line(error)
+    said = said if type(error).__name__ in said else f"{type(error).__name__}: {said}"
+    return (
+        f"{said}.\nThis process has reached a limit that the shell or the queue has set: {limits}. Raise it, in a "
+        "queue by asking for more memory, and start the same command again: it continues from the last checkpoint, "
+        "if there is one. `python -X dev` shows where it was reached."
+    )

@@ -18,3 +18,11 @@ def test_who_asks_for_the_traceback_gets_it(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert done.returncode == status and done.stderr.count("Traceback") == traceback
         assert "num_generations='8x'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_limit_of_the_shell_in_the_way_is_a_message(tmp_path):
+    command = f"ulimit -v 300000; exec '{sys.executable}' '{ROOT}/GRPO/grpo.py' --preset cpu --output_dir run"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "ulimit -v 300000" in done.stderr

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.mistakes import CannotWrite, WrongNumbers
+from common.models.lora import save_adapter
 from common.models.outputs import restore_outputs
 from common.models.saving import save_model
 from common.rollouts import Rollouts
@@ -435,8 +436,9 @@ def _save_trainable(
 ) -> None:
     """Write the policy as transformers or peft loads it; with LoRA, only the adapter."""
     with torch.no_grad():
-        adapters = {"selected_adapters": ["default"]} if use_lora else {}
-        module.save_pretrained(folder, **adapters)
-    if not use_lora:
-        restore_outputs(module, folder)
+        if use_lora:
+            save_adapter(module, folder)
+        else:
+            module.save_pretrained(folder)
+            restore_outputs(module, folder)
     tokenizer.save_pretrained(folder)
