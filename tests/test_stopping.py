@@ -59,10 +59,10 @@ run_script(main, interrupted="as said")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def command_of(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **settings: object):
+def command_of(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
     script = folder.parent / "run.py"
     script.write_text(RUN)
-    settings = json.dumps(SETTINGS | settings)
+    settings = json.dumps(SETTINGS | more)
     return [sys.executable, *launch, str(script), str(model), str(folder), algorithm, settings, *event]
 
 
