@@ -81,8 +81,7 @@ def keep(
     """
     try:
         _leave_the_run(other_end, parent)
-        keeper = _Keeper(connection, functions, limits)
-        keeper.serve()
+        _Keeper(connection, functions, limits).serve()
     except (EOFError, ConnectionError):
         pass
     finally:
