@@ -97,7 +97,7 @@ FULL = {
         "are free.*then begins the run again",
     ),
     "final": (1, 60_000, "final", "are needed.*goes on from checkpoint-3, which"),
-    "a line of the log": (0, 12_288, "metrics.jsonl", "0 bytes are free"),
+    "a line of the log": (0, 16_384, "metrics.jsonl", "0 bytes are free"),
 }
 
 

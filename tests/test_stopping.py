@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,13 +65,20 @@ def defaults():
         signal.signal(number, handler)
 
 
-def run(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
-    settings = json.dumps(SETTINGS | more.pop("settings", {}))
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command_of(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
     script = folder.parent / "run.py"
     script.write_text(RUN)
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
-    command = [sys.executable, *launch, str(script), str(model), str(folder), algorithm, settings, *event]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=200)
+    settings = json.dumps(SETTINGS | more)
+    return [sys.executable, *launch, str(script), str(model), str(folder), algorithm, settings, *event]
+
+
+def run(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
+    command = command_of(model, folder, *event, launch=launch, algorithm=algorithm, **more.pop("settings", {}))
+    environment = os.environ | ENVIRONMENT | more
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def same_run(folder: Path, whole: Path) -> bool:
@@ -132,6 +141,37 @@ def test_processes_stop_at_the_end_of_the_same_step_though_one_got_the_signal(wh
     stopped = run(whole[0], tmp_path / "run", *event, launch=launch, SIGNALLED="1")
     assert checkpoints(tmp_path / "run") == ["checkpoint-2"], stopped.stderr
     assert "SIGUSR1: left after step 2 of 4" in stopped.stderr
+
+
+@pytest.mark.slow
+def test_the_script_shown_for_slurm_passes_the_signal_on_and_queues_the_job_again(whole, tmp_path):
+    model, uninterrupted = whole
+    shown = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/running.md").read_text(), re.DOTALL)[1]
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\necho "scontrol $@"\n')
+    scontrol.chmod(0o755)
+    environment = os.environ | ENVIRONMENT | {"SLURM_JOB_ID": "7", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    metrics = tmp_path / "run/metrics.jsonl"
+
+    def submit(*event: str) -> tuple[int, str]:
+        command = shlex.join(command_of(model, tmp_path / "run", *event))
+        script = shown.replace("python GRPO/grpo.py --output_dir runs/mine", command)
+        assert command in script
+        job = subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        while event and job.poll() is None and not (metrics.exists() and '{"step": 2,' in metrics.read_text()):
+            time.sleep(0.05)
+        if event:
+            job.send_signal(signal.SIGUSR1)  # to the shell alone, as `--signal=B:USR1` does
+        said, _ = job.communicate(timeout=200)
+        return job.returncode, said
+
+    status, said = submit("policy_sampler.sample", "3", "SIGCONT", "60")
+    assert (status, "scontrol requeue 7" in said) == (138, True)
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
+    status, said = submit()
+    assert (status, "scontrol" in said) == (0, False)
+    assert same_run(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow

@@ -131,6 +131,23 @@ def test_what_a_rule_started_ends_with_the_run_however_that_ends(kill):
     wait_until(lambda: not running(seconds), 10)
 
 
+def test_a_warm_up_that_handles_every_error_ends_with_the_worker(capfd):
+    seconds = f"7{os.getpid()}"
+
+    def warm() -> None:
+        subprocess.Popen(["sleep", seconds])
+        while True:
+            with contextlib.suppress(BaseException):
+                time.sleep(0.01)
+
+    worker = RuleWorker({"it": warmed_up_by(warm)(lambda completions: [1.0])}, SHORT)
+    wait_until(lambda: running(seconds), 30)
+    before = time.monotonic()
+    del worker
+    assert time.monotonic() - before < 5 and not running(seconds)
+    assert capfd.readouterr().err == ""
+
+
 def wait_until(condition, seconds: float) -> None:
     last = time.monotonic() + seconds
     while not condition():

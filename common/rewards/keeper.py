@@ -96,7 +96,7 @@ def keep(
 
 
 def _end() -> NoReturn:
-    """The keeper is needed no longer."""
+    """End this process and all that descends from it."""
     try:
         end_children()
     finally:
@@ -110,9 +110,8 @@ def _leave_the_run(other_end: Connection, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
     def end(number: int, _: FrameType | None) -> None:
-        # At once: an exception is lost where Python ignores them, as in what it calls after a fork.
         if number == END or os.getppid() != parent:
-            _end()
+            _end()  # an exception could be swallowed by a warm-up, or printed by Python where it handles none
 
     signal.signal(END, end)
     signal.signal(PARENT_ENDED, end)
