@@ -152,9 +152,9 @@ def test_the_table_counts_what_was_tried_by_kind_and_setup():
         Outcome(event=replace(one, kind="metrics-cut"), verdict="said so", survived=True, reason="it says so"),
     ]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(outcomes).splitlines()]
-    assert rows[2] == ["kill", "transformers", "PPO", "1", "2", "2", "1", "2", "4.2 s"]
-    assert rows[3] == ["metrics-cut", "transformers", "PPO", "1", "1", "1", "0", "0", ""]
-    assert rows[4] == ["all", "", "", "", "3", "3", "1", "2", "4.2 s"]
+    assert rows[2] == ["kill", "transformers", "PPO", "1", "2", "2", "1", "1", "2", "4.2 s"]
+    assert rows[3] == ["metrics-cut", "transformers", "PPO", "1", "1", "1", "0", "0", "0", ""]
+    assert rows[4] == ["all", "", "", "", "3", "3", "1", "1", "2", "4.2 s"]
     assert summary(outcomes, 90).splitlines()[0] == ("3 events in 1.5 minutes: 1 equal, 1 said so, 1 missed, 1 failed")
 
 
