@@ -148,6 +148,25 @@ def test_a_signal_during_the_imports_shows_no_traceback(script, number):
     assert "Traceback" not in said and said.count("\n") <= 3
 
 
+# Starts a script as a launcher does, and is killed while that imports torch.
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
+while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_launcher_is_killed_is_asked_to_end():
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "any"}
+    launched = [sys.executable, "-c", LAUNCHER, "GRPO/grpo.py"]
+    done = subprocess.run(launched, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, timeout=60)
+    assert done.stderr.strip() == "SIGTERM: nothing had begun yet"  # of the script, whose end this has waited for
+
+
 # Without a run
 
 

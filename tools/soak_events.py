@@ -161,9 +161,11 @@ def kill(case: Case) -> None:
         process.note_family()
         if whole or event.setup.processes == 1:
             process.send(signal.SIGKILL, group=whole)
-        else:  # its launcher ends the others
-            found = ranks(process.pid) or [process.pid]
+        else:  # its launcher ends the others; without the launcher, they end by themselves
+            found = [*ranks(process.pid), process.pid]
             os.kill(found[int(event.level * len(found))], signal.SIGKILL)
+        if event.setup.processes > 1:
+            process.wait_for_group(PATIENCE_OF_QUEUES)
         ended = process.wait()
         require(ended.status != 0, "an exit status that is not 0", ended)
         require(not ended.left, "its processes end with it", ended)

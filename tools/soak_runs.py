@@ -192,10 +192,11 @@ class Process:
         return time.monotonic() - self._begun
 
     def send(self, number: signal.Signals, *, group: bool = False) -> None:
-        """Send a signal to the process or, as a terminal or a queue does, to its group."""
+        """Send a signal to the process or, as a queue does, also to all that it has started, in whatever session."""
         self.note_family()
-        with suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self.pid, number)
+        for pid in [self.pid, *(self._family if group else ())]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def note_family(self) -> None:
         """Remember the processes that this one has started, to find them after its end."""
