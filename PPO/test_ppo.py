@@ -383,7 +383,9 @@ def test_a_fit_without_any_completion_to_learn_from_says_so_and_trains(tiny_fold
 
 def test_the_fit_is_a_part_of_the_time_of_the_first_line(toy_folder, tmp_path):
     ppo(toy_folder, tmp_path / "run", num_steps=2, **FITTED).train()
-    first, second = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, second = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert "time/value_init" not in second
     for line in (first, second):
         parts = {name: value for name, value in line.items() if name.startswith("time/") and name != "time/step"}

@@ -464,7 +464,9 @@ def test_two_processes_train_as_one(tiny_folder, tmp_path):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        lines[num_processes] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines[num_processes] = [
+            json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     for one, two in zip(lines[1], lines[2], strict=True):
         assert one["vine/tokens"] > 0
         for name, value in one.items():

@@ -30,7 +30,7 @@ def use_writable_caches() -> None:
     if fallback is None:
         return
     for variable, (name, is_read) in _CACHES.items():
-        is_of_use = home is not None and (home / name).is_dir() and (is_read or _can_be_written(home / name))
+        is_of_use = home is not None and os.path.isdir(home / name) and (is_read or _can_be_written(home / name))
         if variable not in os.environ and not is_of_use:
             os.environ[variable] = str(fallback / name)
 

@@ -116,10 +116,10 @@ def test_a_start_that_failed_leaves_no_date(chat_folder, tmp_path, days_later):
 def test_reward_models_see_the_date_of_the_start(chat_folder, tmp_path, days_later, monkeypatch):
     times = []
     monkeypatch.setattr("common.rewards.scorer.Scorer.load", lambda self, models, now: times.append(now))
-    first = begun(chat_folder, tmp_path / "run")
+    first = begun(chat_folder, tmp_path / "run").start_time
     days_later(3)
     begin(chat_folder, tmp_path / "run")
-    assert times == [first.start_time] * 2
+    assert times == [first] * 2
 
 
 CHANGES = {

@@ -12,7 +12,7 @@ import pytest
 from accelerate import Accelerator
 
 from common.runs.stopping import StepLeft, Stopping
-from common.signals import Stopped
+from common.signals import ENDING, Stopped
 from common.trainer import OnPolicyTrainer
 from tests.toy import ROOT, metrics_of, samples_of, save_toy_policy, toy_trainer
 
@@ -52,6 +52,15 @@ def main():
 
 run_script(main, interrupted="as said")
 """
+
+
+@pytest.fixture(autouse=True)
+def defaults():
+    """A script's handlers stay to its end, also those of a test that ran one in this process."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING if number != signal.SIGINT}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
@@ -215,22 +224,17 @@ def test_leaving_is_raised_again_where_it_is_swallowed_and_never_in_an_update():
     assert isinstance(stopping.reason(), Stopped) and stopping.reason().code == 138
 
 
-def test_handlers_of_others_and_ignored_signals_stay(monkeypatch):
+def test_handlers_of_others_and_ignored_signals_stay():
     def theirs(*_: object) -> None:
         pass
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     signal.signal(signal.SIGTERM, theirs)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True):
-            assert signal.getsignal(signal.SIGTERM) is theirs
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            assert signal.getsignal(signal.SIGUSR1) is not before[signal.SIGUSR1]
-        assert signal.getsignal(signal.SIGUSR1) is before[signal.SIGUSR1]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True):
+        assert signal.getsignal(signal.SIGTERM) is theirs
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
 @pytest.mark.parametrize(

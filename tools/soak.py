@@ -117,7 +117,7 @@ def finish(case: Case, result: Result) -> None:
 
 def _rows_lost(folder: Path) -> bool:
     """Whether metrics.jsonl has rows that were over their limit."""
-    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     return any(value for line in lines for name, value in line.items() if name.startswith("over_limit/"))
 
 
@@ -184,7 +184,8 @@ def main() -> None:
             again = shlex.join([*repeat, "--only", str(one.number)])
             print(f"     kept in {folder}/event-{one.number}; {again}", flush=True)
         if settings.write:  # each time, so that a soak that is killed keeps what it found
-            settings.write.write_text(json.dumps([asdict(each) for each in outcomes], indent=1) + "\n")
+            kept = json.dumps([asdict(each) for each in outcomes], indent=1)
+            settings.write.write_text(f"{kept}\n", encoding="utf-8")
     print(f"\n{table(outcomes)}\n\n{summary(outcomes, time.monotonic() - begun)}")
     failed = any(outcome.verdict == "failed" for outcome in outcomes)
     sys.exit(1 if failed or not any(outcome.tried for outcome in outcomes) else 128 + asked[0] if asked else 0)

@@ -99,12 +99,12 @@ class Runs:
         transformers.logging.disable_progress_bar()
         save_untrained(inputs / "policy", **SIZES)
         rows = [{"prompt": f"{a} {b} make {a + b}\n"} for a in range(1, 6) for b in range(1, 6)]
-        (inputs / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (inputs / "reward.py").write_text(REWARD)
+        (inputs / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (inputs / "reward.py").write_text(REWARD, encoding="utf-8")
         common = SETTINGS | {"model": str(inputs / "policy"), "dataset": str(inputs / "prompts.jsonl")}
         common |= {"rewards": [f"{inputs / 'reward.py'}:digits"]}
         for name in ALGORITHMS:
-            (inputs / f"{name}.yaml").write_text(yaml.safe_dump(common | OF_ALGORITHM.get(name, {})))
+            (inputs / f"{name}.yaml").write_text(yaml.safe_dump(common | OF_ALGORITHM.get(name, {})), encoding="utf-8")
         self._locks = {}
         self._lock = Lock()
 
@@ -129,11 +129,11 @@ class Runs:
             case = self.folder / "references" / setup.name
             command = self.command(setup, case / "run", save_every=1, save_total_limit=NUM_STEPS)
             if (case / "ended.json").is_file():
-                return Ended(**json.loads((case / "ended.json").read_text()))
+                return Ended(**json.loads((case / "ended.json").read_text(encoding="utf-8")))
             ended = Process(command, case, "whole").wait()
             if ended.status != 0:
                 raise RuntimeError(f"an uninterrupted run of {setup.name} fails, see {case}:\n{ended.errors[-1000:]}")
-            (case / "ended.json").write_text(json.dumps(vars(ended)))
+            (case / "ended.json").write_text(json.dumps(vars(ended)), encoding="utf-8")
             return ended
 
 
@@ -223,7 +223,7 @@ class Process:
         self.wait_for_group(GRACE)
         status = self._process.returncode
         status = 128 - status if status < 0 else status
-        return Ended(status, seconds, self._errors.read_text(errors="replace"), hangs + names)
+        return Ended(status, seconds, self._errors.read_text(errors="replace", encoding="utf-8"), hangs + names)
 
     def wait_for_group(self, patience: float) -> None:
         """Wait until the processes of its group have ended too, which a launcher that was killed does not do."""
@@ -242,7 +242,7 @@ class Process:
 def _stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the state on; empty for a process that is gone or only has not been waited for."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return []
     return [] if fields[0] in "ZX" else fields

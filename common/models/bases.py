@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import transformers
-import yaml
 
 from common.models.configs import ADAPTER_CONFIG
+from common.yaml_files import read_yaml_file
 
 _PARENTS = 4  # of an adapter, among which its run's folder is
 
@@ -73,7 +73,7 @@ def find_base(adapter: Path, name: str, is_known: Callable[[str], bool] = lambda
         return name if found is None else os.path.normpath(found)
     for parent in list(folder.parents)[:_PARENTS]:
         if (parent / "config.yaml").is_file():
-            settings = yaml.safe_load((parent / "config.yaml").read_text(encoding="utf-8"))
+            settings = read_yaml_file(parent / "config.yaml")
             model = settings.get("model") if isinstance(settings, dict) else None
             if isinstance(model, str) and (is_there(model) or is_known(model)):
                 return model

@@ -92,7 +92,7 @@ def _status_of(render: Callable[[], str]) -> int:
 
 def _limit() -> None:
     """Limits of this process, no higher than those that it has."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     wanted = {
         resource.RLIMIT_AS: used + int(GIGABYTES * 1e9),

@@ -117,9 +117,9 @@ def _leave_the_run(other_end: Connection, parent: int) -> None:
     adopt_orphans()
     other_end.close()
     open_standard_files()
-    with open(os.devnull) as nothing:
+    with open(os.devnull, encoding="utf-8") as nothing:
         os.dup2(nothing.fileno(), 0)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115  a rule that asks a question finds nobody there
+    sys.stdin = open(0, closefd=False, encoding="utf-8")  # noqa: SIM115  a rule that asks a question finds nobody there
     forget_secrets()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked tokenizer has no threads and would warn about it
 

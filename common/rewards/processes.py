@@ -137,7 +137,7 @@ def limit_memory(gigabytes: float) -> float:
     Returns:
         The gigabytes that it may still take.
     """
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     wanted = used + int(gigabytes * 1e9)

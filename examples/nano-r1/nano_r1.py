@@ -92,6 +92,7 @@ SETTINGS = GRPOConfig(
     save_every=125,  # cpu: 20
     save_total_limit=2,
     save_drop_oldest_first=False,
+    stop_grace=30.0,  # seconds for the step in hand after SIGTERM or Ctrl-C
     push_to_hub=None,
     report_to=None,  # ["wandb"], say
     samples_every=5,
