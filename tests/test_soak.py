@@ -36,7 +36,7 @@ def test_every_kind_comes_before_one_comes_again_and_nothing_is_left_out():
     assert {one.setup.algorithm for one in plan} == {*ALGORITHMS}
     assert {one.setup.processes for one in plan} == {1, 2}
     assert len(plan) // 8 < sum(one.setup.sampler == "vllm" for one in plan) <= len(plan) // 6
-    assert {one.save_every for one in plan} == {1, 2, 3}
+    assert {one.save_every for one in plan} == {1, 2, 3, 4}
     assert {moment.aim for one in plan for moment in one.moments} > {None}
 
 

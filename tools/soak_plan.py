@@ -99,8 +99,9 @@ def event(
         number=number,
         kind=kind,
         setup=setup,
-        # With one checkpoint after each step, there is another one when the last is damaged.
-        save_every=1 if kind.startswith("checkpoint-") else draw.randint(1, 3),
+        # With one checkpoint after each step, there is another one when the last is damaged. With few, it shows
+        # whether a signal has one written.
+        save_every=1 if kind.startswith("checkpoint-") else draw.randint(1, 3) + (kind in SIGNALS),
         moments=_moments(kind, draw),
         group=draw.random() < 0.5,
         level=draw.random(),
