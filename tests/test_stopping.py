@@ -171,7 +171,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.slow
 def test_a_process_whose_launcher_is_killed_is_asked_to_end():
     environment = os.environ | {"TORCHELASTIC_RUN_ID": "any"}
-    launched = [sys.executable, "-c", LAUNCHER, "GRPO/grpo.py"]
+    launched = [sys.executable, "-c", LAUNCHER, "-m", "common.merge"]
     done = subprocess.run(launched, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, timeout=60)
     assert done.stderr.strip() == "SIGTERM: nothing had begun yet"  # of the script, whose end this has waited for
 
