@@ -40,6 +40,7 @@ from common.runs.checkpoints import (
     latest_checkpoint,
     load_state,
     step_of,
+    temporary_path,
 )
 from common.runs.disk import remove_folder, written
 from common.runs.folder import CONFIG_FILE
@@ -135,7 +136,7 @@ def _write(
     settings: MergeSettings,
 ) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    temporary = temporary_path(output)
     try:
         save_weights(base, dict(weights), temporary, max_shard_size=settings.max_shard_size)
         has_tokenizer = (Path(source.own) / "tokenizer_config.json").exists()

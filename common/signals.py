@@ -56,15 +56,6 @@ def pass_on(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def hear_no_signal() -> None:
-    """In a process that ends with its parent: leave signals to the whole group to the parent.
-
-    They are not ignored: the programs that it starts would inherit that, and could not be ended.
-    """
-    for number in ENDING:
-        signal.signal(number, lambda *_: None)
-
-
 def leave_while_importing() -> None:
     """In a script of this project, have a signal during the imports, which take seconds, end it with one line."""
     if _is_our_script():
@@ -93,8 +84,20 @@ _owner = 0  # the process that installed the handlers
 def _leave(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _owner:
         return pass_on(number)
+    if not _is_importing(frame):  # a script of somebody else's in this folder is at its own work
+        return signal.default_int_handler(number, frame) if number == signal.SIGINT else pass_on(number)
     say(f"\n{name_of(number)}: nothing had begun yet")
     os._exit(128 + number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether the main script is at one of the imports on its top, or has not begun yet."""
+    inner = None
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
+            return inner is not None and inner.f_code.co_filename == "<frozen importlib._bootstrap>"
+        frame, inner = frame.f_back, frame
+    return True
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

@@ -29,6 +29,7 @@ from common.runs.checkpoints import (
     save_tensors,
 )
 from common.runs.folder import MAY_CHANGE, prepare_run_folder
+from common.runs.writable import check_folder
 
 SETTINGS = {"learning_rate": 1e-6, "num_steps": 100, "seed": 0, "rewards": ["format", "equation"], "dataset": None}
 
@@ -78,6 +79,15 @@ def test_folders_that_are_no_complete_checkpoints_are_ignored(tmp_path):
     assert latest_checkpoint(tmp_path).name == "checkpoint-3"
     with pytest.raises(ValueError, match=r"checkpoint-4: not a complete checkpoint"):
         load_state(tmp_path / "checkpoint-4")
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "manifest.json"])
+def test_a_checkpoint_whose_files_are_nested_too_deeply_is_damaged(name, tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "checkpoint-2" / "manifest.json").unlink()
+    (tmp_path / "checkpoint-2" / name).write_text("[" * 100_000)
+    assert latest_checkpoint(tmp_path).name == "checkpoint-1"
 
 
 def test_a_writer_that_fails_leaves_nothing_behind_and_the_same_step_can_be_saved_later(tmp_path):
@@ -260,6 +270,19 @@ def prepare_blocked(folder, point):
 @pytest.mark.slow
 def test_a_kill_before_the_settings_are_written_leaves_a_folder_that_can_be_used(tmp_path):
     kill_at(tmp_path / "point", prepare_blocked, tmp_path / "run")
+    assert names(tmp_path / "run") != []
+    assert prepare_run_folder(tmp_path / "run", SETTINGS, "never") is None
+    assert names(tmp_path / "run") == ["config.yaml"]
+
+
+def check_blocked(folder, point):
+    block_before_calls_of("fsync", point)
+    check_folder(folder)
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_folder_is_tried_out_leaves_one_that_can_be_used(tmp_path):
+    kill_at(tmp_path / "point", check_blocked, tmp_path / "run")
     assert names(tmp_path / "run") != []
     assert prepare_run_folder(tmp_path / "run", SETTINGS, "never") is None
     assert names(tmp_path / "run") == ["config.yaml"]
@@ -567,7 +590,7 @@ def replace_final_blocked(folder, where, point):
     module, name, is_there = {
         "before the old one is set aside": (os, "replace", lambda path, _: path.name == "final"),
         "between the renames": (os, "replace", lambda _, path: path.name == "final"),
-        "before the old one is deleted": (shutil, "rmtree", lambda path: path.name.endswith("-deleted")),
+        "before the old one is deleted": (shutil, "rmtree", lambda path: ".tmp-" in path.name),
     }[where]
     real = getattr(module, name)
     setattr(module, name, lambda *args, **options: block(point) if is_there(*args) else real(*args, **options))
@@ -592,12 +615,11 @@ def test_a_kill_while_the_final_model_is_replaced_costs_neither(where, tmp_path)
 
 
 def test_the_only_whole_final_model_is_never_a_leftover(tmp_path):
-    for name, what in (("old", "final.tmp-7-deleted"), ("new", "final.tmp-7")):
-        run = run_folder(tmp_path / name)
-        finish(run, 100)
-        (run / "final").rename(run / what)
-        remove_leftovers(run)
-        assert names(run) == ["final"] and load_state(run / "final")["step"] == 100
+    run = run_folder(tmp_path / "run")
+    finish(run, 100)
+    (run / "final").rename(run / "final.tmp-7")
+    remove_leftovers(run)
+    assert names(run) == ["final"] and load_state(run / "final")["step"] == 100
 
 
 def test_a_final_model_that_is_incomplete_damaged_or_a_link_is_a_leftover(tmp_path):

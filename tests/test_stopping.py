@@ -224,6 +224,13 @@ def test_leaving_is_raised_again_where_it_is_swallowed_and_never_in_an_update():
     assert isinstance(stopping.reason(), Stopped) and stopping.reason().code == 138
 
 
+def test_a_signal_that_comes_while_another_process_is_heard_of_is_the_same_request():
+    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True) as stopping:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            stopping._note(number)
+    assert stopping.number == signal.SIGUSR1
+
+
 def test_handlers_of_others_and_ignored_signals_stay():
     def theirs(*_: object) -> None:
         pass
@@ -235,6 +242,36 @@ def test_handlers_of_others_and_ignored_signals_stay():
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+OWN_WORK = "import common, time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\n"
+OWN_WORK += "except KeyboardInterrupt:\n    print('caught')\nfinally:\n    print('put away')\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "number", "status", "said", "errors"),
+    [
+        ("import common, slow_module", signal.SIGINT, 130, "", "\nCtrl-C: nothing had begun yet\n"),
+        ("import common, slow_module", signal.SIGTERM, 143, "", "\nSIGTERM: nothing had begun yet\n"),
+        (OWN_WORK, signal.SIGINT, 0, "caught\nput away\n", ""),
+        (OWN_WORK, signal.SIGTERM, -signal.SIGTERM, "", ""),
+    ],
+    ids=["Ctrl-C in an import", "SIGTERM in an import", "Ctrl-C in other work", "SIGTERM in other work"],
+)
+def test_a_signal_in_the_imports_is_one_line_and_in_other_work_what_it_is_everywhere(
+    script, number, status, said, errors, tmp_path
+):
+    (tmp_path / "common").symlink_to(ROOT / "common")  # so that the script is one of this project's folder
+    (tmp_path / "slow_module.py").write_text("print('ready', flush=True)\nimport time\ntime.sleep(60)")
+    (tmp_path / "own.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, tmp_path / "own.py"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=30) == (said, errors)
+    assert process.returncode == status
 
 
 @pytest.mark.parametrize(

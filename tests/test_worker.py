@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from common.rewards.answers import Lost
-from common.rewards.prints import MOST_BYTES, escaped
+from common.rewards.keeper import END
+from common.rewards.prints import MOST_BYTES
 from common.rewards.processes import children
 from common.rewards.rules import rule, warmed_up_by
 from common.rewards.secret_variables import is_secret
@@ -420,8 +421,19 @@ def test_what_a_row_printed_before_it_was_ended_is_shown_with_it(capfd):
     assert capfd.readouterr().out == "before the end\n"
 
 
-def test_escapes_of_a_print_are_shown_and_not_obeyed():
-    assert escaped("a\tü\n\x1b]0;x\x07\x9b31m\u202e\r") == "a\tü\n\\x1b]0;x\\x07\\x9b31m\\u202e\\r"
+def test_escapes_of_a_print_are_shown_and_not_obeyed(capfd):
+    worker = RuleWorker({"it": lambda completions: print(completions[0]) or [0.0]}, SHORT)
+    worker("it", {"completions": ["a\tü\u3000ー\n\x1b]0;x\x07\x9b31m\u202e\r"]})
+    assert capfd.readouterr().out == "a\tü\u3000ー\n\\x1b]0;x\\x07\\x9b31m\\u202e\n"
+
+
+def test_a_keeper_that_is_ended_while_it_forks_ends_without_a_word(capfd):
+    def end_at_next_fork():
+        os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), END))
+
+    worker = RuleWorker({"it": warmed_up_by(end_at_next_fork)(lambda completions: [0.0])}, SHORT)
+    assert worker._connection.poll(10) and worker._stop() == 0
+    assert capfd.readouterr() == ("", "")
 
 
 # Secrets

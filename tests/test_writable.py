@@ -72,7 +72,7 @@ def test_names_that_cannot_hold_a_run_are_refused_at_its_start(action, name, rea
 
 def test_a_folder_that_is_written_under_a_longer_name_has_room_for_it(tmp_path):
     check_folder(tmp_path / ("x" * 240))
-    with pytest.raises(ValueError, match="its name has 240 bytes, and while it is written, up to 20 more"):
+    with pytest.raises(ValueError, match="its name has 240 bytes, and while it is written, up to 21 more"):
         check_folder(tmp_path / ("x" * 240), is_replaced=True)
 
 

@@ -11,7 +11,6 @@ from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, damage_of, named_c
 from common.runs.log import METRICS_FILE, SAMPLES_FILE
 
 FROM_THE_MACHINE = ("time/", "memory/")
-_ABSENT = "no such value"
 
 
 def difference(run: Path, reference: Path) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from common.rollouts import Rollouts
+from common.runs.checkpoints import temporary_path
 from common.runs.disk import remove_folder, reported
 from common.runs.log import finite_or_null, json_line
 from common.runs.measures import is_one, sizes_of_k
@@ -74,7 +75,7 @@ def write_result(
     Raises:
         CannotWrite: the file system does not let it; nothing is left.
     """
-    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary = temporary_path(folder)
     try:
         temporary.mkdir(parents=True)
         with open(temporary / OUTPUTS_FILE, "wb") as file:

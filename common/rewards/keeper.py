@@ -67,10 +67,6 @@ class _Failure(Exception):
     """No process can score rows."""
 
 
-class _Over(BaseException):
-    """The keeper is needed no longer."""
-
-
 def keep(
     connection: Connection, other_end: Connection, functions: dict[str, Callable], limits: Limits, parent: int
 ) -> NoReturn:
@@ -85,16 +81,19 @@ def keep(
     """
     try:
         _leave_the_run(other_end, parent)
-        keeper = _Keeper(connection, functions, limits)
-        keeper.serve()
-    except (_Over, EOFError, ConnectionError):
+        _Keeper(connection, functions, limits).serve()
+    except (EOFError, ConnectionError):
         pass
     finally:
-        try:
-            end_children()
-        finally:  # the signal to end may come just now, but only once
-            end_children()
-            os._exit(0)
+        _end()
+
+
+def _end() -> NoReturn:
+    """The keeper is needed no longer."""
+    try:
+        end_children()
+    finally:
+        os._exit(0)
 
 
 def _leave_the_run(other_end: Connection, parent: int) -> None:
@@ -102,18 +101,17 @@ def _leave_the_run(other_end: Connection, parent: int) -> None:
     os.setsid()
     for number in SENT_BY_QUEUES:
         signal.signal(number, signal.SIG_IGN)
-    once = iter([_Over])
 
     def end(number: int, _: FrameType | None) -> None:
+        # At once: an exception is lost where Python ignores them, as in what it calls after a fork.
         if number == END or os.getppid() != parent:
-            for error in once:
-                raise error
+            _end()
 
     signal.signal(END, end)
     signal.signal(PARENT_ENDED, end)
     end_with_parent(PARENT_ENDED)
     if os.getppid() != parent:  # it has ended just now
-        raise _Over
+        _end()
     adopt_orphans()
     other_end.close()
     open_standard_files()

@@ -11,6 +11,8 @@ import select
 import sys
 from typing import NamedTuple, TextIO
 
+from common.terminal import printable
+
 STDOUT, STDERR = 1, 2
 
 # Of one call of a rule, which is a step's, on each of the two outputs.
@@ -122,18 +124,11 @@ def show(printed: dict[int, Printed], name: str) -> None:
         name: of the rule, for a remark about what was left out.
     """
     for number, (content, left_out) in printed.items():
-        text = escaped(content.decode("utf-8", "backslashreplace").replace("\r\n", "\n"))
+        text = printable(content.decode("utf-8", "backslashreplace").replace("\r\n", "\n"))
         text += "" if text.endswith("\n") else "\n"
         if left_out:
             text += f"[the rule {name!r} printed {left_out:,} more bytes in this step, which are left out]\n"
         _write(sys.stdout if number == STDOUT else sys.stderr, text)
-
-
-def escaped(text: str) -> str:
-    """Text whose control characters, other than line ends and tabs, are written as Python writes them."""
-    if text.isascii() and text.replace("\n", "").replace("\t", "").isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _write(stream: TextIO | None, text: str) -> None:

@@ -3,7 +3,7 @@
 A keeper process (keeper.py) is forked during set-up, before models are loaded. It warms the rules up, forks the worker
 (answers.py), and replaces it when a row takes too long or ends it. So a hanging regular expression, an endless
 comparison or a crash in a C library costs one row its score, but does not end the run. This guards against accidents,
-not against attackers: no rule may pass a model's text to an interpreter.
+not against attackers: a rule may pass no text of a model to an interpreter, except numerals of bounded length.
 """
 
 import logging

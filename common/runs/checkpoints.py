@@ -28,7 +28,7 @@ logger = logging.getLogger("nanorlhf")
 _MANY_BYTES = 4 * 10**9
 
 _CHECKPOINT_NAME = re.compile(r"checkpoint-\d+")
-_LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|best|[a-z]+\.(yaml|jsonl?|png|html))\.tmp-.*")
+_LEFTOVER_NAME = re.compile(r"(checkpoint-\d+|final|best|[a-z]+\.(yaml|jsonl?|png|html))?\.tmp-.*")
 
 
 @reported
@@ -49,7 +49,6 @@ def write_file(path: Path, content: bytes) -> None:
 def _write_folder(target: Path, fill: Callable[[Path], None], state: dict[str, Any]) -> None:
     """Fills a temporary folder, its state and then its manifest last, and renames it; an existing one is replaced."""
     temporary = temporary_path(target)
-    remove_folder(temporary)
     try:
         temporary.mkdir()
         fill(temporary)
@@ -104,7 +103,7 @@ def _remove(path: Path) -> None:
 
 def _set_aside(path: Path) -> Path:
     """Renames what is to be deleted; a link itself, not what it points to."""
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}-deleted")
+    aside = temporary_path(path)
     os.replace(path, aside)
     return aside
 
@@ -218,7 +217,7 @@ def damage_of(folder: Path, *, read: str | None = None) -> str | None:
 def _read_state(folder: Path) -> dict[str, Any] | None:
     try:
         state = json.loads((folder / STATE_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 

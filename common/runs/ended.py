@@ -13,10 +13,9 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.host import host_memory, oom_kills
 from common.runs.log import read_metrics
+from common.runs.own_files import write_new
 
 RECORD_FILE = ".running.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -40,6 +39,8 @@ def begin(folder: Path) -> str | None:
     Returns:
         How the process before it ended, if that was without a word.
     """
+    import torch  # not at the top: commands that only read a run's folder begin without it
+
     said = _last_end(folder)
     record = {
         "host": socket.gethostname(),
@@ -51,9 +52,7 @@ def begin(folder: Path) -> str | None:
     path = (folder / RECORD_FILE).absolute()
     with contextlib.suppress(OSError):  # without space, nothing but the guess is lost
         path.unlink(missing_ok=True)  # it may be a link, in a folder that came from elsewhere
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(record, file)
+        write_new(path, json.dumps(record).encode())
         _running.add(path)
     return said
 

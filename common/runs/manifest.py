@@ -87,7 +87,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]] | None:
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))["files"]
         return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -4,11 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-# Bytes below a run's folder, at most: checkpoint-1000000.tmp-4194304-deleted/policy/model-00001-of-00100.safetensors,
+# Bytes below a run's folder, at most: checkpoint-1000000.tmp-0123456789abcdef/policy/model-00001-of-00100.safetensors,
 # and what libraries add to a name while they write.
 _BELOW = 200
-# Of a folder that is written under a temporary name beside it: .tmp-4194304-deleted
-_ADDED = 20
+# Of a folder that is written under a temporary name beside it: .tmp-0123456789abcdef
+_ADDED = 21
 _MAX_NAME = 255  # bytes, of every usual file system
 
 

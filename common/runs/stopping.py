@@ -217,7 +217,8 @@ class Stopping:
     def _note(self, number: int) -> None:
         self.number, self._came = number, time.monotonic()
         self._deadline = self._came + self._grace
-        self._asleep.release()
+        if self._asleep.locked():  # else a signal came just now, while this process heard of another one's
+            self._asleep.release()
         if self._accelerator.is_main_process:
             limit = f" (at most {self._grace:g} s)" if self._doing.startswith("finishing") else ""
             then = ", then a checkpoint" if self._keeps_checkpoint else "; save_every=0 keeps no checkpoint"

@@ -135,7 +135,7 @@ def _known(path: Path, project: str) -> dict[str, Any]:
         return {}
     try:
         known = json.loads(path.read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("it is not JSON") from None
     name, step = (known.get("id"), known.get("last_step")) if isinstance(known, dict) else (None, None)
     if not isinstance(name, str) or not _WANDB_ID.fullmatch(name) or type(step) is not int:

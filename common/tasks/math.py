@@ -284,10 +284,6 @@ def _box(prompt: str, completion: str) -> Box | None:
     return last_box(outside_thoughts(completion, prompt))
 
 
-def _ends_soon(box: Box) -> bool:
-    return len(box.rest) <= MAX_TEXT_AFTER_BOX
-
-
 def _is_correct(box: Box | None, gold: str) -> bool:
     return box is not None and means_the_same(gold, box.content)
 
