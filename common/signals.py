@@ -70,6 +70,12 @@ def raise_in_script() -> None:
     _install(_raise)
 
 
+def end_without_a_word() -> None:
+    """From now on, another signal ends this program at once: what there is to say of the first is being said."""
+    for number in filter(is_ours_to_answer, ENDING):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _install(handler: object) -> None:
     global _owner
     _owner = os.getpid()

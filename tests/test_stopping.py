@@ -176,6 +176,30 @@ def test_a_process_whose_launcher_is_killed_is_asked_to_end():
     assert done.stderr.strip() == "SIGTERM: nothing had begun yet"  # of the script, whose end this has waited for
 
 
+# Is sent Ctrl-C while it says what became of the first.
+TWICE = """
+import os, signal, time
+from common.cli import run_script
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_script(main, interrupted=interrupted)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_while_the_first_is_reported_shows_no_traceback():
+    done = subprocess.run([sys.executable, "-c", TWICE], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 # Without a run
 
 

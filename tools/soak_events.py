@@ -25,7 +25,7 @@ MAX_LINES = 8  # of a message
 # What the fraction of a moment means, in seconds.
 START, STEP, WRITE = 4.0, 0.3, 0.004
 # From a signal to the end: a run may finish its step, which takes a moment here; a launcher waits longer.
-AT_ONCE, PATIENCE_OF_QUEUES = 5.0, 60.0
+AT_ONCE, PATIENCE_OF_QUEUES = 8.0, 60.0
 APART = 1.2  # seconds between two signals that are not one request
 DISK = 12 << 20  # bytes of the small disk
 NEEDED = 1_800_000  # bytes that a run of these settings takes, about
