@@ -24,7 +24,7 @@ from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
-from common.signals import Stopped, name_of, raise_in_script
+from common.signals import Stopped, end_without_a_word, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
 from common.yaml_files import parse_yaml
 
@@ -274,6 +274,7 @@ def run_script(
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS)
     except (KeyboardInterrupt, Stopped) as error:
+        end_without_a_word()
         if is_main:  # a launcher sends the signal to all
             name = name_of(error.number) if isinstance(error, Stopped) else "\ninterrupted"
             print(f"{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)

@@ -197,6 +197,49 @@ def test_a_signal_during_the_imports_shows_no_traceback(script, number):
     assert "Traceback" not in said and said.count("\n") <= 3
 
 
+# Starts a script as a launcher does, and is killed while that imports torch.
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
+while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_launcher_is_killed_is_asked_to_end():
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "any"}
+    launched = [sys.executable, "-c", LAUNCHER, "-m", "common.merge"]
+    done = subprocess.run(launched, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, timeout=60)
+    assert done.stderr.strip() == "SIGTERM: nothing had begun yet"  # of the script, whose end this has waited for
+
+
+# Is sent Ctrl-C while it says what became of the first.
+TWICE = """
+import os, signal, time
+from common.cli import run_script
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_script(main, interrupted=interrupted)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_while_the_first_is_reported_shows_no_traceback():
+    done = subprocess.run([sys.executable, "-c", TWICE], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
 # Without a run
 
 
