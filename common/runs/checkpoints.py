@@ -142,7 +142,7 @@ def remove_leftovers(folder: Path) -> None:
         try:
             _delete(path)
         except OSError as error:
-            logger.warning("%s is of no use, and could not be deleted: %s", error.filename or path, error.strerror)
+            logger.warning("%s is of no use, and could not be deleted: %s", path, error.strerror)
 
 
 def _step_in(folder: Path) -> int:
