@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -264,7 +263,7 @@ def run_script(
     try:
         main()
     except ValueError as error:
-        if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        if not is_ours(error.__traceback__):
             raise
         if is_main or not isinstance(error, CannotWrite):  # which all processes raise
             print(f"error: {printable(str(error))}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Which errors are messages for the user, and a Python program that ends with one of them instead of a traceback."""
 
+import dis
 import re
 import sys
 import traceback
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 # Exit status of a script whose run stopped itself because of its numbers; 2 is a mistake in what it was given.
 WRONG_NUMBERS = 3
+_RAISE = dis.opmap["RAISE_VARARGS"]
 # Characters of another library's error in a message.
 _MAX_LINE = 300
 
@@ -52,14 +54,20 @@ def where_to_go_on(step: int) -> str:
     return f"A checkpoint-{step - 1} holds the weights that gave these numbers: go on from an earlier one, if any.\n"
 
 
-def is_ours(raised_at: traceback.FrameSummary) -> bool:
+def is_ours(trace: TracebackType | None) -> bool:
     """Whether this project raised an error on purpose.
 
-    Python's own functions raise ValueErrors too: those have no frame, and end in a line that calls them.
+    Python's own functions raise ValueErrors too: those have no frame, and end in an instruction that calls them. The
+    source is not read for that: it may have been edited since the program began.
     """
-    file = Path(raised_at.filename)
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    file = Path(code.co_filename)
     is_in_project = file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
-    return is_in_project and (raised_at.line or "").startswith("raise ")
+    return is_in_project and code.co_code[trace.tb_lasti] == _RAISE
 
 
 def name_of_script(script: str | None) -> str:
@@ -83,7 +91,7 @@ def explain_mistakes() -> None:
         if limits := is_script and not sys.flags.dev_mode and limit_in_the_way(error):
             print(f"error: {printable(_said_of_limits(error, limits))}", file=sys.stderr)
             sys.exit(2)
-        is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(frames[-1])
+        is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(trace)
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
         place = f"{name_of_script(frames[0].filename)}, line {frames[0].lineno}"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from common.mistakes import is_ours
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -26,3 +28,19 @@ def test_a_limit_of_the_shell_in_the_way_is_a_message(tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "ulimit -v 300000" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "file", "expected"),
+    [
+        ("raise ValueError(\n    'ours'\n)", ROOT / "common" / "gone.py", True),
+        ("raise ValueError from KeyError()", ROOT / "common" / "gone.py", True),
+        ("int('a fault')", ROOT / "common" / "gone.py", False),
+        ("raise ValueError(int('a fault'))", ROOT / "common" / "gone.py", False),
+        ("raise ValueError", "/elsewhere/gone.py", False),
+    ],
+)
+def test_an_error_is_ours_also_when_the_source_was_edited_since(source, file, expected):
+    with pytest.raises(ValueError) as raised:
+        exec(compile(source, str(file), "exec"))
+    assert is_ours(raised.value.__traceback__) is expected

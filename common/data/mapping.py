@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -97,7 +96,7 @@ def _mapped_batch(encode: Encode, numbers: pa.Table) -> pa.Table:
     try:
         return pa.Table.from_batches([encode(numbers["number"].to_pylist())])
     except ValueError as error:
-        if is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        if is_ours(error.__traceback__):
             raise _Mistake(str(error)) from None
         raise
 

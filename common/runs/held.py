@@ -121,6 +121,11 @@ class HeldFolder:
                 write_file(self.folder / name, self._kept[name])
             logger.warning("%s was deleted while the run worked, and is written again", self.folder / name)
 
+    @property
+    def is_released(self) -> bool:
+        """True if this process has let go of the folder, or was forked from the one that holds it."""
+        return self.descriptor is None
+
     def is_there(self) -> bool:
         """False if the folder was deleted or moved, also if another one has its name."""
         return self.descriptor is None or _is_at(self.descriptor, self.folder)
