@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -25,7 +24,7 @@ from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
-from common.signals import Stopped, name_of, raise_in_script
+from common.signals import Stopped, end_without_a_word, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
 from common.yaml_files import parse_yaml
 
@@ -265,7 +264,7 @@ def run_script(
     try:
         main()
     except ValueError as error:
-        if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        if not is_ours(error.__traceback__):
             raise
         if is_main or not isinstance(error, CannotWrite):  # which all processes raise
             print(f"error: {printable(str(error))}", file=sys.stderr)
@@ -275,6 +274,7 @@ def run_script(
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS)
     except (KeyboardInterrupt, Stopped) as error:
+        end_without_a_word()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if is_main:  # a launcher sends the signal to all
             name = "\ninterrupted" if stopped.number == signal.SIGINT else name_of(stopped.number)

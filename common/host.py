@@ -4,6 +4,7 @@ In a container or a job of a queue the machine's own numbers are of no use: the 
 of the cgroup. Cgroups are nested, and the tightest one counts. Where a file cannot be read, there is no limit in it.
 """
 
+import errno
 import os
 import resource
 import sys
@@ -14,6 +15,22 @@ from pathlib import Path
 
 SELF = Path("/proc/self")
 _V2 = "cgroup2"
+# How libraries say that they got none: the loader of libraries, C++, torch, the C library, and an extension of Python.
+_NO_MEMORY = (
+    "failed to map segment",
+    "bad_alloc",
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "returned NULL without setting an exception",
+)
+# What a shell's `ulimit` calls the limits that keep a process from starting or working, and its unit in bytes.
+_ULIMITS = {
+    "ulimit -v": (resource.RLIMIT_AS, 1024),
+    "ulimit -d": (resource.RLIMIT_DATA, 1024),
+    "ulimit -u": (resource.RLIMIT_NPROC, 1),
+    "ulimit -n": (resource.RLIMIT_NOFILE, 1),
+}
 # Version 1 writes no limit as a number near 2^63, rounded down to pages.
 _NO_LIMIT = 1 << 62
 
@@ -145,6 +162,34 @@ def _shell_limits(proc: Path) -> Iterator[HostMemory]:
         if limit != resource.RLIM_INFINITY:
             used = int(sizes[position]) * resource.getpagesize()
             yield HostMemory(total=limit, available=limit - used, source=f"ulimit {name}")
+
+
+def limits_in_force(letters: str = "vdun") -> str:
+    """The limits of this process that can keep it or another from working, as `ulimit` shows them.
+
+    Args:
+        letters: those to look at.
+    """
+    found = []
+    for name, (number, unit) in _ULIMITS.items():
+        limits = [limit for limit in resource.getrlimit(number) if limit != resource.RLIM_INFINITY]
+        if limits and name[-1] in letters:
+            found.append(f"{name} {min(limits) // unit}")
+    return ", ".join(found) or "no ulimit"
+
+
+def limit_in_the_way(error: BaseException) -> str:
+    """The limit of `ulimit` that an error of Python or a library comes from; empty if it comes from elsewhere."""
+    text, number = str(error), error.errno if isinstance(error, OSError) else None
+    letters = ""
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or any(words in text for words in _NO_MEMORY):
+        letters = "vd"
+    elif number == errno.EAGAIN or "can't start new thread" in text:
+        letters = "vdu"
+    elif number == errno.EMFILE or "Too many open files" in text:
+        letters = "n"
+    limits = limits_in_force(letters)
+    return "" if limits == "no ulimit" else limits
 
 
 def _table(path: Path) -> dict[str, int]:

@@ -1,17 +1,20 @@
 """Which errors are messages for the user, and a Python program that ends with one of them instead of a traceback."""
 
+import dis
 import re
 import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
 
+from common.host import limit_in_the_way
 from common.terminal import printable
 
 ROOT = Path(__file__).parent.parent
 
 # Exit status of a script whose run stopped itself because of its numbers; 2 is a mistake in what it was given.
 WRONG_NUMBERS = 3
+_RAISE = dis.opmap["RAISE_VARARGS"]
 # Characters of another library's error in a message.
 _MAX_LINE = 300
 
@@ -51,14 +54,20 @@ def where_to_go_on(step: int) -> str:
     return f"A checkpoint-{step - 1} holds the weights that gave these numbers: go on from an earlier one, if any.\n"
 
 
-def is_ours(raised_at: traceback.FrameSummary) -> bool:
+def is_ours(trace: TracebackType | None) -> bool:
     """Whether this project raised an error on purpose.
 
-    Python's own functions raise ValueErrors too: those have no frame, and end in a line that calls them.
+    Python's own functions raise ValueErrors too: those have no frame, and end in an instruction that calls them. The
+    source is not read for that: it may have been edited since the program began.
     """
-    file = Path(raised_at.filename)
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    file = Path(code.co_filename)
     is_in_project = file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
-    return is_in_project and (raised_at.line or "").startswith("raise ")
+    return is_in_project and code.co_code[trace.tb_lasti] == _RAISE
 
 
 def name_of_script(script: str | None) -> str:
@@ -70,6 +79,8 @@ def name_of_script(script: str | None) -> str:
 def explain_mistakes() -> None:
     """Make an error of ours that ends a program a message with the program's line, and exit status 2 (or 3).
 
+    So is one that a limit of the shell or the queue causes, also while libraries are imported.
+
     Every other error, and every error at Python's prompt, in a notebook or with `python -X dev`, keeps its traceback.
     """
     others = sys.excepthook
@@ -77,7 +88,10 @@ def explain_mistakes() -> None:
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         frames = traceback.extract_tb(trace)
         is_script = len(frames) > 1 and frames[0].name == "<module>" and Path(frames[0].filename).is_file()
-        is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(frames[-1])
+        if limits := is_script and not sys.flags.dev_mode and limit_in_the_way(error):
+            print(f"error: {printable(_said_of_limits(error, limits))}", file=sys.stderr)
+            sys.exit(2)
+        is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(trace)
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
         place = f"{name_of_script(frames[0].filename)}, line {frames[0].lineno}"
@@ -85,3 +99,13 @@ def explain_mistakes() -> None:
         sys.exit(WRONG_NUMBERS if kind is WrongNumbers else 2)
 
     sys.excepthook = explain
+
+
+def _said_of_limits(error: BaseException, limits: str) -> str:
+    said = first_line(error)
+    said = said if type(error).__name__ in said else f"{type(error).__name__}: {said}"
+    return (
+        f"{said}.\nThis process has reached a limit that the shell or the queue has set: {limits}. Raise it, in a "
+        "queue by asking for more memory, and start the same command again: it continues from the last checkpoint, "
+        "if there is one. `python -X dev` shows where it was reached."
+    )

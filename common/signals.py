@@ -4,6 +4,7 @@ While a run trains, common/runs/stopping.py answers them. Only scripts of this p
 another program, nothing here is installed. No heavy import at the top, since this must be there before torch is.
 """
 
+import ctypes
 import os
 import shlex
 import signal
@@ -16,6 +17,9 @@ ROOT = Path(__file__).parent.parent
 
 # What queues, containers and terminals send before they kill, and Ctrl-C.
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 class Stopped(SystemExit):
@@ -56,11 +60,20 @@ def leave_while_importing() -> None:
     """In a script of this project, have a signal during the imports, which take seconds, end it with one line."""
     if _is_our_script():
         _install(_leave)
+        if _is_launched() and sys.platform == "linux":
+            # Its launcher may die first: torchrun does so at once of SIGKILL and, unless told otherwise, of SIGUSR1.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def raise_in_script() -> None:
     """From now on, a signal raises Stopped in this script, and Ctrl-C KeyboardInterrupt as always."""
     _install(_raise)
+
+
+def end_without_a_word() -> None:
+    """From now on, another signal ends this program at once: what there is to say of the first is being said."""
+    for number in filter(is_ours_to_answer, ENDING):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _install(handler: object) -> None:
@@ -112,10 +125,22 @@ def _is_in_project(file: Path) -> bool:
     return file.is_relative_to(ROOT) and not file.is_relative_to(sys.prefix)
 
 
+def _is_launched() -> bool:
+    """Whether torchrun or `accelerate launch` is the parent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _words() -> list[str]:
+    if _is_launched():
+        with suppress(OSError):
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text("utf-8", "replace").split("\0")[:-1]
+            return words or sys.orig_argv
+    return sys.orig_argv
+
+
+_WORDS = _words()  # read now: the launcher may be gone when it is asked for
+
+
 def command_line() -> str:
     """The command that started this program, as a shell takes it: with its launcher, if it had one."""
-    words = sys.orig_argv
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun or accelerate launch is the parent
-        with suppress(OSError):
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_text("utf-8", "replace").split("\0")[:-1] or words
-    return shlex.join(words)
+    return shlex.join(_WORDS)

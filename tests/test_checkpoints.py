@@ -578,6 +578,25 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog)
     assert "checkpoint-1 could not be deleted: Device or resource busy. So this old checkpoint stays" in caplog.text
 
 
+def test_what_is_left_of_an_old_checkpoint_does_not_keep_the_next_start_from_going_on(tmp_path, caplog):
+    run = run_folder(tmp_path / "run")
+    save(run, 1)
+    busy = run / "checkpoint-1" / "busy"  # as a file that is open elsewhere, on a disk of the network
+    busy.mkdir()
+    if os.system(f"mount --bind {busy} {busy} 2> {os.devnull}"):
+        pytest.skip("nothing can be mounted here")
+    save(run, 2)
+    rotate(run, 1, None)
+    (left,) = run.glob("checkpoint-1.tmp-*")
+    try:
+        remove_leftovers(run)
+        assert f"{left} is of no use, and could not be deleted: " in caplog.text and left.exists()
+    finally:
+        os.system(f"umount {left}/busy")
+    remove_leftovers(run)
+    assert names(run) == ["checkpoint-2"]
+
+
 def test_a_final_model_replaces_a_link_and_not_what_it_points_to(tmp_path):
     run = run_folder(tmp_path / "run")
     target = linked(run / "final", tmp_path / "disk")

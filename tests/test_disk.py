@@ -1,5 +1,6 @@
 """A disk that is full, read-only, limited or away: one message, nothing half written, and the run goes on later."""
 
+import ctypes
 import errno
 import os
 import resource
@@ -97,7 +98,7 @@ FULL = {
         "are free.*then begins the run again",
     ),
     "final": (1, 60_000, "final", "are needed.*goes on from checkpoint-3, which"),
-    "a line of the log": (0, 12_288, "metrics.jsonl", "0 bytes are free"),
+    "a line of the log": (0, 16_384, "metrics.jsonl", "0 bytes are free"),
 }
 
 
@@ -176,6 +177,35 @@ def test_a_run_on_a_disk_that_became_read_only_is_refused_before_it_loads_anythi
         with pytest.raises(CannotWrite, match=r"Read-only file system.*Make the folder writable.*from checkpoint-3"):
             write()
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture
+def as_any_user() -> Iterator[None]:
+    """Root may read and write every file; without these capabilities, only as any other owner of it may."""
+    libc, header = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before, less = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
+    for place in (before, less):
+        libc.capget(header, place)
+    less[0] &= ~(1 << 1 | 1 << 2)  # of the effective ones: CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    libc.capset(header, less)
+    yield
+    libc.capset(header, before)
+
+
+@pytest.mark.slow
+def test_what_a_user_may_not_read_of_a_run_is_one_message_and_it_goes_on_when_he_may(
+    as_any_user, whole, tiny_folder, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("final", "checkpoint-3"))
+    for name in ("config.yaml", "metrics.jsonl", "prompts.json", "samples.jsonl"):
+        (folder / name).chmod(0)
+        said = rf"{name} could not be read or written: Permission denied\..* Let this .* goes on from checkpoint-2"
+        with pytest.raises(CannotWrite, match=said):
+            toy_trainer(tiny_folder, folder, **SETTINGS).train()
+        (folder / name).chmod(0o644)
+    toy_trainer(tiny_folder, folder, **SETTINGS).train()
+    check_same(folder, whole)
 
 
 def test_a_folder_that_takes_no_byte_or_no_file_is_refused_and_says_what_is_free(mount):

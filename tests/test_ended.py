@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -72,7 +73,17 @@ def test_a_real_out_of_memory_kill_is_known_for_certain(tmp_path):
 
 def test_what_cannot_be_a_record_is_no_error(tmp_path):
     path = tmp_path / ended.RECORD_FILE
-    for content in ("", "{", "[]", '{"oom_kills": 3}', '{"oom_kills": {}, "limit": "x", "is_on_cpu": 1}', "\0"):
+    huge = '{"oom_kills": {}, "limit": 1%s, "is_on_cpu": true, "host": "a", "boot": "b"}' % ("0" * 400)
+    for content in (
+        "",
+        "{",
+        "[]",
+        huge,
+        "[" * 100_000,
+        '{"oom_kills": 3}',
+        '{"oom_kills": {}, "limit": "x", "is_on_cpu": 1}',
+        "\0",
+    ):
         path.write_text(content, encoding="utf-8")
         assert ended.begin(tmp_path).endswith("before its first step was done, as by a power cut.")
         ended.end(tmp_path)
@@ -113,3 +124,26 @@ def test_a_run_keeps_its_record_while_it_lives(tiny_folder, tmp_path, caplog):
     toy_trainer(tiny_folder, tmp_path / "run", num_steps=2, save_every=1, resume="extend").train()
     assert "the last process ended without a word during step 2" in caplog.text
     assert not record.exists()
+
+
+def test_a_record_that_a_full_disk_left_empty_is_removed(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        ended.begin(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    ended.end(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_record_of_a_folder_that_took_the_place_of_this_one_stays(tmp_path):
+    here, other = tmp_path / "run", tmp_path / "other"
+    for folder in (other, here):
+        folder.mkdir()
+    ended.begin(here)
+    (other / ".running.json").write_text("{}", encoding="utf-8")
+    here.rename(tmp_path / "moved")
+    other.rename(here)
+    ended.end(here)
+    assert (here / ".running.json").read_text(encoding="utf-8") == "{}"

@@ -1,5 +1,6 @@
 """LoRA: which modules a name means, what is refused, and what is said."""
 
+import json
 import logging
 import warnings
 
@@ -329,3 +330,10 @@ def test_an_adapter_is_loaded_whole_whatever_its_modules_are_called(architecture
     save_file(tensors, path)
     with pytest.raises(ValueError, match=r"of the \d+ tensors that its configuration asks for, and not .*lora_B"):
         load_policy(config.model, config, dtype=torch.float32, checkpoint=tmp_path / "adapter")
+
+
+def test_an_adapter_is_written_with_the_same_bytes_in_every_process(tiny_folder, tmp_path):
+    toy_trainer(tiny_folder, tmp_path / "run", **LORA, num_steps=1, save_every=1).train()
+    for folder in ("final/adapter", "checkpoint-1/policy"):
+        names = json.loads((tmp_path / "run" / folder / "adapter_config.json").read_text())["target_modules"]
+        assert len(names) > 6 and names == sorted(names)

@@ -212,6 +212,20 @@ def test_no_child_of_a_killed_run_keeps_its_lock(tmp_path):
         process.stdout.close()
 
 
+def test_a_trainer_does_not_train_in_a_child_that_was_forked_from_its_process(tiny_folder, tmp_path):
+    trainer = toy_trainer(tiny_folder, tmp_path / "run", num_steps=1)
+    if (child := os.fork()) == 0:
+        try:
+            trainer.train()
+        except ValueError as error:
+            os._exit(7 if "this process was forked from the one that made the trainer" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    trainer.train()
+
+
 def test_another_process_that_took_the_folder_without_its_lock_ends_the_first(tiny_folder, tmp_path):
     run = tmp_path / "run"
     trainer = toy_trainer(tiny_folder, run, **SETTINGS)

@@ -18,6 +18,7 @@ from common.runs.checkpoints import FINAL_FOLDER, save_final
 from common.samples import watch as watching
 from common.samples.command import main
 from common.samples.watch import is_finished, watch
+from common.signals import Stopped
 from tests.test_samples import data_of, row, write_run
 
 ROOT = Path(__file__).parent.parent
@@ -227,6 +228,19 @@ def test_an_open_page_reloads_about_as_often_as_the_run_writes(tmp_path, monkeyp
     monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
     watch([folder])
     assert reloads == [10, 40, 40]
+
+
+def test_another_signal_ends_it_too_and_the_page_rests(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", [row(1)])
+
+    def sleep(seconds):
+        assert data_of(folder / "samples.html")["refresh"] is not None
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(watching, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    with pytest.raises(Stopped):
+        watch([folder])
+    assert data_of(folder / "samples.html")["refresh"] is None
 
 
 @pytest.mark.slow

@@ -161,3 +161,48 @@ def test_a_run_says_which_prompts_spell_special_tokens_and_leaves_text_and_its_o
     [ids] = PromptSet([{"prompt": begun}], tokenizer, max_prompt_length=999, seed=0).ids
     assert [ids.count(tokenizer.convert_tokens_to_ids(token)) for token in TURNS] == [2, 1]
     assert tokenizer.decode(ids).endswith(f"assistant\nSure{END}")
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "spelling"),
+    [
+        (normalizers.NFKC(), "".join(chr(ord(character) + 0xFEE0) for character in END)),
+        (normalizers.Lowercase(), "<|IM_END|>"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), "<|im_énd|>"),
+    ],
+    ids=["fullwidth", "upper case", "accents"],
+)
+def test_what_becomes_a_token_only_when_it_is_normalised_is_text_too(normalizer, spelling):
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=True) for token in TURNS], special_tokens=True)
+    tokenizer.chat_template, end = CHATML, tokenizer.convert_tokens_to_ids(END)
+    assert tokenizer(spelling)["input_ids"] == [end]
+    said = [{"role": "user", "content": f"a {spelling} b"}, {"role": "user", "content": f"a {spelling[:4]}"}]
+    rows = [{"prompt": [said[0]]}, {"prompt": [said[1], {"role": "user", "content": f"{spelling[4:]} b"}]}]
+    prompts = PromptSet(rows, tokenizer, max_prompt_length=500, seed=0)
+    assert [list(ids).count(end) for ids in prompts.ids] == [1, 2]
+
+
+def test_names_of_arguments_and_halves_that_a_template_trims_spell_no_token(tokenizers):
+    tokenizer = tokenizers["bytes"]
+    calls = "{% for m in messages %}{{ (m['content'] or '') | trim }}{{ m.tool_calls | tojson }}{% endfor %}"
+    joined = "{% for m in messages %}{{ m['content'] | trim }}{% endfor %}<|im_start|>"
+    end = tokenizer.convert_tokens_to_ids(END)
+    call = {"type": "function", "function": {"name": "f", "arguments": {f"{END} x": {END: 1}}}}
+    spellings = Spellings(tokenizer)
+    for template, messages in (
+        (calls, [{"role": "assistant", "content": None, "tool_calls": [call]}]),
+        (joined, [{"role": "system", "content": f"a {END[:5]} \n"}, {"role": "user", "content": f" {END[5:]}"}]),
+    ):
+        written = spellings.written(messages, partial(render_chat, tokenizer, chat_template=template))
+        assert END in written.text and end not in spellings.encode(written)
+
+
+def test_a_template_without_end_is_refused_before_its_tokens_are_sought(tokenizers, monkeypatch):
+    monkeypatch.setattr("common.models.template_limit.SECONDS", 1)
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML + "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
+    assert Spellings(tokenizer).in_text(END) == END
+    with pytest.raises(ValueError, match="more than 1 s of processor time"):
+        PromptSet([{"prompt": [{"role": "user", "content": "a"}]}], tokenizer, max_prompt_length=500, seed=0)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,13 +66,20 @@ def defaults():
         signal.signal(number, handler)
 
 
-def run(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
-    settings = json.dumps(SETTINGS | more.pop("settings", {}))
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command_of(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
     script = folder.parent / "run.py"
     script.write_text(RUN)
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
-    command = [sys.executable, *launch, str(script), str(model), str(folder), algorithm, settings, *event]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=200)
+    settings = json.dumps(SETTINGS | more)
+    return [sys.executable, *launch, str(script), str(model), str(folder), algorithm, settings, *event]
+
+
+def run(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
+    command = command_of(model, folder, *event, launch=launch, algorithm=algorithm, **more.pop("settings", {}))
+    environment = os.environ | ENVIRONMENT | more
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def same_run(folder: Path, whole: Path) -> bool:
@@ -136,6 +145,37 @@ def test_processes_stop_at_the_end_of_the_same_step_though_one_got_the_signal(wh
 
 
 @pytest.mark.slow
+def test_the_script_shown_for_slurm_passes_the_signal_on_and_queues_the_job_again(whole, tmp_path):
+    model, uninterrupted = whole
+    shown = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/running.md").read_text(), re.DOTALL)[1]
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text('#!/bin/sh\necho "scontrol $@"\n')
+    scontrol.chmod(0o755)
+    environment = os.environ | ENVIRONMENT | {"SLURM_JOB_ID": "7", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    metrics = tmp_path / "run/metrics.jsonl"
+
+    def submit(*event: str) -> tuple[int, str]:
+        command = shlex.join(command_of(model, tmp_path / "run", *event))
+        script = shown.replace("python GRPO/grpo.py --output_dir runs/mine", command)
+        assert command in script
+        job = subprocess.Popen(["bash", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+        while event and job.poll() is None and not (metrics.exists() and '{"step": 2,' in metrics.read_text()):
+            time.sleep(0.05)
+        if event:
+            job.send_signal(signal.SIGUSR1)  # to the shell alone, as `--signal=B:USR1` does
+        said, _ = job.communicate(timeout=200)
+        return job.returncode, said
+
+    status, said = submit("policy_sampler.sample", "3", "SIGCONT", "60")
+    assert (status, "scontrol requeue 7" in said) == (138, True)
+    assert checkpoints(tmp_path / "run") == ["checkpoint-2"]
+    status, said = submit()
+    assert (status, "scontrol" in said) == (0, False)
+    assert same_run(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "number"),
     [
@@ -156,6 +196,49 @@ def test_a_signal_during_the_imports_shows_no_traceback(script, number):
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number
     assert "Traceback" not in said and said.count("\n") <= 3
+
+
+# Starts a script as a launcher does, and is killed while that imports torch.
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
+while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+    time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_launcher_is_killed_is_asked_to_end():
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "any"}
+    launched = [sys.executable, "-c", LAUNCHER, "-m", "common.merge"]
+    done = subprocess.run(launched, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment, timeout=60)
+    assert done.stderr.strip() == "SIGTERM: nothing had begun yet"  # of the script, whose end this has waited for
+
+
+# Is sent Ctrl-C while it says what became of the first.
+TWICE = """
+import os, signal, time
+from common.cli import run_script
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run_script(main, interrupted=interrupted)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_signal_while_the_first_is_reported_shows_no_traceback():
+    done = subprocess.run([sys.executable, "-c", TWICE], stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 # Without a run

@@ -145,8 +145,14 @@ def test_a_run_that_is_extended_says_which_steps_wandb_keeps_and_how_to_have_the
     assert sorted(steps) == [5, 6, 7] and steps[5]["lr"] == after["lr"]
 
 
+def environment() -> dict[str, str]:
+    """That of a process with a service of its own: wandb names the service of this one, of earlier tests, there."""
+    kept = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return kept | {"PYTHONPATH": str(ROOT)}
+
+
 KILLED = """
-import os, pathlib, signal, sys
+import os, pathlib, signal, sys, time
 from accelerate import Accelerator
 from common.runs.log import RunLog
 folder = pathlib.Path(sys.argv[1])
@@ -155,6 +161,7 @@ for step in range(3):
     log.samples(step, [{"completion": str(step)}])
     log.log(step, {"score": step / 2})
 log.samples(3, [{"completion": "of a step that does not end"}])
+time.sleep(1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -162,7 +169,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.slow
 def test_what_was_logged_before_a_kill_is_there(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     ((name, _, steps),) = runs_of(tmp_path, 2)
     assert {step: values["score"] for step, values in steps.items()} == {0: 0, 1: 0.5, 2: 1}
@@ -240,25 +247,23 @@ def test_without_wandb_there_is_no_such_file(toy_folder, tmp_path):
 @pytest.mark.slow
 def test_a_service_of_wandb_that_dies_never_ends_a_run_and_its_steps_count_as_not_sent(tmp_path):
     script = """
-import os, signal, subprocess, sys
+import os, signal, sys
 from pathlib import Path
-from common.runs.log import RunLog
 from accelerate import Accelerator
+from common.rewards.processes import children
+from common.runs.log import RunLog
 folder = Path(sys.argv[1])
 log = RunLog(folder, Accelerator(cpu=True, log_with=["wandb"], project_dir=folder), {})
 log.log(0, {"score": 0.0})
-ours = ["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())]
-lines = subprocess.run(ours, capture_output=True, text=True).stdout.splitlines()
-for line in lines:
-    if "wandb-core" in line:
-        os.kill(int(line.split()[0]), signal.SIGKILL)
+[service] = [pid for pid in children() if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
+os.kill(service, signal.SIGKILL)
 for step in (1, 2, 3):
     log.samples(step, [{"completion": str(step)}])
     log.log(step, {"score": 1.0})
 log.close()
 """
     command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("wandb failed, and gets nothing more of this run until it is started again") == 1
     assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1, 2, 3]

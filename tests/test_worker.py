@@ -130,6 +130,23 @@ def test_what_a_rule_started_ends_with_the_run_however_that_ends(kill):
     wait_until(lambda: not running(seconds), 10)
 
 
+def test_a_warm_up_that_handles_every_error_ends_with_the_worker(capfd):
+    seconds = f"7{os.getpid()}"
+
+    def warm() -> None:
+        subprocess.Popen(["sleep", seconds])
+        while True:
+            with contextlib.suppress(BaseException):
+                time.sleep(0.01)
+
+    worker = RuleWorker({"it": warmed_up_by(warm)(lambda completions: [1.0])}, SHORT)
+    wait_until(lambda: running(seconds), 30)
+    before = time.monotonic()
+    del worker
+    assert time.monotonic() - before < 5 and not running(seconds)
+    assert capfd.readouterr().err == ""
+
+
 def wait_until(condition, seconds: float) -> None:
     last = time.monotonic() + seconds
     while not condition():
@@ -217,6 +234,30 @@ def test_a_killed_keeper_is_said_and_killed_twice_it_is_an_error(caplog):
     assert "signal 9 (SIGKILL)" in caplog.text and "scores the same rows again" in caplog.text
     with pytest.raises(ValueError, match=r"'it' was killed twice in a row: .*out of memory"):
         scored(lambda completions: os.kill(os.getppid(), signal.SIGKILL), "a")
+
+
+def test_what_a_rule_started_ends_with_a_keeper_that_is_killed(tmp_path):
+    seconds, was_here = f"5{os.getpid()}", tmp_path / "was here"
+
+    def starts_once(completions):
+        if not was_here.exists():
+            was_here.touch()
+            subprocess.run(f"sleep {seconds} & sleep {seconds}", shell=True)
+        return [1.0]
+
+    before = children()
+    worker = RuleWorker({"it": starts_once}, Limits())
+    [keeper] = children() - before
+
+    def kill() -> None:
+        wait_until(lambda: len(running(seconds)) == 2, 10)
+        os.kill(keeper, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert worker("it", {"completions": ["a"]})[0].reward == 1
+    killer.join()
+    assert running(seconds) == []
 
 
 def test_a_worker_that_was_killed_between_two_calls_costs_no_row():
@@ -459,8 +500,8 @@ print(sum("hidden" in value for value in os.environ.values()))
 
 
 def test_which_variables_are_secrets():
-    secret = "HF_TOKEN hf_token GITHUB_TOKEN_2 OPENAI_API_KEY SSH_AUTH_SOCK MYSQL_PWD KAGGLE_KEY AWS_REGION GH_PAT"
-    plain = "PATH PWD OLDPWD HOME TOKENIZERS_PARALLELISM KEYBOARD MONKEY AUTHOR PYTHONPATH LANG CUDA_VISIBLE_DEVICES"
+    secret = "HF_TOKEN hf_token API_TOKENS TOKEN_2 OPENAI_API_KEY SSH_AUTH_SOCK MYSQL_PWD KAGGLE_KEY AWS_REGION GH_PAT"
+    plain = "PATH PWD OLDPWD HOME MAX_TOKENS TOKENIZERS_PARALLELISM MONKEY AUTHOR CUDA_VISIBLE_DEVICES"
     assert all(is_secret(name, "x") for name in secret.split())
     assert not any(is_secret(name, "x") for name in plain.split())
     assert is_secret("HTTPS_PROXY", "http://me:pass@host:80") and not is_secret("HTTPS_PROXY", "http://host:80")

@@ -5,8 +5,9 @@ a random moment. The same command then continues it, and the result is compared 
 metrics.jsonl except for time and memory, samples.jsonl, every byte of final/, the checkpoints. The same seed gives the
 same plan.
 
-Prints a table. Ends with status 1 if an event failed; its folder is kept, with what the run printed, and the command
-that repeats the event is shown.
+Prints a table, also when it is itself asked to end, as soon as the events that have begun are over. Status 1 says that
+an event failed, or that none could be tried; the folder of one that failed is kept, with what the run printed, and the
+command that repeats it is shown.
 """
 
 import argparse
@@ -19,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -121,12 +121,12 @@ def _rows_lost(folder: Path) -> bool:
     return any(value for line in lines for name, value in line.items() if name.startswith("over_limit/"))
 
 
-def soak(runs: Runs, events: Iterator[Event], *, seconds: float, jobs: int) -> Iterator[Outcome]:
-    """Run events until the time is over, `jobs` at a time; those that have begun are finished."""
+def soak(runs: Runs, events: Iterator[Event], *, seconds: float, jobs: int, asked: list[int]) -> Iterator[Outcome]:
+    """Run events, `jobs` at a time, until the time is over or a signal is in `asked`; then finish those that run."""
     end, running = time.monotonic() + seconds, set()
     with ThreadPoolExecutor(jobs) as pool:
         while True:
-            while len(running) < jobs and time.monotonic() < end and (one := next(events, None)):
+            while len(running) < jobs and not asked and time.monotonic() < end and (one := next(events, None)):
                 running.add(pool.submit(run_event, runs, one))
             if not running:
                 return
@@ -159,9 +159,11 @@ def main() -> None:
     settings = parser.parse_args()
     # Started in the background, a shell has this process ignore Ctrl-C, and what it starts would inherit that.
     # What asks the soak itself to end lets the events that have begun end: they have mounts and processes to put away.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    asked = []
+    has_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        counts = number != signal.SIGHUP or not has_nohup
+        signal.signal(number, lambda number, _, counts=counts: asked.append(number) if counts else None)
     folder = (settings.folder or Path(tempfile.mkdtemp(prefix="nanorlhf-soak-"))).resolve()
     drawn = {name: getattr(settings, name) for name in ("kinds", "samplers", "processes", "algorithms")}
     numbers = settings.only or (count() if settings.events is None else range(settings.events))
@@ -172,21 +174,21 @@ def main() -> None:
             repeat += [f"--{name}", *map(str, values)]
     print(f"in {folder}", flush=True)
     begun, outcomes = time.monotonic(), []
-    with suppress(KeyboardInterrupt):  # the table of what there is
-        for outcome in soak(Runs(folder), events, seconds=60 * settings.minutes, jobs=settings.jobs):
-            outcomes.append(outcome)
-            one = outcome.event
-            what = f"{one.number:4} {one.kind:16} {one.setup.name:24} {outcome.verdict:8} {outcome.seconds:5.0f} s"
-            print(f"{what}  {outcome.reason}".rstrip(), flush=True)
-            if outcome.verdict == "failed":
-                again = shlex.join([*repeat, "--only", str(one.number)])
-                print(f"     kept in {folder}/event-{one.number}; {again}", flush=True)
-            if settings.write:  # each time, so that a soak that is itself interrupted keeps what it found
-                settings.write.write_text(
-                    json.dumps([asdict(each) for each in outcomes], indent=1) + "\n", encoding="utf-8"
-                )
+    limits = {"seconds": 60 * settings.minutes, "jobs": settings.jobs, "asked": asked}
+    for outcome in soak(Runs(folder), events, **limits):
+        outcomes.append(outcome)
+        one = outcome.event
+        what = f"{one.number:4} {one.kind:16} {one.setup.name:24} {outcome.verdict:8} {outcome.seconds:5.0f} s"
+        print(f"{what}  {outcome.reason}".rstrip(), flush=True)
+        if outcome.verdict == "failed":
+            again = shlex.join([*repeat, "--only", str(one.number)])
+            print(f"     kept in {folder}/event-{one.number}; {again}", flush=True)
+        if settings.write:  # each time, so that a soak that is killed keeps what it found
+            kept = json.dumps([asdict(each) for each in outcomes], indent=1)
+            settings.write.write_text(f"{kept}\n", encoding="utf-8")
     print(f"\n{table(outcomes)}\n\n{summary(outcomes, time.monotonic() - begun)}")
-    sys.exit(any(outcome.verdict == "failed" for outcome in outcomes))
+    failed = any(outcome.verdict == "failed" for outcome in outcomes)
+    sys.exit(1 if failed or not any(outcome.tried for outcome in outcomes) else 128 + asked[0] if asked else 0)
 
 
 if __name__ == "__main__":

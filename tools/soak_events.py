@@ -14,18 +14,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.runs.checkpoints import list_checkpoints, step_of
+from common.runs.checkpoints import FINAL_FOLDER, list_checkpoints, step_of
 from common.runs.folder import CONFIG_FILE, LOCK_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE
 from tools.soak_compare import leftovers
-from tools.soak_plan import DAMAGES, Event, Moment
-from tools.soak_runs import Ended, Process, Runs, children, last_step, ranks, words_of
+from tools.soak_plan import DAMAGES, NUM_STEPS, Event, Moment
+from tools.soak_runs import SLOW_FILE, Ended, Process, Runs, children, last_step, ranks, words_of
 
 MAX_LINES = 8  # of a message
 # What the fraction of a moment means, in seconds.
 START, STEP, WRITE = 4.0, 0.3, 0.004
 # From a signal to the end: a run may finish its step, which takes a moment here; a launcher waits longer.
-SOON, PATIENCE_OF_QUEUES = 15.0, 60.0
+AT_ONCE, PATIENCE_OF_QUEUES = 8.0, 60.0
+APART = 1.2  # seconds between two signals that are not one request
 DISK = 12 << 20  # bytes of the small disk
 NEEDED = 1_800_000  # bytes that a run of these settings takes, about
 
@@ -63,7 +64,8 @@ class Case:
 
     @property
     def command(self) -> list[str]:
-        return self.runs.command(self.event.setup, self.output_dir, self.event.save_every)
+        options = {"save_every": self.event.save_every, "stop_grace": self.event.grace}
+        return self.runs.command(self.event.setup, self.output_dir, **options)
 
     def start(self, *before: str) -> Process:
         """Start the run, or go on with it; `before` are words that come before its command."""
@@ -108,8 +110,8 @@ class Case:
             raise Missed("it was over before")
 
     def note_loss(self) -> None:
-        """Compare the last line of metrics.jsonl with the last checkpoint."""
-        if self.output_dir.is_dir():
+        """Compare the last line of metrics.jsonl with the last checkpoint, unless the run is complete."""
+        if self.output_dir.is_dir() and not (self.output_dir / FINAL_FOLDER).is_dir():
             saved = max(map(step_of, list_checkpoints(self.output_dir)), default=0)
             self.steps_lost = max(0, last_step(self.output_dir) - saved)
 
@@ -142,9 +144,8 @@ def require_message(case: Case, ended: Ended) -> None:
         require(ended.status == 2, "exit status 2", ended)
         require(1 <= len(lines) <= MAX_LINES, f"a message of at most {MAX_LINES} lines, not {len(lines)}", ended)
     require(not ended.left, "its processes end with it", ended)
-    if case.output_dir.is_dir():
-        left = leftovers(case.output_dir)
-        require(not left, f"nothing half written, not {', '.join(left)}", ended)
+    left = leftovers(case.output_dir)
+    require(not left, f"nothing half written, not {', '.join(left)}", ended)
 
 
 # Kills and signals
@@ -160,9 +161,11 @@ def kill(case: Case) -> None:
         process.note_family()
         if whole or event.setup.processes == 1:
             process.send(signal.SIGKILL, group=whole)
-        else:  # its launcher ends the others
-            found = ranks(process.pid) or [process.pid]
+        else:  # its launcher ends the others; without the launcher, they end by themselves
+            found = [*ranks(process.pid), process.pid]
             os.kill(found[int(event.level * len(found))], signal.SIGKILL)
+        if event.setup.processes > 1:
+            process.wait_for_group(PATIENCE_OF_QUEUES)
         ended = process.wait()
         require(ended.status != 0, "an exit status that is not 0", ended)
         require(not ended.left, "its processes end with it", ended)
@@ -181,29 +184,40 @@ def stop(case: Case) -> None:
     [moment] = event.moments
     process = case.start()
     case.wait_until(process, moment)
+    # Signals that come together are one request. A launcher has a way of its own with a second one.
+    is_apart = second and event.level < 0.6 and moment.step >= 0 and event.setup.processes == 1
+    if is_apart:
+        (case.folder / SLOW_FILE).touch()
+        time.sleep(STEP)
     # A launcher does not hand on what it does not know: a queue sends that to each process.
-    process.send(number, group=event.group or number == signal.SIGUSR1)
+    group = event.group or number == signal.SIGUSR1
+    process.send(number, group=group)
+    # From its last step on, it only writes final/, and has ended as usual.
+    last = last_step(case.output_dir) >= NUM_STEPS - 1
     if second:
-        time.sleep(event.level * STEP)
-        process.send(number, group=event.group)
+        time.sleep(APART + event.level if is_apart else event.level * STEP)
+        process.send(number, group=group)
+        (case.folder / SLOW_FILE).unlink(missing_ok=True)
     begun = time.monotonic()
     if event.setup.processes > 1:
         process.wait_for_group(30 + 15)  # a launcher's own patience, and some more
     ended = process.wait()
     seconds = time.monotonic() - begun
-    limit = SOON if second else PATIENCE_OF_QUEUES
+    limit = AT_ONCE if is_apart else PATIENCE_OF_QUEUES
     require(seconds < limit, f"an end within {limit:.0f} s after the signal, not {seconds:.0f}", ended)
-    if event.setup.processes > 1:
+    if ended.status == 0 and last:
+        require((case.output_dir / FINAL_FOLDER).is_dir(), f"{FINAL_FOLDER}/ with exit status 0", ended)
+    elif event.setup.processes > 1:
         require(ended.status != 0, "an exit status that is not 0", ended)
-    elif moment.step >= 0 and not second:
+    else:
         require(ended.status == 128 + number, f"exit status {128 + number}", ended)
-    else:  # before the run can know of it, or while Python ends
-        require(ended.status in (128 + number, 0), f"exit status {128 + number}", ended)
     require("Traceback" not in ended.errors or event.setup.processes > 1, "no traceback", ended)
     require(not ended.left, "its processes end with it", ended)
+    left = leftovers(case.output_dir)
+    require(is_apart or not left, f"nothing half written, not {', '.join(left)}", ended)
     case.note_loss()
-    if not second:
-        require(case.steps_lost == 0, f"no finished step lost, not {case.steps_lost}", ended)
+    limit = event.save_every if is_apart else 0
+    require(case.steps_lost <= limit, f"at most {limit} finished steps lost, not {case.steps_lost}", ended)
 
 
 # Places that cannot be written to
@@ -267,12 +281,12 @@ def read_only(case: Case) -> None:
 
 
 def damage(case: Case) -> None:
-    """A run that was killed, and whose files somebody has damaged before it goes on."""
+    """A run that was killed or asked to end, and whose files somebody has damaged before it goes on."""
     process = case.start()
     case.wait_until(process, case.event.moments[0])
-    process.send(signal.SIGKILL, group=True)
-    process.wait()
     event, folder = case.event, case.output_dir
+    process.send(signal.SIGKILL if event.group else signal.SIGTERM, group=True)
+    process.wait()
     what, how = event.kind.split("-")
     if what in ("metrics", "samples"):
         path = folder / {"metrics": METRICS_FILE, "samples": SAMPLES_FILE}[what]

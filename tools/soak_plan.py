@@ -21,6 +21,7 @@ KINDS = (*KILLS, *SIGNALS, *WRITING, *DAMAGES, *DELETIONS, *WORKERS)
 # One start of vLLM takes as long as two of transformers, and two processes as long as two.
 EVERY_VLLM, EVERY_TWO = 6, 5
 AIMS = ("checkpoint-", "final", "")  # temporary names begin so
+GRACES = (0, 30)  # seconds; with 0 the step in hand is left, which the default would finish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Event:
         group: whether a signal goes to the whole process group.
         level: 0 to 1; how full a disk is, where a file is cut, which of several processes is meant.
         choice: 0 to 1; what `level` leaves open.
+        grace: the run's stop_grace.
     """
 
     number: int
@@ -61,6 +63,7 @@ class Event:
     group: bool
     level: float
     choice: float
+    grace: int
 
 
 def event(
@@ -96,12 +99,14 @@ def event(
         number=number,
         kind=kind,
         setup=setup,
-        # With one checkpoint after each step, there is another one when the last is damaged.
-        save_every=1 if kind.startswith("checkpoint-") else draw.randint(1, 3),
+        # With one checkpoint after each step, there is another one when the last is damaged. With few, it shows
+        # whether a signal has one written.
+        save_every=1 if kind.startswith("checkpoint-") else draw.randint(1, 3) + (kind in SIGNALS),
         moments=_moments(kind, draw),
         group=draw.random() < 0.5,
         level=draw.random(),
         choice=draw.random(),
+        grace=draw.choice(GRACES),
     )
 
 
@@ -124,7 +129,11 @@ def _moments(kind: str, draw: random.Random) -> tuple[Moment, ...]:
         aim = draw.choice(AIMS)
         first = NUM_STEPS - 1 if aim == "final" else draw.randint(0, NUM_STEPS - 3)
         return (Moment(step=first, fraction=draw.random(), aim=aim),)
-    if kind == "SIGINT" and draw.random() < 0.2:  # during its imports too
+    if kind in SIGNALS and draw.random() < 0.2:  # during its imports too
         return (Moment(step=-1, fraction=draw.random()),)
+    if kind in SIGNALS and kind != "second-signal" and draw.random() < 0.3:  # while it writes a checkpoint, or final/
+        aim = draw.choice(AIMS)
+        first = NUM_STEPS - 1 if aim == "final" else draw.randint(0, NUM_STEPS - 4)
+        return (Moment(step=first, fraction=draw.random(), aim=aim),)
     lowest = 3 if kind in DAMAGES else 0  # with two checkpoints at least, where it is one of them
     return (Moment(step=draw.randint(lowest, NUM_STEPS - 3), fraction=draw.random()),)

@@ -31,14 +31,16 @@ PATIENCE = 300.0
 # What else may a run's processes do after it has ended? Nothing: they have this long to be gone.
 GRACE = 5.0
 
-# The share of digits, in the rule's process. Its sleep makes a step last long enough for something to happen in it.
+# The share of digits, in the rule's process. Its sleep makes a step last long enough for something to happen in it;
+# while there is a file `slow` beside the run, a step lasts long enough for two things.
+SLOW_FILE = "slow"
 REWARD = """
-import time
+import os, time
 from common.rewards.rules import rule
 
 @rule
 def digits(prompts, completions, **columns):
-    time.sleep(0.005)
+    time.sleep(0.6 if os.path.exists(os.environ["SOAK_SLOW"]) else 0.005)
     return [sum(c in "0123456789" for c in text) / max(len(text), 1) for text in completions]
 """
 # Heads that are wide enough for vLLM on a CPU, and weights that are large enough for completions to differ.
@@ -106,12 +108,12 @@ class Runs:
         self._locks = {}
         self._lock = Lock()
 
-    def command(self, setup: Setup, output_dir: Path, save_every: int) -> list[str]:
-        """The command of a run; the same one continues it."""
+    def command(self, setup: Setup, output_dir: Path, **more: int) -> list[str]:
+        """The command of a run with more settings; the same one continues it."""
         config = self._inputs / f"{setup.algorithm}.yaml"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup.processes)]
         script = str(ROOT / setup.algorithm / f"{setup.algorithm.lower()}.py")
-        options = {"config": config, "sampler": setup.sampler, "save_every": save_every, "output_dir": output_dir}
+        options = {"config": config, "sampler": setup.sampler, "output_dir": output_dir, **more}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [sys.executable, *(launcher if setup.processes > 1 else []), script, *words]
 
@@ -125,7 +127,7 @@ class Runs:
             lock = self._locks.setdefault(setup, Lock())
         with lock:
             case = self.folder / "references" / setup.name
-            command = [*self.command(setup, case / "run", 1), "--save_total_limit", str(NUM_STEPS)]
+            command = self.command(setup, case / "run", save_every=1, save_total_limit=NUM_STEPS)
             if (case / "ended.json").is_file():
                 return Ended(**json.loads((case / "ended.json").read_text(encoding="utf-8")))
             ended = Process(command, case, "whole").wait()
@@ -168,6 +170,7 @@ class Process:
         self._family: dict[int, str] = {}
         # Threads of several runs on few cores would wait for each other.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        environment["SOAK_SLOW"] = str(case / SLOW_FILE)
         with open(case / f"{name}.stdout", "wb") as output, open(self._errors, "wb") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -189,10 +192,11 @@ class Process:
         return time.monotonic() - self._begun
 
     def send(self, number: signal.Signals, *, group: bool = False) -> None:
-        """Send a signal to the process or, as a terminal or a queue does, to its group."""
+        """Send a signal to the process or, as a queue does, also to all that it has started, in whatever session."""
         self.note_family()
-        with suppress(ProcessLookupError):
-            (os.killpg if group else os.kill)(self.pid, number)
+        for pid in [self.pid, *(self._family if group else ())]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def note_family(self) -> None:
         """Remember the processes that this one has started, to find them after its end."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from tools.soak_plan import KINDS, Event
 
 HEADINGS = (
-    *("event", "sampler", "algorithm", "processes", "how many", "survived", "equal"),
+    *("event", "sampler", "algorithm", "processes", "how many", "survived", "equal", "failed"),
     *("steps lost at most", "slowest resume"),
 )
 # What an event may come to. Of "said so", the run's files or its messages name what is not as in an uninterrupted run.
@@ -60,7 +60,8 @@ def _row(key: tuple, outcomes: Sequence[Outcome]) -> tuple[str, ...]:
     equal = sum(outcome.equal for outcome in tried)
     lost = max((outcome.steps_lost for outcome in tried), default=0)
     slowest = max((outcome.resume_seconds for outcome in tried), default=0.0)
-    numbers = (len(tried), sum(outcome.survived for outcome in tried), equal, lost)
+    failed = sum(outcome.verdict == "failed" for outcome in tried)
+    numbers = (len(tried), sum(outcome.survived for outcome in tried), equal, failed, lost)
     return (*map(str, key), *map(str, numbers), f"{slowest:.1f} s" if slowest else "")
 
 

@@ -230,7 +230,7 @@ def _fingerprint(rows: Sequence[dict], tokenizer: Any, identity: Sequence) -> st
         return None
     names = ("transformers", "tokenizers", "jinja2")
     modules = (__name__, "common.data.prompts", "common.data.table", "common.data.vocabulary", "common.models.chat")
-    modules += ("common.models.system_role", "common.models.spellings")
+    modules += ("common.models.system_role", "common.models.spellings", "common.models.normalizing")
     state = [type(tokenizer).__name__, backend, tokenizer.chat_template]
     state += [tokenizer.special_tokens_map, tokenizer.split_special_tokens]
     return digest_of(content, _json(state).decode(), list(identity), list(map(version, names)), code_digest(*modules))

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from common.host import num_cpus
 from common.mistakes import is_ours
+from common.signals import Stopped
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -59,6 +59,7 @@ def map_rows(
     Raises:
         ValueError: what `encode` raises.
         KeyboardInterrupt: after Ctrl-C.
+        Stopped: after another signal that asks a script to end.
     """
     import datasets
 
@@ -84,8 +85,8 @@ def map_rows(
     except _Mistake as error:
         raise ValueError(str(error)) from None
     except Exception as error:
-        if _follows_interrupt(error):  # `datasets` then waits for its processes, and complains that they take long
-            raise KeyboardInterrupt from None
+        if signalled := _signal_behind(error):  # `datasets` waits for its processes, and complains that they take long
+            raise signalled from None
         raise
 
 
@@ -95,15 +96,16 @@ def _mapped_batch(encode: Encode, numbers: pa.Table) -> pa.Table:
     try:
         return pa.Table.from_batches([encode(numbers["number"].to_pylist())])
     except ValueError as error:
-        if is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+        if is_ours(error.__traceback__):
             raise _Mistake(str(error)) from None
         raise
 
 
-def _follows_interrupt(error: BaseException | None) -> bool:
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _signal_behind(error: BaseException | None) -> BaseException | None:
+    """What a signal raised, in whose handling a library raised the error; None if there was none."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | Stopped):
         error = error.__context__
-    return error is not None
+    return error
 
 
 def _num_processes(count: int) -> int:

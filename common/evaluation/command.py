@@ -12,7 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import traceback
 from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import chain
@@ -262,7 +261,7 @@ class Evaluation:
             judge_evaluation(scorer.lost)
             return scores
         except ValueError as error:
-            if not is_ours(traceback.extract_tb(error.__traceback__)[-1]):
+            if not is_ours(error.__traceback__):
                 raise
             raise ValueError(
                 f"{error} All completions are kept in {self.unfinished.path}, and the same command then gives them "

@@ -96,6 +96,23 @@ def targets(config: RLConfig, model: transformers.PreTrainedModel, *, headless: 
     return [name for name in names if name not in unmatched]
 
 
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter alone, with the same bytes in every process: peft writes its set of names in any order.
+
+    Args:
+        model: with an adapter.
+        folder: created if it does not exist.
+    """
+    settings = model.peft_config["default"]
+    names = settings.target_modules
+    if isinstance(names, set):
+        settings.target_modules = sorted(names)
+    try:
+        model.save_pretrained(folder, selected_adapters=["default"])
+    finally:
+        settings.target_modules = names
+
+
 def load_adapter(base: transformers.PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
     """Add an adapter that was saved.
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from common.logprobs import has_adapter, without_adapter
 from common.models.bases import name_base_from_folder
+from common.models.lora import save_adapter
 from common.models.outputs import restore_outputs
 from common.models.weights import policy_weights
 
@@ -24,7 +25,7 @@ def save_model(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
         folder: created if it does not exist.
     """
     if has_adapter(model):
-        model.save_pretrained(folder / "adapter", selected_adapters=["default"])
+        save_adapter(model, folder / "adapter")
         name_base_from_folder(folder / "adapter")
         base = model.get_base_model()
         with torch.device("meta"):  # the merged weights are not quantized, so neither is this configuration

@@ -7,10 +7,14 @@ would otherwise begin and end turns of their own. Rows that spell none are encod
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import transformers
+
+from common.models.chat import render_chat
+from common.models.normalizing import Normalizing
 
 # A tag, such as <answer>: models and data write it, and mean it.
 _TAG = re.compile(r"</?\w+>")
@@ -57,18 +61,21 @@ class Spellings:
         self._tokens = _markers(tokenizer, template)
         self._ids = {tokenizer.convert_tokens_to_ids(token) for token in self._tokens}
         self._pattern = re.compile("|".join(map(re.escape, sorted(self._tokens, key=len, reverse=True))) or r"(?!)")
-        self._heads = {token[:end] for token in self._tokens for end in range(1, len(token))}
-        self._tails = {token[start:] for token in self._tokens for start in range(1, len(token))}
         self._longest = max(map(len, self._tokens), default=1) - 1
+        self._normalizing = Normalizing(tokenizer, self._tokens)
+        forms = self._tokens | {*map(self._normalizing.of, self._tokens)} if self._normalizing else self._tokens
+        self._opens, self._closes = {form[0] for form in forms}, {form[-1] for form in forms}
+        self._heads = {form[:end] for form in forms for end in range(1, len(form))}
+        self._tails = {form[start:] for form in forms for start in range(1, len(form))}
 
     def in_text(self, text: str) -> str:
         """The first special token that a text spells; empty if there is none."""
-        found = self._pattern.search(text)
-        return found[0] if found else ""
+        found = self._scan(text)
+        return text[slice(*found[0])] if found else ""
 
     def may_occur(self, messages: list[dict]) -> bool:
         """Whether messages spell a special token, or the beginning or end of one at the end or beginning of a text."""
-        return any(self._pattern.search(text) or any(self._ends(text)) for text in _strings(messages))
+        return any(self._scan(text) or any(self._ends(text.strip())) for text in _strings(messages))
 
     def written(self, messages: list[dict], render: Callable[[list[dict]], str]) -> Written:
         """A conversation as text, with the places where it spells special tokens.
@@ -116,11 +123,17 @@ class Spellings:
         """
         text, places = written.text, self._scan(written.text)
         found = [position for position, token in enumerate(ids) if token in self._ids]
-        names = [text[start:end] for start, end in places]
+        names = [self._name(text[start:end]) for start, end in places]
         if [ids[position] for position in found] != self._tokenizer.convert_tokens_to_ids(names):
             return None
-        pairs, spelled = zip(found, places, strict=True), {*written.spelled}
-        return {at: self._plain(self._with_spaces(text, place)) for at, place in pairs if place in spelled}
+        spelled, plain, replaced = {*written.spelled}, {}, {}
+        for position, place in zip(found, places, strict=True):
+            if place in spelled:
+                spelling = self._with_spaces(text, place)
+                if spelling not in plain:
+                    plain[spelling] = self._plain(spelling)
+                replaced[position] = plain[spelling]
+        return replaced
 
     def as_text(self, text: str) -> Written:
         """A text that no template writes, all of whose special tokens are spelled."""
@@ -135,35 +148,57 @@ class Spellings:
         return ids + self._ordinary(written.text[end:])
 
     def _scan(self, text: str) -> list[tuple[int, int]]:
-        return [found.span() for found in self._pattern.finditer(text)]
+        places = [found.span() for found in self._pattern.finditer(text)]
+        return self._normalizing.places(text, places) if self._normalizing else places
+
+    def _name(self, spelling: str) -> str:
+        return spelling if spelling in self._tokens or not self._normalizing else self._normalizing.name(spelling)
 
     def _ends(self, text: str) -> tuple[int, int]:
         """How much of a text's start may end a special token, and of its end may begin one."""
-        lengths = range(min(self._longest, len(text)), 0, -1)
-        tail = next((length for length in lengths if text[:length] in self._tails), 0)
-        head = next((length for length in lengths if text[-length:] in self._heads), 0)
+        first, last = text[: self._longest], text[-self._longest :]
+        tail = head = 0
+        for start, end in {(first, last), (self._normalized(first), self._normalized(last))}:
+            if not self._closes.isdisjoint(start):  # hardly any text has these characters there
+                lengths = range(len(start), tail, -1)
+                tail = next((length for length in lengths if start[:length] in self._tails), tail)
+            if not self._opens.isdisjoint(end):
+                lengths = range(len(end), head, -1)
+                head = next((length for length in lengths if end[-length:] in self._heads), head)
         return tail, head
 
+    def _normalized(self, text: str) -> str:
+        return self._normalizing.of(text) if self._normalizing else text
+
     def _marked(self, text: str, marks: "_Marks") -> str:
-        tail, head = self._ends(text)
-        start, end = tail, max(tail, len(text) - head)
-        middle, whole = text[start:end], self._scan(text)
+        said = text.strip()  # templates trim
+        if not said:
+            return text
+        before = text.index(said)
+        tail, head = self._ends(said)
+        start, end = before + tail, before + max(tail, len(said) - head)
+        whole = self._scan(text)
         if any(a < start or b > end for a, b in whole):  # whole spellings come first
-            start, end, middle = 0, len(text), text
-        middle = self._pattern.sub(lambda found: marks.of(found[0]), middle)
-        return marks.of(text[:start]) + middle + marks.of(text[end:])
+            start, end = before, before + len(said)
+        pieces, done = [text[:before], marks.of(text[before:start])], start
+        for a, b in whole:
+            pieces += [text[done:a], marks.of(text[a:b])]
+            done = b
+        return "".join([*pieces, text[done:end], marks.of(text[end : before + len(said)]), text[before + len(said) :]])
 
     def _with_spaces(self, text: str, place: tuple[int, int]) -> str:
         """What a special token stands for: some take the spaces beside them too."""
         start, end = place
-        token = self._flags.get(text[start:end])
+        token = self._flags.get(self._name(text[start:end]))
         if token is not None and token.lstrip:
-            start = len(text[:start].rstrip())
+            while start and text[start - 1].isspace():
+                start -= 1
         if token is not None and token.rstrip:
-            end = len(text) - len(text[end:].lstrip())
+            while end < len(text) and text[end].isspace():
+                end += 1
         return text[start:end]
 
-    @property
+    @cached_property
     def _flags(self) -> dict[str, Any]:
         return {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
 
@@ -203,7 +238,13 @@ class _Marks:
     def of(self, spelling: str) -> str:
         """The mark of a spelling; nothing for none."""
         if spelling and spelling not in self._marks:
-            self._marks[spelling] = next(self._free)
+            free = next(self._free, None)
+            if free is None:
+                raise ValueError(
+                    f"messages that spell {spelling!r} have all 137,468 characters for private use in them: "
+                    "need one of them to encode it as text. Remove the row."
+                )
+            self._marks[spelling] = free
         return self._marks.get(spelling, "")
 
     @property
@@ -248,10 +289,8 @@ def _around_turns(tokenizer: transformers.PreTrainedTokenizerBase, template: str
             messages = [{"role": role, "content": as_content("a word")} for role in roles.split()]
             for asks in (False, True):
                 try:
-                    text = tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=asks, **options
-                    )
-                except Exception:  # the template is a program, and may raise anything; another shape may fit
+                    text = render_chat(tokenizer, messages, add_generation_prompt=asks, **options)
+                except ValueError:  # another shape may fit
                     continue
                 texts.append(text)
     return "\n".join(texts)
@@ -262,11 +301,18 @@ def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        for part in value.values():
+        for name, part in value.items():
             yield from _strings(part)
+            if _is_said(name):
+                yield name
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _strings(part)
+
+
+def _is_said(name: Any) -> bool:
+    """Whether the name of a value, such as of a tool's argument, may be more than one that a template asks for."""
+    return isinstance(name, str) and not name.isidentifier()
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
@@ -274,5 +320,5 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: _mapped(part, change) for key, part in value.items()}
+        return {change(key) if _is_said(key) else key: _mapped(part, change) for key, part in value.items()}
     return [_mapped(part, change) for part in value] if isinstance(value, (list, tuple)) else value

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+from common.host import limits_in_force
 from common.rewards.answers import OUT_OF_MEMORY, SENT_BY_QUEUES, Limits, RowAnswer, receive, send, work
 from common.rewards.copies import Arguments
 from common.rewards.prints import Printed, PrintPipes, flush, open_standard_files
@@ -27,7 +28,6 @@ from common.rewards.processes import (
     end_children,
     end_with_parent,
     has_children,
-    limits_in_force,
     processor_clock,
     wait_for_end,
 )
@@ -68,7 +68,13 @@ class _Failure(Exception):
 
 
 def keep(
-    connection: Connection, other_end: Connection, functions: dict[str, Callable], limits: Limits, parent: int
+    connection: Connection,
+    other_end: Connection,
+    functions: dict[str, Callable],
+    limits: Limits,
+    *,
+    parent: int,
+    note_worker: Callable[[int], None],
 ) -> NoReturn:
     """Answer requests until the training process ends, or says so.
 
@@ -78,10 +84,11 @@ def keep(
         functions: by name.
         limits: for each row.
         parent: the training process.
+        note_worker: tells it each process that is forked to call rules.
     """
     try:
         _leave_the_run(other_end, parent)
-        _Keeper(connection, functions, limits).serve()
+        _Keeper(connection, functions, limits, note_worker).serve()
     except (EOFError, ConnectionError):
         pass
     finally:
@@ -89,7 +96,7 @@ def keep(
 
 
 def _end() -> NoReturn:
-    """The keeper is needed no longer."""
+    """End this process and all that descends from it."""
     try:
         end_children()
     finally:
@@ -103,9 +110,8 @@ def _leave_the_run(other_end: Connection, parent: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
     def end(number: int, _: FrameType | None) -> None:
-        # At once: an exception is lost where Python ignores them, as in what it calls after a fork.
         if number == END or os.getppid() != parent:
-            _end()
+            _end()  # an exception could be swallowed by a warm-up, or printed by Python where it handles none
 
     signal.signal(END, end)
     signal.signal(PARENT_ENDED, end)
@@ -123,8 +129,15 @@ def _leave_the_run(other_end: Connection, parent: int) -> None:
 
 
 class _Keeper:
-    def __init__(self, connection: Connection, functions: dict[str, Callable], limits: Limits) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        functions: dict[str, Callable],
+        limits: Limits,
+        note_worker: Callable[[int], None],
+    ) -> None:
         self._connection, self._functions, self._limits = connection, functions, limits
+        self._note_worker = note_worker
         self._worker: _Worker | None = None
         self._helpers: set[int] = set()  # programs that a warm-up started, for all rows
         self._pipes: PrintPipes | None = None
@@ -169,6 +182,7 @@ class _Keeper:
             self._worker = start()
         except _Failure:  # perhaps by a signal from outside
             self._worker = start()
+        self._note_worker(self._worker.pid)
 
     def _replace(self) -> None:
         """End the process and all that it started; the next is started when there is a row for it."""
@@ -229,12 +243,12 @@ class _Worker:
         self._limits, self._pipes = limits, pipes
         self._connection, child_end = multiprocessing.Pipe()
         try:
-            self._pid = os.fork()
+            self.pid = os.fork()
         except OSError:
             self._connection.close()
             child_end.close()
             raise
-        if self._pid == 0:
+        if self.pid == 0:
             try:
                 self._connection.close()
                 to_training.close()  # the training process shall notice if the keeper ends
@@ -247,7 +261,7 @@ class _Worker:
         self._poll.register(self._connection.fileno(), select.POLLIN)
         pipes.register(self._poll)
         self._room = self._wait_until_ready()
-        self._clock = processor_clock(self._pid)
+        self._clock = processor_clock(self.pid)
 
     def _wait_until_ready(self) -> float:
         """The gigabytes that a row may take."""
@@ -304,7 +318,7 @@ class _Worker:
         return f"more than {_CLOCK_PER_LIMIT * limit:g} s on the clock"
 
     def _describe_end(self) -> str:
-        self._status = wait_for_end(self._pid, _SECONDS_TO_CLOSE)
+        self._status = wait_for_end(self.pid, _SECONDS_TO_CLOSE)
         if self._status is None:
             return "it closed the file that its answers go into"
         self.ended_by_queue = os.WIFSIGNALED(self._status) and os.WTERMSIG(self._status) in SENT_BY_QUEUES
@@ -315,13 +329,13 @@ class _Worker:
     def has_ended(self) -> bool:
         """Whether the process has ended by itself."""
         if self._status is None:
-            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
             self._status = status if ended else None
         return self._status is not None
 
     def end(self) -> None:
         """Kill and reap the process."""
         if not self.has_ended():
-            os.kill(self._pid, signal.SIGKILL)
-            _, self._status = os.waitpid(self._pid, 0)
+            os.kill(self.pid, signal.SIGKILL)
+            _, self._status = os.waitpid(self.pid, 0)
         self._connection.close()

@@ -6,20 +6,13 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 
 # Processes that were killed are gone within milliseconds, unless they wait for a disk.
 _SECONDS_TO_END = 5.0
-
-# What a shell's `ulimit` calls the limits that keep processes from starting or working, and its unit in bytes.
-_NAMES = {
-    "ulimit -v": (resource.RLIMIT_AS, 1024),
-    "ulimit -d": (resource.RLIMIT_DATA, 1024),
-    "ulimit -u": (resource.RLIMIT_NPROC, 1),
-    "ulimit -n": (resource.RLIMIT_NOFILE, 1),
-}
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:
@@ -43,6 +36,15 @@ def processor_clock(pid: int) -> int:
     if error:
         raise OSError(error, os.strerror(error))
     return clock.value
+
+
+def fork() -> int:
+    """Fork this process with no signal in the middle: Python would drop what its handler raises there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        return os.fork()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def has_children() -> bool:
@@ -81,16 +83,45 @@ def end_children(spared: Collection[int] = ()) -> None:
         time.sleep(0.001)  # until Linux has ended them, and has given this process their children
 
 
-def _children_by_parent() -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+def end_sessions(leaders: Collection[int]) -> None:
+    """Kill all processes of sessions, which need not descend from this one any more.
+
+    Args:
+        leaders: the processes that began the sessions, which may have ended.
+    """
+    last = time.monotonic() + _SECONDS_TO_END
+    while time.monotonic() < last:
+        found = [each.pid for each in _processes() if each.session in leaders and each.state not in "ZX"]
+        if not found:
+            return
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
+
+
+class _Process(NamedTuple):
+    pid: int
+    state: str
+    parent: int
+    session: int
+
+
+def _processes() -> Iterator[_Process]:
     for name in filter(str.isdecimal, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/stat", "rb") as file:
-                # A program's name is in parentheses and may hold any character; state and parent follow.
-                parent = int(file.read().rpartition(b")")[2].split()[1])
+                # A program's name is in parentheses and may hold any character; state, parent, group, session follow.
+                fields = file.read().rpartition(b")")[2].split()
+            yield _Process(int(name), fields[0].decode(), int(fields[1]), int(fields[3]))
         except (OSError, IndexError):  # it has just ended
             continue
-        found.setdefault(parent, []).append(int(name))
+
+
+def _children_by_parent() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for process in _processes():
+        found.setdefault(process.parent, []).append(process.pid)
     return found
 
 
@@ -145,13 +176,3 @@ def limit_memory(gigabytes: float) -> float:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     return (limit - used) / 1e9
-
-
-def limits_in_force() -> str:
-    """The limits of this process that can keep another from starting or working, as `ulimit` shows them."""
-    found = []
-    for name, (number, unit) in _NAMES.items():
-        limits = [limit for limit in resource.getrlimit(number) if limit != resource.RLIM_INFINITY]
-        if limits:
-            found.append(f"{name} {min(limits) // unit}")
-    return ", ".join(found) or "no ulimit"

@@ -7,6 +7,7 @@ not against attackers: a rule may pass no text of a model to an interpreter, exc
 """
 
 import logging
+import mmap
 import os
 import pickle
 import signal
@@ -21,7 +22,7 @@ from common.rewards.answers import DEFAULT_LIMITS, Limits, RowAnswer, receive
 from common.rewards.copies import Arguments, refuse_unpickled
 from common.rewards.keeper import END, Reply, describe_failure, keep
 from common.rewards.prints import flush, show
-from common.rewards.processes import describe_end, wait_for_end
+from common.rewards.processes import describe_end, end_sessions, fork, wait_for_end
 from common.rewards.rules import refuse_asynchronous
 
 logger = logging.getLogger("nanorlhf")
@@ -112,21 +113,23 @@ class RuleWorker:
     def _start(self) -> None:
         flush()  # or a rule's process would print a second time what waits in this one's buffers
         training = os.getpid()
+        worker = _SharedNumber()
         try:
             self._connection, keepers_end = Pipe()
             with warnings.catch_warnings():
                 # Python warns that another thread may hold a lock at the fork; rules use no lock of this process.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                pid = os.fork()
+                pid = fork()
         except OSError as error:
             self._refuse(describe_failure(error))
         if pid == 0:
             try:
-                keep(keepers_end, self._connection, self._functions, self._limits, training)
+                other = {"parent": training, "note_worker": worker.set}
+                keep(keepers_end, self._connection, self._functions, self._limits, **other)
             finally:
                 os._exit(1)
         keepers_end.close()
-        self._stop = weakref.finalize(self, _stop, pid, self._connection, training)
+        self._stop = weakref.finalize(self, _stop, pid, worker, self._connection, training)
         if failure := receive(self._connection).failure:
             self._refuse(failure)
 
@@ -140,7 +143,20 @@ class RuleWorker:
         )
 
 
-def _stop(keeper: int, connection: Connection, owner: int) -> int:
+class _SharedNumber:
+    """A number, 0 at first, in memory that a forked process shares."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, 8)
+
+    def set(self, number: int) -> None:
+        self._memory[:] = number.to_bytes(8, "little")
+
+    def get(self) -> int:
+        return int.from_bytes(self._memory[:], "little")
+
+
+def _stop(keeper: int, worker: _SharedNumber, connection: Connection, owner: int) -> int:
     """End the keeper, and with it all that rules have started.
 
     Returns:
@@ -156,4 +172,6 @@ def _stop(keeper: int, connection: Connection, owner: int) -> int:
     if status is None:
         os.kill(keeper, signal.SIGKILL)
         status = wait_for_end(keeper, _SECONDS_TO_END)
+    if status != 0:  # it was killed, perhaps before it has ended what rules have started
+        end_sessions({keeper, worker.get()} - {0})
     return -1 if status is None else status

@@ -123,10 +123,11 @@ def is_leftover(path: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Removes what killed processes had started to write or to delete in a run's folder.
 
-    A complete `final` that had not got its name yet gets it, if what has the name is none or from before it.
+    A complete `final` that had not got its name yet gets it, if what has the name is none or from before it. What
+    cannot be deleted is a warning, because the run does not need that.
 
     Raises:
-        CannotWrite: the folder's file system does not let it.
+        CannotWrite: `final` cannot get its name.
     """
     leftovers = list(filter(is_leftover, folder.iterdir()))
     finals = [path for path in leftovers if path.name.startswith(f"{FINAL_FOLDER}.") and not path.is_symlink()]
@@ -137,7 +138,10 @@ def remove_leftovers(folder: Path) -> None:
         if damage_of(target) is not None or _step_in(target) < _step_in(newest):
             written(target, lambda: _put(newest, target))
     for path in leftovers:
-        written(path, lambda path=path: _delete(path))
+        try:
+            _delete(path)
+        except OSError as error:
+            logger.warning("%s is of no use, and could not be deleted: %s", path, error.strerror)
 
 
 def _step_in(folder: Path) -> int:
@@ -286,7 +290,8 @@ def rotate(folder: Path, keep: int, best: str | None) -> None:
         try:
             _remove(checkpoint)
         except OSError as error:
-            logger.warning("%s could not be deleted: %s. So this old checkpoint stays.", checkpoint, error.strerror)
+            message = "%s could not be deleted: %s. So this old checkpoint stays, or what is left of it."
+            logger.warning(message, checkpoint, error.strerror)
 
 
 def _passed(folder: Path, keep: int, best: str | None) -> list[Path]:

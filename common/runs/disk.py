@@ -69,6 +69,30 @@ def written(path: Path, write: Callable[[], Result], *, needed: int = 0) -> Resu
             time.sleep(pauses.pop(0))
 
 
+def reached(folder: Path, call: Callable[[], Result]) -> Result:
+    """Call a function that reads and writes in a run's folder; an error of the file system becomes one message.
+
+    It is for what `written` does not say, such as a file that this user may not read.
+
+    Args:
+        folder: the run's folder.
+        call: is not called again.
+
+    Returns:
+        What `call` returns.
+
+    Raises:
+        CannotWrite: names the file, and what stands.
+    """
+    try:
+        return call()
+    except OSError as error:
+        if error.errno is None:  # of a library for networks
+            raise
+        named = error.filename if isinstance(error.filename, str | os.PathLike) else folder
+        raise CannotWrite(_in_words(Path(named), error.errno, 0, folder=folder, how="read or written")) from error
+
+
 def reported(
     write: Callable[Concatenate[Path, Parameters], Result],
 ) -> Callable[Concatenate[Path, Parameters], Result]:
@@ -198,8 +222,8 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} bytes" if power == 0 else f"{number / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
-def _in_words(path: Path, number: int, needed: int) -> str:
-    folder = next((parent for parent in path.parents if parent.is_dir()), path.parent)
+def _in_words(path: Path, number: int, needed: int, *, folder: Path | None = None, how: str = "written") -> str:
+    run_folder, folder = folder or path.parent, next(filter(os.path.isdir, path.parents), path.parent)
     amount = f" About {in_bytes(needed)} are needed." if needed else ""
     if number in _ROOM:
         remedy = "Make room there"
@@ -208,10 +232,11 @@ def _in_words(path: Path, number: int, needed: int) -> str:
     elif number in _AWAY:
         remedy = f"It was tried {len(PAUSES) + 1} times. See that the disk is there"
     else:
-        remedy = "Make the folder writable" if number in _REFUSED else "Repair that"
+        allowed = "Make the folder writable" if how == "written" else "Let this user read and write it"
+        remedy = allowed if number in _REFUSED else "Repair that"
     return (
-        f"{path} could not be written: {reason(number, folder)}.{amount} Nothing incomplete is left. {remedy}; "
-        f"the same command then {_where(path.parent)}."
+        f"{path} could not be {how}: {reason(number, folder)}.{amount} Nothing incomplete is left. {remedy}; "
+        f"the same command then {_where(run_folder)}."
     )
 
 
@@ -222,4 +247,5 @@ def _where(folder: Path) -> str:
     whole = (step for step in latest_first if find_damage(folder / f"checkpoint-{step}") is None)
     if step := next(whole, None):
         return f"goes on from checkpoint-{step}, which stands"
-    return "begins the run again, which has no checkpoint" if (folder / "metrics.jsonl").exists() else "goes on"
+    has_begun = os.path.lexists(folder / "metrics.jsonl")  # False where nothing can be seen
+    return "begins the run again, which has no checkpoint" if has_begun else "goes on"

@@ -22,6 +22,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Share of the limit that was in use at the end of a step from which on the next step may have gone over it: within a
 # step, memory rises by what sampling and the backward pass need.
 _NEAR = 0.75
+_NO_LIMIT = 2**63
 _GB = 2**30  # as in metrics.jsonl
 
 _REMEDY = (
@@ -53,7 +54,8 @@ def begin(folder: Path) -> str | None:
     with contextlib.suppress(OSError):  # without space, nothing but the guess is lost
         path.unlink(missing_ok=True)  # it may be a link, in a folder that came from elsewhere
         write_new(path, json.dumps(record).encode())
-        _running.add(path)
+    with contextlib.suppress(OSError):
+        _running[path] = path.lstat()  # on a full disk it stays empty, and is removed all the same
     return said
 
 
@@ -62,14 +64,15 @@ def end(folder: Path) -> None:
     _remove((folder / RECORD_FILE).absolute())
 
 
-_running: set[Path] = set()  # records of this process
+_running: dict[Path, os.stat_result] = {}  # records of this process
 
 
 def _remove(path: Path) -> None:
     if path in _running:
-        _running.remove(path)
+        written = _running.pop(path)
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            if os.path.samestat(path.lstat(), written):  # not that of a folder that took this one's place
+                path.unlink()
 
 
 @atexit.register
@@ -110,10 +113,14 @@ def _last_end(folder: Path) -> str | None:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """A process's record; None if it is damaged, or of someone else's making."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         record = json.loads(path.read_text(encoding="utf-8"))
         counts = [*record["oom_kills"].values(), record["limit"], record["is_on_cpu"]]
-        if record["boot"] and record["host"] and all(isinstance(count, int) for count in counts):
+        if (
+            record["boot"]
+            and record["host"]
+            and all(isinstance(count, int) and 0 <= count < _NO_LIMIT for count in counts)
+        ):
             return record
     return None
 

@@ -126,6 +126,11 @@ class HeldFolder:
         descriptor = self.descriptor
         return descriptor is not None and os.path.samestat(folder, os.fstat(descriptor))
 
+    @property
+    def is_released(self) -> bool:
+        """True if this process has let go of the folder, or was forked from the one that holds it."""
+        return self.descriptor is None
+
     def is_there(self) -> bool:
         """False if the folder was deleted or moved, also if another one has its name."""
         return self.descriptor is None or _is_at(self.descriptor, self.folder)

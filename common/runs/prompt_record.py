@@ -19,6 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from common.data.prompts import PromptSet, PromptStyle
 from common.runs.checkpoints import write_file
+from common.runs.disk import reached
 from common.runs.folder import CONFIG_FILE, PROMPTS_FILE, has_begun
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def start_time(folder: Path, resume: str, process: Accelerator | PartialState) -
     """
     found = [None]
     if process.is_main_process:
-        record = _read(folder) if resume != "never" and has_begun(folder) else None
+        is_continued = resume != "never" and reached(folder, lambda: has_begun(folder))
+        record = reached(folder, lambda: _read(folder)) if is_continued else None
         found = [record["now"] if record else datetime.now().isoformat(timespec="seconds")]
     return datetime.fromisoformat(broadcast_object_list(found)[0])
 

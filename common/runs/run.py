@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.mistakes import CannotWrite, WrongNumbers
+from common.models.lora import save_adapter
 from common.models.outputs import restore_outputs
 from common.models.saving import save_model
 from common.rollouts import Rollouts
 from common.runs import checkpoints, ended
 from common.runs.best import BEST_LINK, better_checkpoint, link_best, restore_best
-from common.runs.disk import check_room, written
+from common.runs.disk import check_room, reached, written
 from common.runs.folder import CONFIG_FILE, MAY_CHANGE, PROMPTS_FILE, has_begun, prepare_run_folder, stored_settings
 from common.runs.held import HeldFolder, hold
 from common.runs.hub import prepare_upload, upload
@@ -83,12 +84,12 @@ class Run:
         self.config = config
         self.accelerator = accelerator
         self.folder = run_folder(config, algorithm)
-        self.is_new = not has_begun(self.folder)
+        self.is_new = not reached(self.folder, lambda: has_begun(self.folder))
         has_upload = config.push_to_hub and accelerator.is_main_process
         self._repository = prepare_upload(config.push_to_hub) if has_upload else None
         self._held: HeldFolder | None = None  # by the main process
         # Only the main process decides, since a damaged file could be seen by one process and not by another.
-        found = [self._prepare() if accelerator.is_main_process else None]
+        found = [reached(self.folder, self._prepare) if accelerator.is_main_process else None]
         self.checkpoint, state = broadcast_object_list(found)[0]
         self.first_step = state["step"] + 1
         self.best: dict | None = state.get("best")
@@ -164,12 +165,17 @@ class Run:
         """Open log and progress bar, and drop the lines that a killed run wrote after its last checkpoint.
 
         Raises:
-            ValueError: it has ended or failed.
+            ValueError: it has ended or failed, or this process was forked from the one that made it.
         """
         if self._log is not None:
             raise ValueError(
                 f"output_dir={self.folder}: this trainer has trained already, and its run has ended or was "
                 "interrupted. Make a new trainer: it continues from the last checkpoint."
+            )
+        if self._held and self._held.is_released:
+            raise ValueError(
+                f"output_dir={self.folder}: this process was forked from the one that made the trainer and that holds "
+                "the folder, and two would damage each other's files. Make the trainer in the process that trains."
             )
         is_main, config = self.accelerator.is_main_process, self.config
         self._log = RunLog(self.folder, self.accelerator, asdict(config), self._held)
@@ -343,7 +349,7 @@ class Run:
             if self.accelerator.is_main_process:
                 step, name = self._saved_as, name_of(self.stopping.number)
                 if self.config.save_every and step >= self.first_step:  # older ones are there
-                    self._save(tokenizer)
+                    reached(self.folder, lambda: self._save(tokenizer))
                 latest = checkpoints.latest_checkpoint(self.folder) or "no checkpoint yet"
                 logger.info("%s: left after step %d of %d; %s", name, step, self.config.num_steps, latest)
         finally:
@@ -377,7 +383,7 @@ class Run:
         failed: list[CannotWrite | None] = [None]
         if self.accelerator.is_main_process:
             try:
-                write()
+                reached(self.folder, write)
             except CannotWrite as error:
                 failed = [error]
         if error := broadcast_object_list(failed)[0]:
@@ -435,8 +441,9 @@ def _save_trainable(
 ) -> None:
     """Write the policy as transformers or peft loads it; with LoRA, only the adapter."""
     with torch.no_grad():
-        adapters = {"selected_adapters": ["default"]} if use_lora else {}
-        module.save_pretrained(folder, **adapters)
-    if not use_lora:
-        restore_outputs(module, folder)
+        if use_lora:
+            save_adapter(module, folder)
+        else:
+            module.save_pretrained(folder)
+            restore_outputs(module, folder)
     tokenizer.save_pretrained(folder)

@@ -22,6 +22,8 @@ logger = logging.getLogger("nanorlhf")
 
 WANDB_FILE = "wandb.json"
 PROJECT = "nanoRLHF"  # of trackers
+# W&B's service ends with the run's process, also by SIGKILL, and loses what is not in its file: by default 15 seconds.
+_WANDB_SETTINGS = {"x_transaction_log_flush_interval": 0.1}
 _WANDB_ID = re.compile(r"[^\s:;,#?/']+")  # others are refused by wandb
 
 
@@ -172,7 +174,7 @@ class Trackers:
         options, project = {}, PROJECT
         if name == "wandb":
             self._wandb = WandbRun(folder, write=self._is_main)
-            place = {"name": folder.name, "dir": str(folder)}
+            place = {"name": folder.name, "dir": str(folder), "settings": _WANDB_SETTINGS}
             options["wandb"], project = place | self._wandb.arguments(), self._wandb.project
         accelerator.log_with = [name]  # one by one, so that the others go on where one fails
         accelerator.init_trackers(project, config=settings, init_kwargs=options)

@@ -12,6 +12,7 @@ from common.runs.checkpoints import FINAL_FOLDER, STATE_FILE, load_state
 from common.runs.folder import CONFIG_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE
 from common.samples.page import page_file, read_settings, write_page
+from common.signals import Stopped
 
 POLL = 1.0  # seconds between looks at the files
 # Of the time, reading and writing take at most a part in so many: the run needs the cores.
@@ -33,14 +34,17 @@ def watch(folders: list[Path], output: Path | None = None) -> None:
 
     Raises:
         ValueError: as for `write_page`.
+        Stopped: after another signal than Ctrl-C.
     """
     page = page_file(folders, output)
     try:
         _wait_for_entries(folders)
         _follow(folders, page)
-    except KeyboardInterrupt:  # the usual end
+    except (KeyboardInterrupt, Stopped) as end:
         if not any(map(_awaits_entries, folders)):
             write_page(folders, page)
+        if isinstance(end, Stopped):  # Ctrl-C is the usual end
+            raise
 
 
 def _wait_for_entries(folders: list[Path]) -> None:
