@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, is_dataclass
@@ -274,10 +275,11 @@ def run_script(
         sys.exit(WRONG_NUMBERS)
     except (KeyboardInterrupt, Stopped) as error:
         end_without_a_word()
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if is_main:  # a launcher sends the signal to all
-            name = name_of(error.number) if isinstance(error, Stopped) else "\ninterrupted"
+            name = "\ninterrupted" if stopped.number == signal.SIGINT else name_of(stopped.number)
             print(f"{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
-        sys.exit(error.code if isinstance(error, Stopped) else 130)
+        sys.exit(stopped.code)
 
 
 def _take_yaml(args: list[str], names: list[str], owner: str) -> tuple[list[str], Path | None, dict]:

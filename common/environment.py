@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 from common.caches import use_writable_caches
-from common.host import num_cpus
+from common.host import allowed_cpus, num_cpus
 
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On shared cores, two threads are then up to 25 times slower than one.
@@ -54,10 +54,10 @@ def _follow_quota() -> None:
     Threads above the quota are stopped for most of the time, in the middle of what the others wait for.
     """
     cpus = num_cpus()
-    if "OMP_NUM_THREADS" not in os.environ and "torch" not in sys.modules and cpus < _num_allowed_cpus():
+    if "OMP_NUM_THREADS" not in os.environ and "torch" not in sys.modules and cpus < allowed_cpus():
         os.environ["OMP_NUM_THREADS"] = str(cpus)
         _said_of_threads.append(
-            f"OMP_NUM_THREADS={cpus}: this process may run on {_num_allowed_cpus()} CPUs, but its cgroup has a quota "
+            f"OMP_NUM_THREADS={cpus}: this process may run on {allowed_cpus()} CPUs, but its cgroup has a quota "
             f"of {cpus}; set OMP_NUM_THREADS for another number of threads"
         )
 
@@ -68,10 +68,6 @@ _said_of_threads: list[str] = []
 def said_of_threads() -> list[str]:
     """A line, if this process was given fewer threads than torch would take."""
     return list(_said_of_threads)
-
-
-def _num_allowed_cpus() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def print_what_has_no_bytes() -> None:

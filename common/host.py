@@ -70,14 +70,18 @@ def host_memory(proc: Path = SELF) -> HostMemory:
     return HostMemory(total=tightest.total, available=available, source=tightest.source)
 
 
+def allowed_cpus() -> int:
+    """Processors that this process may run on, whatever the quota of its cgroup."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def num_cpus(proc: Path = SELF) -> int:
     """Processors for the threads of this process: those it may run on, but no more than the quota of its cgroup.
 
     A quota of 2.5 gives 2: with 3 threads, each would stop for part of every period, and the others wait for it.
     """
-    affinity = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     quotas = [quota for folder in _folders("cpu", proc) if (quota := _quota_of(folder)) is not None]
-    return max(1, min([affinity, *map(int, quotas)]))
+    return max(1, min([allowed_cpus(), *map(int, quotas)]))
 
 
 def oom_kills(proc: Path = SELF) -> dict[str, int]:

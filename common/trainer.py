@@ -150,7 +150,8 @@ class OnPolicyTrainer(ABC):
         self._used_settings: set[str] = set()
         self._signal = SignalCheck(config, self.run.folder)
         is_main = self.accelerator.is_main_process
-        self._lost_rows = LostRows(sum_over_processes=self.sum_over_processes, says=is_main)
+        rules = {"rewards": self.scorer.rules, "lenient": self.lenient_scorer.rules if self.lenient_scorer else []}
+        self._lost_rows = LostRows(rules, sum_over_processes=self.sum_over_processes, says=is_main)
         self.model_path = resolve_model(config.model, beside=folder.parent)
         known = num_tokens(self.model_path)
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
@@ -442,7 +443,7 @@ class OnPolicyTrainer(ABC):
             self._check_sampled(rollouts)
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
-            self._lost_rows.add(self.lenient_scorer.lost if self.lenient_scorer else {})
+            self._lost_rows.add("lenient", self.lenient_scorer.lost if self.lenient_scorer else {})
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
                 self.metrics.add("eval/kl", self._kl(rollouts).sum(), rollouts.lengths.sum())
@@ -530,7 +531,7 @@ class OnPolicyTrainer(ABC):
         state = TrainerState(global_step=finished_steps, max_steps=config.num_steps, epoch=epoch)
         with self.stopwatch("score"):
             scores = judge(rollouts, self.scorer, state)
-        self._lost_rows.add(self.scorer.lost)
+        self._lost_rows.add("rewards", self.scorer.lost)
         for name, values in self.scorer.reports.metrics.items():
             self.metrics.add(f"{prefix}/{name}", math.fsum(values), len(values))
         for name, rows in self.scorer.over_limit.items():
@@ -581,9 +582,8 @@ class OnPolicyTrainer(ABC):
     def _end_step(self) -> dict[str, float]:
         """Reduce and write the step's metrics, and save what is due."""
         step = self.current_step
-        self._lost_rows.put_into(self.metrics)
-        metrics = self._lost_rows.take_from(self.metrics.reduce(self.accelerator), step=step)
-        metrics = with_confidence_interval(metrics, len(self.eval_prompts or ()))
+        self._lost_rows.end_step(step)
+        metrics = with_confidence_interval(self.metrics.reduce(self.accelerator), len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
             self._soundness.warn(metrics, step=step)
             self._signal.see(metrics, step=step)

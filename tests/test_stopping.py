@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -308,6 +309,13 @@ def test_handlers_of_others_and_ignored_signals_stay():
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
+def test_no_thread_waits_for_signals_that_others_answer():
+    for number in ENDING:
+        signal.signal(number, lambda *_: None)
+    with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True):
+        assert "grace of a stop" not in [thread.name for thread in threading.enumerate()]
+
+
 OWN_WORK = "import common, time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\n"
 OWN_WORK += "except KeyboardInterrupt:\n    print('caught')\nfinally:\n    print('put away')\n"
 
@@ -336,6 +344,15 @@ def test_a_signal_in_the_imports_is_one_line_and_in_other_work_what_it_is_everyw
         process.send_signal(number)
         assert process.communicate(timeout=30) == (said, errors)
     assert process.returncode == status
+
+
+def test_ctrl_c_while_a_command_imports_the_first_of_its_own_modules_is_one_line(tmp_path):
+    hook = "lambda event, args: args[0] == 'common.environment' and os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "sitecustomize.py").write_text(f"import os, signal, sys\nsys.addaudithook({hook})")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "common.samples", tmp_path]
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "\nCtrl-C: nothing had begun yet\n")
 
 
 @pytest.mark.parametrize(

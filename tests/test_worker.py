@@ -23,7 +23,6 @@ from common.rewards.rules import rule, warmed_up_by
 from common.rewards.secret_variables import is_secret
 from common.rewards.worker import Limits, RuleWorker
 from common.runs.lost_rows import LostRows, judge_evaluation
-from common.runs.metrics import StepMetrics
 from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task
 
 SHORT = Limits(seconds=0.2, gigabytes=0.5)
@@ -514,15 +513,12 @@ def test_which_variables_are_secrets():
 def steps(rows: LostRows, *each: tuple[int, int]) -> None:
     """Steps with so many lost rows of so many."""
     for step, (lost, of) in enumerate(each, 1):
-        rows.add({"slow": Lost(lost, of, float(lost), "why")})
-        metrics = StepMetrics()
-        rows.put_into(metrics)
-        reduced = {**metrics._sums, **metrics._maxima}
-        assert rows.take_from({**reduced, "score": 0.5}, step=step) == {"score": 0.5}
+        rows.add("rewards", {"slow": Lost(lost, of, float(lost), "why")})
+        rows.end_step(step)
 
 
 def lost_rows(sum_over_processes=lambda counts: counts) -> LostRows:
-    return LostRows(sum_over_processes=sum_over_processes, says=True)
+    return LostRows({"rewards": ["slow"], "lenient": ["slow"]}, sum_over_processes=sum_over_processes, says=True)
 
 
 def test_most_rows_of_a_step_over_the_limit_are_a_warning_with_its_cost(caplog):
@@ -554,12 +550,22 @@ def test_rows_of_other_processes_count():
 
     def with_others(counts):
         asked.append(counts.tolist())
-        return counts + torch.tensor([[0.0, 4.0]])
+        return counts + torch.tensor([0.0, 4.0, 0.0])
 
     steps(lost_rows(with_others), (4, 4), (4, 4))
-    assert asked == [[[4.0, 4.0]]]  # only after a step that every process knows to be lost
+    ends = [[[4.0, 4.0, 4.0], [0.0, 0.0, 0.0]]] * 2
+    assert asked == ends  # a step in which no row has a score, which every process knows, would be asked of sooner
     with pytest.raises(ValueError, match=r"all 20 rows"):  # on a process without rows too
         steps(lost_rows(lambda counts: counts + 20), (4, 4), (0, 0))
+
+
+def test_a_rule_of_the_same_name_in_another_scorer_hides_no_lost_rows():
+    rows = lost_rows()
+    for step in (1, 2):
+        with pytest.raises(ValueError, match="as in step 1") if step == 2 else contextlib.nullcontext():
+            rows.add("rewards", {"slow": Lost(4, 4)})
+        rows.add("lenient", {"slow": Lost(0, 4)})
+        rows.end_step(step)
 
 
 def test_an_evaluation_without_a_score_is_an_error(caplog):

@@ -17,6 +17,7 @@ from common.rewards.copies import Arguments, own_arguments
 from common.rewards.prints import PrintPipes, flush
 from common.rewards.processes import adopt_orphans, end_children, end_with_parent, has_children, limit_memory
 from common.rewards.values import number_of, values_of
+from common.signals import ENDING
 
 # Of what a rule returned, in a message. It shows an object whose own repr raises by its type.
 _SHORTEN = reprlib.Repr()
@@ -26,7 +27,7 @@ _MOST_OF_ERROR = 10_000  # characters of what a rule raised that are passed on; 
 OUT_OF_MEMORY = 77  # exit status
 
 # What a queueing system may send to all processes of a job.
-SENT_BY_QUEUES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SENT_BY_QUEUES = (*ENDING, signal.SIGUSR2)
 
 
 @dataclass(frozen=True, kw_only=True)

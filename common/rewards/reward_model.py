@@ -112,6 +112,7 @@ class RewardModel:
                 check_keeps(lambda messages: render_chat(self.tokenizer, messages), judged)
             except ValueError as error:
                 raise ValueError(f"reward model {model!r}: {error}") from error
+        self._spellings = Spellings(self.tokenizer)  # it runs the template, so after its check
 
     def load(self, models: ModelPool, now: datetime | None = None) -> None:
         """Load the weights on the CPU and add them to the pool; in float32, or as saved if the device is CUDA.
@@ -222,7 +223,7 @@ class RewardModel:
 
     def _encode_chats(self, pairs: list[tuple[list[dict], str]]) -> list[dict[str, list[int]]]:
         """Conversations. A policy, or the data, must not write a turn into a text: special tokens stay text there."""
-        spellings, render = Spellings(self.tokenizer), partial(render_chat, self.tokenizer, now=self._now)
+        spellings, render = self._spellings, partial(render_chat, self.tokenizer, now=self._now)
         chats = [[*messages, {"role": "assistant", "content": completion}] for messages, completion in pairs]
         written = [spellings.written(chat, render) for chat in chats]
         encoded = self.tokenizer([each.text for each in written], add_special_tokens=False, **_OPTIONS)
@@ -246,9 +247,8 @@ class RewardModel:
         encoded = self.tokenizer([text for text, _ in texts], [text for _, text in texts], **_OPTIONS)
         rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
         parts = [encoded.sequence_ids(row) for row in range(len(rows))]
-        spellings = Spellings(self.tokenizer)
         for row, pair in enumerate(texts):
-            if any(map(spellings.in_text, pair)):
+            if any(map(self._spellings.in_text, pair)):
                 alone = self.tokenizer(*([text] for text in pair), split_special_tokens=True, **_OPTIONS)
                 rows[row], parts[row] = {key: values[0] for key, values in alone.items()}, alone.sequence_ids(0)
         return rows, parts

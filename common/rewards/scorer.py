@@ -109,6 +109,11 @@ class Scorer:
         self._worker = RuleWorker(self._rules, limits) if self._rules else None
         self._loop = EventLoop()
 
+    @property
+    def rules(self) -> list[str]:
+        """Names of the functions that are called within limits, in a process of their own."""
+        return [*self._rules]
+
     def load(self, models: ModelPool, now: datetime | None = None) -> None:
         """Load the weights of every reward model.
 

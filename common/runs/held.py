@@ -121,6 +121,11 @@ class HeldFolder:
                 write_file(self.folder / name, self._kept[name])
             logger.warning("%s was deleted while the run worked, and is written again", self.folder / name)
 
+    def holds(self, folder: os.stat_result) -> bool:
+        """Whether this is a folder, whatever path leads to it; False once it is released."""
+        descriptor = self.descriptor
+        return descriptor is not None and os.path.samestat(folder, os.fstat(descriptor))
+
     @property
     def is_released(self) -> bool:
         """True if this process has let go of the folder, or was forked from the one that holds it."""
@@ -151,7 +156,7 @@ def hold(folder: Path, run: object = None) -> HeldFolder:
         ValueError: another process holds it, or another run of this one, or it cannot be written to.
     """
     here = os.stat(folder)  # a link to it leads to the same
-    held = next((each for each in _held if os.path.samestat(here, os.fstat(each.descriptor))), None)
+    held = next((each for each in _held[:] if each.holds(here)), None)  # a copy: garbage lets go at any moment
     held = held or HeldFolder(folder)
     if run is not None:
         held.give_to(run)

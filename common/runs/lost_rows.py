@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from common.rewards.answers import Lost
-from common.runs.metrics import StepMetrics
 
 logger = logging.getLogger("nanorlhf")
 
@@ -20,8 +19,7 @@ MANY = 0.5  # share of a step's rows above which they are no bad luck
 _GROWTH = 10  # a warning comes again when what it is about has happened so many times as often
 STEPS_IN_A_ROW = 5  # with such rows, after which their cost is said
 
-# What `put_into` adds to a step's metrics. No metric's name begins so.
-_ROWS, _OF, _SECONDS = "lost rows: ", "scored rows: ", "lost seconds: "
+Rule = tuple[str, str]  # of which scorer, and its name: two scorers may have rules of one name
 
 _ADVICE = (
     "Make the rule faster or more frugal, or its limits (reward_time_limit, reward_memory_limit) larger, which needs "
@@ -33,99 +31,95 @@ class LostRows:
     """What a run knows of such rows, over all processes.
 
     Args:
+        rules: names of the rules of each scorer.
         sum_over_processes: adds a tensor over all processes; the identity on one process.
         says: warn, as the main process does.
     """
 
-    def __init__(self, *, sum_over_processes: Callable[[Tensor], Tensor], says: bool) -> None:
+    def __init__(
+        self, rules: dict[str, list[str]], *, sum_over_processes: Callable[[Tensor], Tensor], says: bool
+    ) -> None:
+        self._rules = [(scorer, name) for scorer, names in rules.items() for name in names]
         self._sum, self._says = sum_over_processes, says
-        self._step: dict[str, Lost] = {}  # this process's of the step
-        self._all_lost: dict[str, int] = {}  # rules without a score in their last step, and that step
-        self._in_a_row: dict[str, int] = {}
-        self._total: dict[str, Lost] = {}
-        self._many: dict[str, int] = {}
-        self._causes: dict[str, str] = {}
-        self._said: set[str] = set()
+        self._step = dict.fromkeys(self._rules, Lost())  # this process's
+        self._all_lost: dict[Rule, int] = {}  # rules without a score in their last step, and that step
+        self._in_a_row: dict[Rule, int] = {}
+        self._total: dict[Rule, Lost] = {}
+        self._many: dict[Rule, int] = {}
+        self._causes: dict[Rule, str] = {}
+        self._said: set[Rule] = set()
 
-    def add(self, lost: dict[str, Lost]) -> None:
+    def add(self, scorer: str, lost: dict[str, Lost]) -> None:
         """Take note of what was scored; all processes call it, those without rows too.
 
         Args:
-            lost: by rule, of one call of a scorer.
+            scorer: one of those in `rules`.
+            lost: by rule, of one call of it.
 
         Raises:
             ValueError: on all processes, if no row of a rule has a score, and none had in the step before.
         """
-        for name, each in lost.items():
-            self._step[name] = self._step.get(name, Lost()).plus(each)
-            self._causes[name] = each.cause or self._causes.get(name, "")
+        rules = {(scorer, name): each for name, each in lost.items()}
+        for rule, each in rules.items():
+            self._step[rule] = self._step[rule].plus(each)
+            self._causes[rule] = each.cause or self._causes.get(rule, "")
         # Only after such a step, which all processes know of, do they ask one another.
-        suspects = [name for name in lost if name in self._all_lost]
-        if not suspects:
-            return
-        counts = self._sum(torch.tensor([[lost[name].rows, lost[name].of] for name in suspects], dtype=torch.float64))
-        for name, (rows, of) in zip(suspects, counts.tolist(), strict=True):
-            if rows == of > 0:
-                before = self._all_lost[name]
-                self._refuse(f"all {of:.0f} rows of the rule {name!r} were over a limit, as in step {before}", name)
+        suspects = {rule: each for rule, each in rules.items() if rule in self._all_lost}
+        for rule, each in self._over_processes(suspects).items():
+            if each.rows == each.of > 0:
+                what = f"all {each.of} rows of the rule {rule[1]!r} were over a limit"
+                self._refuse(f"{what}, as in step {self._all_lost[rule]}", rule)
 
-    def _refuse(self, what: str, name: str) -> NoReturn:
+    def _over_processes(self, lost: dict[Rule, Lost]) -> dict[Rule, Lost]:
+        """The sums over all processes, which have the same rules, with the causes that this one knows."""
+        if not lost:
+            return {}
+        sums = self._sum(torch.tensor([each[:3] for each in lost.values()], dtype=torch.float64))  # (rules, 3)
+        return {
+            rule: Lost(int(rows), int(of), seconds, self._causes.get(rule, ""))
+            for rule, (rows, of, seconds) in zip(lost, sums.tolist(), strict=True)
+        }
+
+    def _refuse(self, what: str, rule: Rule) -> NoReturn:
         raise ValueError(
-            f"{what}{_last(self._causes[name])}. They would score 0, and from that a policy learns nothing.\n"
+            f"{what}{_last(self._causes[rule])}. They would score 0, and from that a policy learns nothing.\n"
             f"{_ADVICE} Once the rule or the machine is right, the same command goes on from the last checkpoint."
         )
 
-    def put_into(self, metrics: StepMetrics) -> None:
-        """Add this process's rows of the step to its metrics, before they are reduced; see `take_from`."""
-        for name, lost in self._step.items():
-            metrics.add_sum(f"{_ROWS}{name}", lost.rows)
-            metrics.add_sum(f"{_OF}{name}", lost.of)
-            metrics.add_max(f"{_SECONDS}{name}", lost.seconds)  # processes wait for the slowest
-        self._step = {}
+    def end_step(self, step: int) -> None:
+        """Take note of a finished step, and warn of what is not right but may go on; all processes call it."""
+        for rule, lost in self._over_processes(self._step).items():
+            self._see(rule, lost, step)
+        self._step = dict.fromkeys(self._rules, Lost())
 
-    def take_from(self, metrics: dict[str, float], *, step: int) -> dict[str, float]:
-        """Take note of a finished step, and warn of what is not right but may go on.
-
-        Args:
-            metrics: the step's, reduced over processes.
-            step: the step.
-
-        Returns:
-            The metrics without those of `put_into`: over_limit/<rule> is among the others.
-        """
-        for name in [name.removeprefix(_OF) for name in metrics if name.startswith(_OF)]:
-            numbers = (int(metrics[f"{_ROWS}{name}"]), int(metrics[f"{_OF}{name}"]), metrics[f"{_SECONDS}{name}"])
-            self._see(name, Lost(*numbers, self._causes.get(name, "")), step)
-        return {name: value for name, value in metrics.items() if not name.startswith((_ROWS, _OF, _SECONDS))}
-
-    def _see(self, name: str, lost: Lost, step: int) -> None:
+    def _see(self, rule: Rule, lost: Lost, step: int) -> None:
         if not lost.of:
             return
         if lost.rows == lost.of:
-            self._all_lost[name] = step
+            self._all_lost[rule] = step
         else:
-            self._all_lost.pop(name, None)
-        self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if lost.rows else 0
-        self._total[name] = self._total.get(name, Lost()).plus(lost)
+            self._all_lost.pop(rule, None)
+        self._in_a_row[rule] = self._in_a_row.get(rule, 0) + 1 if lost.rows else 0
+        self._total[rule] = self._total.get(rule, Lost()).plus(lost)
         if lost.rows > MANY * lost.of:
-            self._warn_of_many(name, lost, step)
-        if self._in_a_row[name] == STEPS_IN_A_ROW:
-            self._warn_of_cost(name, step)
+            self._warn_of_many(rule, lost, step)
+        if self._in_a_row[rule] == STEPS_IN_A_ROW:
+            self._warn_of_cost(rule, step)
 
-    def _warn_of_many(self, name: str, lost: Lost, step: int) -> None:
-        self._many[name] = self._many.get(name, 0) + 1
-        if self._says and _is_power(self._many[name]):
-            times = f" ({self._many[name]} such steps so far)" if self._many[name] > 1 else ""
-            logger.warning("step %d: %s%s.\n%s", step, describe(name, lost), times, _ADVICE)
+    def _warn_of_many(self, rule: Rule, lost: Lost, step: int) -> None:
+        self._many[rule] = self._many.get(rule, 0) + 1
+        if self._says and _is_power(self._many[rule]):
+            times = f" ({self._many[rule]} such steps so far)" if self._many[rule] > 1 else ""
+            logger.warning("step %d: %s%s.\n%s", step, describe(rule[1], lost), times, _ADVICE)
 
-    def _warn_of_cost(self, name: str, step: int) -> None:
-        total = self._total[name]
-        if self._says and name not in self._said:  # once is enough
-            self._said.add(name)
+    def _warn_of_cost(self, rule: Rule, step: int) -> None:
+        total = self._total[rule]
+        if self._says and rule not in self._said:  # once is enough
+            self._said.add(rule)
             logger.warning(
                 "steps %d to %d: in each of them rows of the rule %r were over a limit%s. So far these were %d rows, "
                 "which took %s; %s.\n%s",
-                *(step - STEPS_IN_A_ROW + 1, step, name, _last(total.cause), total.rows),
+                *(step - STEPS_IN_A_ROW + 1, step, rule[1], _last(total.cause), total.rows),
                 *(_time(total.seconds), _cost(total), _ADVICE),
             )
 

@@ -380,14 +380,19 @@ class Run:
 
     def _on_main(self, write: Callable[[], None]) -> None:
         """Have the main process write. All raise what it raises, so that none waits for one that has ended."""
-        failed: list[CannotWrite | None] = [None]
+        failed: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 reached(self.folder, write)
-            except CannotWrite as error:
-                failed = [error]
-        if error := broadcast_object_list(failed)[0]:
-            raise error
+            except Exception as error:
+                failed = error
+        if self.accelerator.num_processes > 1:
+            [sent] = broadcast_object_list([failed and _as_text(failed)])
+            if failed is None and sent is not None:
+                kind, text = sent
+                raise kind(text)
+        if failed is not None:
+            raise failed
 
     def _sizes(self) -> Sizes:
         return sizes_of(self._learners, self._exports, use_lora=self.config.use_lora)
@@ -411,6 +416,16 @@ class Run:
                     _trained_weights(learner, module), path
                 )
         return writers
+
+
+# What the other processes raise in place of an error of the main one, whose own class may not be sent to them.
+_KINDS = (CannotWrite, WrongNumbers, ValueError, TypeError, OSError, MemoryError, RuntimeError)
+
+
+def _as_text(error: Exception) -> tuple[type[Exception], str]:
+    """What can be sent of an error: the nearest kind that takes a text, and its text."""
+    kind = next((kind for kind in _KINDS if isinstance(error, kind)), RuntimeError)
+    return kind, str(error) if type(error) is kind else f"{type(error).__name__}: {error}"
 
 
 def algorithm_name(trainer: type) -> str:

@@ -65,7 +65,10 @@ class Stopping:
         self._window = self._agreed = False
         self._update_began: float | None = None
         self._doing = "ending"
-        self._over, self._asleep = threading.Event(), threading.Lock()
+        self._over = threading.Event()
+        # Held until a signal comes; the thread waits for it. An Event could not be set by a handler that interrupts
+        # another call of it, which holds its lock; a Lock is released in one step.
+        self._asleep = threading.Lock()
         self._asleep.acquire()
         self._terminals: list[int] = []
 
@@ -78,11 +81,12 @@ class Stopping:
             self._group = distributed.new_group(backend="gloo")
         if threading.current_thread() is threading.main_thread():
             self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-            # Begun here: a handler that interrupts the start of a thread cannot start one.
-            threading.Thread(target=self._knock, name="grace of a stop", daemon=True).start()
             answered = dict.fromkeys(filter(is_ours_to_answer, ENDING), self._receive)
-            if answered and signal.getsignal(_KNOCK) is signal.SIG_DFL:
-                answered[_KNOCK] = self._knocked
+            if answered:
+                # Begun here: a handler that interrupts the start of a thread cannot start one.
+                threading.Thread(target=self._knock, name="grace of a stop", daemon=True).start()
+                if signal.getsignal(_KNOCK) is signal.SIG_DFL:
+                    answered[_KNOCK] = self._knocked
             self._before = {number: signal.signal(number, handler) for number, handler in answered.items()}
         return self
 

@@ -23,7 +23,7 @@ from common.runs.log import METRICS_FILE, SAMPLES_FILE, json_line
 from common.runs.own_files import check_own_files, what_else
 from common.runs.plots import PHASE_COLORS
 from common.terminal import one_line
-from common.yaml_files import read_yaml_file
+from common.yaml_files import MAX_BYTES, parse_yaml
 
 PAGE_FILE = "samples.html"
 PAGE_PARTS = Path(__file__).parent / "assets"
@@ -171,13 +171,15 @@ def read_settings(path: Path) -> tuple[dict[str, Any], list[str]]:
     """
     if not path.is_file() or what_else(path):
         return {}, []
+    with open(path, "rb") as file:
+        content = file.read(MAX_BYTES + 1)  # of more, parse_yaml says that it is too much
     try:
-        settings, wrong = read_yaml_file(path, written_out=False), f"{path}: not the settings of a run."
+        settings, wrong = parse_yaml(content, str(path), written_out=False), f"{path}: not the settings of a run."
     except ValueError as error:
         settings, wrong = None, str(error)
     if not isinstance(settings, dict):
         raise ValueError(f"{wrong} A run's settings are a YAML mapping. Restore or remove the file.")
-    comments = [line for line in path.read_text(encoding="utf-8").split("\n") if line.startswith("# From step")]
+    comments = [line for line in content.decode().splitlines() if line.startswith("# From step")]
     return settings, [one_line(line.removeprefix("# "), 300) for line in comments[:100]]
 
 
