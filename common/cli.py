@@ -24,7 +24,7 @@ from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
 from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
-from common.signals import Stopped, end_without_a_word, name_of, raise_in_script
+from common.signals import Stopped, end_without_a_word, ignore_while_python_ends, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
 from common.yaml_files import parse_yaml
 
@@ -280,6 +280,8 @@ def run_script(
             name = "\ninterrupted" if stopped.number == signal.SIGINT else name_of(stopped.number)
             print(f"{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         sys.exit(stopped.code)
+    finally:
+        ignore_while_python_ends()
 
 
 def _take_yaml(args: list[str], names: list[str], owner: str) -> tuple[list[str], Path | None, dict]:

@@ -4,6 +4,7 @@ While a run trains, common/runs/stopping.py answers them. Only scripts of this p
 another program, nothing here is installed. No heavy import at the top, since this must be there before torch is.
 """
 
+import atexit
 import ctypes
 import os
 import shlex
@@ -76,6 +77,25 @@ def end_without_a_word() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def ignore_while_python_ends() -> None:
+    """Once Python ends, which takes seconds, a signal changes nothing: its status is known. Ctrl-C still ends it."""
+    atexit.unregister(_ignore)
+    atexit.register(_ignore)  # called last, so that it runs before what libraries have registered
+
+
+def _ignore() -> None:
+    global _is_ending
+    if os.getpid() != _owner:
+        return
+    _is_ending = True  # for signals that come before the handlers are changed
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # gone, closed or absent
+            stream.flush()
+    for number in ENDING:
+        if signal.getsignal(number) in (_raise, signal.default_int_handler):
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+
+
 def _install(handler: object) -> None:
     global _owner
     _owner = os.getpid()
@@ -85,6 +105,7 @@ def _install(handler: object) -> None:
 
 
 _owner = 0  # the process that installed the handlers
+_is_ending = False  # whether Python ends
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -109,7 +130,8 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _raise(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _owner:
         return pass_on(number)
-    raise Stopped(number)
+    if not _is_ending:
+        raise Stopped(number)
 
 
 def _is_our_script() -> bool:

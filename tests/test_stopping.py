@@ -241,6 +241,39 @@ def test_a_second_signal_while_the_first_is_reported_shows_no_traceback():
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+# A library's atexit, as tqdm, weakref and torch have, and the modules' own end after it.
+LATE = """
+import atexit, os, signal, sys, time, weakref
+from common.cli import run_script
+
+class Late:
+    def __del__(self):
+        signal_us()
+
+def signal_us():
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+
+def main():
+    atexit.register(signal_us)
+    sys.last = Late()
+    print("done")
+    if sys.argv[1:]:
+        raise SystemExit(int(sys.argv[1]))
+
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_signal_while_python_ends_changes_nothing(status):
+    command = [sys.executable, "-c", LATE, *([str(status)] if status else [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "done\n", "")
+
+
 # Without a run
 
 

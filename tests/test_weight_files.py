@@ -1,5 +1,8 @@
 """The names in a checkpoint, and files of it that are damaged or missing."""
 
+import os
+import pickle
+
 import pytest
 import torch
 
@@ -44,3 +47,34 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=rf"{path.name} is missing, which model.safetensors.index.json lists"):
         check_weight_files(tmp_path)
+
+
+class _Calls:
+    """What a hostile file brings: a call that a plain unpickler would make."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_calls_something_is_refused_in_our_words_and_not_executed(zipped, tmp_path):
+    mark = tmp_path / "executed"
+    content = {"a": torch.zeros(1), "b": _Calls(os.system, f"touch {mark}")}
+    torch.save(content, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin holds more than weights, such as \w+.system, so"
+    ) as caught:
+        check_weight_files(tmp_path)
+    assert not any(word in str(caught.value) for word in ("damaged", "weights_only", "torch.load"))
+    assert not mark.exists()
+
+
+def test_a_pickle_of_another_protocol_is_refused_in_our_words(tmp_path):
+    mark = tmp_path / "executed"
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(_Calls(os.system, f"touch {mark}"), protocol=4))
+    with pytest.raises(ValueError, match="is no file of weights, or holds more than weights, so it is not read"):
+        check_weight_files(tmp_path)
+    assert not mark.exists()

@@ -7,6 +7,8 @@ its index only.
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import json
+import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from transformers.utils import (
 )
 
 from common.mistakes import first_line
+from common.terminal import one_line
 
 # In the order in which transformers looks for them.
 FILE_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -176,7 +179,21 @@ def _damaged(file: Path, error: Exception) -> ValueError:
                 f"model={str(file.parent)!r}: {file.name} is a pointer of Git LFS ({file.stat().st_size:,} bytes), "
                 "not the file itself. Run git lfs pull in its repository."
             )
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to turn weights_only off: that executes the file
+        return _no_weights(file, error)
     return ValueError(
         f"model={str(file.parent)!r}: {file.name} is damaged ({file.stat().st_size:,} bytes; {first_line(error)}): "
         "its weights cannot be read. Download or write this file again."
+    )
+
+
+def _no_weights(file: Path, error: pickle.UnpicklingError) -> ValueError:
+    """For a pickle that torch refuses: one with objects or calls in it, or no pickle at all."""
+    if found := re.search(r"(?i:unsupported) GLOBAL (\S+)|GLOBAL (\S+) was not", str(error)):
+        what = f"holds more than weights, such as {one_line(found[1] or found[2])}"
+    else:
+        what = "is no file of weights, or holds more than weights"
+    return ValueError(
+        f"model={str(file.parent)!r}: {file.name} {what}, so it is not read: reading it could run code that it "
+        "brings. Pass a model with .safetensors, or write its weights alone, as save_pretrained does."
     )
