@@ -77,6 +77,11 @@ def end_without_a_word() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def after_a_stop(handler: object) -> object:
+    """What takes a handler's place once a run has been stopped: a script's own would raise Stopped a second time."""
+    return signal.SIG_DFL if handler is _raise else handler
+
+
 def ignore_while_python_ends() -> None:
     """Once Python ends, which takes seconds, a signal changes nothing: its status is known. Ctrl-C still ends it."""
     atexit.unregister(_ignore)

@@ -15,7 +15,7 @@ import pytest
 from accelerate import Accelerator
 
 from common.runs.stopping import StepLeft, Stopping
-from common.signals import ENDING, Stopped
+from common.signals import ENDING, Stopped, raise_in_script
 from common.trainer import OnPolicyTrainer
 from tests.toy import ROOT, metrics_of, samples_of, save_toy_policy, toy_trainer
 
@@ -327,6 +327,13 @@ def test_a_signal_that_comes_while_another_process_is_heard_of_is_the_same_reque
         for number in (signal.SIGTERM, signal.SIGUSR1):
             stopping._note(number)
     assert stopping.number == signal.SIGUSR1
+
+
+def test_a_script_that_was_stopped_is_not_stopped_again_while_it_ends():
+    raise_in_script()
+    with Stopping(9, Accelerator(cpu=True), keeps_checkpoint=True):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL  # which ends it at once, and raises nothing
 
 
 def test_handlers_of_others_and_ignored_signals_stay():

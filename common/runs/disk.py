@@ -234,8 +234,10 @@ def _in_words(path: Path, number: int, needed: int, *, folder: Path | None = Non
     else:
         allowed = "Make the folder writable" if how == "written" else "Let this user read and write it"
         remedy = allowed if number in _REFUSED else "Repair that"
+    # Where nothing can be written, nothing can be removed either.
+    left = "The next start removes what is incomplete" if number == errno.EROFS else "Nothing incomplete is left"
     return (
-        f"{path} could not be {how}: {reason(number, folder)}.{amount} Nothing incomplete is left. {remedy}; "
+        f"{path} could not be {how}: {reason(number, folder)}.{amount} {left}. {remedy}; "
         f"the same command then {_where(run_folder)}."
     )
 

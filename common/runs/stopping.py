@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributed
 
-from common.signals import ENDING, Stopped, is_ours_to_answer, name_of, pass_on, say
+from common.signals import ENDING, Stopped, after_a_stop, is_ours_to_answer, name_of, pass_on, say
 
 # Its default is to be ignored, so one that comes late does no harm; programs that use it are rare.
 _KNOCK = signal.SIGURG
@@ -95,7 +95,7 @@ class Stopping:
         self._window = False
         self._over.set()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if self.number is None else after_a_stop(handler))
         if self._before and self.number is None:
             self._asleep.release()
         self._before = {}
