@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from common.runs.checkpoints import FINAL_FOLDER  # noqa: E402
 from common.runs.log import METRICS_FILE, SAMPLES_FILE  # noqa: E402
 from tools.soak_compare import difference  # noqa: E402
-from tools.soak_events import ACTIONS, Case, Failure, Missed, Skipped, require, require_message  # noqa: E402
+from tools.soak_events import ACTIONS, Case, Failure, Missed, Skipped, require_message  # noqa: E402
 from tools.soak_plan import KINDS, Event, event  # noqa: E402
 from tools.soak_runs import ALGORITHMS, Runs  # noqa: E402
 from tools.soak_table import Outcome, summary, table  # noqa: E402
@@ -100,8 +100,7 @@ def finish(case: Case, result: Result) -> None:
             require_message(case, ended)  # nobody can bring back what was in the file
             result.survived, result.said = True, "it says that it cannot go on"
             return
-        require(ended.status == 0, "the same command continues it", ended)
-        require(not ended.left, "its processes end with it", ended)
+        case.require_continued(ended)
     result.survived = True
     differs = difference(case.output_dir, case.runs.folder / "references" / case.event.setup.name / "run")
     result.equal = differs is None

@@ -83,10 +83,14 @@ class Case:
     def continued(self) -> Ended:
         """Go on with the run until it ends by itself."""
         ended = self.start().wait()
+        self.require_continued(ended)
+        return ended
+
+    def require_continued(self, ended: Ended) -> None:
+        """Require that the run went on to its end, or says that it had ended: only the name of final/ was missing."""
         has_finished = (self.output_dir / FINAL_FOLDER).is_dir() and "the run there has finished" in ended.errors
         require(ended.status == (2 if has_finished else 0), "the same command continues it", ended)
         require(not ended.left, "its processes end with it", ended)
-        return ended
 
     def wait_until(self, process: Process, moment: Moment) -> None:
         """Wait for a moment.
