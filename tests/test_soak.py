@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from common.runs.checkpoints import save_checkpoint, save_final
 from tests.toy import ROOT
 from tools.soak_compare import difference
 from tools.soak_plan import KINDS, event
-from tools.soak_runs import ALGORITHMS, Process, started
+from tools.soak_runs import ALGORITHMS, Process, is_alive
 from tools.soak_table import Outcome, summary, table
 
 # The plan
@@ -168,7 +169,7 @@ def test_what_a_run_leaves_behind_is_named_and_ended(tmp_path, monkeypatch):
     assert (ended.status, ended.errors) == (128 + 15, "message\n")
     [left] = ended.left
     assert left.endswith("sleep 321")
-    assert not started(int(left.split(":")[0]))
+    assert not psutil.pid_exists(pid := int(left.split(":")[0])) or not is_alive(psutil.Process(pid))
 
 
 # A short soak

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+import psutil
 import transformers
 import yaml
 
@@ -167,7 +168,7 @@ class Process:
         case.mkdir(parents=True, exist_ok=True)
         self._errors = case / f"{name}.stderr"
         self._begun = time.monotonic()
-        self._family: dict[int, str] = {}
+        self._family: set[psutil.Process] = set()
         # Threads of several runs on few cores would wait for each other.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         environment["SOAK_SLOW"] = str(case / SLOW_FILE)
@@ -194,13 +195,13 @@ class Process:
     def send(self, number: signal.Signals, *, group: bool = False) -> None:
         """Send a signal to the process or, as a queue does, also to all that it has started, in whatever session."""
         self.note_family()
-        for pid in [self.pid, *(self._family if group else ())]:
+        for pid in [self.pid, *(each.pid for each in self._family if group)]:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
     def note_family(self) -> None:
         """Remember the processes that this one has started, to find them after its end."""
-        self._family |= {pid: started(pid) for pid in descendants(self.pid)}
+        self._family |= {*_children(self.pid, recursive=True)}
 
     def wait(self, patience: float = PATIENCE) -> Ended:
         """Wait until it has ended and its processes with it; what is left is killed and named."""
@@ -232,56 +233,42 @@ class Process:
             time.sleep(0.05)
 
     def _left(self) -> list[int]:
-        same = [pid for pid, begun in self._family.items() if begun and started(pid) == begun]
-        return sorted({*same, *members(self.pid)})
+        return sorted(each.pid for each in {*self._family, *_members(self.pid)} if is_alive(each))
 
 
-# Processes, as /proc shows them
+# Processes, which may end at any moment
 
 
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the state on; empty for a process that is gone or only has not been waited for."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return []
-    return [] if fields[0] in "ZX" else fields
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; one that only has not been waited for, or whose number another one has, does not."""
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
-def _processes() -> Iterator[tuple[int, list[str]]]:
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit() and (fields := _stat(int(path.name))):
-            yield int(path.name), fields
+def _children(parent: int, *, recursive: bool = False) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return list(filter(is_alive, psutil.Process(parent).children(recursive=recursive)))
+    return []
 
 
-def started(pid: int) -> str:
-    """When a process was started, which tells it from a later one with its number; empty if there is none."""
-    fields = _stat(pid)
-    return fields[19] if fields else ""
-
-
-def members(session: int) -> list[int]:
-    """The processes of a session."""
-    return [pid for pid, fields in _processes() if int(fields[3]) == session]
+def _members(session: int) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError):
+            if os.getsid(process.pid) == session:
+                yield process
 
 
 def children(parent: int) -> list[int]:
     """The processes that a process has started."""
-    return [pid for pid, fields in _processes() if int(fields[1]) == parent]
-
-
-def descendants(parent: int) -> list[int]:
-    """The processes that a process has started, and theirs."""
-    direct = children(parent)
-    return direct + [pid for child in direct for pid in descendants(child)]
+    return [each.pid for each in _children(parent)]
 
 
 def words_of(pid: int) -> str:
     """A process's command line."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return " ".join(psutil.Process(pid).cmdline())
+    return ""
 
 
 def ranks(launcher: int) -> list[int]:
