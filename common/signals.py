@@ -5,7 +5,6 @@ another program, nothing here is installed. No heavy import at the top, since th
 """
 
 import atexit
-import ctypes
 import os
 import shlex
 import signal
@@ -14,13 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from common.processes import end_with_parent
+
 ROOT = Path(__file__).parent.parent
 
 # What queues, containers and terminals send before they kill, and Ctrl-C.
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-
-
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
 
 
 class Stopped(SystemExit):
@@ -63,7 +61,7 @@ def leave_while_importing() -> None:
         _install(_leave)
         if _is_launched() and sys.platform == "linux":
             # Its launcher may die first: torchrun does so at once of SIGKILL and, unless told otherwise, of SIGUSR1.
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+            end_with_parent(signal.SIGTERM)
 
 
 def raise_in_script() -> None:

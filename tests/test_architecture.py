@@ -20,7 +20,7 @@ ORDER = [
     *("common.data", "common.update", "common.models", "common.logprobs", "common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
     *("common.values", "common.mistakes", "common.moved", "common.environment", "common.caches", "common.host"),
-    *("common.yaml_files", "common.terminal", "common.signals"),
+    *("common.yaml_files", "common.terminal", "common.signals", "common.processes"),
 ]
 # What an algorithm's folder may import besides itself. models: to bring a model of its own; tasks: the type Task.
 FOR_ALGORITHMS = {

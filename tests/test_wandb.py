@@ -250,7 +250,7 @@ def test_a_service_of_wandb_that_dies_never_ends_a_run_and_its_steps_count_as_no
 import os, signal, sys
 from pathlib import Path
 from accelerate import Accelerator
-from common.rewards.processes import children
+from common.processes import children
 from common.runs.log import RunLog
 folder = Path(sys.argv[1])
 log = RunLog(folder, Accelerator(cpu=True, log_with=["wandb"], project_dir=folder), {})

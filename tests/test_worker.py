@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.processes import children
 from common.rewards.answers import Lost
 from common.rewards.keeper import END
 from common.rewards.prints import MOST_BYTES
-from common.rewards.processes import children
 from common.rewards.rules import rule, warmed_up_by
 from common.rewards.secret_variables import is_secret
 from common.rewards.worker import Limits, RuleWorker

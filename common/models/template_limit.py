@@ -8,8 +8,9 @@ import os
 import resource
 import select
 import signal
-import warnings
 from collections.abc import Callable
+
+from common.processes import fork, limit_memory
 
 # A long conversation takes milliseconds; compiling the longest templates a tenth of a second.
 SECONDS = 2
@@ -45,10 +46,7 @@ def _why_not(renders: list[Callable[[], str]]) -> str | None:
     import jinja2.sandbox  # noqa: F401  else both processes would import it
 
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        # Python warns that another thread may hold a lock at the fork; rendering uses none.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         os.close(reader)
         _render_and_exit(renders)
@@ -74,7 +72,8 @@ def _render_and_exit(renders: list[Callable[[], str]]) -> None:
     status = 0
     try:
         signal.signal(signal.SIGXCPU, signal.SIG_DFL)
-        _limit()
+        limit_memory(GIGABYTES)
+        _limit_time()
         for render in renders:
             status = max(status, _status_of(render))
     finally:
@@ -90,16 +89,7 @@ def _status_of(render: Callable[[], str]) -> int:
         return 0
 
 
-def _limit() -> None:
-    """Limits of this process, no higher than those that it has."""
-    with open("/proc/self/statm", encoding="utf-8") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    wanted = {
-        resource.RLIMIT_AS: used + int(GIGABYTES * 1e9),
-        resource.RLIMIT_CPU: SECONDS,
-        resource.RLIMIT_CORE: 0,
-    }
-    for kind, limit in wanted.items():
-        _, hard = resource.getrlimit(kind)
-        if hard == resource.RLIM_INFINITY or limit < hard:
-            resource.setrlimit(kind, (limit, hard))
+def _limit_time() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard == resource.RLIM_INFINITY or hard > SECONDS:
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, hard))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from common.processes import adopt_orphans, end_children, end_with_parent, has_children, limit_memory
 from common.rewards.copies import Arguments, own_arguments
 from common.rewards.prints import PrintPipes, flush
-from common.rewards.processes import adopt_orphans, end_children, end_with_parent, has_children, limit_memory
 from common.rewards.values import number_of, values_of
 from common.signals import ENDING
 

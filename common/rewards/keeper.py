@@ -18,10 +18,7 @@ from types import FrameType
 from typing import NamedTuple, NoReturn
 
 from common.host import limits_in_force
-from common.rewards.answers import OUT_OF_MEMORY, SENT_BY_QUEUES, Limits, RowAnswer, receive, send, work
-from common.rewards.copies import Arguments
-from common.rewards.prints import Printed, PrintPipes, flush, open_standard_files
-from common.rewards.processes import (
+from common.processes import (
     adopt_orphans,
     children,
     describe_end,
@@ -31,6 +28,9 @@ from common.rewards.processes import (
     processor_clock,
     wait_for_end,
 )
+from common.rewards.answers import OUT_OF_MEMORY, SENT_BY_QUEUES, Limits, RowAnswer, receive, send, work
+from common.rewards.copies import Arguments
+from common.rewards.prints import Printed, PrintPipes, flush, open_standard_files
 from common.rewards.rules import warm_up
 from common.rewards.secret_variables import forget_secrets
 

@@ -11,18 +11,17 @@ import mmap
 import os
 import pickle
 import signal
-import warnings
 import weakref
 from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+from common.processes import describe_end, end_sessions, fork, wait_for_end
 from common.rewards.answers import DEFAULT_LIMITS, Limits, RowAnswer, receive
 from common.rewards.copies import Arguments, refuse_unpickled
 from common.rewards.keeper import END, Reply, describe_failure, keep
 from common.rewards.prints import flush, show
-from common.rewards.processes import describe_end, end_sessions, fork, wait_for_end
 from common.rewards.rules import refuse_asynchronous
 
 logger = logging.getLogger("nanorlhf")
@@ -116,10 +115,7 @@ class RuleWorker:
         worker = _SharedNumber()
         try:
             self._connection, keepers_end = Pipe()
-            with warnings.catch_warnings():
-                # Python warns that another thread may hold a lock at the fork; rules use no lock of this process.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                pid = fork()
+            pid = fork()
         except OSError as error:
             self._refuse(describe_failure(error))
         if pid == 0:

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+import warnings
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -39,10 +40,15 @@ def processor_clock(pid: int) -> int:
 
 
 def fork() -> int:
-    """Fork this process with no signal in the middle: Python would drop what its handler raises there."""
+    """Fork this process with no signal in the middle: Python would drop what its handler raises there.
+
+    The child may use no lock that another thread could hold at the fork; of that, Python does not warn here.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
-        return os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return os.fork()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
