@@ -267,22 +267,15 @@ def prepare_blocked(folder, point):
     prepare_run_folder(folder, SETTINGS)
 
 
-@pytest.mark.slow
-def test_a_kill_before_the_settings_are_written_leaves_a_folder_that_can_be_used(tmp_path):
-    kill_at(tmp_path / "point", prepare_blocked, tmp_path / "run")
-    assert names(tmp_path / "run") != []
-    assert prepare_run_folder(tmp_path / "run", SETTINGS, "never") is None
-    assert names(tmp_path / "run") == ["config.yaml"]
-
-
 def check_blocked(folder, point):
     block_before_calls_of("fsync", point)
     check_folder(folder)
 
 
 @pytest.mark.slow
-def test_a_kill_while_a_folder_is_tried_out_leaves_one_that_can_be_used(tmp_path):
-    kill_at(tmp_path / "point", check_blocked, tmp_path / "run")
+@pytest.mark.parametrize("blocked", [prepare_blocked, check_blocked], ids=["before the settings", "in a try-out"])
+def test_a_kill_before_a_run_has_begun_leaves_a_folder_that_can_be_used(tmp_path, blocked):
+    kill_at(tmp_path / "point", blocked, tmp_path / "run")
     assert names(tmp_path / "run") != []
     assert prepare_run_folder(tmp_path / "run", SETTINGS, "never") is None
     assert names(tmp_path / "run") == ["config.yaml"]

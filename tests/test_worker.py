@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import faulthandler
+import inspect
 import logging
 import os
 import resource
@@ -420,18 +421,13 @@ def test_what_a_rule_prints_appears_in_order_and_before_the_answers(capfd):
 
 @pytest.mark.slow
 def test_prints_go_into_a_file_once_each_and_before_later_words(tmp_path):
-    code = """
+    code = f"""
 import ctypes, subprocess, sys
 from common.rewards.worker import Limits, RuleWorker
-def prints(completions):
-    print("said of", completions[0])
-    print("on the other output", file=sys.stderr)
-    subprocess.run(["echo", "by a program"])
-    ctypes.CDLL(None).puts(b"by C")
-    return [1.0]
+{inspect.getsource(prints)}
 print("begin")  # waits in a buffer that a fork copies
-worker = RuleWorker({"prints": prints}, Limits())
-worker("prints", {"completions": ["one"]})
+worker = RuleWorker(dict(prints=prints), Limits())
+worker("prints", dict(completions=["one"]))
 print("end")
 """
     done = script(code, env={**os.environ, "PYTHONUNBUFFERED": ""})

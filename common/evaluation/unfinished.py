@@ -6,7 +6,6 @@ another evaluation, of the same completions by other rewards, can go on from the
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 
 from common.rollouts import Completion
 from common.runs.disk import append_to, written
+from common.runs.held import NO_LOCKS
 from common.runs.log import json_line
 from common.runs.own_files import open_own
 
@@ -71,7 +71,7 @@ class Unfinished:
             # Not inherited by the processes of rules. It ends when any descriptor of the file is closed.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+            if error.errno not in NO_LOCKS:
                 self._file.close()
                 raise ValueError(
                     f"{self.path}: another process is sampling the same completions. Wait for it, or stop it and "

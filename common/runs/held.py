@@ -17,7 +17,7 @@ from common.runs.checkpoints import write_file
 from common.runs.own_files import what_else
 
 LOCK_FILE = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
 # Seconds before anything is written again: perhaps the whole folder is being deleted.
 _SETTLE = 0.3
 
@@ -183,7 +183,7 @@ def _lock(folder: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        if error.errno in _NO_LOCKS:
+        if error.errno in NO_LOCKS:
             return None
         raise CannotWrite(
             f"output_dir={folder}: another process is working on this run, and two would damage each other's files. "
