@@ -1,0 +1,1 @@
+"""Memory: what a pass needs, predicted before a model is loaded."""
