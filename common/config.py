@@ -121,7 +121,7 @@ class RLConfig:
 
     # Optimizer
     optimizer: str = "adamw"
-    """"adamw": float32 weights and moments on the device; "adamw_host": weights in the precision of forward passes there,
+    """"adamw": weights and moments in float32 on the device; "adamw_host": weights as forward passes read them there,
     float32 masters and moments in main memory; "adamw_8bit": float32 weights, moments in 8 bits (bitsandbytes)."""
     learning_rate: float = 1e-6
     lr_scheduler: str = "constant"

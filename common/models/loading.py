@@ -157,9 +157,7 @@ def load_policy(
     return set_mode(model)
 
 
-def load_reference(
-    path: str, config: RLConfig, *, dtype: torch.dtype = torch.float32
-) -> transformers.PreTrainedModel:
+def load_reference(path: str, config: RLConfig, *, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """Load a frozen second copy of the policy, for training without LoRA.
 
     It is rounded like the policy's weights: only then is the KL exactly 0 until the policy changes.

@@ -4,11 +4,9 @@
 them, and float32 master weights and moments on the host. `adamw_8bit` keeps the moments in 8 bits, by bitsandbytes.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +14,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from common.config import RLConfig
-
-# Between device and host, numbers go through pinned buffers of this size. Pinned memory is scarce, and its allocator
-# rounds up to powers of two, so they are few and small.
-BUFFER_BYTES = 2**26
-NUM_BUFFERS = 4
+from common.update.staging import Staging, on_side_stream
 
 # bitsandbytes has a scale in float32 for each block of this many numbers in 8 bits.
 _BLOCK = 256
-
-# Begins a copy from the first tensor to the second, and gives what waits for its end.
-Copy = Callable[[Tensor, Tensor], Callable[[], None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +97,9 @@ def make_optimizer(module: nn.Module, config: RLConfig) -> Optimizer:
         return _with_8_bits(groups, embedding_weights(module), settings)
     # On CUDA the default would need 4 more bytes per weight during a step. On the CPU it stays: the fused one differs
     # from it in the last bit.
-    fused = torch.cuda.is_available() or None
-    optimizer = AdamW(groups, **settings, fused=fused)
-    if fused:
-        optimizer.register_step_pre_hook(lambda optimizer, *_: keep_counters_beside_weights(optimizer))
-    return optimizer
+    if not torch.cuda.is_available():
+        return AdamW(groups, **settings)
+    return stay_fused(AdamW(groups, **settings, fused=True))
 
 
 def embedding_weights(module: nn.Module) -> set[nn.Parameter]:
@@ -132,6 +121,18 @@ def _with_8_bits(groups: list[dict[str, Any]], exact: set[nn.Parameter], setting
             return config | {"optim_bits": 32} if group["params"][pindex] in exact else config
 
     return MostlyAdamW8bit(groups, **settings)
+
+
+def stay_fused(optimizer: Optimizer) -> Optimizer:
+    """Have a fused optimizer take fused steps also after the state of another one was loaded, and from the CPU."""
+
+    def set_in_groups(optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group |= {"fused": True, "foreach": False}
+
+    optimizer.register_load_state_dict_post_hook(set_in_groups)
+    optimizer.register_step_pre_hook(lambda optimizer, *_: keep_counters_beside_weights(optimizer))
+    return optimizer
 
 
 def keep_counters_beside_weights(optimizer: Optimizer) -> None:
@@ -173,7 +174,7 @@ class HostAdamW(Optimizer):
         settings: of AdamW.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, staging: "Staging | None" = None, **settings: Any) -> None:
+    def __init__(self, groups: list[dict[str, Any]], *, staging: Staging | None = None, **settings: Any) -> None:
         super().__init__([dict(group) for group in groups], settings)
         weights = [weight for group in self.param_groups for weight in group["params"]]
         self.masters: dict[nn.Parameter, Tensor] = {weight: _master(weight) for weight in weights}
@@ -260,89 +261,3 @@ class HostAdamW(Optimizer):
 
 def _master(weight: nn.Parameter) -> Tensor:
     return weight.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
-
-
-class Staging:
-    """Moves numbers between a device and the host through a few buffers, each used again when its copy has ended.
-
-    The host works on what has arrived while more is on its way, so a backward pass is not held up.
-
-    Args:
-        copy: between a buffer and the device.
-        pinned: buffers in pinned memory, from which a GPU copies by itself.
-    """
-
-    def __init__(self, copy: Copy, *, pinned: bool) -> None:
-        self._copy = copy
-        self._free = [torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=pinned) for _ in range(NUM_BUFFERS)]
-        # Of each buffer in use: what waits for its copy, the buffer, and what is then to be done.
-        self._moving: deque[tuple[Callable[[], None], Tensor, Callable[[], object] | None]] = deque()
-
-    def to_host(self, source: Tensor, target: Tensor, *, add: bool) -> None:
-        """Copy a tensor from the device, or add it to what is there; after `finish` it is done.
-
-        Args:
-            source: on the device, of any floating point type.
-            target: contiguous, on the host, of the same shape.
-            add: add instead of overwriting.
-        """
-        for piece, place in _pieces(source.reshape(-1), target.view(-1)):
-            buffer = self._buffer()
-            arrived = buffer[: piece.nbytes].view(piece.dtype)
-            wait = self._copy(piece, arrived)
-            self._moving.append((wait, buffer, partial(place.add_ if add else place.copy_, arrived)))
-
-    def to_device(self, source: Tensor, target: Tensor) -> None:
-        """Copy a tensor to the device, rounded to the type it has there; after `finish` it is done.
-
-        Args:
-            source: contiguous, on the host.
-            target: contiguous, on the device, of the same shape.
-        """
-        for place, piece in _pieces(target.view(-1), source.view(-1)):
-            buffer = self._buffer()
-            leaving = buffer[: place.nbytes].view(place.dtype).copy_(piece)
-            self._moving.append((self._copy(leaving, place), buffer, None))
-
-    def finish(self) -> None:
-        """Wait for all copies, and do what is to be done with what has arrived."""
-        while self._moving:
-            self._end_of_oldest()
-
-    def _buffer(self) -> Tensor:
-        if not self._free:
-            self._end_of_oldest()
-        return self._free.pop()
-
-    def _end_of_oldest(self) -> None:
-        wait, buffer, then = self._moving.popleft()
-        wait()
-        if then is not None:
-            then()
-        self._free.append(buffer)
-
-
-def _pieces(on_device: Tensor, on_host: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parts of two vectors of equal length, such that the first one's fit into a buffer."""
-    size = BUFFER_BYTES // on_device.element_size()
-    return zip(on_device.split(size), on_host.split(size), strict=True)
-
-
-def on_side_stream(device: torch.device) -> Copy:
-    """Copies on a stream of their own, behind what the current stream has been given so far. It has never been run.
-
-    Args:
-        device: a GPU. The other side of each copy is in pinned memory.
-    """
-    stream = torch.cuda.Stream(device)
-
-    def copy(source: Tensor, target: Tensor) -> Callable[[], None]:
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
-            ended = stream.record_event()
-        # Its memory is given to nobody else before the copy has ended.
-        (source if source.is_cuda else target).record_stream(stream)
-        return ended.synchronize
-
-    return copy
