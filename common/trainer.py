@@ -330,7 +330,10 @@ class OnPolicyTrainer(ABC):
     @final
     def logprobs(self, name: str, rollouts: Rollouts) -> Tensor:
         """(B, C) float32, 0 at padding: log-probs of the tokens under "policy" or, with a kl_coef above 0, "ref"."""
-        return self.for_each_token(name, rollouts, lambda *args: token_logprobs(*args, self.config.temperature)[0])
+        temperature = self.config.temperature
+        return self.for_each_token(
+            name, rollouts, lambda *args: token_logprobs(*args, temperature, with_entropy=False)[0]
+        )
 
     @final
     def old_logprobs(self, rollouts: Rollouts) -> Tensor | None:
