@@ -74,8 +74,10 @@ class RLOOTrainer(OnPolicyTrainer):
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, of the completion's ratio or the token's, and (b, C) metrics by name."""
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
-        if self.config.ratio_level == "sequence":
+        of_completions = self.config.ratio_level == "sequence"
+        if of_completions:
             ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)  # (b, 1)
         else:
             ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
-        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        return self.corrected(loss, metrics, logprobs, minibatch, of_completions=of_completions)

@@ -26,7 +26,7 @@ from common.data.vocabulary import check_vocabulary, describe_spelled, describe_
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.logprobs import token_logprobs
-from common.losses import kl_estimate
+from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.models.loading import (
     compute_dtype,
     end_token_ids,
@@ -148,6 +148,7 @@ class OnPolicyTrainer(ABC):
         self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
+        self._largest_weights: list[Tensor] = []  # of the micro-batches of an update
         self._signal = SignalCheck(config, self.run.folder)
         is_main = self.accelerator.is_main_process
         rules = {"rewards": self.scorer.rules, "lenient": self.lenient_scorer.rules if self.lenient_scorer else []}
@@ -380,6 +381,7 @@ class OnPolicyTrainer(ABC):
             average_over: "tokens", "rows" or "constant": what the mean is over.
         """
         self.run.stopping.begin_update()
+        self._largest_weights.clear()
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
         with self.stopwatch("update"), self.models.use(learner.name, train=True) as model:
@@ -388,9 +390,40 @@ class OnPolicyTrainer(ABC):
             for epoch in range(num_epochs):
                 for part in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
                     self.metrics.add(*part)
+        if self._largest_weights:
+            self.metrics.add_max("sampler/weight_max", float(torch.stack(self._largest_weights).max()))
         self.metrics.add_sum(f"{learner.name}/tokens", num_epochs * rollouts.loss_mask.sum())
         if learner is self.policy:
             self.policy_sampler.policy_has_changed()
+
+    @final
+    def corrected(
+        self,
+        loss: Tensor,
+        metrics: dict[str, Metric],
+        logprobs: Tensor,
+        minibatch: Rollouts,
+        *,
+        of_completions: bool = False,
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """A policy loss weighed as importance_correction says, and its metrics with those of the weights.
+
+        It needs the settings of a ClippedConfig.
+
+        Args:
+            loss: (b, C) float32, all terms that are means over what the policy samples.
+            metrics: of the loss, by name.
+            logprobs: (b, C) float32 of the policy being updated.
+            minibatch: b rows.
+            of_completions: one weight for each completion, for a loss with the ratio of completions.
+        """
+        correction = chosen_correction(self.config.importance_correction, self.dtype, logprobs.device)
+        options = {"cap": self.config.importance_cap, "of_completions": of_completions}
+        weights, of_weights = importance_weights(logprobs, minibatch, correction=correction, **options)
+        counted = minibatch.loss_mask.any(1, keepdim=True) if of_completions else minibatch.loss_mask
+        largest = torch.where(counted, of_weights["sampler/weight"], 0.0).max()
+        self._largest_weights.append(largest)  # it stays on the device until the update is done
+        return (loss if correction == "none" else loss * weights), metrics | of_weights
 
     @final
     def add_learner(
