@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import runpy
 import sys
@@ -399,6 +400,48 @@ def weights_with(toy_folder, tmp_path_factory):
 def test_the_setting_acts(weights_with, name, setting):
     others, changed = acts(name)[setting]
     assert not torch.equal(weights_with(name, others), weights_with(name, others | {setting: changed}))
+
+
+CLIPPED = [name for name in NAMES if issubclass(algorithms()[name].config, ClippedConfig)]
+
+
+def run_with_another_sampler(toy_folder, folder, name, **settings):
+    """Weights and metrics of a step whose sampler is said to have drawn every third token with 3 times its chance."""
+    trainer = toy_trainer(toy_folder, folder, algorithm=name, num_steps=1, max_logprob_diff=0, **settings)
+    sample = trainer.sample
+
+    def skewed(*args, **options):
+        rollouts = sample(*args, **options)
+        rollouts.sampling_logprobs -= math.log(3) * (rollouts.completion_mask & (rollouts.completion_ids % 3 == 0))
+        return rollouts
+
+    trainer.sample = skewed
+    return trained_weights(trainer), metrics_of(folder)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLIPPED)
+def test_every_policy_loss_has_the_weights_and_reports_them_without_a_correction_too(toy_folder, tmp_path, name):
+    runs = {
+        str(settings): run_with_another_sampler(toy_folder, tmp_path / str(number), name, **settings)
+        for number, settings in enumerate(
+            (
+                {},
+                {"importance_correction": "truncate"},
+                {"importance_correction": "truncate", "importance_cap": 1.5},
+                {"importance_correction": "mask"},
+                {"importance_correction": "none", "importance_cap": 4.0},
+            )
+        )
+    }
+    auto, *corrected, none = runs.values()
+    assert torch.equal(auto[0], none[0])  # in float32
+    assert len({tuple(weights.tolist()) for weights, _ in (auto, *corrected)}) == 4
+    for _, metrics in runs.values():
+        assert 1 < metrics["sampler/weight"] < metrics["sampler/weight_max"]
+    if name != "RLOO":  # it weighs completions
+        assert auto[1]["sampler/weight_max"] == pytest.approx(3, abs=1e-4)
+        assert 0 < auto[1]["sampler/weight_cut"] < 1 and none[1]["sampler/weight_cut"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
