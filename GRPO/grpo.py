@@ -51,6 +51,7 @@ SETTINGS = GRPOConfig(
     missing_eos_penalty=0.0,
     sparse=False,
     keep_per_group=False,
+    refill_rounds=0,  # as often as this, groups of equal scores are replaced: DAPO's dynamic sampling
     # Optimizer
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",

@@ -538,6 +538,12 @@ def check_group(num_generations: int, reason: str) -> None:
         )
 
 
+def check_not_negative(config: RLConfig, name: str) -> None:
+    """Raise a ValueError for a count below 0."""
+    if vars(config)[name] < 0:
+        raise ValueError(f"{name}={vars(config)[name]}: need 0 or more. Pass --{name} 0 for none.")
+
+
 def check_kept_rows(config: RLConfig, who: str) -> None:
     """Raise a ValueError if training on one completion per prompt, which `who` does, makes unequal mini-batches."""
     if config.prompts_per_step % config.num_minibatches:

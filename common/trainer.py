@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar, final
 
@@ -38,6 +39,7 @@ from common.models.loading import (
 from common.models.lora import describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
+from common.refill import Places
 from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
@@ -47,6 +49,7 @@ from common.runs.measures import (
     judge,
     judge_leniently,
     rollout_means,
+    training_means,
     with_confidence_interval,
 )
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, warn_of_unused_settings
@@ -245,6 +248,47 @@ class OnPolicyTrainer(ABC):
         return rollouts
 
     @final
+    def refilled(self, sampled: Rollouts, *, rounds: int) -> Rollouts:
+        """Replace groups of equal scores by groups of other prompts (DAPO, huggingface.co/papers/2503.14476).
+
+        Each round samples one additional prompt for each place that is still empty: other prompts than the step's own,
+        as long as there are any. A place that stays empty keeps its own group. What is compared is the score, without
+        any KL. With the same settings the result is the same on any number of processes.
+
+        Args:
+            sampled: scored rows of the step's own prompts, as `sample` and `score` left them.
+            rounds: the most rounds; 0 returns `sampled` as it is.
+
+        Returns:
+            As many rows as `sampled`, with the same row numbers; `sampled` itself if no group was replaced.
+        """
+        if not rounds:
+            return sampled
+        step, num_prompts, process = self.current_step, self.config.prompts_per_step, self.accelerator.process_index
+        spare = enumerate(self.prompts.spare(step, num_prompts=num_prompts), start=num_prompts)  # row, prompt
+        places, num_rounds = Places(sampled, self.config.num_generations), 0
+        while num_rounds < rounds:
+            missing = self._of_each_process(int(places.empty.sum()))
+            chosen = list(islice(spare, sum(missing)))
+            if not chosen:  # nothing is missing, or no prompt is left
+                break
+            num_rounds += 1
+            own = chosen[sum(missing[:process]) : sum(missing[: process + 1])]
+            rows, indices = [row for row, _ in own], [index for _, index in own]
+            prompts = self.prompts.select(step, rows, indices, refill=num_rounds)
+            more = self.sample(prompts, num_generations=self.config.num_generations)
+            more.scores = self.score(more)
+            places.fill(more)
+        self.metrics.add("refill/rounds", num_rounds, 1)
+        self.metrics.add_sum("refill/filled", places.num_filled)
+        self.metrics.add_sum("refill/left_empty", places.empty.sum())
+        if not sum(self._of_each_process(places.num_filled)):
+            return sampled
+        rollouts = places.rollouts()
+        self.batches.number(rollouts)
+        return rollouts
+
+    @final
     def continue_from(
         self, rollouts: Rollouts, rows: Tensor, places: Tensor, *, num_generations: int, purpose: str
     ) -> Rollouts:
@@ -314,13 +358,22 @@ class OnPolicyTrainer(ABC):
         return whiten(advantages, rollouts.loss_mask, sum_over_processes=self.sum_over_processes)
 
     @final
-    def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
-        """Record metrics and samples of scored rollouts, before any row is dropped; advantages: (B,) or (B, C)."""
-        rollout_means(rollouts, advantages, num_generations=self.config.num_generations, metrics=self.metrics)
+    def describe(self, rollouts: Rollouts, advantages: Tensor, *, sampled: Rollouts | None = None) -> None:
+        """Record metrics and samples of scored rollouts, before any row is dropped.
+
+        Args:
+            rollouts: B rows that the step trains on.
+            advantages: (B,) or (B, C) float.
+            sampled: rows of the step's own prompts, where refills have replaced some of them. Means of scores and
+                lengths are theirs: those of groups that were chosen for their scores would say nothing of the policy.
+        """
+        own = rollouts if sampled is None else sampled
+        rollout_means(own, num_generations=self.config.num_generations, metrics=self.metrics)
+        training_means(rollouts, advantages, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
-            self.run.add_samples(self.current_step, "train", rollouts, rollouts.parts)
+            self.run.add_samples(self.current_step, "train", own, own.parts)
 
     @final
     def keep_one_per_group(self, rollouts: Rollouts) -> Rollouts:
@@ -576,6 +629,12 @@ class OnPolicyTrainer(ABC):
         if not self._soundness.all_finite(rollouts):
             self.logprobs("policy", rollouts)  # which refuses its own
             raise self._soundness.sampler_is_wrong(step=self.current_step)
+
+    def _of_each_process(self, number: int) -> list[int]:
+        """The numbers of all processes, in their order."""
+        numbers = torch.zeros(self.accelerator.num_processes, dtype=torch.int64)
+        numbers[self.accelerator.process_index] = number
+        return self.sum_over_processes(numbers).tolist()
 
     def _long_work(self, name: str, total: int, unit: str) -> LongWork:
         return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)

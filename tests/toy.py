@@ -209,9 +209,9 @@ def described_by(trainer: OnPolicyTrainer) -> list[tuple[Rollouts, torch.Tensor]
     """The arguments of each call of `describe`, all rows and their advantages, in the same way."""
     seen, describe = [], trainer.describe
 
-    def recorded(rollouts: Rollouts, advantages: torch.Tensor) -> None:
+    def recorded(rollouts: Rollouts, advantages: torch.Tensor, **options: object) -> None:
         seen.append((rollouts, advantages))
-        describe(rollouts, advantages)
+        describe(rollouts, advantages, **options)
 
     trainer.describe = recorded
     return seen

@@ -54,6 +54,7 @@ SETTINGS = GRPOConfig(
     missing_eos_penalty=0.0,
     sparse=False,
     keep_per_group=False,
+    refill_rounds=0,
     # Optimizer
     learning_rate=5e-6,  # cpu: 3e-3
     lr_scheduler="cosine",

@@ -58,6 +58,7 @@ SETTINGS = GRPOConfig(
     missing_eos_penalty=0.0,
     sparse=True,  # groups that are all right or all wrong teach nothing and cost nothing
     keep_per_group=False,
+    refill_rounds=0,
     # Optimizer
     learning_rate=1e-6,  # cpu: 3e-4
     lr_scheduler="constant",  # cpu: "cosine"
