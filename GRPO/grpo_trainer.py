@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from common.advantages import group_relative, rows_with_signal
+from common.advantages import group_relative
 from common.config import PlacedKLConfig, check_group, check_kept_rows, check_not_negative, check_whiten_rewards
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio, with_kl
@@ -71,6 +71,7 @@ class GRPOTrainer(OnPolicyTrainer):
         sampled.scores = self.score(sampled)
         rollouts = self.refilled(sampled, rounds=config.refill_rounds)
         options = {"whitened": config.whiten_rewards, "with_kl": config.kl_place == "reward"}
+        options["keep"] = config.keep_per_group
         scores = self.token_rewards(rollouts, rollouts.scores, **options).sum(1)  # (B,), less the KL if it is there
         # 2. Compare each completion with its group; every token of a completion gets the same advantage.
         advantages = group_relative(scores, group_size, scale_by_std=config.scale_by_std)
@@ -79,7 +80,7 @@ class GRPOTrainer(OnPolicyTrainer):
         # 3. Sparse GRPO: forward and backward only for groups whose scores differ. Dropped rows still count in the
         #    loss's mean, so dropping them changes no gradient.
         if config.sparse:
-            rollouts = rollouts.only(rows_with_signal(scores, group_size))
+            rollouts = self.only_with_signal(rollouts, scores)
         if config.keep_per_group:
             rollouts = self.keep_one_per_group(rollouts)
         # 4. Log-probs under the sampling policy and the reference.

@@ -66,7 +66,8 @@ class RLOOTrainer(OnPolicyTrainer):
         sampled = self.sample(prompts, num_generations=group_size)
         sampled.scores = self.score(sampled)
         rollouts = self.refilled(sampled, rounds=config.refill_rounds)
-        rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards).sum(1)  # (B,)
+        options = {"whitened": config.whiten_rewards, "keep": config.keep_per_group}
+        rewards = self.token_rewards(rollouts, rollouts.scores, **options).sum(1)  # (B,)
         # 2. The mean of the group's other completions is the baseline.
         advantages = rollouts.spread(leave_one_out(rewards, group_size))
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)

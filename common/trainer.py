@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.advantages import inverse_deviation, per_token_rewards, whiten
+from common.advantages import inverse_deviation, per_token_rewards, rows_with_signal, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
@@ -64,7 +64,7 @@ from common.sampling.policy_sampler import PolicySampler, check_sampler, largest
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
-from common.update.rows import keep_one_per_group
+from common.update.rows import keep_one_per_group, kept_numbers
 
 logger = logging.getLogger("nanorlhf")
 
@@ -151,6 +151,7 @@ class OnPolicyTrainer(ABC):
         self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
+        self._passed_apart: Rollouts | None = None  # rows whose log-probs were made by passes for those that are kept
         self._largest_weights: list[Tensor] = []  # of the micro-batches of an update
         self._signal = SignalCheck(config, self.run.folder)
         is_main = self.accelerator.is_main_process
@@ -323,7 +324,7 @@ class OnPolicyTrainer(ABC):
 
     @final
     def token_rewards(
-        self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False, with_kl: bool = True
+        self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False, with_kl: bool = True, keep: bool = False
     ) -> Tensor:
         """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
@@ -334,10 +335,11 @@ class OnPolicyTrainer(ABC):
             scores: (B,) float32.
             whitened: multiply by `reward_scale`.
             with_kl: False leaves the KL out, for an algorithm that has it in the loss.
+            keep: one completion per prompt will be kept, so its log-probs are made in the passes of the update.
         """
         mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
         if with_kl and self.config.kl_coef:
-            kl = self._kl(rollouts)
+            kl = self._kl(rollouts, apart=keep and not self.config.trains_on_policy)
         rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
         return rewards * self.reward_scale(rewards, rollouts) if whitened else rewards
 
@@ -378,8 +380,24 @@ class OnPolicyTrainer(ABC):
     @final
     def keep_one_per_group(self, rollouts: Rollouts) -> Rollouts:
         """Keep one random completion per prompt, after all served as the baseline; the others leave the means."""
-        config, step = self.config, self.current_step
-        return keep_one_per_group(rollouts, config.num_generations, seed=config.seed, step=step)
+        size, random = self.config.num_generations, {"seed": self.config.seed, "step": self.current_step}
+        kept = keep_one_per_group(rollouts, size, **random)
+        if rollouts is self._passed_apart:  # no row was dropped since, so the same forward passes come in the update
+            kept.old_logprobs, self._passed_apart = rollouts.old_logprobs[self._is_kept(rollouts)], None
+        return kept
+
+    @final
+    def only_with_signal(self, rollouts: Rollouts, scores: Tensor) -> Rollouts:
+        """Keep the groups whose scores differ for all later passes; the others, of advantage 0, count in the means.
+
+        Args:
+            rollouts: B rows, those of one prompt adjacent.
+            scores: (B,) float that advantages are made of.
+        """
+        rows = rows_with_signal(scores, self.config.num_generations)
+        num_dropped = self.sum_over_processes(torch.tensor(len(rollouts) - len(rows)))
+        # Where no process drops a row, passes are as before, and log-probs that are there stay valid.
+        return rollouts.only(rows) if num_dropped else rollouts
 
     @final
     def logprobs(self, name: str, rollouts: Rollouts) -> Tensor:
@@ -639,11 +657,29 @@ class OnPolicyTrainer(ABC):
     def _long_work(self, name: str, total: int, unit: str) -> LongWork:
         return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
 
-    def _kl(self, rollouts: Rollouts) -> Tensor:
-        """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts."""
-        rollouts.old_logprobs = self.logprobs("policy", rollouts)
+    def _kl(self, rollouts: Rollouts, *, apart: bool = False) -> Tensor:
+        """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts.
+
+        Args:
+            rollouts: B rows.
+            apart: pass rows that `keep_one_per_group` keeps through the policy by themselves, as the update does: only
+                the same passes give a first ratio of exactly 1, and so these need not be made again.
+        """
+        if apart:
+            is_kept = self._is_kept(rollouts)
+            old_logprobs = torch.zeros(rollouts.completion_mask.shape)
+            old_logprobs[is_kept] = self.logprobs("policy", self.keep_one_per_group(rollouts))
+            old_logprobs[~is_kept] = self.logprobs("policy", rollouts.only(~is_kept).renumbered())
+            rollouts.old_logprobs, self._passed_apart = old_logprobs, rollouts
+        else:
+            rollouts.old_logprobs = self.logprobs("policy", rollouts)
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         return kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
+
+    def _is_kept(self, rollouts: Rollouts) -> Tensor:
+        """(B,) bool: rows that `keep_one_per_group` keeps."""
+        size, random = self.config.num_generations, {"seed": self.config.seed, "step": self.current_step}
+        return torch.isin(rollouts.rows, kept_numbers(len(rollouts.step_lengths) // size, size, **random))
 
     def _finish_step_of_checkpoint(self) -> dict[str, float]:
         """Evaluate the untrained policy; or that of a checkpoint which was saved before its evaluation was done."""

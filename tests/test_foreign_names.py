@@ -75,6 +75,7 @@ TYPED = {
     "local_rollout_forward_batch_size": (8, "max_tokens_per_microbatch here: padded tokens"),
     "use_bias_correction_kl": (True, "kl_place here"),
     "vllm_importance_sampling_correction": (True, "it is importance_correction here"),
+    "dynamic_sampling": (True, "it is refill_rounds here"),
     # There is none.
     "top_p": (0.9, "training samples with temperature alone"),
     "top_k": (50, "training samples with temperature alone"),
