@@ -61,7 +61,7 @@ SHARED = {
     "whiten_advantages": [False, True],
     "mask_truncated": [False, True],
     "importance_correction": ["auto", "none", "truncate", "mask"],
-    "importance_cap": [2.0, 1.0, 1.5],
+    "importance_cap": [2.0, 1.5, 4.0],  # not 1: rounding alone would decide which weights are above it
     "missing_eos_penalty": [0.0, 0.5],
     "learning_rate": [1e-3, 1e-2, 0.0],
     "lr_scheduler": ["constant", "linear", "cosine"],
