@@ -47,8 +47,8 @@ SETTINGS = RLOOConfig(
     whiten_rewards=False,
     whiten_advantages=False,  # the group is already the baseline
     mask_truncated=False,
+    refill_rounds=0,  # as often as this, groups of equal scores are replaced
     keep_per_group=False,
-    refill_rounds=0,  # as often as this, groups of equal scores are replaced: DAPO's dynamic sampling
     # Optimizer
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",

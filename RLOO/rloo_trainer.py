@@ -24,11 +24,10 @@ class RLOOConfig(ClippedConfig):
     """"sequence": the ratio of the whole completion, as in the paper; "token": of each token."""
     whiten_rewards: bool = False
     """Scale the token rewards of a step to variance 1 before they are summed to the completion's reward."""
+    refill_rounds: int = 0
+    """Most rounds in which groups of equal scores are replaced by groups of other prompts; 0: none."""
     keep_per_group: bool = False
     """Train on 1 random completion of each group, after all served as the baseline, to save time."""
-    refill_rounds: int = 0
-    """Most rounds in which groups of equal scores are replaced by groups of other prompts; 0: none. DAPO's dynamic
-    sampling."""
 
     def __post_init__(self) -> None:
         """Check RLOO's settings after the shared ones.
