@@ -1,7 +1,8 @@
 """One gradient of the toy run for each of several cases; test_distributed.py starts it by torchrun.
 
 Arguments: model folder, folder for runs and results, and the cases: how many of the 4 groups have no signal, a comma,
-and 1 if what is left is filled up with other prompts, so that only groups with signal count.
+and 1 if what is left is filled up with other prompts, so that only groups with signal count, or 2 if these take the
+places of the others.
 """
 
 import sys
@@ -21,12 +22,12 @@ def main() -> None:
     model, folder, *cases = sys.argv[1:]
     for case in cases:
         num_dead, refills = map(int, case.split(","))
-        trainer = take_step(Path(model), Path(folder) / case, num_dead=num_dead, refills=bool(refills))
+        trainer = take_step(Path(model), Path(folder) / case, num_dead=num_dead, refills=refills)
     # Threads of a process group that are still there when Python ends can abort the process.
     trainer.accelerator.state.destroy_process_group()
 
 
-def take_step(model: Path, folder: Path, *, num_dead: int, refills: bool) -> OnPolicyTrainer:
+def take_step(model: Path, folder: Path, *, num_dead: int, refills: int) -> OnPolicyTrainer:
     """Take one step of plain gradient descent with a learning rate of 1 and save the change of the weights."""
     settings = {"learning_rate": 1.0, "max_grad_norm": 0.0, "num_minibatches": 2, "kl_coef": 0.1}
     trainer = toy_trainer(model, folder / "run", **settings)
@@ -36,15 +37,21 @@ def take_step(model: Path, folder: Path, *, num_dead: int, refills: bool) -> OnP
     rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)
     # The last groups of the step are the dead ones: with two of four they are all on the second process.
     rollouts.scores = torch.where(rollouts.rows >= 4 * (4 - num_dead), 0.5, trainer.score(rollouts))
+    sampled = rollouts
+    if refills == 2:
+        score = trainer.score
+        # The first additional group teaches nothing: in the second round its place gets another one.
+        trainer.score = lambda more: torch.where((more.rows < 4) & (len(more.step_lengths) > 4), 0.5, score(more))
+        rollouts = trainer.refilled(sampled, rounds=2)
     advantages = group_relative(rollouts.scores, 4)
     rollouts.advantages = rollouts.spread(advantages)
-    trainer.describe(rollouts, rollouts.advantages)
+    trainer.describe(rollouts, rollouts.advantages, sampled=sampled)
     whitened = whiten(rollouts.advantages, rollouts.completion_mask, sum_over_processes=trainer.sum_over_processes)
     moments = trainer.sum_over_processes(
         torch.stack([whitened.sum(), whitened.square().sum(), rollouts.completion_mask.sum().float()])
     )
     rollouts = rollouts.only(rows_with_signal(rollouts.scores, 4))
-    if refills:
+    if refills == 1:
         more = trainer.sample(trainer.training_prompts(1, refill=1), num_generations=4)
         more.scores = torch.where(more.rows < 4, 0.5, trainer.score(more))
         more.advantages = more.spread(group_relative(more.scores, 4))

@@ -44,6 +44,8 @@ SETTINGS = GRPOConfig(
     average_over="rows",  # cpu: "tokens"; which is DAPO; "constant": Dr. GRPO
     clip_range=0.2,
     clip_range_high=None,  # as clip_range; 0.28: DAPO
+    importance_correction="auto",  # for a sampler that rounds in another way: "none", "truncate" or "mask"
+    importance_cap=2.0,
     kl_coef=0.04,  # cpu: 0.0
     kl_estimator=None,  # k3 in the loss, k1 in the reward
     kl_place="loss",
@@ -52,6 +54,7 @@ SETTINGS = GRPOConfig(
     missing_eos_penalty=0.0,
     sparse=False,
     keep_per_group=False,
+    refill_rounds=0,
     # Optimizer
     learning_rate=5e-6,  # cpu: 3e-3
     lr_scheduler="cosine",
