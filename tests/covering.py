@@ -61,6 +61,7 @@ SHARED = {
     "whiten_advantages": [False, True],
     "mask_truncated": [False, True],
     "missing_eos_penalty": [0.0, 0.5],
+    "optimizer": ["adamw", "adamw_host", "adamw_8bit"],
     "learning_rate": [1e-3, 1e-2, 0.0],
     "lr_scheduler": ["constant", "linear", "cosine"],
     "warmup_steps": [0, 1, 5],
