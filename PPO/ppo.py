@@ -62,6 +62,7 @@ SETTINGS = PPOConfig(
     value_init_minibatches=64,  # cpu: 256
     value_init_learning_rate=1e-4,  # cpu: 1e-3
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2

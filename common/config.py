@@ -14,6 +14,7 @@ AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw_host", "adamw_8bit")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 CORRECTIONS = ("auto", "none", "truncate", "mask")
 
@@ -120,6 +121,9 @@ class RLConfig:
     """Subtracted from the score of a completion without an end token, before the score is used."""
 
     # Optimizer
+    optimizer: str = "adamw"
+    """"adamw": weights and moments in float32 on the device; "adamw_host": weights as forward passes read them there,
+    float32 masters and moments in main memory; "adamw_8bit": float32 weights, moments in 8 bits (bitsandbytes)."""
     learning_rate: float = 1e-6
     lr_scheduler: str = "constant"
     """"constant"; "linear" or "cosine" fall to min_lr_ratio at the last step."""
@@ -347,6 +351,7 @@ class RLConfig:
     def _check_choices(self) -> None:
         choices = {
             "sampler": ("vllm", "transformers"),
+            "optimizer": OPTIMIZERS,
             "lr_scheduler": SCHEDULERS,
             "average_over": AVERAGES,
             "offload": OFFLOADS,

@@ -64,6 +64,7 @@ from common.sampling.policy_sampler import PolicySampler, check_sampler, largest
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
+from common.update.optimizers import check_optimizer
 from common.update.rows import keep_one_per_group, kept_numbers
 
 logger = logging.getLogger("nanorlhf")
@@ -116,6 +117,7 @@ class OnPolicyTrainer(ABC):
         self.config = config
         check_launch()
         check_sampler(config)
+        check_optimizer(config)
         if task is None:
             check_task(config.task)
         check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
@@ -615,7 +617,7 @@ class OnPolicyTrainer(ABC):
         if needs_reference and config.use_lora:
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
         elif needs_reference:
-            self.models.add("ref", load_reference(path, config))
+            self.models.add("ref", load_reference(path, config, dtype=self.dtype))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
         self.policy_sampler = PolicySampler(

@@ -63,6 +63,7 @@ SHARED = {
     "importance_correction": ["auto", "none", "truncate", "mask"],
     "importance_cap": [2.0, 1.5, 4.0],  # not 1: rounding alone would decide which weights are above it
     "missing_eos_penalty": [0.0, 0.5],
+    "optimizer": ["adamw", "adamw_host", "adamw_8bit"],
     "learning_rate": [1e-3, 1e-2, 0.0],
     "lr_scheduler": ["constant", "linear", "cosine"],
     "warmup_steps": [0, 1, 5],

@@ -2,7 +2,8 @@
 
 Arguments: model folder, folder for runs and results, and the cases: how many of the 4 groups have no signal, a comma,
 and 1 if what is left is filled up with other prompts, so that only groups with signal count, or 2 if these take the
-places of the others.
+places of the others. With another comma and "host", gradients are added up
+and summed over processes there.
 """
 
 import sys
@@ -14,6 +15,7 @@ import common  # noqa: F401
 from common.advantages import group_relative, rows_with_signal, whiten
 from common.rollouts import Rollouts
 from common.trainer import OnPolicyTrainer
+from common.update.optimizers import HostAdamW
 from tests.toy import toy_trainer
 
 
@@ -21,17 +23,20 @@ def main() -> None:
     """Take the step of every case."""
     model, folder, *cases = sys.argv[1:]
     for case in cases:
-        num_dead, refills = map(int, case.split(","))
-        trainer = take_step(Path(model), Path(folder) / case, num_dead=num_dead, refills=refills)
+        num_dead, refills, *where = case.split(",")
+        options = {"num_dead": int(num_dead), "refills": int(refills), "on_host": bool(where)}
+        trainer = take_step(Path(model), Path(folder) / case, **options)
     # Threads of a process group that are still there when Python ends can abort the process.
     trainer.accelerator.state.destroy_process_group()
 
 
-def take_step(model: Path, folder: Path, *, num_dead: int, refills: int) -> OnPolicyTrainer:
+def take_step(model: Path, folder: Path, *, num_dead: int, refills: int, on_host: bool) -> OnPolicyTrainer:
     """Take one step of plain gradient descent with a learning rate of 1 and save the change of the weights."""
     settings = {"learning_rate": 1.0, "max_grad_norm": 0.0, "num_minibatches": 2, "kl_coef": 0.1}
     trainer = toy_trainer(model, folder / "run", **settings)
     trainer.policy.optimizer = torch.optim.SGD(trainer.policy.parameters, lr=1.0)
+    if on_host:  # without memory and with an epsilon far above the gradient, a step is the gradient too
+        trainer.policy.optimizer = HostAdamW([{"params": trainer.policy.parameters}], betas=(0.0, 0.0), eps=1.0)
     trainer.current_step = 1
     before = [p.detach().clone() for p in trainer.policy.parameters]
     rollouts = trainer.sample(trainer.training_prompts(1), num_generations=4)

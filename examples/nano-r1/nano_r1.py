@@ -56,6 +56,7 @@ SETTINGS = GRPOConfig(
     keep_per_group=False,
     refill_rounds=0,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=5e-6,  # cpu: 3e-3
     lr_scheduler="cosine",
     warmup_steps=25,  # cpu: 2; a tenth of the steps

@@ -60,6 +60,7 @@ SETTINGS = GRPOConfig(
     keep_per_group=False,
     refill_rounds=0,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-6,  # cpu: 3e-4
     lr_scheduler="constant",  # cpu: "cosine"
     warmup_steps=0,  # cpu: 2
