@@ -283,7 +283,7 @@ def test_another_recipe_is_trained(change):
 @pytest.mark.slow
 def test_the_shipped_weights_began_and_ended_as_their_recipe_says():
     # The first batches are trained again, and the result is measured on the last ones: on another type of CPU numbers
-    # are rounded otherwise, so the loss may differ a little. `python -m common.embedded.shipped` trains all batches.
+    # are rounded otherwise, so the loss may differ a little. `python -m common.embedded` trains all batches.
     settings = TINY_POLICIES["tiny"]
     shipped = shipped_weights(recipe(settings))
     policy = build_policy(settings)

@@ -1,7 +1,7 @@
 """The weights of "tiny" that come with the repository, so that nobody waits a minute or two for its warm start.
 
 They are in 16 bits, and are used only for the recipe that they were trained by: with any other settings, lessons or
-tokens a policy is trained anew. ``python -m common.embedded.shipped`` trains them and writes the file again.
+tokens a policy is trained anew. ``python -m common.embedded`` trains them and writes the file again.
 """
 
 import hashlib
@@ -54,17 +54,13 @@ def means(losses: list[float]) -> list[float]:
     return [round(sum(part) / len(part), 4) for part in parts]
 
 
-def main() -> None:
-    """Train "tiny" by its recipe and write the file."""
-    from common.embedded.policy import TINY_POLICIES, build_policy, recipe, train_policy  # they import this module
+def write_shipped(weights: dict[str, torch.Tensor], recipe: str, losses: list[float]) -> None:
+    """Write the file.
 
-    settings = TINY_POLICIES["tiny"]
-    policy = build_policy(settings)
-    losses = means(train_policy(policy, settings))
-    weights = {name: tensor.half() for name, tensor in policy.state_dict().items() if name != "lm_head.weight"}
-    save_file(weights, FILE, metadata={"recipe": recipe(settings), "losses": json.dumps(losses)})
-    print(f"{FILE}: {FILE.stat().st_size} bytes, loss {losses[0]} to {losses[-1]}")
-
-
-if __name__ == "__main__":
-    main()
+    Args:
+        weights: by name; the head is left out.
+        recipe: what they were trained by.
+        losses: of each batch.
+    """
+    halves = {name: tensor.half() for name, tensor in weights.items() if name != "lm_head.weight"}
+    save_file(halves, FILE, metadata={"recipe": recipe, "losses": json.dumps(means(losses))})
