@@ -52,7 +52,7 @@ class RLConfig:
 
     # What to train, on what
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded, built on this machine without a download."""
+    """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded and need no download."""
     trust_remote_code: bool = False
     """Run the Python files that come with the model, for architectures that transformers does not have; read them
     first, since they can do anything that you can."""

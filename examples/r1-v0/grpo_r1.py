@@ -76,7 +76,7 @@ SETTINGS = GRPOConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
