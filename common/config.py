@@ -17,6 +17,8 @@ DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw_host", "adamw_8bit")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 CORRECTIONS = ("auto", "none", "truncate", "mask")
+# What the memory plan decides; see common/memory.
+AUTO = "auto"
 
 # The group "Memory and speed": changing these does not change the result of a run, up to rounding.
 MEMORY_SETTINGS = (
@@ -37,6 +39,21 @@ ON_POLICY = "num_minibatches x num_update_epochs is 1: no step is taken from rol
 # vLLM silently raises lower temperatures to this, and its log-probs would differ from the trainer's.
 LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherModel:
+    """A model that an algorithm trains beside the policy, as the memory plan counts it.
+
+    Attributes:
+        name: in the pool.
+        path: hub id or folder of what it is made of; None: the policy's.
+        shares_base: with LoRA, it uses the policy's frozen base, with an adapter and a head of its own.
+    """
+
+    name: str
+    path: str | None = None
+    shares_base: bool = False
 
 
 @dataclass(kw_only=True)
@@ -149,8 +166,9 @@ class RLConfig:
     """Keep the frozen base in 4 bits (QLoRA): a quarter of its memory; needs use_lora and bitsandbytes."""
 
     # Memory and speed: nothing here changes the result
-    max_tokens_per_microbatch: int = 16384
-    """Padded tokens per forward pass; larger is faster and needs more memory."""
+    max_tokens_per_microbatch: int | str = 16384
+    """Padded tokens per forward pass; larger is faster and needs more memory. "auto": what the memory plan has room
+    for. A longer row runs alone."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, much less memory."""
     offload: str = "auto"
@@ -160,9 +178,10 @@ class RLConfig:
     attn_implementation: str = "auto"
     """Attention of transformers: "auto" is sdpa, or what else computes the model's own attention where sdpa leaves out
     a part of it; or "sdpa", "eager", "flash_attention_2", "flex_attention"."""
-    vllm_memory_share: float = 0.4
+    vllm_memory_share: float | str = 0.4
     """Share of the GPU's memory that vLLM may use for its weights and its cache; on a CPU, share of the free memory
-    that its cache may take, which is no larger than the completions of the largest request need."""
+    that its cache may take, which is no larger than the completions of the largest request need. "auto": what the
+    memory plan leaves it, but no more than it can use."""
     vllm_sleep_level: int = 1
     """What vLLM frees while models are in use: 0 nothing, 1 its cache (weights move to the CPU), 2 weights too."""
     vllm_enforce_eager: bool = False
@@ -250,6 +269,11 @@ class RLConfig:
         return self.completions_per_step
 
     @property
+    def other_models(self) -> tuple[OtherModel, ...]:
+        """The models that the algorithm trains beside the policy, for the memory plan; most have none."""
+        return ()
+
+    @property
     def trains_on_policy(self) -> bool:
         """True when each rollout makes one optimizer step: the ratio is then 1 by definition."""
         return self.num_minibatches * self.num_update_epochs == 1
@@ -299,7 +323,7 @@ class RLConfig:
     def _check_ranges(self) -> None:
         at_least_one = (
             "num_steps prompts_per_step num_generations num_minibatches num_update_epochs max_prompt_length "
-            "max_completion_length max_tokens_per_microbatch lora_r lora_alpha save_total_limit eval_num_samples "
+            "max_completion_length lora_r lora_alpha save_total_limit eval_num_samples "
             "vllm_max_num_seqs"
         )
         not_negative = (
@@ -344,9 +368,19 @@ class RLConfig:
                 f"min_lr_ratio={self.min_lr_ratio}: it is the share of learning_rate that is left at the end, so it "
                 "must be in [0, 1]. Pass --min_lr_ratio 0.1."
             )
-        for name in ("eval_top_p", "vllm_memory_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need a share in (0, 1]. Pass --{name} 0.9.")
+        if not 0 < self.eval_top_p <= 1:
+            raise ValueError(f"eval_top_p={self.eval_top_p}: need a share in (0, 1]. Pass --eval_top_p 0.9.")
+        budget, share = self.max_tokens_per_microbatch, self.vllm_memory_share
+        if budget != AUTO and not (isinstance(budget, int) and budget >= 1):
+            raise ValueError(
+                f"max_tokens_per_microbatch={budget!r}: need a number of tokens, at least 1, or auto, which the memory "
+                "plan decides. Pass --max_tokens_per_microbatch auto, or 1 or more."
+            )
+        if share != AUTO and not (isinstance(share, float) and 0 < share <= 1):
+            raise ValueError(
+                f"vllm_memory_share={share!r}: need a share in (0, 1], or auto, which the memory plan decides. Pass "
+                "--vllm_memory_share auto, or 0.4."
+            )
 
     def _check_choices(self) -> None:
         choices = {

@@ -28,6 +28,8 @@ from common.embedded import check_model, is_embedded, load_tokenizer, resolve_mo
 from common.environment import check_launch
 from common.logprobs import token_logprobs
 from common.losses import chosen_correction, importance_weights, kl_estimate
+from common.memory.show import short, whole
+from common.memory.start import plan_of
 from common.models.loading import (
     compute_dtype,
     end_token_ids,
@@ -61,7 +63,7 @@ from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
 from common.sampling.checks import check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
-from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, task_scorer
+from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
 from common.update.optimizers import check_optimizer
@@ -85,6 +87,7 @@ class OnPolicyTrainer(ABC):
 
     Attributes:
         model_path: hub id or folder of the policy.
+        plan: what is where in each phase, and what was chosen because of it.
         models: the pool with "policy", "ref" if a KL is needed, and the algorithm's own models.
         policy: the learner of the policy.
         start_time: when the run began, for chat templates that write the date.
@@ -131,26 +134,35 @@ class OnPolicyTrainer(ABC):
             check_folder(folder)
         policy = skeleton(config.model)
         self._check_policy(policy)
+        self.plan = plan_of(
+            config,
+            policy,
+            rewards=reward_models(config, task),
+            processes=self.accelerator.num_processes,
+            with_passes=False,
+        )
+        settled = self.plan.settled(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.check_models(policy)
         self.start_time = start_time(folder, config.resume, self.accelerator)
-        self._load_data(task or load_task(config, self.tokenizer))
-        self.run = Run(config, self.accelerator, algorithm=algorithm)
+        self._load_data(task or load_task(config, self.tokenizer), settled)
+        self.run = Run(config, self.accelerator, algorithm=algorithm, plan=whole(self.plan, config))
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
             said += describe_unknown(self.prompts.encoded) + describe_spelled(self.prompts.encoded)
+            said += short(self.plan, config)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
         self.dtype = compute_dtype(config, self.accelerator.device)
         if self.accelerator.is_main_process:
             warn_of_slow_dtype(self.dtype, self.accelerator.device)
-        self.batches = Batches(config, self.accelerator, self.dtype)
+        self.batches = Batches(settled, self.accelerator, self.dtype)
         self._soundness = Soundness(config, self.dtype, sum_over_processes=self.sum_over_processes)
-        self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
+        self.models = ModelPool(self.accelerator.device, self.plan.choices.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
         self._passed_apart: Rollouts | None = None  # rows whose log-probs were made by passes for those that are kept
@@ -163,7 +175,7 @@ class OnPolicyTrainer(ABC):
         known = num_tokens(self.model_path)
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
             check_vocabulary(prompts.encoded, known)
-        self._load_models()
+        self._load_models(settled)
         self.run.is_ready()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
@@ -566,10 +578,10 @@ class OnPolicyTrainer(ABC):
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 
-    def _load_data(self, task: Task) -> None:
+    def _load_data(self, task: Task, settled: RLConfig) -> None:
         check_rows(task)
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
-        self.scorer = task_scorer(task, self.config)
+        self.scorer = task_scorer(task, settled)
         self.lenient_scorer = lenient_scorer(task, self.config)
         self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time)
         self.eval_prompts = None
@@ -603,11 +615,11 @@ class OnPolicyTrainer(ABC):
             )
         return lines
 
-    def _load_models(self) -> None:
+    def _load_models(self, settled: RLConfig) -> None:
         config, path = self.config, self.model_path
         num_held_out = len(self.eval_prompts) if self._evaluates else 0
         most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
-        sampler = make_sampler(config, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
+        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:
@@ -623,9 +635,6 @@ class OnPolicyTrainer(ABC):
         self.policy_sampler = PolicySampler(
             config, path, sampler, models=self.models, stopwatch=self.stopwatch, **tokens
         )
-        plan = self.models.plan(sampler_bytes=sampler.resident_bytes)
-        if self.models.device.type == "cuda":
-            logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
     def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:
         """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts.

@@ -17,7 +17,7 @@ ORDER = [
     *("common.evaluation", "common.merge", "common.check_model", "common.samples", "common.start", "common.cli"),
     "common.presets",
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
-    *("common.data", "common.update", "common.models", "common.refill"),
+    *("common.memory", "common.data", "common.update", "common.models", "common.refill"),
     *("common.logprobs", "common.sequences", "common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
     *("common.values", "common.mistakes", "common.moved", "common.environment", "common.caches", "common.host"),
