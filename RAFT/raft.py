@@ -42,6 +42,7 @@ SETTINGS = RAFTConfig(
     average_over="tokens",
     mask_truncated=False,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
