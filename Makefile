@@ -15,8 +15,9 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11 py
 install:
 	@$(PYTHON) tools/install.py
 
-# Two optimizer steps for each batch: 30 batches teach as much as 60 with one each, the preset's.
-SHORT := --num_steps 30 --num_minibatches 2
+# Two optimizer steps for each batch, at a higher rate and without the division by the deviation, which tolerates it:
+# 30 batches teach about as much as 60 of the preset do.
+SHORT := --num_steps 30 --num_minibatches 2 --scale_by_std false --learning_rate 4.5e-4
 
 demo: install
 	cd GRPO && ../.venv/bin/python grpo.py --preset cpu $(SHORT) $(ARGS)

@@ -22,6 +22,7 @@ from benchmarks.timing import machine
 ROOT = Path(__file__).parents[2]
 MODULE = "benchmarks.against_trl"
 ALGORITHMS = ("GRPO", "RLOO")
+SAMPLERS = ("transformers", "vllm")
 GENERATION = ("transformers", "continuous", "vllm")
 
 
@@ -142,7 +143,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--update-rounds", type=int, default=1, help="processes of each side (default: 1)")
     parser.add_argument("--updates", type=int, default=5, help="timed updates in each of them (default: 5)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of PyTorch (default: all)")
-    parser.add_argument("--sampler", choices=("vllm", "transformers"), default="vllm", help="ours (default: vllm)")
+    parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="ours (default: transformers)")
     parser.add_argument("--trl-generation", choices=GENERATION, default="transformers", help="TRL's sampler")
     parser.add_argument("--trl-batch", type=int, default=64, help="rows of a forward pass of TRL (default: 64)")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
