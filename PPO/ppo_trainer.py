@@ -180,7 +180,7 @@ class PPOTrainer(OnPolicyTrainer):
         logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
         loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
-        return with_kl(loss, metrics, logprobs, minibatch, config)
+        return self.corrected(*with_kl(loss, metrics, logprobs, minibatch, config), logprobs, minibatch)
 
     def value_loss(self, value_model: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped squared error of the values, and (b, C) metrics by name."""

@@ -24,6 +24,7 @@ from common.models.loading import add_adapter, load_without_dropout, lora_config
 from common.models.weights import merged_weights
 from common.rollouts import Rollouts
 from common.seeds import hashed_seed
+from common.sequences import Sequences
 from PPO.scored_model import HEAD_FILE, head_name, scored_model
 
 if TYPE_CHECKING:
@@ -49,21 +50,19 @@ class ValueModel(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
-        """Values of chosen states.
+    def forward(self, sequences: Sequences) -> Tensor:
+        """Values of the states in which completion tokens were chosen.
 
         Args:
-            input_ids: (b, L) int64, padded on the right.
-            places: (b, C) int64, positions in [0, L).
+            sequences: rows with n completion tokens in all.
 
         Returns:
-            (b, C) float32.
+            (n,) float32.
         """
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (b, L, hidden)
-        chosen = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]  # (b, C, hidden)
+        states = sequences.states(self.backbone)  # (n, hidden)
         # Autocast would round the value of a state to three digits.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(chosen.float()).squeeze(-1)
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.float()).squeeze(-1)
 
 
 def token_values(model: ValueModel, rollouts: Rollouts) -> Tensor:
@@ -76,11 +75,8 @@ def token_values(model: ValueModel, rollouts: Rollouts) -> Tensor:
     Returns:
         (b, C) float32 with gradient, 0 at padding. Column t is read from the token before completion token t.
     """
-    sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
-    mask = rollouts.completion_mask
-    positions = prompt_lengths[:, None] - 1 + torch.arange(mask.shape[1], device=mask.device)[None, :]  # (b, C)
-    values = model(sequence_ids, positions.clamp(max=sequence_ids.shape[1] - 1))
-    return torch.where(mask, values, 0.0)
+    sequences = Sequences.of(rollouts)
+    return sequences.spread(model(sequences))
 
 
 def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_head: bool) -> ValueModel:

@@ -58,7 +58,7 @@ SETTINGS = RAFTConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",

@@ -16,6 +16,7 @@ OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adamw_host", "adamw_8bit")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+CORRECTIONS = ("auto", "none", "truncate", "mask")
 # What the memory plan decides; see common/memory.
 AUTO = "auto"
 
@@ -68,7 +69,7 @@ class RLConfig:
 
     # What to train, on what
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded, built on this machine without a download."""
+    """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded and need no download."""
     trust_remote_code: bool = False
     """Run the Python files that come with the model, for architectures that transformers does not have; read them
     first, since they can do anything that you can."""
@@ -457,15 +458,21 @@ class RLConfig:
 
 @dataclass(kw_only=True)
 class ClippedConfig(RLConfig):
-    """The clip of PPO's surrogate, for the algorithms that take several optimizer steps on one rollout."""
+    """The clip of PPO's surrogate and the weights of tokens, for the algorithms that follow the policy gradient."""
 
     clip_range: float = 0.2
     """How far a probability ratio may fall below 1 before its gradient stops."""
     clip_range_high: float | None = None
     """How far it may rise above 1; None: clip_range. DAPO's clip-higher uses 0.28."""
+    importance_correction: str = "auto"
+    """How far the loss makes up for a sampler whose probabilities are not exactly the trainer's: "none"; "truncate"
+    weighs tokens by their ratio, cut to importance_cap; "mask" leaves out tokens whose ratio is beyond it. "auto":
+    truncate in bfloat16 on CUDA, else none."""
+    importance_cap: float = 2.0
+    """Largest weight of "truncate", at least 1; "mask" keeps ratios from 1 / importance_cap to importance_cap."""
 
     def __post_init__(self) -> None:
-        """Check the clip after the shared settings.
+        """Check the clip and the weights after the shared settings.
 
         Raises:
             ValueError: what was given, what is needed and why, what to do.
@@ -477,6 +484,21 @@ class ClippedConfig(RLConfig):
                 "[1 - clip_range, 1 + clip_range_high], so the first must be in (0, 1) and the second above 0. Pass "
                 "--clip_range 0.2."
             )
+        if self.importance_correction not in CORRECTIONS:
+            raise ValueError(
+                f"importance_correction={self.importance_correction!r}: need one of {', '.join(CORRECTIONS)}. Pass "
+                "--importance_correction truncate."
+            )
+        if not 1 <= self.importance_cap < math.inf:
+            raise ValueError(
+                f"importance_cap={self.importance_cap}: where sampler and trainer agree the weight is 1, so the "
+                "largest one must be a finite number, 1 or more. Pass --importance_cap 2."
+            )
+        if self.importance_correction == "mask" and self.importance_cap == 1:
+            raise ValueError(
+                "importance_cap=1.0 with importance_correction=mask: only tokens on which sampler and trainer agree "
+                "to the last bit would be trained on. Pass --importance_cap 2."
+            )
 
     @property
     def clip_ranges(self) -> tuple[float, float]:
@@ -484,10 +506,12 @@ class ClippedConfig(RLConfig):
         return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
 
     def idle_settings(self) -> dict[str, str]:
-        """Those of RLConfig, and the clip where nothing can be clipped."""
+        """Those of RLConfig, the clip where nothing can be clipped, and the cap where no weight is used."""
         idle = super().idle_settings()
         if self.trains_on_policy:
             idle |= dict.fromkeys(("clip_range", "clip_range_high"), ON_POLICY)
+        if self.importance_correction == "none":
+            idle["importance_cap"] = "importance_correction is none: it only says what the metric weight_cut counts"
         return idle
 
 
@@ -551,6 +575,12 @@ def check_group(num_generations: int, reason: str) -> None:
             f"num_generations={num_generations}: {reason}, so it needs at least 2. Pass --num_generations 8, or use "
             "an algorithm with another baseline."
         )
+
+
+def check_not_negative(config: RLConfig, name: str) -> None:
+    """Raise a ValueError for a count below 0."""
+    if vars(config)[name] < 0:
+        raise ValueError(f"{name}={vars(config)[name]}: need 0 or more. Pass --{name} 0 for none.")
 
 
 def check_kept_rows(config: RLConfig, who: str) -> None:

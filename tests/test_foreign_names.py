@@ -75,6 +75,8 @@ TYPED = {
     "total_episodes": (1000, "num_steps here: total_episodes / (prompts_per_step x num_generations)"),
     "local_rollout_forward_batch_size": (8, "max_tokens_per_microbatch here: padded tokens"),
     "use_bias_correction_kl": (True, "kl_place here"),
+    "vllm_importance_sampling_correction": (True, "it is importance_correction here"),
+    "dynamic_sampling": (True, "it is refill_rounds here"),
     # There is none.
     "top_p": (0.9, "training samples with temperature alone"),
     "top_k": (50, "training samples with temperature alone"),
@@ -83,7 +85,6 @@ TYPED = {
     "optim_args": ("x", "the optimizer is AdamW"),
     "vllm_mode": ("colocate", 'TRL\'s "colocate"'),
     "vllm_server_host": ("x", "there is no server"),
-    "vllm_importance_sampling_correction": (True, "sampler/logprob_diff"),
     "remove_unused_columns": (False, "reward functions get every column"),
     "use_liger_kernel": (True, "logits are never kept"),
     "deepspeed": ("zero3.json", "the policy is whole on every process"),
