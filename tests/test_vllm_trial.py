@@ -96,9 +96,9 @@ def test_too_little_memory_is_no_refusal_of_the_model():
 def test_an_engine_that_is_short_of_memory_later_names_the_settings_that_help(what, remedy):
     said = "CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62"
     for error in (RuntimeError(said), torch.OutOfMemoryError(said)):
-        with pytest.raises(ValueError, match=f"vLLM cannot {what}: CUDA Error: out of memory") as short:
-            with explained(what):
-                raise error
+        expected = f"vLLM cannot {what}: CUDA Error: out of memory"
+        with pytest.raises(ValueError, match=expected) as short, explained(what):
+            raise error
         assert remedy in str(short.value) and "continues from the last checkpoint" in str(short.value)
     with pytest.raises(RuntimeError, match="another thing"), explained(what):
         raise RuntimeError("another thing")
