@@ -20,15 +20,22 @@ from common import logprobs
 from common.config import RLConfig
 from common.logprobs import token_logprobs, without_adapter
 from common.memory.depth import two_depths, with_depth
+from common.memory.packed import pack
 from common.memory.shapes import Shapes
 from common.memory.stand_ins import standing_for_cuda
 from common.memory.tracker import Bytes
+from common.models.configs import setting
 from common.models.loading import add_adapter, set_mode
 from common.rollouts import Rollouts
 from common.update.batches import forward_context, weighted_loss
 
 if TYPE_CHECKING:
     from common.memory.passes import PassSettings
+
+# The attention that stands for a CUDA device, see stand_ins.
+CUDA = "flash"
+# Settings of models whose logits are more than the head's product.
+SCALES = (*("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"),)
 
 
 @dataclass
@@ -80,36 +87,86 @@ def both_passes(
     config: transformers.PreTrainedConfig, settings: PassSettings, rollouts: Rollouts
 ) -> tuple[Phases, Phases]:
     """Phases of a micro-batch with a backward pass, and of one without gradients, of a model as deep as `config`."""
-    with standing_for_cuda(settings.attention == "flash"):
+    with standing_for_cuda(settings.attention == CUDA):
         model = build(config, settings)
         with Shapes() as shapes:
             shapes.place(model)
-            logprobs._heads[without_adapter(model)] = head_of(model, settings)
+            settle_head(model, settings)
             rollouts = shapes.rollouts(rollouts)
-            return training_pass(model, settings, rollouts), forward_pass(model, settings, rollouts)
+            forward = forward_pass(model, settings, rollouts)
+            return forward if settings.kind == "score" else training_pass(model, settings, rollouts), forward
 
 
-def head_of(model: nn.Module, settings: PassSettings) -> logprobs.Head:
-    """The way to log-probs that a pass will take: on CUDA the fused one, which all but a few models can use."""
-    return logprobs._fused if settings.attention == "flash" else logprobs._plain
+def settle_head(model: nn.Module, settings: PassSettings) -> None:
+    """Choose the way to log-probs, as a model's first pass does by its numbers.
+
+    On CUDA it is the fused one, on the CPU the plain one if the head's logits are the model's. A model that makes its
+    logits in a way of its own needs more: there are few, and it says so when it is loaded.
+    """
+    if settings.kind != "policy":
+        return
+    base = without_adapter(model)
+    plain, *fused = logprobs._possible_heads(base) or [logprobs._own]
+    scales = {name: setting(base.config.get_text_config(), name) for name in SCALES}
+    is_scaled = any(value not in (None, 1.0) for value in scales.values())
+    logprobs._heads[base] = fused[0] if fused and (settings.attention == CUDA or is_scaled) else plain
 
 
 def build(config: transformers.PreTrainedConfig, settings: PassSettings) -> nn.Module:
-    """A policy without storage, on the device meta, ready to train."""
+    """A model without storage, on the device meta, ready to train."""
     config = deepcopy(config)
-    attention = "sdpa" if settings.attention == "flash" else settings.attention
+    attention = "sdpa" if settings.attention == CUDA else settings.attention
+    auto = transformers.AutoModelForCausalLM
+    if settings.kind == "score":
+        auto = transformers.AutoModelForSequenceClassification
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             config, dtype=settings.weights, attn_implementation=attention, trust_remote_code=False
         )
-        if settings.method != "full":
+        if settings.method == "qlora":
+            pack(model, settings.compute)
+        head = None
+        if settings.kind == "value":
+            head = nn.Linear(model.get_output_embeddings().weight.shape[-1], 1)
+            model = model.base_model
+        if settings.method != "full" and settings.kind != "score":
             names = settings.lora_target_modules
             names = names if isinstance(names, str) else ",".join(names)
             lora = RLConfig(model="predicted", use_lora=True, lora_r=settings.lora_r, lora_target_modules=names)
-            model = add_adapter(model, lora, task_type="CAUSAL_LM")
-    if settings.checkpointing:
+            model = add_adapter(model, lora, task_type="FEATURE_EXTRACTION" if head else "CAUSAL_LM")
+    if settings.checkpointing and settings.kind != "score":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return set_mode(model)
+    return set_mode(model if head is None else StateValues(model, head))
+
+
+class StateValues(nn.Module):
+    """What PPO's value model allocates: a backbone and a head that gives one number for each of some places."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
+        """(b, C) float32 values at (b, C) int64 places of rows (b, L)."""
+        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        chosen = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]  # (b, C, hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(chosen.float()).squeeze(-1)
+
+
+def output(model: nn.Module, rollouts: Rollouts) -> Tensor:
+    """(b, C) what a pass gives for each completion token; (b,) scores of a classifier."""
+    if isinstance(model, StateValues):
+        ids, lengths = rollouts.sequences()
+        places = lengths[:, None] - 1 + torch.arange(rollouts.completion_ids.shape[1])[None, :]
+        return model(ids, places)
+    if not model.can_generate():
+        ids, _ = rollouts.sequences()
+        model.config.get_text_config().pad_token_id = 1  # no row here ends with it
+        with torch.autocast("cpu", enabled=False):
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
+    return token_logprobs(model, rollouts, 1.0)[0]
 
 
 def rows_of(rows: int, row_tokens: int, completion_tokens: int) -> Rollouts:
@@ -139,7 +196,7 @@ def training_pass(model: nn.Module, settings: PassSettings, rollouts: Rollouts) 
                 parameter.grad = torch.empty_like(parameter)
         with _phases(model, bytes_) as phases:
             with forward_context(torch.device("cpu"), settings.compute):
-                per_token, _ = token_logprobs(model, rollouts, 1.0)
+                per_token = output(model, rollouts)
             weighted_loss(-per_token * rollouts.advantages, rollouts).backward()
     return phases
 
@@ -149,7 +206,7 @@ def forward_pass(model: nn.Module, settings: PassSettings, rollouts: Rollouts) -
     """Phases of a pass without gradients."""
     bytes_ = Bytes(*model.parameters(), *model.buffers())
     with bytes_, _phases(model, bytes_) as phases, forward_context(torch.device("cpu"), settings.compute):
-        token_logprobs(model, rollouts, 1.0)
+        output(model, rollouts)
     return phases
 
 
@@ -173,7 +230,7 @@ def _phases(model: nn.Module, bytes_: Bytes) -> Iterator[Phases]:
         if output.requires_grad:
             output.register_hook(lambda _gradient: ends("layer gradients"))
 
-    base = without_adapter(model)
+    base = without_adapter(model.backbone if isinstance(model, StateValues) else model)
     with ExitStack() as stack:
         for module, hook in ((base.base_model, backbone_ran), (base.get_input_embeddings(), embedded)):
             handle = module.register_forward_hook(hook)

@@ -15,6 +15,7 @@ class PassSettings:
     """What decides about the memory of a pass, beside the model and the number of tokens.
 
     Attributes:
+        kind: "policy" (log-probs), "value" (a value model's values) or "score" (a reward model, never trained).
         method: "full", "lora" or "qlora".
         weights: dtype of the model's own weights.
         compute: dtype of forward passes; below that of the weights it is autocast's.
@@ -24,6 +25,7 @@ class PassSettings:
         attention: "flash": what CUDA allocates; otherwise transformers' implementation on the CPU.
     """
 
+    kind: str = "policy"
     method: str = "lora"
     weights: torch.dtype = torch.bfloat16
     compute: torch.dtype = torch.bfloat16

@@ -72,15 +72,17 @@ class Shapes(FakeTensorMode):
                     if tensor is None:
                         continue
                     if id(tensor) not in placed:
-                        with self:
-                            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                        with self:  # integers would be real
+                            new = torch.empty(tensor.shape, dtype=torch.float32, device="cpu").to(tensor.dtype)
                         is_weight = isinstance(tensor, nn.Parameter)
                         placed[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_weight else new
                     tensors[name] = placed[id(tensor)]
 
 
 def _makes_integers(func: Callable, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether an operator without tensors as arguments makes integers, and not too many."""
+    """Whether an operator without tensors as arguments makes integers, and not too many, or no tensor at all."""
+    if not any(argument.name == "device" for argument in func._schema.arguments):
+        return True
     made = func(*args, **(kwargs | {"device": torch.device("meta")}))
     return not made.is_floating_point() and made.numel() <= MAX_REAL_INTEGERS
 

@@ -105,8 +105,12 @@ def keep_one_per_group(rollouts: Rollouts, num_generations: int, *, seed: int, s
         At most one row per group, renumbered: dropped rows leave the means. Of a group that was dropped before, the
         row that would have been kept still counts.
     """
-    num_groups = len(rollouts.step_lengths) // num_generations
+    kept = kept_numbers(len(rollouts.step_lengths) // num_generations, num_generations, seed=seed, step=step)
+    return rollouts.only(torch.isin(rollouts.rows, kept)).renumbered(kept)
+
+
+def kept_numbers(num_groups: int, num_generations: int, *, seed: int, step: int) -> Tensor:
+    """(num_groups,) int64: the number of the row that `keep_one_per_group` keeps of each group of the step."""
     generator = torch.Generator().manual_seed(hashed_seed(seed, step, "keep_per_group"))
     offsets = torch.randint(num_generations, (num_groups,), generator=generator)
-    kept = torch.arange(num_groups) * num_generations + offsets  # (groups of the step,) row numbers
-    return rollouts.only(torch.isin(rollouts.rows, kept)).renumbered(kept)
+    return torch.arange(num_groups) * num_generations + offsets
