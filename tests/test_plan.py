@@ -1,6 +1,7 @@
 """The memory plan: who is where in each phase, what is chosen, what is refused with which way out, and --plan."""
 
 import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, Qwen2Config
 
+from common import start
 from common.cli import take_plan
 from common.config import RLConfig
 from common.memory import show
@@ -266,23 +268,7 @@ def test_cards_are_known_by_their_names_and_sizes():
     assert card("H100") == card("H100") and card("RTX 4090").total == card("rtx4090").total == card("4090").total
     assert card("NVIDIA A100 40GB").total < card("a100").total < card("h200").total
     assert not card("t4").computes_bfloat16 and not card("v100").computes_bfloat16 and card("l4").computes_bfloat16
-    names = [
-        "24gb",
-        "80gb",
-        "h100",
-        "h200",
-        "a100",
-        "a100-40gb",
-        "4090",
-        "3090",
-        "l4",
-        "t4",
-        "a10",
-        "l40s",
-        "rtx6000",
-        "5090",
-        "v100",
-    ]
+    names = "24gb 80gb h100 h200 a100 a100-40gb 4090 3090 l4 t4 a10 l40s rtx6000 5090 v100"
     assert all(10 * GB < card(name).total < 200 * GB for name in names.split())
 
 
@@ -322,32 +308,36 @@ def config_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*algorithms(), "PPO own"])
-def test_every_script_prints_its_plan_and_loads_nothing(config_folder, tmp_path, name):
+SCRIPTS = [*algorithms(), "PPO own"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_prints_its_plan_and_loads_nothing(quick, config_folder, tmp_path, monkeypatch, capsys, name):
     algorithm, *own = name.split()
+    path = ROOT / algorithm / f"{algorithm.lower()}.py"
     words = ["--plan", "--device", "24gb", "--model", config_folder, "--task", "countdown", "--kl_coef", "0.1"]
     words += ["--value_backbone", "own"] if own else []
-    script = ROOT / algorithm / f"{algorithm.lower()}.py"
-    done = subprocess.run([sys.executable, script, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("it fits"), done.stderr
-    lines = [line.split("  ")[0].strip() for line in done.stdout.splitlines()]
+    monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module(f"{algorithm}.{algorithm.lower()}")
+    start.start(algorithms()[algorithm].trainer, script.SETTINGS, embedded=script.EMBEDDED, script=str(path))
+    lines = capsys.readouterr().out.rstrip().splitlines()
     value = [*(["values, value", "update, value"] if algorithm == "PPO" else [])]
-    assert {"load", "push", "sample", "log-probs, policy", "update, policy", *value} <= set(lines)
-    assert not list(tmp_path.iterdir())
+    named = {line.split("  ")[0].strip() for line in lines}
+    assert {"load", "push", "sample", "log-probs, policy", "update, policy", *value} <= named
+    assert lines[-1] == "it fits" and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_script_refuses_what_cannot_fit_with_status_2(config_folder, tmp_path):
-    words = [sys.executable, ROOT / "GRPO" / "grpo.py", "--task", "countdown", "--model", config_folder]
-    for more, said in (
-        (["--plan", "--device", "24gb", "--max_completion_length", "100000000"], "--max_completion_length"),
-        (["--plan", "--device", "24gb", "--vllm_memory_share", "0.01"], "--vllm_memory_share"),
-        (["--device", "24gb"], "--plan --device 24gb"),
+def test_a_script_plans_or_refuses_with_its_status(config_folder, tmp_path):
+    words = [sys.executable, ROOT / "GRPO" / "grpo.py", "--task", "countdown", "--model", config_folder, "--plan"]
+    for more, status, said in (
+        ([], 0, ""),
+        (["--device", "24gb", "--vllm_memory_share", "0.01"], 2, "Pass --vllm_memory_share"),
     ):
         done = subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
-        assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+        assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
+        assert done.stderr.startswith("error: ") == bool(status) and not list(tmp_path.iterdir())
 
 
 # In a run
