@@ -5,17 +5,20 @@ changes which rows are together. Micro-batches follow a token budget, which chan
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.losses import token_weights
+from common.packing import packing_of
 from common.rollouts import Rollouts, filler
-from common.update.rows import microbatch_rows, minibatch_rows
+from common.sequences import Packing
+from common.update.rows import minibatch_rows
+from common.update.shared_prompts import pass_rows
 
 
 class Batches:
@@ -32,6 +35,7 @@ class Batches:
         self.accelerator = accelerator
         self.device = accelerator.device
         self.dtype = dtype
+        self.packing: Packing | None = None
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum of the tensor over all processes, on its own device."""
@@ -103,7 +107,7 @@ class Batches:
             int64 indices of the rows in `minibatch` (None for a filler without any effect), and the rows on the
             device, without common padding.
         """
-        chosen = microbatch_rows(minibatch.total_lengths, self.config.max_tokens_per_microbatch)
+        chosen = pass_rows(minibatch, self.config.max_tokens_per_microbatch, self.packing)
         num_passes = len(chosen)
         if self.accelerator.num_processes > 1:
             counts = torch.zeros(self.accelerator.num_processes)
@@ -154,6 +158,19 @@ class Batches:
             total = weighted_loss(per_token, microbatch)
             total.backward()
             yield total.detach(), token_metrics, microbatch.loss_mask
+
+    @contextmanager
+    def passes_of(self, model: nn.Module) -> Iterator[None]:
+        """Choose micro-batches for a model that is on the device: rows with one prompt together where that pays.
+
+        All passes of a model need it, or none: with other micro-batches its first ratio would not be exactly 1.
+        """
+        with self.forward_context():
+            self.packing = packing_of(model)
+        try:
+            yield
+        finally:
+            self.packing = None
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast if forward passes are below float32."""
