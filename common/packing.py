@@ -20,7 +20,7 @@ from common.sequences import Packing, Sequences
 logger = logging.getLogger("nanorlhf")
 
 # Settings of models in which a token sees only some of the tokens before it, if there are more than so many.
-_WINDOW = re.compile(r"window|attention_chunk_size|index_topk|indexer_budget")
+_WINDOW = re.compile(r"window(_size)?$|attention_chunk_size|index_topk|indexer_budget")
 # What packed and padded states may differ by, as a share of the largest: rounding, in 32 and in 16 bits.
 _TOLERANCE = {torch.float32: 1e-4}
 _IN_16_BITS = 0.1
