@@ -26,11 +26,13 @@ ALGORITHMS = ("GRPO", "RLOO")
 SAMPLERS = ("transformers", "vllm")
 GENERATION = ("transformers", "continuous", "vllm")
 # What --setup sets before the settings after --. "gsm8k" is for a pretrained model: LoRA, and the problems of a data
-# set in the form of GSM8K.
+# set in the form of GSM8K. "given" sets nothing.
 PROBLEMS = "problems.jsonl"
 SETUPS = {
-    "embedded": {},
+    "embedded": {"preset": "cpu"},
+    "given": {},
     "gsm8k": {
+        "preset": "cpu",
         "task": "gsm8k",
         "num_eval_prompts": 1,
         "prompts_per_step": 8,
@@ -77,7 +79,7 @@ class Rounds:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options, self._folder = options, folder
-        self._arguments = ["--preset", "cpu", "--model", options.model, "--num_steps", str(options.steps)]
+        self._arguments = ["--model", options.model, "--num_steps", str(options.steps)]
         for name, value in SETUPS[options.setup].items():
             self._arguments += [f"--{name}", str(value)]
         if options.setup == "gsm8k":
@@ -95,7 +97,8 @@ class Rounds:
         """Make the model where it is missing, the prompts and the completions."""
         if self._options.setup == "gsm8k" and not self._options.dataset:
             write_problems(self._folder / PROBLEMS, 200)
-        self._python(f"{MODULE}.work", self._options.algorithm, str(self._folder), *self._arguments)
+        completions = "with" if self._options.update_rounds else "without"
+        self._python(f"{MODULE}.work", self._options.algorithm, str(self._folder), completions, *self._arguments)
         settings = json.loads((self._folder / "settings.json").read_text(encoding="utf-8"))
         self.rows = settings["prompts_per_step"] * settings["num_generations"]
 
@@ -170,7 +173,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="tiny, a folder or a hub id (default: tiny)")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="GRPO")
-    parser.add_argument("--setup", choices=SETUPS, default="embedded", help="gsm8k: for a pretrained model, with LoRA")
+    parser.add_argument(
+        "--setup",
+        choices=SETUPS,
+        default="embedded",
+        help="gsm8k: for a pretrained model, with LoRA; given: only what follows --",
+    )
     parser.add_argument("--dataset", type=Path, help="records of GSM8K for --setup gsm8k (default: made-up problems)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a run end to end (default: 3)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side end to end (default: 3)")

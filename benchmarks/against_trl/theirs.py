@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -23,7 +24,7 @@ LOSS_TYPES = {"tokens": "dapo", "rows": "grpo", "constant": "dr_grpo"}
 GENERATION = {
     "transformers": {},
     "continuous": {"use_transformers_continuous_batching": True},
-    "vllm": {"use_vllm": True, "vllm_mode": "colocate"},
+    "vllm": {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4},
 }
 
 
@@ -112,7 +113,7 @@ def arguments(algorithm: str, config: dict, folder: Path, *, batch: int, generat
         "beta": config["kl_coef"],
         "epsilon": config["clip_range"],
         "gradient_checkpointing": config["gradient_checkpointing"],
-        "bf16": False,
+        "bf16": in_bfloat16(config),
         "shuffle_dataset": False,
         "save_strategy": "no",
         "report_to": "none",
@@ -122,10 +123,17 @@ def arguments(algorithm: str, config: dict, folder: Path, *, batch: int, generat
         "seed": 0,
         **GENERATION[generation],
     }
+    if generation == "vllm":
+        settings["vllm_max_model_length"] = config["max_prompt_length"] + config["max_completion_length"]
     if algorithm == "GRPO":
         settings |= {"loss_type": LOSS_TYPES[config["average_over"]]}
         settings |= {"scale_rewards": "group" if config["scale_by_std"] else "none"}
     return getattr(trl, f"{algorithm}Config")(**settings)
+
+
+def in_bfloat16(config: dict) -> bool:
+    """Whether passes are in bfloat16: as with ours, on a GPU unless float32 is asked for."""
+    return config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and torch.cuda.is_available())
 
 
 def train(algorithm: str, folder: Path, options: dict) -> dict:
@@ -148,7 +156,9 @@ def train(algorithm: str, folder: Path, options: dict) -> dict:
         tuned.logging_steps = 1  # the gradient's norm is in the log
     if any(hasattr(function, "func") for function in functions):  # TRL asks functions for their names
         functions = [named(function) for function in functions]
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype="float32")
+    # Weights that are trained are in float32, the frozen base of an adapter is as passes need it; as with ours.
+    dtype = "bfloat16" if config["use_lora"] and in_bfloat16(config) else "float32"
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     trainer = timed(getattr(trl, f"{algorithm}Trainer"), work["completion_ids"] if options["replay"] else None)(
         model=model,
         reward_funcs=functions,
