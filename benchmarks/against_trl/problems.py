@@ -1,6 +1,6 @@
 """Made-up school problems as long as those of GSM8K: `question`, and an `answer` that ends in "#### 42".
 
-A question has 46 words on average, as in GSM8K (46.9 words; 10 % have fewer than 27, 10 % more than 70).
+A question has 45 words on average, as in GSM8K; four of five have 21 to 71 (GSM8K: 27 to 69).
 """
 
 import json

@@ -42,7 +42,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 report["left_out"][name] = f"more than {options.seconds} seconds"
             except subprocess.CalledProcessError as error:
-                report["left_out"][name] = error.stderr[-2000:]
+                report["left_out"][name] = error.stderr.strip().splitlines()[-1]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(text(report))
@@ -54,8 +54,6 @@ def settings(options: argparse.Namespace, model: Path, prompts: int) -> list[str
     chosen = {
         "model": model,
         "task": "countdown",
-        "rewards": "[format, equation]",
-        "reward_weights": "[0.1, 0.9]",
         "num_eval_prompts": 1,
         "prompts_per_step": prompts,
         "num_generations": options.generations,

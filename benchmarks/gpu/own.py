@@ -79,7 +79,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
         arguments: settings as on the command line of grpo.py.
 
     Returns:
-        Seconds of loading, of the steps and of their phases; prompts and tokens; memory by phase, planned and measured.
+        Seconds of loading, of the steps and of their phases; prompts, tokens; memory by phase, planned and measured.
     """
     config = parse_config(SETTINGS, embedded=EMBEDDED, args=arguments)
     start = time.perf_counter()
