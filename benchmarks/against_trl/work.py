@@ -27,8 +27,9 @@ def configure(algorithm: str, arguments: list[str]) -> RLConfig:
         algorithm: one of ALGORITHMS.
         arguments: as on the script's command line.
     """
-    script = import_module(f"{algorithm}.{algorithm.lower()}")
-    return parse_config(script.SETTINGS, embedded=script.EMBEDDED, script=script.__file__, args=[*arguments, *UNUSED])
+    script = vars(import_module(f"{algorithm}.{algorithm.lower()}"))
+    more = {"embedded": script.get("EMBEDDED"), "script": script["__file__"]}
+    return parse_config(script["SETTINGS"], **more, args=[*arguments, *UNUSED])
 
 
 def make_trainer(algorithm: str, config: RLConfig) -> OnPolicyTrainer:
