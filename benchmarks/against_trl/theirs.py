@@ -70,10 +70,12 @@ def timed(trainer_class: type, given: list[list[int]] | None) -> type:
     """
 
     class Timed(trainer_class):
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            # GRPOTrainer's also returns log-probs, RLOOTrainer's does not.
+            replayed = (given, None) if trainer_class is trl.GRPOTrainer else given
             with self.clock.phase("sample"):
-                found = (given, None) if given else super()._generate_single_turn(*args, **kwargs)
-            self.tokens.append(sum(map(len, found[0])))
+                found = replayed if given else super()._generate_single_turn(*args, **kwargs)
+            self.tokens.append(sum(map(len, found[0] if isinstance(found, tuple) else found)))
             return found
 
         def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
@@ -154,8 +156,7 @@ def train(algorithm: str, folder: Path, options: dict) -> dict:
     tuned.reward_weights = weights
     if options["replay"]:
         tuned.logging_steps = 1  # the gradient's norm is in the log
-    if any(hasattr(function, "func") for function in functions):  # TRL asks functions for their names
-        functions = [named(function) for function in functions]
+    functions = [reading_text(function) for function in functions]
     # Weights that are trained are in float32, the frozen base of an adapter is as passes need it; as with ours.
     dtype = "bfloat16" if config["use_lora"] and in_bfloat16(config) else "float32"
     model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
@@ -183,14 +184,14 @@ def train(algorithm: str, folder: Path, options: dict) -> dict:
     }
 
 
-def named(function: Any) -> Any:
-    """A partial function with the name of its function."""
-    inner = getattr(function, "func", function)
+def reading_text(function: Any) -> Any:
+    """A reward function that is given text where TRL has chat messages; TRL also asks it for a name."""
 
-    def reward(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    def reward(completions: list, **columns: Any) -> list[float]:
+        texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
+        return function(completions=texts, **columns)
 
-    reward.__name__ = inner.__name__
+    reward.__name__ = getattr(function, "func", function).__name__
     return reward
 
 
