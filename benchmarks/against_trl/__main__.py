@@ -52,21 +52,33 @@ SETUPS = {
 
 
 def main() -> None:
-    """Measure, write the numbers, print the table."""
+    """Measure, write the numbers after each round, print the table."""
     options = _options()
+    report: dict[str, Any] = {
+        "command": " ".join(["python", "-m", MODULE, *sys.argv[1:]]),
+        "machine": machine() | {"threads": options.threads},
+        "end to end": [],
+        "update": [],
+    }
     with TemporaryDirectory() as folder:
         rounds = Rounds(options, Path(folder))
         rounds.prepare()
-        report = {
-            "command": " ".join(["python", "-m", MODULE, *sys.argv[1:]]),
-            "machine": machine() | {"threads": options.threads},
-            "end to end": [rounds.end_to_end() for _ in range(options.rounds)] if options.rounds else [],
-            "update": [rounds.update() for _ in range(options.update_rounds)],
-        }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        for name, measure, count in (
+            ("end to end", rounds.end_to_end, options.rounds),
+            ("update", rounds.update, options.update_rounds),
+        ):
+            for number in range(count):
+                report[name].append(measure())
+                sides = {side: round(each["seconds"], 1) for side, each in report[name][-1].items()}
+                print(f"{name}, round {number + 1} of {count}, s: {sides}", file=sys.stderr, flush=True)
+                _write(report, options.out)
     print(table(report, rounds.rows))
+
+
+def _write(report: dict[str, Any], file: Path | None) -> None:
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 class Rounds:
