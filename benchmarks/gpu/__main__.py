@@ -8,6 +8,8 @@ with vLLM in its process too. What there is no time for is left out and named. W
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -43,8 +45,8 @@ def main() -> None:
                 report["left_out"][name] = f"more than {options.seconds} seconds"
             except subprocess.CalledProcessError as error:
                 report["left_out"][name] = error.stderr.strip().splitlines()[-1]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(text(report))
     print(f"all numbers: {out}")
 
@@ -92,8 +94,17 @@ def _against_trl(options: argparse.Namespace, model: Path, folder: Path, seconds
 
 
 def _run(arguments: list[str], seconds: float) -> None:
+    """Run a module to its end; when the time is up, nothing that it started stays on the GPU."""
     command = [sys.executable, "-m", *arguments]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=max(seconds, 1))
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams) as process:
+        try:
+            _, errors = process.communicate(timeout=max(seconds, 1))
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors or "no message")
 
 
 def text(report: dict[str, Any]) -> str:
