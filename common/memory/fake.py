@@ -24,7 +24,8 @@ from common.memory.packed import pack
 from common.memory.shapes import Shapes
 from common.memory.stand_ins import standing_for_cuda
 from common.memory.tracker import Bytes
-from common.models.configs import setting
+from common.models.attention import why_not
+from common.models.configs import model_class, setting
 from common.models.loading import add_adapter, set_mode
 from common.rollouts import Rollouts
 from common.update.batches import forward_context, weighted_loss
@@ -69,20 +70,24 @@ def measured(
     completion_tokens: int,
 ) -> Measured:
     """Run a micro-batch on two depths of a model and extend to its own depth; see `passes.pass_bytes`."""
-    rollouts = rows_of(rows, row_tokens, completion_tokens)
-    depths = two_depths(config)
-    found = [both_passes(with_depth(config, depth), settings, rollouts) for depth in depths]
-    depth = config.get_text_config().num_hidden_layers
-    return Measured(*(extended([f[i] for f in found], depths, depth) for i in range(2)))
+    training, forward = extended_passes(config, settings, rows_of(rows, row_tokens, completion_tokens))
+    return Measured(training=training.peak, forward=forward.peak)
 
 
-def extended(phases: list[Phases], depths: list[int], depth: int) -> int:
-    """The peak at `depth` of what was measured at one or two depths."""
-    if len(phases) == 1:
-        return phases[0].peak
-    (low, high), (first, second) = phases, depths
-    slopes = {name: (high.peaks[name] - low.peaks[name]) / (second - first) for name in low.peaks}
-    return round(max(low.peaks[name] + slopes[name] * (depth - first) for name in low.peaks))
+def extended_passes(
+    config: transformers.PreTrainedConfig, settings: PassSettings, rollouts: Rollouts
+) -> tuple[Phases, Phases]:
+    """As `both_passes`, of a model of any depth: measured at two depths, each phase on a line."""
+    depths, depth = two_depths(config), config.get_text_config().num_hidden_layers
+    found = [both_passes(with_depth(config, each), settings, rollouts) for each in depths]
+    if len(found) == 1:
+        return found[0]
+    share = (depth - depths[0]) / (depths[1] - depths[0])
+    training, forward = (
+        Phases({name: round(size + share * (high.peaks[name] - size)) for name, size in low.peaks.items()})
+        for low, high in zip(*found, strict=True)
+    )
+    return training, forward
 
 
 def both_passes(
@@ -117,10 +122,12 @@ def settle_head(model: nn.Module, settings: PassSettings) -> None:
 def build(config: transformers.PreTrainedConfig, settings: PassSettings) -> nn.Module:
     """A model without storage, on the device meta, ready to train."""
     config = deepcopy(config)
-    attention = "sdpa" if settings.attention == CUDA else settings.attention
     auto = transformers.AutoModelForCausalLM
     if settings.kind == "score":
         auto = transformers.AutoModelForSequenceClassification
+    attention = "sdpa" if settings.attention == CUDA else settings.attention
+    if why_not(attention, config, model_class(config, auto)) is not None:
+        attention = "eager"  # which needs the most
     with torch.device("meta"):
         model = auto.from_config(
             config, dtype=settings.weights, attn_implementation=attention, trust_remote_code=False
@@ -224,8 +231,8 @@ def _phases(model: nn.Module, bytes_: Bytes) -> Iterator[Phases]:
 
     def backbone_ran(_module: nn.Module, _inputs: tuple, output: dict) -> None:
         ends("backbone")
-        hidden = output["last_hidden_state"]
-        if hidden.requires_grad:
+        hidden = output.get("last_hidden_state")
+        if hidden is not None and hidden.requires_grad:
             hidden.register_hook(lambda _gradient: ends("head gradient"))
 
     def embedded(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:

@@ -1,0 +1,89 @@
+"""The bytes of a pass in closed form, for shapes and settings to which it was fitted.
+
+Each phase of a pass (`fake.Phases`) is a sum of sizes, such as tokens times hidden size, with a coefficient each. `fit`
+finds the coefficients from passes without numbers and writes them into formulas.yaml; its test compares them again.
+Only architectures and settings that are there have a formula.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import transformers
+import yaml
+
+if TYPE_CHECKING:
+    from common.memory.passes import PassSettings
+
+FILE = Path(__file__).with_name("formulas.yaml")
+# What a formula is fitted to. Others keep more of each layer, and are predicted from fake layers.
+MODEL_TYPES = ("qwen2",)
+
+
+def sizes(
+    config: transformers.PreTrainedConfig, *, tokens: int, completion_tokens: int, lora_r: int
+) -> dict[str, float]:
+    """What the memory of a phase is a sum of, by name.
+
+    Args:
+        config: of a model of MODEL_TYPES.
+        tokens: of the micro-batch.
+        completion_tokens: of the micro-batch, among them.
+        lora_r: rank of the adapter.
+    """
+    hidden, inner, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
+    head = config.vocab_size * hidden
+    layer = hidden * (2 * hidden + 2 * keys + 3 * inner)
+    return {
+        "tokens": tokens,
+        "tokens x hidden": tokens * hidden,
+        "tokens x inner": tokens * inner,
+        "tokens x keys": tokens * keys,
+        "tokens x heads": tokens * config.num_attention_heads,
+        "tokens x rank": tokens * lora_r,
+        "tokens x hidden x layers": tokens * hidden * depth,
+        "completion": completion_tokens,
+        "completion x hidden": completion_tokens * hidden,
+        "head, tied": head if config.tie_word_embeddings else 0,
+        "head, own": 0 if config.tie_word_embeddings else head,
+        "hidden x inner": hidden * inner,
+        "layers": layer * depth,
+        "one": 2**20,
+    }
+
+
+def key(settings: PassSettings) -> str:
+    """The name of settings in formulas.yaml."""
+    names = settings.kind, settings.method, *(str(each).removeprefix("torch.") for each in (settings.weights, settings.compute))
+    return " ".join((*names, "checkpointing" if settings.checkpointing else "kept", settings.attention))
+
+
+def formula(
+    config: transformers.PreTrainedConfig, settings: PassSettings, *, tokens: int, completion_tokens: int
+) -> tuple[int, int] | None:
+    """Bytes of a pass with gradients and of one without; None if there is no formula for the model or the settings.
+
+    Args:
+        config: of the model.
+        settings: how it is trained.
+        tokens: of the micro-batch.
+        completion_tokens: of the micro-batch, among them.
+    """
+    fitted = coefficients().get(key(settings))
+    if fitted is None or config.model_type not in MODEL_TYPES or settings.lora_target_modules != "all-linear":
+        return None
+    found = sizes(config, tokens=tokens, completion_tokens=completion_tokens, lora_r=settings.lora_r)
+    training, forward = (
+        round(max(sum(value * found[name] for name, value in phase.items()) for phase in fitted[kind].values()))
+        for kind in ("training", "forward")
+    )
+    return training, forward
+
+
+@cache
+def coefficients() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
+    """Of each size, by settings, pass and phase."""
+    return yaml.safe_load(FILE.read_text())
