@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from common.advantages import is_spread, moments
 from common.config import RLConfig
 from common.logprobs import without_adapter
-from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode
+from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode, trained_dtype
 from common.models.weights import merged_weights
 from common.rollouts import Rollouts
 from common.seeds import hashed_seed
+from common.sequences import Sequences
 from PPO.scored_model import HEAD_FILE, head_name, scored_model
 
 if TYPE_CHECKING:
@@ -49,21 +50,19 @@ class ValueModel(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
-        """Values of chosen states.
+    def forward(self, sequences: Sequences) -> Tensor:
+        """Values of the states in which completion tokens were chosen.
 
         Args:
-            input_ids: (b, L) int64, padded on the right.
-            places: (b, C) int64, positions in [0, L).
+            sequences: rows with n completion tokens in all.
 
         Returns:
-            (b, C) float32.
+            (n,) float32.
         """
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state  # (b, L, hidden)
-        chosen = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]  # (b, C, hidden)
+        states = sequences.states(self.backbone)  # (n, hidden)
         # Autocast would round the value of a state to three digits.
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(chosen.float()).squeeze(-1)
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.float()).squeeze(-1)
 
 
 def token_values(model: ValueModel, rollouts: Rollouts) -> Tensor:
@@ -76,11 +75,8 @@ def token_values(model: ValueModel, rollouts: Rollouts) -> Tensor:
     Returns:
         (b, C) float32 with gradient, 0 at padding. Column t is read from the token before completion token t.
     """
-    sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
-    mask = rollouts.completion_mask
-    positions = prompt_lengths[:, None] - 1 + torch.arange(mask.shape[1], device=mask.device)[None, :]  # (b, C)
-    values = model(sequence_ids, positions.clamp(max=sequence_ids.shape[1] - 1))
-    return torch.where(mask, values, 0.0)
+    sequences = Sequences.of(rollouts)
+    return sequences.spread(model(sequences))
 
 
 def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_head: bool) -> ValueModel:
@@ -89,15 +85,14 @@ def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_he
     Args:
         path: hub id or folder of a causal language model; its backbone becomes that of the value model.
         config: seed, LoRA, attention and gradient checkpointing are read.
-        dtype: precision of forward passes; weights that are trained are float32.
+        dtype: precision of forward passes; weights that are trained are in `trained_dtype`, the head is float32.
         zero_head: every value is 0 at first; otherwise the head's weights are random.
 
     Raises:
         ValueError: if transformers cannot tell the model's backbone from its head.
     """
-    policy = load_without_dropout(
-        transformers.AutoModelForCausalLM, path, config, dtype=dtype if config.use_lora else torch.float32
-    )
+    dtype = dtype if config.use_lora else trained_dtype(config, dtype)
+    policy = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype)
     backbone = _backbone(policy)
     return _with_head(backbone, _new_head(_output_size(policy), config.seed, zero=zero_head), config)
 
@@ -118,7 +113,8 @@ def load_scored_value_model(
         ValueError: if its head or its tokens do not fit, or it cannot be loaded.
     """
     found = scored_model(path, config, tokenizer)
-    model = load_without_dropout(found.auto_class, path, config, dtype=dtype if config.use_lora else torch.float32)
+    dtype = dtype if config.use_lora else trained_dtype(config, dtype)
+    model = load_without_dropout(found.auto_class, path, config, dtype=dtype)
     if found.head is None:
         weights = load_file(Path(path) / HEAD_FILE)
         return _with_head(model, _copied_head(weights["weight"], weights["bias"]), config)

@@ -13,18 +13,24 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from common.rollouts import Rollouts
+from common.sequences import Sequences
 
 logger = logging.getLogger("nanorlhf")
 
 # Logits of one chunk: 2^25 float32 are 128 MiB.
 MAX_CHUNK_LOGITS = 2**25
+
+# Columns of the logits that trl's fused head has at a time, as in trl.
+FUSED_CHUNK = 2**15
 
 # Tokens of the passes that compare the ways to a log-prob.
 NUM_COMPARED = 16
@@ -32,38 +38,50 @@ NUM_COMPARED = 16
 # The largest logit of these passes: a soft cap bends large logits only, and a new model's are small.
 LARGEST_LOGIT = 100.0
 
-# From the ids (b, L) and which of them belong to a completion: log-probs and entropies, both (completion tokens,).
-Head = Callable[[nn.Module, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+# From the rows of a pass: log-probs and entropies, both (completion tokens,); no entropies if they are not asked for.
+Head = Callable[[nn.Module, Sequences, float, bool], tuple[Tensor, Tensor | None]]
 
 _heads: WeakKeyDictionary[nn.Module, Head] = WeakKeyDictionary()
 
 
-def token_logprobs(model: nn.Module, rollouts: Rollouts, temperature: float) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    model: nn.Module, rollouts: Rollouts, temperature: float, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Log-probability and entropy of each completion token under the model's distribution at `temperature`.
 
     Args:
         model: a causal language model from `load_policy` or `load_reference`, on the device of `rollouts`.
         rollouts: b rows.
         temperature: above 0; logits are divided by it. The same one each time.
+        with_entropy: False: leave the entropy out, a pass over all logits; the log-probs are the same.
 
     Returns:
         logprobs: (b, C) float32, log softmax(logits / temperature) at the sampled token, with gradient.
-        entropy: (b, C) float32 in nats, without gradient. Both are 0 at padding.
+        entropy: (b, C) float32 in nats, without gradient; None without. Both are 0 at padding.
 
     Raises:
         ValueError: at the model's first pass, if a token's logits depend on later tokens.
     """
-    sequence_ids, prompt_lengths = rollouts.sequences()  # (b, L), (b,)
-    positions = torch.arange(sequence_ids.shape[1], device=sequence_ids.device)[None, :]  # (1, L)
-    is_completion = (positions >= prompt_lengths[:, None]) & (positions < rollouts.total_lengths[:, None])  # (b, L)
+    return sequence_logprobs(model, Sequences.of(rollouts), temperature, with_entropy=with_entropy)
+
+
+def sequence_logprobs(
+    model: nn.Module, sequences: Sequences, temperature: float, *, with_entropy: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """`token_logprobs` of rows that are laid out; on the device there is nothing to wait for.
+
+    Args:
+        model: as there. If its weights have no values (fake tensors), the way to log-probs is not compared with the
+            model's own logits: the first that can be tried is taken.
+        sequences: b rows with C columns of completions.
+        temperature: as there.
+        with_entropy: as there.
+    """
     base = without_adapter(model)
     if base not in _heads:
-        _heads[base] = _cheapest_head(base, sequence_ids.device, temperature)
-    logprobs, entropy = _heads[base](base, sequence_ids, is_completion, temperature)
-    # Both are flat, row by row; masked_scatter fills the mask in the same order.
-    mask = rollouts.completion_mask
-    zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy.detach())  # (b, C) both
+        _heads[base] = _cheapest_head(base, sequences.ids.device, temperature)
+    logprobs, entropy = _heads[base](base, sequences, temperature, with_entropy)
+    return sequences.spread(logprobs), None if entropy is None else sequences.spread(entropy.detach())
 
 
 def has_adapter(model: nn.Module) -> bool:
@@ -83,20 +101,25 @@ def _cheapest_head(model: nn.Module, device: torch.device, temperature: float) -
     Raises:
         ValueError: if a token's logits depend on later tokens.
     """
+    if isinstance(next(model.parameters()), FakeTensor):
+        return next(iter(_possible_heads(model)), _own)
     # Tokens from the whole vocabulary, the same on every process, whatever rows it has.
     vocabulary = model.config.get_text_config().vocab_size
     ids = (torch.arange(NUM_COMPARED, device=device) * vocabulary // NUM_COMPARED)[None]  # (1, 16)
-    is_completion = torch.ones_like(ids, dtype=torch.bool)
+    places = torch.arange(NUM_COMPARED - 1, device=device)
+    sequences = Sequences(
+        ids=ids, sources=places, targets=ids[0, 1:], places=places, first=0, shape=(1, NUM_COMPARED - 1)
+    )
     # In full precision where the weights have it: rounded logits would differ between ways that are the same.
     with _without_autocast(model, ids.device):
         _check_causal(model, ids)
         heads = _possible_heads(model)
         rounding = torch.bfloat16 if _has_flash(model) else torch.float32
         with _head_in_float32(model), _large_logits(model) as magnified:
-            expected, _ = _own(model, ids, is_completion, temperature)
+            expected, _ = _own(model, sequences, temperature, False)
             tolerance = max(1e-3, 8 * torch.finfo(rounding).eps * float(expected.abs().max()))
             for head in heads if magnified else ():
-                found, _ = head(model, ids, is_completion, temperature)
+                found, _ = head(model, sequences, temperature, False)
                 if (found - expected).abs().max() <= tolerance:
                     return head
     logger.info(
@@ -140,7 +163,18 @@ def _possible_heads(model: nn.Module) -> list[Head]:
     # The fused head reads the head's weight, and would pass over an adapter on it.
     if "peft" in sys.modules and isinstance(head, sys.modules["peft"].tuners.tuners_utils.BaseTunerLayer):
         return [_plain]
-    return [_fused, _plain] if head.weight.device.type == "cuda" else [_plain, _fused]
+    cap, scales = _scalings(model)
+    fused = [partial(_fused, cap=cap, scale=scale) for scale in scales]
+    return [*fused, _plain] if head.weight.device.type == "cuda" else [_plain, *fused]
+
+
+def _scalings(model: nn.Module) -> tuple[float | None, list[float]]:
+    """The soft cap on a model's logits, and what they may be multiplied by before it, both as its settings say."""
+    settings = model.config.get_text_config().to_dict()
+    named = [settings.get(name) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+    if scaling := settings.get("logits_scaling"):  # most divide by it, HyperCLOVA X multiplies
+        named += [1 / scaling, scaling]
+    return settings.get("final_logit_softcapping"), list(dict.fromkeys([*(scale for scale in named if scale), 1.0]))
 
 
 @contextmanager
@@ -180,40 +214,61 @@ def _check_causal(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def _fused(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Use trl's fused head, which never stores the logits. Returns both (completion tokens,)."""
-    if "fused_temperature" not in vars(model):
-        # Imported here: it takes a second, and small models on the CPU do not need it.
-        from trl.trainer.utils import add_fused_lm_head
+def _fused(
+    model: nn.Module,
+    sequences: Sequences,
+    temperature: float,
+    with_entropy: bool,
+    *,
+    cap: float | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor | None]:
+    """Use trl's fused head, which never stores the logits. Returns both (completion tokens,).
 
-        add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
-        model.fused_temperature = temperature
-    assert model.fused_temperature == temperature, "the head of a model has one temperature"
-    labels = torch.where(is_completion, ids, -100)
-    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
-    chosen = is_completion[:, 1:]
-    return output.log_probs[chosen].float(), output.entropy[chosen].float()
+    Its function is called as trl's own `add_fused_lm_head` calls it, which looks for the completion tokens on the
+    device and waits for that.
+    """
+    # Imported here: it takes a second, and small models on the CPU do not need it.
+    from trl.kernels import ChunkedLogProbFunction
+
+    hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
+    outputs = ("entropy",) if with_entropy else ()
+    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
+        hidden,
+        head.weight,
+        head.bias,
+        sequences.targets,
+        temperature,
+        FUSED_CHUNK,
+        cap,
+        scale,
+        outputs,
+    )
+    return logprobs, entropy
 
 
-def _plain(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _plain(
+    model: nn.Module, sequences: Sequences, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     """Compute logits of completion tokens only, one chunk at a time. Returns both (completion tokens,)."""
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, hidden)
-    predicts_completion = is_completion[:, 1:]
-    hidden, targets = hidden[:, :-1][predicts_completion], ids[:, 1:][predicts_completion]
-    head = model.get_output_embeddings()
-    return _in_chunks(head, hidden, targets, temperature, vocabulary=head.weight.shape[0])
+    hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
+    return _in_chunks(
+        head, hidden, sequences.targets, temperature, vocabulary=head.weight.shape[0], entropy=with_entropy
+    )
 
 
-def _own(model: nn.Module, ids: Tensor, is_completion: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _own(
+    model: nn.Module, sequences: Sequences, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
     """Use the model's own logits, those of a whole pass at once. Returns both (completion tokens,)."""
     # The memory of a long prompt's logits is saved where the model can leave them out.
-    first = int((~is_completion[:, 1:].any(0)).cumprod(0).sum())
-    options = {"logits_to_keep": ids.shape[1] - first} if takes(model, "logits_to_keep") else {}
-    logits = model(input_ids=ids, use_cache=False, **options).logits[:, :-1]  # (b, L - 1 or fewer, V)
-    left_out = ids.shape[1] - 1 - logits.shape[1]
-    predicts_completion = is_completion[:, 1 + left_out :]
-    targets = ids[:, 1 + left_out :][predicts_completion]
-    return _in_chunks(nn.Identity(), logits[predicts_completion], targets, temperature, vocabulary=logits.shape[-1])
+    kept = sequences.ids.shape[1] - sequences.first
+    options = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}
+    logits = sequences.chosen(sequences.outputs(model, **options).logits)  # (n, V)
+    vocabulary = logits.shape[-1]
+    return _in_chunks(
+        nn.Identity(), logits, sequences.targets, temperature, vocabulary=vocabulary, entropy=with_entropy
+    )
 
 
 def takes(model: nn.Module, argument: str) -> bool:
@@ -222,23 +277,35 @@ def takes(model: nn.Module, argument: str) -> bool:
 
 
 def _in_chunks(
-    head: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, temperature: float, *, vocabulary: int
-) -> tuple[Tensor, Tensor]:
+    head: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    temperature: float,
+    *,
+    vocabulary: int,
+    entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the targets and entropies, both (tokens,), where head turns (tokens, ...) inputs into logits."""
 
-    def chunk_logprobs(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_logprobs(inputs: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         all_logprobs = torch.log_softmax(head(inputs).float() / temperature, dim=-1)  # (tokens, V)
-        known = all_logprobs.detach()
-        # A token that the model rules out, with a logit of -inf, adds 0: 0 times -inf would be NaN.
-        entropy = -(known.exp() * known.clamp(min=torch.finfo(known.dtype).min)).sum(-1)
-        return all_logprobs.gather(1, targets[:, None]).squeeze(1), entropy
+        chosen = all_logprobs.gather(1, targets[:, None]).squeeze(1)
+        return (chosen, _entropy(all_logprobs.detach())) if entropy else (chosen,)
 
     chunk = max(MAX_CHUNK_LOGITS // vocabulary, 1)
     if len(targets) <= chunk:
-        return chunk_logprobs(inputs, targets)
-    # Chunks are recomputed in the backward pass, so that only one chunk's log-probs exist at a time.
-    parts = [
-        checkpoint(chunk_logprobs, part, t, use_reentrant=False)
-        for part, t in zip(inputs.split(chunk), targets.split(chunk), strict=True)
-    ]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropy for _, entropy in parts])
+        found = chunk_logprobs(inputs, targets)
+    else:
+        # Chunks are recomputed in the backward pass, so that only one chunk's log-probs exist at a time.
+        parts = [
+            checkpoint(chunk_logprobs, part, t, use_reentrant=False, preserve_rng_state=False)
+            for part, t in zip(inputs.split(chunk), targets.split(chunk), strict=True)
+        ]
+        found = tuple(torch.cat(each) for each in zip(*parts, strict=True))
+    return (found[0], found[1]) if entropy else (found[0], None)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    """(tokens,) entropy in nats of distributions (tokens, V)."""
+    # A token that the model rules out, with a logit of -inf, adds 0: 0 times -inf would be NaN.
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)

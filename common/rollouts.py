@@ -119,6 +119,8 @@ class Rollouts:
     advantages: Tensor | None = None
     returns: Tensor | None = None
     token_weights: Tensor | None = None
+    # The same rows on the CPU, of rows that `to` moved to a device.
+    _host: "Rollouts | None" = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Set a missing loss_mask and check the masks, on the CPU only: elsewhere the check would cost time."""
@@ -292,11 +294,20 @@ class Rollouts:
         )
 
     def to(self, device: torch.device) -> "Rollouts":
-        """The same rows with every tensor on `device`."""
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in self._content() if torch.is_tensor(value)
-        }
-        return replace(self, **moved)
+        """The same rows with every tensor on `device`; what is on the CPU now stays reachable by `on_host`."""
+        moved = replace(
+            self,
+            **{name: value.to(device, non_blocking=True) for name, value in self._content() if torch.is_tensor(value)},
+        )
+        if self.completion_mask.device.type == "cpu" and device.type != "cpu":
+            moved._host = self
+        return moved
+
+    def on_host(self) -> "Rollouts":
+        """The same rows with their ids and masks on the CPU; no copy is made of rows that `to` moved."""
+        if self.completion_mask.device.type == "cpu":
+            return self
+        return self._host or self.to(torch.device("cpu"))
 
     def sequences(self) -> tuple[Tensor, Tensor]:
         """Prompt and completion of each row joined without a gap, padded on the right.
@@ -317,7 +328,8 @@ class Rollouts:
         return torch.where(real, sequence_ids, 0), prompt_lengths
 
     def _content(self) -> list[tuple[str, object]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) is not None]
+        """The fields that have a value, by name."""
+        return [(f.name, getattr(self, f.name)) for f in fields(self) if f.init and getattr(self, f.name) is not None]
 
 
 def filler(like: Rollouts) -> Rollouts:

@@ -17,7 +17,8 @@ ORDER = [
     *("common.evaluation", "common.merge", "common.check_model", "common.samples", "common.start", "common.cli"),
     "common.presets",
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
-    *("common.data", "common.update", "common.models", "common.logprobs", "common.losses", "common.advantages"),
+    *("common.memory", "common.data", "common.update", "common.models", "common.refill"),
+    *("common.logprobs", "common.sequences", "common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
     *("common.values", "common.mistakes", "common.moved", "common.environment", "common.caches", "common.host"),
     *("common.yaml_files", "common.terminal", "common.signals", "common.processes"),
@@ -25,7 +26,14 @@ ORDER = [
 # What an algorithm's folder may import besides itself. models: to bring a model of its own; tasks: the type Task.
 FOR_ALGORITHMS = {
     *("common.trainer", "common.config", "common.rollouts", "common.advantages", "common.losses", "common.logprobs"),
-    *("common.seeds", "common.start", "common.update.learner", "common.sampling.protocol", "common.tasks"),
+    *(
+        "common.sequences",
+        "common.seeds",
+        "common.start",
+        "common.update.learner",
+        "common.sampling.protocol",
+        "common.tasks",
+    ),
     *("common.models.loading", "common.models.weights", "common.models.configs", "common.models.files"),
 }
 # Packages that take a second or more to import, and are needed by some runs or commands only.

@@ -39,6 +39,7 @@ from common.models.configs import describe_multimodal, read_config
 from common.models.loading import end_token_ids, load_policy, load_reference, turn_end_token
 from common.models.saving import save_model
 from common.rollouts import Completion, PromptBatch, Rollouts, filler
+from common.sequences import Sequences
 from common.update.batches import forward_context
 
 T = 0.7
@@ -188,13 +189,10 @@ def test_chunking_the_head_changes_neither_values_nor_gradients(policy, rollouts
 
 
 def test_the_fused_head_agrees_with_the_plain_one_in_values_and_gradients(policy, rollouts):
-    ids, prompt_lengths = rollouts.sequences()
-    places = torch.arange(ids.shape[1])[None, :]
-    chosen = (places >= prompt_lengths[:, None]) & (places < rollouts.total_lengths[:, None])
     results = []
     for head in (logprobs_module._plain, logprobs_module._fused):
         policy.zero_grad()
-        logprobs, entropy = head(policy, ids, chosen, T)
+        logprobs, entropy = head(policy, Sequences.of(rollouts), T, True)
         (logprobs * torch.linspace(-1, 1, len(logprobs))).sum().backward()
         results.append((logprobs.detach(), entropy.detach(), [p.grad.clone() for p in policy.parameters()]))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
@@ -413,8 +411,7 @@ def test_a_row_that_only_keeps_processes_in_step_decides_nothing(tmp_path, rollo
     logprobs, entropy = token_logprobs(model, filler(rollouts), 1.0)
     assert not logprobs.any() and not entropy.any()
     assert logprobs_module._heads[model] is logprobs_module._plain
-    sequence_ids, _ = filler(rollouts).sequences()
-    found = logprobs_module._own(model, sequence_ids, torch.zeros_like(sequence_ids, dtype=torch.bool), 1.0)
+    found = logprobs_module._own(model, Sequences.of(filler(rollouts)), 1.0, True)
     assert [each.shape for each in found] == [(0,), (0,)]
 
 

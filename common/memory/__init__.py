@@ -1,1 +1,1 @@
-"""Memory: what a pass needs, predicted before a model is loaded."""
+"""What a run needs of memory, computed before anything is loaded."""

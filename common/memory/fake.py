@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 # The attention that stands for a CUDA device, see stand_ins.
 CUDA = "flash"
 # Settings of models whose logits are more than the head's product.
-SCALES = (
-    *("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"),
-)
+SCALES = (*("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"),)
 
 
 @dataclass

@@ -194,7 +194,7 @@ class Comparison:
 
 
 def _of_batch(policy: nn.Module, temperature: float, rollouts: Rollouts) -> Tensor:
-    return token_logprobs(policy, rollouts, temperature)[0]
+    return token_logprobs(policy, rollouts, temperature, with_entropy=False)[0]
 
 
 # Prompts
