@@ -25,9 +25,10 @@ from common.memory.shapes import Shapes
 from common.memory.stand_ins import standing_for_cuda
 from common.memory.tracker import Bytes
 from common.models.attention import why_not
-from common.models.configs import model_class, setting
+from common.models.configs import model_class
 from common.models.loading import add_adapter, set_mode
 from common.rollouts import Rollouts
+from common.sequences import Sequences
 from common.update.batches import forward_context, weighted_loss
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
 
 # The attention that stands for a CUDA device, see stand_ins.
 CUDA = "flash"
-# Settings of models whose logits are more than the head's product.
-SCALES = (*("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"),)
 
 
 @dataclass
@@ -112,8 +111,7 @@ def settle_head(model: nn.Module, settings: PassSettings) -> None:
         return
     base = without_adapter(model)
     plain, *fused = logprobs._possible_heads(base) or [logprobs._own]
-    scales = {name: setting(base.config.get_text_config(), name) for name in SCALES}
-    is_scaled = any(value not in (None, 1.0) for value in scales.values())
+    is_scaled = logprobs._scalings(base) != (None, [1.0])
     logprobs._heads[base] = fused[0] if fused and (settings.attention == CUDA or is_scaled) else plain
 
 
@@ -154,20 +152,18 @@ class StateValues(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
-        """(b, C) float32 values at (b, C) int64 places of rows (b, L)."""
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        chosen = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]  # (b, C, hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(chosen.float()).squeeze(-1)
+    def forward(self, sequences: Sequences) -> Tensor:
+        """(n,) float32 values of the states before n completion tokens."""
+        states = sequences.states(self.backbone)
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.float()).squeeze(-1)
 
 
 def output(model: nn.Module, rollouts: Rollouts) -> Tensor:
     """(b, C) what a pass gives for each completion token; (b,) scores of a classifier."""
     if isinstance(model, StateValues):
-        ids, lengths = rollouts.sequences()
-        places = lengths[:, None] - 1 + torch.arange(rollouts.completion_ids.shape[1])[None, :]
-        return model(ids, places)
+        sequences = Sequences.of(rollouts)
+        return sequences.spread(model(sequences))
     if not model.can_generate():
         ids, _ = rollouts.sequences()
         model.config.get_text_config().pad_token_id = 1  # no row here ends with it

@@ -27,8 +27,10 @@ SHAPES = {
     "32B": (5120, 64, 40, 8, 27648, 152064, False),
     "72B": (8192, 80, 64, 8, 29568, 152064, False),
 }
-TOKENS = (1024, 4096, 16384)
-COMPLETION = (0.25, 0.9)  # of the tokens
+# Tokens of a micro-batch, the share of completions, and the rank of the adapter.
+BATCHES = (
+    *((1024, 0.25, 64), (1024, 0.9, 16), (4096, 0.9, 64), (16384, 0.25, 16), (16384, 0.5, 64), (32768, 0.9, 64)),
+)
 ROW = 1024
 
 
@@ -56,15 +58,12 @@ def fitted_settings() -> Iterator[PassSettings]:
 
 def cells(settings: PassSettings) -> Iterator[tuple[dict[str, float], dict[str, dict[str, int]]]]:
     """Sizes of a micro-batch, and the peaks of its phases, by pass; for each shape and number of tokens."""
-    ranks = (16, 64) if settings.method != "full" else (64,)
-    for name, tokens, share, rank in itertools.product(SHAPES, TOKENS, COMPLETION, ranks):
+    for name, (tokens, share, rank) in itertools.product(SHAPES, BATCHES):
         config = configuration(name)
         completion = int(share * ROW)
         rollouts = rows_of(tokens // ROW, ROW, completion)
         training, forward = extended_passes(config, replace(settings, lora_r=rank), rollouts)
-        found = formulas.sizes(
-            config, tokens=tokens, completion_tokens=completion * tokens // ROW, lora_r=rank
-        )
+        found = formulas.sizes(config, tokens=tokens, completion_tokens=completion * tokens // ROW, lora_r=rank)
         yield found, {"training": training.peaks, "forward": forward.peaks}
 
 
@@ -79,7 +78,9 @@ def fit(found: list[tuple[dict[str, float], int]]) -> dict[str, float]:
         solved = torch.linalg.lstsq(columns / scale, torch.ones_like(peaks)[:, None], driver="gelsd").solution[:, 0]
         # What the others make up for goes first.
         if solved.min() >= 0:
-            return {name: float(f"{value:.5g}") for name, value in zip(names, solved / scale) if value > 0}
+            return {
+                name: float(f"{value:.5g}") for name, value in zip(names, solved / scale, strict=True) if value > 0
+            }
         names.pop(int(solved.argmin()))
 
 
@@ -89,9 +90,7 @@ def main() -> None:
     for settings in fitted_settings():
         found = list(cells(settings))
         written[formulas.key(settings)] = fitted = {
-            kind: {
-                phase: fit([(sizes, peaks[kind][phase]) for sizes, peaks in found]) for phase in found[0][1][kind]
-            }
+            kind: {phase: fit([(sizes, peaks[kind][phase]) for sizes, peaks in found]) for phase in found[0][1][kind]}
             for kind in ("training", "forward")
         }
         for kind, phases in fitted.items():

@@ -1,7 +1,7 @@
 """The bytes of a pass in closed form, for shapes and settings to which it was fitted.
 
-Each phase of a pass (`fake.Phases`) is a sum of sizes, such as tokens times hidden size, with a coefficient each. `fit`
-finds the coefficients from passes without numbers and writes them into formulas.yaml; its test compares them again.
+Each phase of a pass (`fake.Phases`) is a sum of sizes, such as tokens times hidden size, with a coefficient each.
+`fit` finds the coefficients from passes without numbers and writes them into formulas.yaml.
 Only architectures and settings that are there have a formula.
 """
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 FILE = Path(__file__).with_name("formulas.yaml")
 # What a formula is fitted to. Others keep more of each layer, and are predicted from fake layers.
 MODEL_TYPES = ("qwen2",)
+# Tokens that trl's fused head takes at a time: TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py.
+HEAD_CHUNK = 4096
 
 
 def sizes(
@@ -46,19 +48,22 @@ def sizes(
         "tokens x rank": tokens * lora_r,
         "tokens x hidden x layers": tokens * hidden * depth,
         "completion": completion_tokens,
+        "completion of a chunk": min(completion_tokens, HEAD_CHUNK),
         "completion x hidden": completion_tokens * hidden,
         "head, tied": head if config.tie_word_embeddings else 0,
         "head, own": 0 if config.tie_word_embeddings else head,
         "hidden x inner": hidden * inner,
         "layers": layer * depth,
+        "adapter": lora_r * (4 * hidden + 2 * (hidden + keys) + 3 * (hidden + inner)) * depth,
         "one": 2**20,
     }
 
 
 def key(settings: PassSettings) -> str:
     """The name of settings in formulas.yaml."""
-    names = settings.kind, settings.method, *(str(each).removeprefix("torch.") for each in (settings.weights, settings.compute))
-    return " ".join((*names, "checkpointing" if settings.checkpointing else "kept", settings.attention))
+    dtypes = (str(each).removeprefix("torch.") for each in (settings.weights, settings.compute))
+    kept = "checkpointing" if settings.checkpointing else "kept"
+    return " ".join((settings.kind, settings.method, *dtypes, kept, settings.attention))
 
 
 def formula(
