@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from common import logprobs
 from common.config import RLConfig
 from common.logprobs import token_logprobs, without_adapter
-from common.memory.depth import two_depths, with_depth
+from common.memory.depth import layer_kinds, two_depths, with_depth
 from common.memory.packed import pack
 from common.memory.shapes import Shapes
 from common.memory.stand_ins import standing_for_cuda
 from common.memory.tracker import Bytes
+from common.mistakes import first_line
 from common.models.attention import why_not
 from common.models.configs import model_class
 from common.models.loading import add_adapter, set_mode
@@ -67,7 +68,13 @@ def measured(
     completion_tokens: int,
 ) -> Measured:
     """Run a micro-batch on two depths of a model and extend to its own depth; see `passes.pass_bytes`."""
-    training, forward = extended_passes(config, settings, rows_of(rows, row_tokens, completion_tokens))
+    try:
+        training, forward = extended_passes(config, settings, rows_of(rows, row_tokens, completion_tokens))
+    except Exception as error:  # whatever a library raises where code asks for the numbers of a tensor without any
+        raise ValueError(
+            f"{config.model_type} cannot be predicted: its code needs the numbers of its tensors, or torch does not "
+            f"know the shape of what an operator gives ({first_line(error)})."
+        ) from error
     return Measured(training=training.peak, forward=forward.peak)
 
 
@@ -75,7 +82,8 @@ def extended_passes(
     config: transformers.PreTrainedConfig, settings: PassSettings, rollouts: Rollouts
 ) -> tuple[Phases, Phases]:
     """As `both_passes`, of a model of any depth: measured at two depths, each phase on a line."""
-    depths, depth = two_depths(config), config.get_text_config().num_hidden_layers
+    kinds = layer_kinds(skeleton(config, settings))
+    depths, depth = two_depths(kinds), len(kinds)
     found = [both_passes(with_depth(config, each), settings, rollouts) for each in depths]
     if len(found) == 1:
         return found[0]
@@ -115,8 +123,8 @@ def settle_head(model: nn.Module, settings: PassSettings) -> None:
     logprobs._heads[base] = fused[0] if fused and (settings.attention == CUDA or is_scaled) else plain
 
 
-def build(config: transformers.PreTrainedConfig, settings: PassSettings) -> nn.Module:
-    """A model without storage, on the device meta, ready to train."""
+def skeleton(config: transformers.PreTrainedConfig, settings: PassSettings) -> transformers.PreTrainedModel:
+    """A model of transformers without storage, on the device meta."""
     config = deepcopy(config)
     auto = transformers.AutoModelForCausalLM
     if settings.kind == "score":
@@ -125,9 +133,13 @@ def build(config: transformers.PreTrainedConfig, settings: PassSettings) -> nn.M
     if why_not(attention, config, model_class(config, auto)) is not None:
         attention = "eager"  # which needs the most
     with torch.device("meta"):
-        model = auto.from_config(
-            config, dtype=settings.weights, attn_implementation=attention, trust_remote_code=False
-        )
+        return auto.from_config(config, dtype=settings.weights, attn_implementation=attention, trust_remote_code=False)
+
+
+def build(config: transformers.PreTrainedConfig, settings: PassSettings) -> nn.Module:
+    """A model without storage, ready to train."""
+    model = skeleton(config, settings)
+    with torch.device("meta"):
         if settings.method == "qlora":
             pack(model, settings.compute)
         head = None

@@ -1,23 +1,25 @@
-"""Fit the formulas of a pass to passes without numbers: `python -m common.memory.fit` writes formulas.yaml (minutes).
+"""Fit the formulas of a pass to passes without numbers: `python -m common.memory.fit` writes formulas.json (minutes).
 
-Run it after a change of what a pass allocates; a test compares some cells with it.
+Run it after a change of what a pass allocates; a test compares some cells with it. `--compare` runs models with all of
+their layers instead, and prints how far formulas and two depths are from them.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-from collections.abc import Iterator
-from dataclasses import replace
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
-import yaml
 
 from common.memory import formulas
-from common.memory.fake import extended_passes, rows_of
-from common.memory.passes import PassSettings
+from common.memory.fake import both_passes, build, extended_passes, rows_of
+from common.memory.passes import PassSettings, pass_bytes
 
-# hidden, layers, heads, heads of keys, inner, vocabulary, tied: Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B, 32B and 72B.
+# hidden, layers, heads, heads of keys, inner, vocabulary, tied: Qwen2.5 0.5B, 1.5B, 3B, 7B, 14B and 32B.
 SHAPES = {
     "0.5B": (896, 24, 14, 2, 4864, 151936, True),
     "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
@@ -25,13 +27,44 @@ SHAPES = {
     "7B": (3584, 28, 28, 4, 18944, 152064, False),
     "14B": (5120, 48, 40, 8, 13824, 152064, False),
     "32B": (5120, 64, 40, 8, 27648, 152064, False),
-    "72B": (8192, 80, 64, 8, 29568, 152064, False),
 }
-# Tokens of a micro-batch, the share of completions, and the rank of the adapter.
+# Micro-batches: rows, tokens of each, of its completion, and the rank of the adapter.
 BATCHES = (
-    *((1024, 0.25, 64), (1024, 0.9, 16), (4096, 0.9, 64), (16384, 0.25, 16), (16384, 0.5, 64), (32768, 0.9, 64)),
+    *((1, 1024, 256, 64), (1, 1024, 920, 16), (4, 1024, 920, 64), (1, 4096, 2048, 16)),
+    *((16, 1024, 256, 16), (1, 16384, 8192, 64), (8, 4096, 3680, 64)),
 )
-ROW = 1024
+# Whole models: of Qwen2.5 by formula, others from two depths.
+OTHERS = {
+    "Llama 3.2 1B": transformers.LlamaConfig(
+        **{"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+        **{"intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True},
+    ),
+    "Gemma 2 2B": transformers.Gemma2Config(),
+}
+_LORA = PassSettings()
+_FULL = PassSettings(method="full")
+_FULL32 = PassSettings(method="full", weights=torch.float32)
+WHOLE = (
+    *(("0.5B", _LORA, (1, 1024, 512, 64)), ("1.5B", _LORA, (16, 1024, 768, 64)), ("3B", _LORA, (1, 8192, 7168, 32))),
+    *(("7B", _LORA, (2, 2048, 1024, 64)), ("1.5B", _FULL, (4, 1024, 768, 64)), ("3B", _FULL, (16, 1024, 768, 64))),
+    *(("0.5B", _FULL32, (16, 1024, 768, 64)), ("1.5B", _FULL32, (2, 1024, 512, 64))),
+    *(("Llama 3.2 1B", _LORA, (4, 1024, 768, 64)), ("Gemma 2 2B", _LORA, (4, 1024, 768, 64))),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A micro-batch of a model.
+
+    Attributes:
+        sizes: of its formula.
+        peaks: of its phases, by pass.
+        standing: bytes of weights, gradients and moments.
+    """
+
+    sizes: dict[str, float]
+    peaks: dict[str, dict[str, int]]
+    standing: int
 
 
 def configuration(name: str) -> transformers.PreTrainedConfig:
@@ -56,15 +89,24 @@ def fitted_settings() -> Iterator[PassSettings]:
         yield PassSettings(kind=kind, method=method, weights=weights)
 
 
-def cells(settings: PassSettings) -> Iterator[tuple[dict[str, float], dict[str, dict[str, int]]]]:
-    """Sizes of a micro-batch, and the peaks of its phases, by pass; for each shape and number of tokens."""
-    for name, (tokens, share, rank) in itertools.product(SHAPES, BATCHES):
-        config = configuration(name)
-        completion = int(share * ROW)
-        rollouts = rows_of(tokens // ROW, ROW, completion)
-        training, forward = extended_passes(config, replace(settings, lora_r=rank), rollouts)
-        found = formulas.sizes(config, tokens=tokens, completion_tokens=completion * tokens // ROW, lora_r=rank)
-        yield found, {"training": training.peaks, "forward": forward.peaks}
+def standing(config: transformers.PreTrainedConfig, settings: PassSettings) -> int:
+    """Bytes of weights, gradients and AdamW's moments; those of weights in bfloat16 are in main memory."""
+    weights = list(build(config, settings).parameters())
+    trained = [each for each in weights if each.requires_grad]
+    moments = sum(2 * each.nbytes for each in trained if each.dtype == torch.float32)
+    return sum(each.nbytes for each in (*weights, *trained)) + moments
+
+
+def cells(settings: PassSettings) -> Iterator[Cell]:
+    """A micro-batch of each shape and number of tokens."""
+    for name, (rows, row_tokens, completion, rank) in itertools.product(SHAPES, BATCHES):
+        config, ranked = configuration(name), replace(settings, lora_r=rank)
+        training, forward = extended_passes(config, ranked, rows_of(rows, row_tokens, completion))
+        yield Cell(
+            sizes=formulas.sizes(config, ranked, tokens=rows * row_tokens, completion_tokens=rows * completion),
+            peaks={"training": training.peaks, "forward": forward.peaks},
+            standing=standing(config, ranked),
+        )
 
 
 def fit(found: list[tuple[dict[str, float], int]]) -> dict[str, float]:
@@ -84,24 +126,51 @@ def fit(found: list[tuple[dict[str, float], int]]) -> dict[str, float]:
         names.pop(int(solved.argmin()))
 
 
-def main() -> None:
-    """Write formulas.yaml and print how far each formula is from what it was fitted to."""
-    written = {}
-    for settings in fitted_settings():
-        found = list(cells(settings))
-        written[formulas.key(settings)] = fitted = {
-            kind: {phase: fit([(sizes, peaks[kind][phase]) for sizes, peaks in found]) for phase in found[0][1][kind]}
-            for kind in ("training", "forward")
-        }
-        for kind, phases in fitted.items():
-            errors = [_peak(phases, sizes) / max(peaks[kind].values()) - 1 for sizes, peaks in found]
-            print(f"{formulas.key(settings)}, {kind}: {min(errors):+.1%} to {max(errors):+.1%}", flush=True)
-    formulas.FILE.write_text(yaml.safe_dump(written, sort_keys=False))
+def errors(found: Iterable[Cell], fitted: dict[str, dict[str, dict[str, float]]], kind: str) -> list[float]:
+    """Of a pass by formula, at each cell, as shares of what it and all that stands beside it need."""
+    return [
+        (_peak(fitted[kind], cell.sizes) - max(cell.peaks[kind].values()))
+        / (cell.standing + max(cell.peaks[kind].values()))
+        for cell in found
+    ]
 
 
 def _peak(phases: dict[str, dict[str, float]], sizes: dict[str, float]) -> float:
     return max(sum(value * sizes[name] for name, value in phase.items()) for phase in phases.values())
 
 
+def fit_all() -> None:
+    """Write formulas.json and print how far each formula is from what it was fitted to."""
+    written = {}
+    for settings in fitted_settings():
+        found = list(cells(settings))
+        written[formulas.key(settings)] = fitted = {
+            kind: {phase: fit([(cell.sizes, cell.peaks[kind][phase]) for cell in found]) for phase in phases}
+            for kind, phases in found[0].peaks.items()
+        }
+        for kind in fitted:
+            off = errors(found, fitted, kind)
+            print(f"{formulas.key(settings)}, {kind}: {min(off):+.2%} to {max(off):+.2%} of the total", flush=True)
+    formulas.FILE.write_text(json.dumps(written, indent=1) + "\n")
+
+
+def compare() -> None:
+    """Print predictions beside passes of all layers: formulas of Qwen2.5, and two depths of a Llama and a Gemma."""
+    for name, settings, batch in WHOLE:
+        config = configuration(name) if name in SHAPES else OTHERS[name]
+        rows, row_tokens, completion, rank = batch
+        settings = replace(settings, lora_r=rank)
+        lengths = {"rows": rows, "row_tokens": row_tokens, "completion_tokens": completion}
+        predicted = pass_bytes(config, settings, **lengths)
+        training, _ = both_passes(config, settings, rows_of(rows, row_tokens, completion))
+        beside = standing(config, settings)
+        off = (predicted.training - training.peak) / (beside + training.peak)
+        label = f"{name}, {settings.method} in {str(settings.weights).removeprefix('torch.')}, {rows} x {row_tokens:,}"
+        amounts = f"{predicted.training / 1e9:.3f} GB for {training.peak / 1e9:.3f} beside {beside / 1e9:.2f}"
+        print(f"{label}: {amounts}, {off:+.2%} of the total ({predicted.source})", flush=True)
+
+
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", action="store_true", help="fit nothing; run whole models and compare")
+    compare() if parser.parse_args().compare else fit_all()

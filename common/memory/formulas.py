@@ -1,40 +1,43 @@
 """The bytes of a pass in closed form, for shapes and settings to which it was fitted.
 
 Each phase of a pass (`fake.Phases`) is a sum of sizes, such as tokens times hidden size, with a coefficient each.
-`fit` finds the coefficients from passes without numbers and writes them into formulas.yaml.
+`fit` finds the coefficients from passes without numbers and writes them into formulas.json.
 Only architectures and settings that are there have a formula.
 """
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import transformers
-import yaml
 
 if TYPE_CHECKING:
     from common.memory.passes import PassSettings
 
-FILE = Path(__file__).with_name("formulas.yaml")
+FILE = Path(__file__).with_name("formulas.json")
 # What a formula is fitted to. Others keep more of each layer, and are predicted from fake layers.
 MODEL_TYPES = ("qwen2",)
+# Hidden sizes that lie between those of the models it was fitted to, and not far beyond.
+HIDDEN = range(768, 8193)
 # Tokens that trl's fused head takes at a time: TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py.
 HEAD_CHUNK = 4096
 
 
 def sizes(
-    config: transformers.PreTrainedConfig, *, tokens: int, completion_tokens: int, lora_r: int
+    config: transformers.PreTrainedConfig, settings: PassSettings, *, tokens: int, completion_tokens: int
 ) -> dict[str, float]:
     """What the memory of a phase is a sum of, by name.
 
     Args:
         config: of a model of MODEL_TYPES.
+        settings: the rank of the adapter is read.
         tokens: of the micro-batch.
         completion_tokens: of the micro-batch, among them.
-        lora_r: rank of the adapter.
     """
+    lora_r = 0 if settings.method == "full" else settings.lora_r
     hidden, inner, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     keys = hidden // config.num_attention_heads * config.num_key_value_heads
     head = config.vocab_size * hidden
@@ -60,7 +63,7 @@ def sizes(
 
 
 def key(settings: PassSettings) -> str:
-    """The name of settings in formulas.yaml."""
+    """The name of settings in formulas.json."""
     dtypes = (str(each).removeprefix("torch.") for each in (settings.weights, settings.compute))
     kept = "checkpointing" if settings.checkpointing else "kept"
     return " ".join((settings.kind, settings.method, *dtypes, kept, settings.attention))
@@ -78,9 +81,10 @@ def formula(
         completion_tokens: of the micro-batch, among them.
     """
     fitted = coefficients().get(key(settings))
-    if fitted is None or config.model_type not in MODEL_TYPES or settings.lora_target_modules != "all-linear":
+    is_known = config.model_type in MODEL_TYPES and config.hidden_size in HIDDEN
+    if fitted is None or not is_known or settings.lora_target_modules != "all-linear":
         return None
-    found = sizes(config, tokens=tokens, completion_tokens=completion_tokens, lora_r=settings.lora_r)
+    found = sizes(config, settings, tokens=tokens, completion_tokens=completion_tokens)
     training, forward = (
         round(max(sum(value * found[name] for name, value in phase.items()) for phase in fitted[kind].values()))
         for kind in ("training", "forward")
@@ -91,4 +95,4 @@ def formula(
 @cache
 def coefficients() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """Of each size, by settings, pass and phase."""
-    return yaml.safe_load(FILE.read_text())
+    return json.loads(FILE.read_text())
