@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from common.config import RLConfig
 from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, WrongNumbers, is_ours, name_of_script
+from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, TooLargeRow, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 from common.signals import Stopped, end_without_a_word, ignore_while_python_ends, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
@@ -323,7 +323,7 @@ def run_script(
     except ValueError as error:
         if not is_ours(error.__traceback__):
             raise
-        if is_main or not isinstance(error, CannotWrite):  # which all processes raise
+        if is_main or not isinstance(error, (CannotWrite, TooLargeRow)):  # which all processes raise
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except WrongNumbers as error:

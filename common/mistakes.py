@@ -27,6 +27,14 @@ class CannotWrite(ValueError):
     """The disk does not take what a run or a command has to write; the message says what stands, and how to go on."""
 
 
+class TooLargeRow(ValueError):
+    """A row does not fit into memory although it is alone in its forward pass; all processes raise it."""
+
+
+# Of these, an error of ours is a message.
+_MESSAGES = (ValueError, TypeError, WrongNumbers, CannotWrite, TooLargeRow)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, for a message of ours: one line, without a full stop at its end.
 
@@ -91,7 +99,7 @@ def explain_mistakes() -> None:
         if limits := is_script and not sys.flags.dev_mode and limit_in_the_way(error):
             print(f"error: {printable(_said_of_limits(error, limits))}", file=sys.stderr)
             sys.exit(2)
-        is_message = kind in (ValueError, TypeError, WrongNumbers, CannotWrite) and is_script and is_ours(trace)
+        is_message = kind in _MESSAGES and is_script and is_ours(trace)
         if not is_message or sys.flags.dev_mode:
             return others(kind, error, trace)
         place = f"{name_of_script(frames[0].filename)}, line {frames[0].lineno}"

@@ -57,6 +57,7 @@ from common.runs.measures import (
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, warn_of_unused_settings
 from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
+from common.runs.replay import Replay
 from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
 from common.runs.trackers import choose_trackers
@@ -67,6 +68,7 @@ from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
 from common.update.optimizers import check_optimizer
+from common.update.out_of_memory import StepAgain
 from common.update.rows import keep_one_per_group, kept_numbers
 
 logger = logging.getLogger("nanorlhf")
@@ -161,6 +163,9 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:
             warn_of_slow_dtype(self.dtype, self.accelerator.device)
         self.batches = Batches(settled, self.accelerator, self.dtype)
+        if self.run.known_budget:
+            self.batches.keep_to(self.run.known_budget)
+        self._once = Replay()
         self._soundness = Soundness(config, self.dtype, sum_over_processes=self.sum_over_processes)
         self.models = ModelPool(self.accelerator.device, self.plan.choices.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
@@ -247,17 +252,22 @@ class OnPolicyTrainer(ABC):
             purpose: a different one gives different completions of the same prompts.
         """
         settings = {"num_generations": num_generations, "greedy": greedy, "purpose": purpose}
+        kind = "greedy" if greedy else "refill" if prompts.refill else purpose
+        rollouts = self._once(lambda: self._sampled(prompts, kind, settings))
+        if kind != "train":
+            self.metrics.add_sum(f"{kind}/completions", torch.tensor(len(rollouts)))
+            self.metrics.add_sum(f"{kind}/tokens", rollouts.lengths.sum())
+        return rollouts
+
+    def _sampled(self, prompts: PromptBatch, kind: str, settings: dict[str, Any]) -> Rollouts:
+        """Completions of the prompts, numbered, checked and counted."""
         rollouts = self.policy_sampler.sample(prompts, **settings)
         self.run.stopping.meet()
         if self.config.mask_truncated:
             rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]  # (B, C)
         self.batches.number(rollouts)
         self._check_sampled(rollouts)
-        kind = "greedy" if greedy else "refill" if prompts.refill else purpose
         counts = torch.stack([torch.tensor(len(rollouts)), rollouts.lengths.sum()])
-        if kind != "train":
-            self.metrics.add_sum(f"{kind}/completions", counts[0])
-            self.metrics.add_sum(f"{kind}/tokens", counts[1])
         completions, tokens = self.sum_over_processes(counts).tolist()
         self.run.count(episodes=completions if kind == "train" else 0, tokens=tokens)
         return rollouts
@@ -323,12 +333,16 @@ class OnPolicyTrainer(ABC):
             function of (seed, step, row, place).
         """
         request = {"step": self.current_step, "num_generations": num_generations, "purpose": purpose}
-        continuations = self.policy_sampler.continue_from(rollouts, rows, places, **request)
-        self.run.stopping.meet()
-        self._check_sampled(continuations)
-        num_tokens = continuations.lengths.sum() - num_generations * places.sum()
-        self.run.count(tokens=int(self.sum_over_processes(num_tokens)))
-        return continuations
+
+        def continued() -> Rollouts:
+            continuations = self.policy_sampler.continue_from(rollouts, rows, places, **request)
+            self.run.stopping.meet()
+            self._check_sampled(continuations)
+            num_tokens = continuations.lengths.sum() - num_generations * places.sum()
+            self.run.count(tokens=int(self.sum_over_processes(num_tokens)))
+            return continuations
+
+        return self._once(continued)
 
     @final
     def score(self, rollouts: Rollouts) -> Tensor:
@@ -389,7 +403,7 @@ class OnPolicyTrainer(ABC):
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
-            self.run.add_samples(self.current_step, "train", own, own.parts)
+            self._once(lambda: self.run.add_samples(self.current_step, "train", own, own.parts))
 
     @final
     def keep_one_per_group(self, rollouts: Rollouts) -> Rollouts:
@@ -647,12 +661,18 @@ class OnPolicyTrainer(ABC):
         config = self.config
         epoch = finished_steps * config.prompts_per_step / len(self.prompts)
         state = TrainerState(global_step=finished_steps, max_steps=config.num_steps, epoch=epoch)
-        with self.stopwatch("score"):
-            scores = judge(rollouts, self.scorer, state)
-        self._lost_rows.add("rewards", self.scorer.lost)
-        for name, values in self.scorer.reports.metrics.items():
+        scorer = self.scorer
+
+        def judged() -> tuple:
+            with self.stopwatch("score"):
+                scores = judge(rollouts, scorer, state)
+            self._lost_rows.add("rewards", scorer.lost)
+            return scores, rollouts.parts, rollouts.extra, scorer.reports.metrics, scorer.over_limit
+
+        scores, rollouts.parts, rollouts.extra, logged, over_limit = self._once(judged)
+        for name, values in logged.items():
             self.metrics.add(f"{prefix}/{name}", math.fsum(values), len(values))
-        for name, rows in self.scorer.over_limit.items():
+        for name, rows in over_limit.items():
             self.metrics.add_sum(f"over_limit/{name}", rows.sum())
         return scores
 
@@ -709,14 +729,36 @@ class OnPolicyTrainer(ABC):
         step, stopping = self.current_step, self.run.stopping
         self._used_settings.clear()
         stopping.begin_step(step)
-        self.step(self.training_prompts(step))
+        self._do_step(self.training_prompts(step))
         stopping.end_update()
         if step == self.run.first_step and self.accelerator.is_main_process:
             warn_of_unused_settings(self.config, self._used_settings, algorithm=type(self).__name__)
         if self._evaluates_at(step):
+            self._note_budget()
             self.run.begin_evaluation(step, self.metrics.gather(self.accelerator))
             self.evaluate()
         return self._end_step()
+
+    def _do_step(self, prompts: PromptBatch) -> None:
+        """The algorithm's step, from its first pass again if memory was short before any weight had changed."""
+        before = self.metrics.parts()
+        self.batches.lowered_midway = False
+        with self._once.step():
+            while True:
+                self.batches.step_can_begin_anew = True
+                try:
+                    self.step(prompts)
+                    break
+                except StepAgain:
+                    self.metrics.restore(before)
+                    self._once.begin_anew()
+                finally:
+                    self.batches.step_can_begin_anew = False
+
+    def _note_budget(self) -> None:
+        """Checkpoints from now on say what token budget was found to fit, if that is less than at the start."""
+        if self.batches.has_less:
+            self.run.note_budget(self.batches.max_tokens_per_microbatch)
 
     def _evaluates_at(self, step: int) -> bool:
         return self._evaluates and (step % self.config.eval_every == 0 or step == self.config.num_steps)
@@ -727,11 +769,13 @@ class OnPolicyTrainer(ABC):
         self._lost_rows.end_step(step)
         metrics = with_confidence_interval(self.metrics.reduce(self.accelerator), len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
-            self._soundness.warn(metrics, step=step)
+            self._soundness.warn(metrics, step=step, same_passes=not self.batches.lowered_midway)
             self._signal.see(metrics, step=step)
         timings = self.stopwatch.read_and_reset()
+        timings["memory/max_tokens_per_microbatch"] = self.batches.max_tokens_per_microbatch
         # Counted in the next step, because this step's line is being written.
         with self.stopwatch("save"):
+            self._note_budget()
             self.run.end_step(step, metrics, timings)
             self._soundness.check_losses(metrics, step=step)
             self.run.save_if_due(step, self.tokenizer)

@@ -212,7 +212,7 @@ def test_no_rows_need_no_pass():
 def test_every_process_makes_as_many_passes_as_the_one_with_the_most(others, fillers):
     """Sharded models exchange their weights in each pass, and would wait forever for a process that makes none."""
     accelerator = SimpleNamespace(num_processes=2, process_index=0, device=torch.device("cpu"))
-    accelerator.reduce = lambda counts, how: counts + torch.tensor([0.0, others])
+    accelerator.reduce = lambda counts, how: counts + torch.tensor([[0.0], [others]])
     batches = Batches(RLConfig(max_tokens_per_microbatch=1), accelerator, torch.float32)
     passes = [(rows is None, bool(part.loss_mask.any())) for rows, part in batches.microbatches(step_of(1, 2))]
     assert passes == [(False, True)] * 2 + [(True, False)] * fillers

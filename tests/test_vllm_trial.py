@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from common.sampling.vllm_memory import explained
 from common.sampling.vllm_trial import Refused, all_read, reason, refused, zeros_of
 
 SHAPES = {"copied": (4, 6), "split": (6, 4), "assigned": (3,), "dropped": (2, 2)}
@@ -69,8 +70,38 @@ def test_too_little_memory_is_no_refusal_of_the_model():
     with pytest.raises(ValueError, match="--vllm_memory_share") as error, refused("a/model", "build"):
         raise ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.")
     assert not isinstance(error.value, Refused)
-    with pytest.raises(torch.OutOfMemoryError), refused("a/model", "build"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    for error, remedy in {
+        torch.OutOfMemoryError("CUDA out of memory"): "Pass --offload always, a smaller --vllm_max_num_seqs",
+        ValueError("Free memory on device cuda:0 (3/24 GiB) is less than desired GPU memory utilization (0.4)."): (
+            "Pass a smaller --vllm_memory_share, or end other processes"
+        ),
+        RuntimeError("CUDA out of memory occurred when warming up sampler with 256 dummy requests."): (
+            "Pass a smaller --vllm_max_num_seqs"
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=remedy) as short, refused("a/model", "build"):
+            raise error
+        assert not isinstance(short.value, Refused)
+
+
+@pytest.mark.parametrize(
+    ("what", "remedy"),
+    [
+        ("sample", "--vllm_max_num_seqs"),
+        ("take the new weights", "--offload always"),
+        ("go to sleep", "--vllm_sleep_level 2"),
+        ("wake up", "--offload always"),
+    ],
+)
+def test_an_engine_that_is_short_of_memory_later_names_the_settings_that_help(what, remedy):
+    said = "CUDA Error: out of memory at /workspace/csrc/cumem_allocator.cpp:62"
+    for error in (RuntimeError(said), torch.OutOfMemoryError(said)):
+        expected = f"vLLM cannot {what}: CUDA Error: out of memory"
+        with pytest.raises(ValueError, match=expected) as short, explained(what):
+            raise error
+        assert remedy in str(short.value) and "continues from the last checkpoint" in str(short.value)
+    with pytest.raises(RuntimeError, match="another thing"), explained(what):
+        raise RuntimeError("another thing")
 
 
 def test_an_assertion_without_words_gives_its_condition():

@@ -61,6 +61,10 @@ class StepMetrics:
         """Adds a value of a quantity whose global value is the minimum."""
         self._minima[name] = _lowest(self._minima.get(name, value), value)
 
+    def parts(self) -> list[dict[str, Number]]:
+        """What this process has added since the last `reduce`, which `restore` takes."""
+        return [dict(part) for part in (self._totals, self._counts, self._sums, self._maxima, self._minima)]
+
     def gather(self, accelerator: Accelerator) -> list[dict[str, float]]:
         """Brings what all processes have added to the main one, where `reduce` finds it; all must call it.
 
@@ -73,7 +77,7 @@ class StepMetrics:
         return parts
 
     def restore(self, parts: list[dict[str, float]]) -> None:
-        """Goes on from what `gather` gave; on the main process alone."""
+        """Goes on from what `parts` gave, or on the main process alone from what `gather` gave."""
         self._totals, self._counts, self._sums, self._maxima, self._minima = map(dict, parts)
 
     def reduce(self, accelerator: Accelerator) -> dict[str, float]:

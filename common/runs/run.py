@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from common.config import RLConfig
-from common.mistakes import CannotWrite, WrongNumbers
+from common.mistakes import CannotWrite, TooLargeRow, WrongNumbers
 from common.models.lora import save_adapter
 from common.models.outputs import restore_outputs
 from common.models.saving import save_model
@@ -104,6 +104,8 @@ class Run:
         self._saved_as, self._state = state["step"], state
         self.unfinished: Unfinished | None = state.get("unfinished")
         self._samples: list[tuple[str, list[dict]]] = []  # of the step
+        # The token budget that was found to fit, with the setting that it replaces: another setting is tried out anew.
+        self._budget: dict | None = state.get("token_budget")
         self.stopping = Stopping(config.stop_grace, accelerator, keeps_checkpoint=bool(config.save_every))
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
         self._exports: dict[str, Callable[[Path], None]] = {}
@@ -160,6 +162,16 @@ class Run:
             self._held.is_ready = True
 
     @property
+    def known_budget(self) -> int | None:
+        """The token budget that an earlier process of the run found to fit, if it had the same setting."""
+        setting = self.config.max_tokens_per_microbatch
+        return self._budget["fits"] if self._budget and self._budget["setting"] == setting else None
+
+    def note_budget(self, fits: int) -> None:
+        """Keep a token budget, smaller than the setting's, in every checkpoint from now on."""
+        self._budget = {"setting": self.config.max_tokens_per_microbatch, "fits": fits}
+
+    @property
     def stopped_early(self) -> bool:
         """True after early_stopping_patience evaluations without a new best."""
         patience = self.config.early_stopping_patience
@@ -198,7 +210,7 @@ class Run:
         self._progress.close()
         self._log.close()
         lost = self._let_go(error) if self._held else None
-        if kind in (WrongNumbers, CannotWrite) and self.stopping.number is None:
+        if kind in (WrongNumbers, CannotWrite, TooLargeRow) and self.stopping.number is None:
             # Of all processes: a launcher ends the others as soon as one ends.
             self.accelerator.wait_for_everyone()
         if lost:
@@ -302,6 +314,8 @@ class Run:
             "evaluations_since_best": self._evaluations_since_best,
             "samples_size": self._log.samples_size,
         }
+        if self._budget:
+            kept["token_budget"] = self._budget
         self._saved_as, self._state = step, kept | self._counts | (more or {})
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:

@@ -136,15 +136,17 @@ class Soundness:
 
     # --------------------------------------------------------------------------- on the main process: warn, and go on
 
-    def warn(self, metrics: dict[str, float], *, step: int) -> None:
+    def warn(self, metrics: dict[str, float], *, step: int, same_passes: bool = True) -> None:
         """Warn of what is not right but may go on; each is said again only when it has grown tenfold.
 
         Args:
             metrics: the step's, reduced over processes.
             step: the step.
+            same_passes: False if log-probs of the step were computed in other passes than its updates, for want of
+                memory: then its first ratio is 1 up to rounding.
         """
         ratio = metrics.get(RATIO, 1.0)
-        if ratio != 1.0 and self._is_news(RATIO, abs(ratio - 1)):
+        if ratio != 1.0 and same_passes and self._is_news(RATIO, abs(ratio - 1)):
             logger.warning(
                 "step %d: the ratio before the first optimizer step is %.8f, not 1: two forward passes over the same "
                 "tokens differ. Look for dropout or other randomness in the model.",

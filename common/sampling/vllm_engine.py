@@ -25,7 +25,7 @@ from common.mistakes import WrongNumbers
 from common.models.configs import read_config
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
-from common.sampling import vllm_corrections, vllm_reload, vllm_startup, vllm_support, vllm_trial
+from common.sampling import vllm_corrections, vllm_memory, vllm_reload, vllm_startup, vllm_support, vllm_trial
 from common.sampling.protocol import Finished, SamplingSettings
 from common.sampling.vllm_startup import EngineSettings
 from common.sampling.vllm_trial import Refused
@@ -183,6 +183,7 @@ def generate(
     small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
         with (
+            vllm_memory.explained("sample"),
             preserved_random_state(),
             num_threads(1 if small else None),
             _reporting(engine, finished),
@@ -239,7 +240,8 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
         WrongNumbers: if a weight is NaN. After this or any other exception, the engine must not be used before a push
             succeeds.
     """
-    _reload(engine, _numbers(complete_weights(weights, engine.shapes)))
+    with vllm_memory.explained("take the new weights"):
+        _reload(engine, _numbers(complete_weights(weights, engine.shapes)))
     _drop_cache(engine)
 
 
@@ -280,14 +282,16 @@ def abort_requests(engine: Engine) -> None:
 
 def sleep(engine: Engine, level: int) -> None:
     """Free the GPU's memory: level 1 keeps the weights in host memory, level 2 drops them. CUDA only."""
-    engine.llm.sleep(level=level)
+    with vllm_memory.explained("go to sleep"):
+        engine.llm.sleep(level=level)
 
 
 def wake(engine: Engine, part: str) -> None:
     """Allocate memory for "weights" or for the "kv_cache" again. CUDA only."""
     # vLLM's pool allocates from the driver, which cannot use the freed blocks that torch caches.
     torch.cuda.empty_cache()
-    engine.llm.wake_up(tags=[part])
+    with vllm_memory.explained("wake up"):
+        engine.llm.wake_up(tags=[part])
 
 
 # ----------------------------------------------------------------------------------------------- deleting an engine

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from common.sampling.vllm_memory import start_remedy
+
 WAY_OUT = "Pass --sampler transformers"
-_MORE_MEMORY = f"Pass a larger --vllm_memory_share or a smaller --max_completion_length. {WAY_OUT} if neither helps."
 # Longest reason of vLLM's that is passed on.
 _MAX_REASON = 300
 # Warnings and errors of these are about what is refused here in a line: some 50 lines for a class that cannot be
@@ -35,19 +36,18 @@ def refused(model: str, what: str) -> Iterator[None]:
     Raises:
         Refused: with vLLM's reason, and what to do.
         ValueError: for too little memory.
-        torch.OutOfMemoryError: as it is; more or less memory may help.
     """
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
-    except (Refused, torch.OutOfMemoryError):
+    except Refused:
         raise
     except Exception as error:
         text = reason(error)
-        if "gpu_memory_utilization" in text or "No available memory" in text:
-            raise ValueError(f"vLLM cannot {what} {model}: {text} {_MORE_MEMORY}") from error
+        if help_in_memory := start_remedy(error):
+            raise ValueError(f"vLLM cannot {what} {model}: {text} {help_in_memory} {WAY_OUT} otherwise.") from error
         remedy = f"Install what it is in, or p{WAY_OUT[1:]}." if isinstance(error, ImportError) else f"{WAY_OUT}."
         raise Refused(f"vLLM cannot {what} {model}: {text}", remedy) from error
     finally:

@@ -4,6 +4,7 @@ Mini-batches are chosen by the rows' numbers in the step, so that neither the nu
 changes which rows are together. Micro-batches follow a token budget, which changes only memory and speed.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,7 +16,10 @@ from torch import Tensor
 from common.config import RLConfig
 from common.losses import token_weights
 from common.rollouts import Rollouts, filler
+from common.update.out_of_memory import StepAgain, free_memory, is_out_of_memory, let_go, smaller_budget, too_large_row
 from common.update.rows import microbatch_rows, minibatch_rows
+
+logger = logging.getLogger("nanorlhf")
 
 
 class Batches:
@@ -28,11 +32,15 @@ class Batches:
 
     Attributes:
         max_tokens_per_microbatch: the token budget; the config's, unless the run has found that less fits.
+        has_less: the budget is smaller than at the run's start, since memory was short.
+        step_can_begin_anew: no weight has changed in the step, and its trainer answers StepAgain.
+        lowered_midway: the budget fell when a weight had changed in the step.
     """
 
     def __init__(self, config: RLConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
         self.config = config
         self.max_tokens_per_microbatch = config.max_tokens_per_microbatch
+        self.has_less = self.step_can_begin_anew = self.lowered_midway = False
         self.accelerator = accelerator
         self.device = accelerator.device
         self.dtype = dtype
@@ -107,16 +115,89 @@ class Batches:
             int64 indices of the rows in `minibatch` (None for a filler without any effect), and the rows on the
             device, without common padding.
         """
+        for rows in self._passes(minibatch):
+            yield rows, self._microbatch(minibatch, rows)
+
+    def _passes(self, minibatch: Rollouts) -> list[Tensor | None]:
+        """The rows of each forward pass, None for a filler; as many passes on every process."""
         chosen = microbatch_rows(minibatch.total_lengths, self.max_tokens_per_microbatch)
-        num_passes = len(chosen)
-        if self.accelerator.num_processes > 1:
-            counts = torch.zeros(self.accelerator.num_processes)
-            counts[self.accelerator.process_index] = num_passes
-            num_passes = int(self.sum_over_processes(counts).max())
-        for rows in chosen:
-            yield rows, minibatch[rows].trimmed().to(self.device)
-        for _ in range(num_passes - len(chosen)):
-            yield None, filler(minibatch).to(self.device)
+        num_passes = int(self._of_each_process([len(chosen)]).max())
+        return [*chosen, *[None] * (num_passes - len(chosen))]
+
+    def _microbatch(self, minibatch: Rollouts, rows: Tensor | None) -> Rollouts:
+        return (filler(minibatch) if rows is None else minibatch[rows].trimmed()).to(self.device)
+
+    def _of_each_process(self, numbers: list[int]) -> Tensor:
+        """(processes, numbers) float32: what each process has, the same on all of them."""
+        everyone = torch.zeros(self.accelerator.num_processes, len(numbers))
+        everyone[self.accelerator.process_index] = torch.tensor(numbers, dtype=torch.float32)
+        return self.sum_over_processes(everyone)
+
+    # ------------------------------------------------------------------------------------------------ out of memory
+
+    def run_passes(self, minibatch: Rollouts, run: Callable[[Tensor | None, Rollouts], None]) -> bool:
+        """Do something with each micro-batch; if memory is short on any process, lower the token budget of all.
+
+        A pass that fails may have added a part of its gradient, so that a part of a mini-batch is worth nothing: all
+        passes of it must be done again. The caller drops what they have given, and calls `begin_anew`.
+
+        Args:
+            minibatch: rows of this process, possibly none.
+            run: takes the rows and the micro-batch of each pass, as `microbatches` yields them.
+
+        Returns:
+            Whether all passes were done, the same on all processes.
+
+        Raises:
+            TooLargeRow: on all processes, if a row does not fit alone.
+        """
+        lengths, failed = minibatch.total_lengths, None
+        for rows in self._passes(minibatch):
+            try:
+                run(rows, self._microbatch(minibatch, rows))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                let_go(error)
+                widths = lengths[rows].tolist() if rows is not None else [2]  # a filler has two tokens
+                failed = len(widths) * max(widths), max(widths) if len(widths) == 1 else 0
+                break  # and meet the others, which know nothing of it
+        everyone = self._of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
+        if not everyone.any():
+            return True
+        free_memory()
+        if alone := int(everyone[:, 1].max()):
+            raise too_large_row(alone, self.config)
+        self._lower(int(everyone[:, 0][everyone[:, 0] > 0].min()))
+        return False
+
+    def _lower(self, failed: int) -> None:
+        budget = self.max_tokens_per_microbatch
+        self.keep_to(smaller_budget(budget, failed))
+        logger.warning(
+            "out of memory in a pass of %d tokens, padding included: max_tokens_per_microbatch is %d from now on, no "
+            "longer %d, and the passes are done again. Checkpoints of the run keep that.",
+            *(failed, self.max_tokens_per_microbatch, budget),
+        )
+
+    def keep_to(self, budget: int) -> None:
+        """Have passes of at most so many padded tokens from now on, which are fewer than before."""
+        self.max_tokens_per_microbatch, self.has_less = min(budget, self.max_tokens_per_microbatch), True
+
+    def begin_anew(self) -> None:
+        """Go on after passes that did not fit: with the step from its first pass if no weight has changed in it.
+
+        Then old log-probs, values and what follows from them are of the new passes too, as in a run that began with
+        this budget. Otherwise the caller repeats the mini-batch alone.
+
+        Raises:
+            StepAgain: on all processes, if the step can begin anew.
+        """
+        if self.step_can_begin_anew:
+            raise StepAgain
+        self.lowered_midway = True
+
+    # --------------------------------------------------------------------------------------------------- the passes
 
     @torch.no_grad()
     def for_each_token(self, rollouts: Rollouts, forward: Callable[[Rollouts], Tensor], *, step: int) -> Tensor:
@@ -129,35 +210,55 @@ class Batches:
 
         Returns:
             (B, C) float32 on the CPU, 0 at padding.
+
+        Raises:
+            TooLargeRow: if a row does not fit into memory alone.
         """
-        result = torch.zeros(rollouts.completion_ids.shape)
-        # The same forward passes as in the first epoch of the update, so that its first ratio is exactly 1.
-        for rows, minibatch in self.minibatches(rollouts, step=step, epoch=0):
-            for chosen, microbatch in self.microbatches(minibatch):
-                with self.forward_context():
-                    part = forward(microbatch)
-                if chosen is not None:
-                    result[rows[chosen], : part.shape[1]] = part.cpu()
-        return result
+        while True:
+            result = torch.zeros(rollouts.completion_ids.shape)
+            # The same forward passes as in the first epoch of the update, so that its first ratio is exactly 1.
+            minibatches = self.minibatches(rollouts, step=step, epoch=0)
+            if all(self._fill(result, *minibatch, forward) for minibatch in minibatches):
+                return result
+            self.begin_anew()
+
+    def _fill(self, result: Tensor, rows: Tensor, minibatch: Rollouts, forward: Callable[[Rollouts], Tensor]) -> bool:
+        """Write the outputs of a mini-batch into its rows of the result."""
+
+        def run(chosen: Tensor | None, microbatch: Rollouts) -> None:
+            with self.forward_context():
+                part = forward(microbatch)
+            if chosen is not None:
+                result[rows[chosen], : part.shape[1]] = part.cpu()
+
+        return self.run_passes(minibatch, run)
 
     def backward(
-        self, minibatch: Rollouts, loss: Callable[[Rollouts], tuple[Tensor, dict[str, Tensor]]]
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor], Tensor]]:
+        self,
+        minibatch: Rollouts,
+        loss: Callable[[Rollouts], tuple[Tensor, dict[str, Tensor]]],
+        report: Callable[[Tensor, dict[str, Tensor], Tensor], None],
+    ) -> bool:
         """Add the gradient of one mini-batch to the parameters, micro-batch by micro-batch.
 
         Args:
             minibatch: rows of this process with their token weights, possibly none.
             loss: per-token loss and metrics of a micro-batch.
+            report: takes for each micro-batch its part of the loss, its (b, C) metrics by name, and its (b, C)
+                loss_mask.
 
-        Yields:
-            For each micro-batch its part of the loss, its (b, C) metrics by name, and its (b, C) loss_mask.
+        Returns:
+            Whether the gradient is complete; if not, see `run_passes`.
         """
-        for _, microbatch in self.microbatches(minibatch):
+
+        def run(_: Tensor | None, microbatch: Rollouts) -> None:
             with self.forward_context():
                 per_token, token_metrics = loss(microbatch)
             total = weighted_loss(per_token, microbatch)
             total.backward()
-            yield total.detach(), token_metrics, microbatch.loss_mask
+            report(total.detach(), token_metrics, microbatch.loss_mask)
+
+        return self.run_passes(minibatch, run)
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast if forward passes are below float32."""

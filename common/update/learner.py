@@ -78,6 +78,7 @@ class Learner:
 
         Raises:
             WrongNumbers: if a gradient is not finite.
+            TooLargeRow: if a row does not fit into memory alone.
         """
         parts: list[MetricPart] = []
         is_first = epoch == 0
@@ -91,17 +92,38 @@ class Learner:
         )
         for _, minibatch in minibatches:
             parts.append((f"{self.name}/loss", 0.0, count))
-            with self._gradients_leave():
-                for total, metrics, mask in batches.backward(minibatch, loss):
-                    parts.append((f"{self.name}/loss", total, 0))
-                    for name, values in metrics.items():
-                        if is_first or not name.startswith("first/"):
-                            parts.append((name.removeprefix("first/"), *metric_part(values, mask)))
+            parts += self._add_gradient(minibatch, loss, batches, is_first=is_first)
             if is_first and check is not None:
                 check(parts)
+            batches.step_can_begin_anew = False
             parts.append((f"{self.name}/grad_norm", self.optimizer_step(step, batches.accelerator, rate=rate), 1))
             is_first = False
         return parts
+
+    def _add_gradient(
+        self,
+        minibatch: Rollouts,
+        loss: Callable[[Rollouts], tuple[Tensor, dict[str, Metric]]],
+        batches: Batches,
+        *,
+        is_first: bool,
+    ) -> list[MetricPart]:
+        """Add the gradient of a mini-batch, in as many passes as memory needs, and return its parts of the metrics."""
+        while True:
+            parts: list[MetricPart] = []
+
+            def report(total: Tensor, metrics: dict[str, Metric], mask: Tensor, parts: list = parts) -> None:
+                parts.append((f"{self.name}/loss", total, 0))
+                for name, values in metrics.items():
+                    if is_first or not name.startswith("first/"):
+                        parts.append((name.removeprefix("first/"), *metric_part(values, mask)))
+
+            with self._gradients_leave():
+                is_complete = batches.backward(minibatch, loss, report)
+            if is_complete:
+                return parts
+            self.drop_gradient()
+            batches.begin_anew()
 
     def optimizer_step(self, step: int, accelerator: Accelerator, *, rate: float | None = None) -> float:
         """Sum the gradients over processes, clip them, and take one step.
