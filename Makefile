@@ -15,8 +15,12 @@ PYTHON ?= $(or $(shell for python in python3 python3.13 python3.12 python3.11 py
 install:
 	@$(PYTHON) tools/install.py
 
+# Two optimizer steps for each batch, at a higher rate and without the division by the deviation, which tolerates it:
+# 30 batches teach about as much as 60 of the preset do.
+SHORT := --num_steps 30 --num_minibatches 2 --scale_by_std false --learning_rate 4.5e-4
+
 demo: install
-	cd GRPO && ../.venv/bin/python grpo.py --preset cpu $(ARGS)
+	cd GRPO && ../.venv/bin/python grpo.py --preset cpu $(SHORT) $(ARGS)
 
 # Two workers with a thread each: most of what is tested is too small for more threads.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q

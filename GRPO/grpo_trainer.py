@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from common.advantages import group_relative, rows_with_signal
-from common.config import PlacedKLConfig, check_group, check_kept_rows, check_whiten_rewards
+from common.advantages import group_relative
+from common.config import PlacedKLConfig, check_group, check_kept_rows, check_not_negative, check_whiten_rewards
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio, with_kl
 from common.rollouts import PromptBatch, Rollouts
@@ -29,6 +29,9 @@ class GRPOConfig(PlacedKLConfig):
     """Skip forward and backward for groups of equal scores; the gradient is the same if kl_coef is 0."""
     keep_per_group: bool = False
     """Train on 1 random completion of each group, after all served as the baseline, to save time."""
+    refill_rounds: int = 0
+    """Most rounds in which groups of equal scores are replaced by groups of other prompts; 0: none. DAPO's dynamic
+    sampling."""
 
     def __post_init__(self) -> None:
         """Check GRPO's settings after the shared ones.
@@ -51,6 +54,7 @@ class GRPOConfig(PlacedKLConfig):
             )
         if self.keep_per_group:
             check_kept_rows(self, "keep_per_group")
+        check_not_negative(self, "refill_rounds")
         check_whiten_rewards(self, "scale_by_std", "whiten_advantages")
 
 
@@ -62,19 +66,21 @@ class GRPOTrainer(OnPolicyTrainer):
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of GRPO on this process's prompts."""
         config, group_size = self.config, self.config.num_generations
-        # 1. Sample a group of completions for each prompt and score them.
-        rollouts = self.sample(prompts, num_generations=group_size)
-        rollouts.scores = self.score(rollouts)
+        # 1. Sample a group of completions for each prompt and score them; groups of equal scores may be replaced.
+        sampled = self.sample(prompts, num_generations=group_size)
+        sampled.scores = self.score(sampled)
+        rollouts = self.refilled(sampled, rounds=config.refill_rounds)
         options = {"whitened": config.whiten_rewards, "with_kl": config.kl_place == "reward"}
+        options["keep"] = config.keep_per_group
         scores = self.token_rewards(rollouts, rollouts.scores, **options).sum(1)  # (B,), less the KL if it is there
         # 2. Compare each completion with its group; every token of a completion gets the same advantage.
         advantages = group_relative(scores, group_size, scale_by_std=config.scale_by_std)
         rollouts.advantages = self.maybe_whiten(rollouts.spread(advantages), rollouts)
-        self.describe(rollouts, rollouts.advantages)
+        self.describe(rollouts, rollouts.advantages, sampled=sampled)
         # 3. Sparse GRPO: forward and backward only for groups whose scores differ. Dropped rows still count in the
         #    loss's mean, so dropping them changes no gradient.
         if config.sparse:
-            rollouts = rollouts.only(rows_with_signal(scores, group_size))
+            rollouts = self.only_with_signal(rollouts, scores)
         if config.keep_per_group:
             rollouts = self.keep_one_per_group(rollouts)
         # 4. Log-probs under the sampling policy and the reference.
@@ -90,4 +96,4 @@ class GRPOTrainer(OnPolicyTrainer):
         logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
         loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
-        return with_kl(loss, metrics, logprobs, minibatch, config)
+        return self.corrected(*with_kl(loss, metrics, logprobs, minibatch, config), logprobs, minibatch)

@@ -20,8 +20,9 @@ ACTS = CLIP | {
     "kl_place": (WITH_KL, "reward"),
     "sparse": None,  # changes no weight; that it spares passes is shown below
     "keep_per_group": (SEVERAL, True),
+    "refill_rounds": None,  # tests/test_refill.py
 }
-VALUES = {"kl_estimator": [None, "k1", "k2", "k3"]}
+VALUES = {"refill_rounds": [0, 1, 3], "kl_estimator": [None, "k1", "k2", "k3"]}
 
 
 def test_the_kl_before_the_first_update_is_exactly_zero(tiny_folder, tmp_path):

@@ -40,6 +40,8 @@ SETTINGS = PPOConfig(
     gae_lambda=0.95,
     clip_range=0.2,
     clip_range_high=None,  # as clip_range
+    importance_correction="auto",  # for a sampler that rounds in another way: "none", "truncate" or "mask"
+    importance_cap=2.0,
     kl_coef=0.01,  # cpu: 0.0
     kl_estimator=None,  # the place's own: k1 in the reward, k3 in the loss
     kl_place="reward",
@@ -60,6 +62,7 @@ SETTINGS = PPOConfig(
     value_init_minibatches=64,  # cpu: 256
     value_init_learning_rate=1e-4,  # cpu: 1e-3
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
@@ -75,7 +78,7 @@ SETTINGS = PPOConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",

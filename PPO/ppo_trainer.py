@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from common.advantages import generalized_advantages, rewards_to_go
-from common.config import ON_POLICY, PlacedKLConfig, check_discount
+from common.config import ON_POLICY, OtherModel, PlacedKLConfig, check_discount
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio, with_kl
 from common.rollouts import PromptBatch, Rollouts
@@ -101,6 +101,12 @@ class PPOConfig(PlacedKLConfig):
         of_fit = math.ceil(self.value_init_prompts / NUM_PARTS) * self.value_init_generations
         return max(super().completions_at_once, of_fit)
 
+    @property
+    def other_models(self) -> tuple[OtherModel, ...]:
+        """The value model: the policy's architecture, or that of the model it begins as."""
+        path = None if self.value_init in ("none", "zero_head", "fit") else self.value_init
+        return (OtherModel(name="value", path=path, shares_base=self.value_backbone == "shared"),)
+
     def idle_settings(self) -> dict[str, str]:
         """Those of a clip and a KL, the clip of values where it cannot act, and the fit's if there is none."""
         idle = super().idle_settings()
@@ -174,7 +180,7 @@ class PPOTrainer(OnPolicyTrainer):
         logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
         loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
-        return with_kl(loss, metrics, logprobs, minibatch, config)
+        return self.corrected(*with_kl(loss, metrics, logprobs, minibatch, config), logprobs, minibatch)
 
     def value_loss(self, value_model: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped squared error of the values, and (b, C) metrics by name."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common.advantages import is_spread, moments
 from common.config import RLConfig
 from common.logprobs import without_adapter
-from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode
+from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode, trained_dtype
 from common.models.weights import merged_weights
 from common.packing import packing_of
 from common.rollouts import Rollouts
@@ -86,15 +86,14 @@ def load_value_model(path: str, config: RLConfig, *, dtype: torch.dtype, zero_he
     Args:
         path: hub id or folder of a causal language model; its backbone becomes that of the value model.
         config: seed, LoRA, attention and gradient checkpointing are read.
-        dtype: precision of forward passes; weights that are trained are float32.
+        dtype: precision of forward passes; weights that are trained are in `trained_dtype`, the head is float32.
         zero_head: every value is 0 at first; otherwise the head's weights are random.
 
     Raises:
         ValueError: if transformers cannot tell the model's backbone from its head.
     """
-    policy = load_without_dropout(
-        transformers.AutoModelForCausalLM, path, config, dtype=dtype if config.use_lora else torch.float32
-    )
+    dtype = dtype if config.use_lora else trained_dtype(config, dtype)
+    policy = load_without_dropout(transformers.AutoModelForCausalLM, path, config, dtype=dtype)
     backbone = _backbone(policy)
     return _with_head(backbone, _new_head(_output_size(policy), config.seed, zero=zero_head), config)
 
@@ -115,7 +114,8 @@ def load_scored_value_model(
         ValueError: if its head or its tokens do not fit, or it cannot be loaded.
     """
     found = scored_model(path, config, tokenizer)
-    model = load_without_dropout(found.auto_class, path, config, dtype=dtype if config.use_lora else torch.float32)
+    dtype = dtype if config.use_lora else trained_dtype(config, dtype)
+    model = load_without_dropout(found.auto_class, path, config, dtype=dtype)
     if found.head is None:
         weights = load_file(Path(path) / HEAD_FILE)
         return _with_head(model, _copied_head(weights["weight"], weights["bias"]), config)

@@ -42,6 +42,7 @@ SETTINGS = RAFTConfig(
     average_over="tokens",
     mask_truncated=False,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
@@ -57,7 +58,7 @@ SETTINGS = RAFTConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import leave_one_out
-from common.config import ClippedConfig, check_group, check_kept_rows, check_whiten_rewards
+from common.config import ClippedConfig, check_group, check_kept_rows, check_not_negative, check_whiten_rewards
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio, sequence_ratio
 from common.rollouts import PromptBatch, Rollouts
@@ -24,6 +24,8 @@ class RLOOConfig(ClippedConfig):
     """"sequence": the ratio of the whole completion, as in the paper; "token": of each token."""
     whiten_rewards: bool = False
     """Scale the token rewards of a step to variance 1 before they are summed to the completion's reward."""
+    refill_rounds: int = 0
+    """Most rounds in which groups of equal scores are replaced by groups of other prompts; 0: none."""
     keep_per_group: bool = False
     """Train on 1 random completion of each group, after all served as the baseline, to save time."""
 
@@ -46,6 +48,7 @@ class RLOOConfig(ClippedConfig):
             )
         if self.keep_per_group:
             check_kept_rows(self, "keep_per_group")
+        check_not_negative(self, "refill_rounds")
         check_whiten_rewards(self, "whiten_advantages")
 
 
@@ -57,14 +60,17 @@ class RLOOTrainer(OnPolicyTrainer):
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of RLOO on this process's prompts."""
         config, group_size = self.config, self.config.num_generations
-        # 1. Sample a group for each prompt. A completion's reward is its score minus its KL.
-        rollouts = self.sample(prompts, num_generations=group_size)
-        rollouts.scores = self.score(rollouts)
-        rewards = self.token_rewards(rollouts, rollouts.scores, whitened=config.whiten_rewards).sum(1)  # (B,)
+        # 1. Sample a group for each prompt; groups of equal scores may be replaced. A completion's reward is its score
+        #    minus its KL.
+        sampled = self.sample(prompts, num_generations=group_size)
+        sampled.scores = self.score(sampled)
+        rollouts = self.refilled(sampled, rounds=config.refill_rounds)
+        options = {"whitened": config.whiten_rewards, "keep": config.keep_per_group}
+        rewards = self.token_rewards(rollouts, rollouts.scores, **options).sum(1)  # (B,)
         # 2. The mean of the group's other completions is the baseline.
         advantages = rollouts.spread(leave_one_out(rewards, group_size))
         rollouts.advantages = self.maybe_whiten(advantages, rollouts)
-        self.describe(rollouts, rollouts.advantages)
+        self.describe(rollouts, rollouts.advantages, sampled=sampled)
         # 3. Train on all, or on one of each group.
         if config.keep_per_group:
             rollouts = self.keep_one_per_group(rollouts)
@@ -74,8 +80,10 @@ class RLOOTrainer(OnPolicyTrainer):
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, of the completion's ratio or the token's, and (b, C) metrics by name."""
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
-        if self.config.ratio_level == "sequence":
+        of_completions = self.config.ratio_level == "sequence"
+        if of_completions:
             ratio = sequence_ratio(logprobs, minibatch.old_logprobs, minibatch.loss_mask)  # (b, 1)
         else:
             ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
-        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        return self.corrected(loss, metrics, logprobs, minibatch, of_completions=of_completions)

@@ -14,7 +14,9 @@ ACTS = CLIP | {
     "ratio_level": (SEVERAL, "token"),
     "whiten_rewards": ({}, True),
     "keep_per_group": ({}, True),
+    "refill_rounds": None,  # tests/test_refill.py
 }
+VALUES = {"refill_rounds": [0, 1, 3]}
 
 
 def test_rloo_compares_score_less_kl_with_the_mean_of_the_prompts_others(toy_folder, tmp_path):

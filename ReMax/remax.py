@@ -39,6 +39,8 @@ SETTINGS = ReMaxConfig(
     gamma=1.0,
     clip_range=0.2,
     clip_range_high=None,  # as clip_range
+    importance_correction="auto",  # for a sampler that rounds in another way: "none", "truncate" or "mask"
+    importance_cap=2.0,
     kl_coef=0.01,  # cpu: 0.0; in the reward
     missing_eos_penalty=0.0,
     whiten_rewards=False,
@@ -46,6 +48,7 @@ SETTINGS = ReMaxConfig(
     average_over="tokens",
     mask_truncated=False,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
@@ -61,7 +64,7 @@ SETTINGS = ReMaxConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",

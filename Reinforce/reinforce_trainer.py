@@ -66,4 +66,5 @@ class ReinforceTrainer(OnPolicyTrainer):
         """(b, C) clipped surrogate, and (b, C) metrics by name."""
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
-        return clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        return self.corrected(loss, metrics, logprobs, minibatch)

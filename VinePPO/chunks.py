@@ -3,6 +3,7 @@
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import pad
 
 from common.rollouts import Rollouts
 
@@ -24,6 +25,9 @@ def chunk_starts(
     Returns:
         (B, C) bool: the first token of each chunk, including the completion's first one.
     """
+    if separator is None:
+        columns = torch.arange(rollouts.completion_mask.shape[1])
+        return (columns % chunk_length == 0) & (rollouts.completion_mask | (columns == 0))
     starts = torch.zeros_like(rollouts.completion_mask)
     distinct = rollouts.completion_ids[rollouts.completion_mask].unique().tolist()
     # Exactly as written: a clean-up would take the space of " ." away, which the separator may begin with.
@@ -31,7 +35,7 @@ def chunk_starts(
     texts = dict(zip(distinct, tokenizer.batch_decode([[token] for token in distinct], **exact), strict=True))
     for row, length in enumerate(rollouts.lengths.tolist()):
         ids = rollouts.completion_ids[row, :length].tolist()
-        ends = _completes(separator, [texts[token] for token in ids]) if separator else [True] * length
+        ends = _completes(separator, [texts[token] for token in ids])
         row_starts = [0]
         for position in range(1, length):
             if position - row_starts[-1] >= chunk_length and ends[position - 1]:
@@ -67,11 +71,10 @@ def chunk_advantages(values: Tensor, starts: Tensor, scores: Tensor, mask: Tenso
     Returns:
         (B, C) float32, 0 at padding.
     """
-    before, after = torch.zeros(mask.shape), torch.zeros(mask.shape)
-    value = scores.float()
-    for t in reversed(range(mask.shape[1])):
-        after[:, t] = value
-        value = torch.where(starts[:, t], values[:, t].float(), value)
-    for t in range(mask.shape[1]):
-        value = before[:, t] = torch.where(starts[:, t], values[:, t].float(), value)
+    columns, width = torch.arange(mask.shape[1]), mask.shape[1]
+    first = torch.where(starts, columns, 0).cummax(1).values  # (B, C): the column where the token's chunk begins
+    later = torch.where(starts, columns, width).flip(1).cummin(1).values.flip(1)  # the first start from a column on
+    following = pad(later[:, 1:], (0, 1), value=width)  # where the next chunk begins; the width: there is none
+    at_end = torch.cat([values.float(), scores.float()[:, None]], dim=1)  # (B, C + 1)
+    before, after = values.float().gather(1, first), at_end.gather(1, following)
     return torch.where(mask, after - before, 0.0)

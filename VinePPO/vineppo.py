@@ -42,6 +42,8 @@ SETTINGS = VinePPOConfig(
     average_over="tokens",
     clip_range=0.2,
     clip_range_high=None,  # as clip_range
+    importance_correction="auto",  # for a sampler that rounds in another way: "none", "truncate" or "mask"
+    importance_cap=2.0,
     kl_coef=0.01,  # cpu: 0.0
     kl_estimator=None,  # the place's own: k1 in the reward, k3 in the loss
     kl_place="reward",
@@ -50,6 +52,7 @@ SETTINGS = VinePPOConfig(
     whiten_advantages=False,  # every chunk already has its own baseline
     mask_truncated=False,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
@@ -65,7 +68,7 @@ SETTINGS = VinePPOConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",

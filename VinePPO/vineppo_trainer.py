@@ -128,4 +128,4 @@ class VinePPOTrainer(OnPolicyTrainer):
         logprobs, entropy = token_logprobs(policy, minibatch, config.temperature)  # (b, C) both
         ratio = importance_ratio(logprobs, minibatch.old_logprobs)  # (b, C)
         loss, metrics = clipped_policy_loss(ratio, logprobs, entropy, minibatch, config.clip_ranges)
-        return with_kl(loss, metrics, logprobs, minibatch, config)
+        return self.corrected(*with_kl(loss, metrics, logprobs, minibatch, config), logprobs, minibatch)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Scores of a group that differ by less than this (relative to their size if that is above 1) differ by float noise
 # (0.1 + 0.2 against 0.3), not in quality. Dividing by their deviation would turn the noise into full-size advantages.
@@ -107,22 +108,38 @@ def generalized_advantages(
     Args:
         rewards: (B, C) float; padding may hold anything, in values too.
         values: (B, C) float; column t is the value of the state in which token t was chosen.
-        mask: (B, C) bool.
+        mask: (B, C) bool, padding on the right.
         gamma: discount in [0, 1].
         gae_lambda: in [0, 1]; 1 uses the rewards alone (return - value), 0 relies on the next value.
 
     Returns:
-        advantages and returns = advantages + values, both (B, C) float32, 0 at padding.
+        advantages and returns = advantages + values, both (B, C) float32, 0 at padding; sums are made in float64.
     """
-    rewards = torch.where(mask, rewards.float(), 0.0)
-    values = torch.where(mask, values.float(), 0.0)
-    advantages = torch.zeros_like(values)
-    next_advantage = next_value = torch.zeros(len(values))
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = advantages[:, t] = torch.where(mask[:, t], delta + gamma * gae_lambda * next_advantage, 0.0)
-        next_value = values[:, t]
-    return advantages, advantages + values
+    rewards = torch.where(mask, rewards.double(), 0.0)
+    values = torch.where(mask, values.double(), 0.0)
+    next_values = pad(values[:, 1:], (0, 1))  # (B, C)
+    advantages = _discounted_sums(rewards + gamma * next_values - values, gamma * gae_lambda)
+    return advantages.float(), (advantages + values).float()
+
+
+def _discounted_sums(values: Tensor, factor: float) -> Tensor:
+    """Sums from each column on, each later column less by `factor`: sum_t = value_t + factor sum_(t + 1).
+
+    After k rounds a column holds the sum of 2^k columns, so there are log2(C) rounds instead of C. Nothing is divided
+    by powers of the factor, so that they may become 0 in a long row. No row depends on another one.
+
+    Args:
+        values: (B, C) float64, 0 at padding, which is on the right.
+        factor: in [0, 1].
+
+    Returns:
+        (B, C) float64.
+    """
+    sums, reach = values.clone(), 1
+    while factor and reach < sums.shape[1]:
+        sums[:, :-reach] += factor * sums[:, reach:]
+        reach, factor = 2 * reach, factor * factor
+    return sums
 
 
 def rows_with_signal(scores: Tensor, num_generations: int) -> Tensor:

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,9 @@ from common.presets.preset import Pairs, Preset
 from common.signals import Stopped, end_without_a_word, ignore_while_python_ends, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
 from common.yaml_files import parse_yaml
+
+# Settings that are a number, or a word for what decides it.
+NUMBERS_OR_WORDS = ("max_tokens_per_microbatch", "vllm_memory_share")
 
 Config = TypeVar("Config", bound=RLConfig)
 Settings = TypeVar("Settings")
@@ -45,8 +48,58 @@ def _parser_class() -> type:
     return Parser
 
 
+@dataclass(frozen=True)
+class PlanRequest:
+    """That a script was asked for its memory plan and no run.
+
+    Attributes:
+        device: a card that is not there, as the user named it; None: this machine.
+    """
+
+    device: str | None = None
+
+
+def take_plan(args: list[str]) -> tuple[PlanRequest | None, list[str]]:
+    """Whether --plan is on a script's command line, and the other arguments.
+
+    Args:
+        args: command line without the program's name.
+
+    Raises:
+        ValueError: --device without --plan or without a name, or a value after --plan.
+    """
+    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--device=") else [arg])]
+    is_asked, device, others = False, None, []
+    while words:
+        word = words.pop(0)
+        if word == "--device":
+            if not words or words[0].startswith("--"):
+                raise ValueError("--device without a name: need a card. Pass --device 24gb, or --device h100.")
+            device = words.pop(0)
+        elif word == "--plan":
+            is_asked = True
+            if words and not words[0].startswith("--"):
+                raise ValueError(
+                    f"--plan {words[0]}: it takes no value; it prints the memory plan and ends. Pass --plan alone, or "
+                    f"--plan --device {words[0]} for a card that is not there."
+                )
+        else:
+            others.append(word)
+    if device is not None and not is_asked:
+        raise ValueError(
+            f"--device {device} without --plan: a run uses the GPU that is there, or the CPU. Pass --plan --device "
+            f"{device} for the memory plan of a run on such a card, or leave out --device."
+        )
+    return (PlanRequest(device) if is_asked else None), others
+
+
 def parse_config(
-    settings: Config, *, embedded: Pairs | None = None, script: str | None = None, args: list[str] | None = None
+    settings: Config,
+    *,
+    embedded: Pairs | None = None,
+    script: str | None = None,
+    args: list[str] | None = None,
+    has_gpu: bool | None = None,
 ) -> Config:
     """Combine the script's settings, the preset, the YAML file and the command line.
 
@@ -56,6 +109,7 @@ def parse_config(
         script: the script's `__file__`, for messages. None: the settings were made in Python; a value equal to the
             class default then counts as not given.
         args: command line without the program's name; None: sys.argv.
+        has_gpu: whether the run has a CUDA GPU; None: whether this machine has one.
 
     Returns:
         Settings of the same class, checked. Their `notes` say what the preset replaced.
@@ -71,7 +125,7 @@ def parse_config(
     args, path, yaml_settings = _take_yaml(args, names, owner)
     on_command_line = {arg[2:].replace("-", "_"): value for arg, value in pairwise([*args, ""]) if arg[:2] == "--"}
     typed, written = yaml_settings | on_command_line, asdict(settings)
-    preset = Preset.read(typed.get("preset", settings.preset))
+    preset = Preset.read(typed.get("preset", settings.preset), has_gpu=has_gpu)
     if preset.name == "cpu":
         preset.pairs.update(embedded or {})
     _refuse_unknown(dict.fromkeys(preset.pairs), names, f"in preset {preset.name}", IN_FILE, owner)
@@ -88,7 +142,7 @@ def parse_config(
     origins |= dict.fromkeys(yaml_settings, str(path)) | dict.fromkeys(on_command_line, "")
     config = _parse(type(settings), defaults | yaml_settings, args, origins)
     config.preset = preset.name
-    notes = preset.misfit(config.model) + preset.notes(script_name, written, replaced, kept)
+    notes = preset.misfit(config.model, has_gpu=has_gpu) + preset.notes(script_name, written, replaced, kept)
     config.notes, config.origins = tuple(notes), origins
     return config
 
@@ -172,6 +226,9 @@ def _parse(
         origins: where the value of a setting comes from, for messages; empty: the command line.
     """
     parser = _parser_class()(settings_class, allow_abbrev=False, prog=_program())
+    for action in parser._actions:
+        if action.dest in NUMBERS_OR_WORDS:  # the parser knows no unions: as_declared tells numbers from words
+            action.type = str
     parser.set_defaults_with_config(**defaults)
     if {"-h", "--help"}.intersection(args):
         _add_descriptions(parser, settings_class)

@@ -14,7 +14,11 @@ AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("adamw", "adamw_host", "adamw_8bit")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+CORRECTIONS = ("auto", "none", "truncate", "mask")
+# What the memory plan decides; see common/memory.
+AUTO = "auto"
 
 # The group "Memory and speed": changing these does not change the result of a run, up to rounding.
 MEMORY_SETTINGS = (
@@ -37,6 +41,21 @@ LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class OtherModel:
+    """A model that an algorithm trains beside the policy, as the memory plan counts it.
+
+    Attributes:
+        name: in the pool.
+        path: hub id or folder of what it is made of; None: the policy's.
+        shares_base: with LoRA, it uses the policy's frozen base, with an adapter and a head of its own.
+    """
+
+    name: str
+    path: str | None = None
+    shares_base: bool = False
+
+
 @dataclass(kw_only=True)
 class RLConfig:
     """Settings of every algorithm, grouped as in the scripts.
@@ -50,7 +69,7 @@ class RLConfig:
 
     # What to train, on what
     model: str = "Qwen/Qwen2.5-1.5B-Instruct"
-    """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded, built on this machine without a download."""
+    """Hub id or folder of the policy; "tiny" and "tiny-r1" are embedded and need no download."""
     trust_remote_code: bool = False
     """Run the Python files that come with the model, for architectures that transformers does not have; read them
     first, since they can do anything that you can."""
@@ -119,6 +138,9 @@ class RLConfig:
     """Subtracted from the score of a completion without an end token, before the score is used."""
 
     # Optimizer
+    optimizer: str = "adamw"
+    """"adamw": weights and moments in float32 on the device; "adamw_host": weights as forward passes read them there,
+    float32 masters and moments in main memory; "adamw_8bit": float32 weights, moments in 8 bits (bitsandbytes)."""
     learning_rate: float = 1e-6
     lr_scheduler: str = "constant"
     """"constant"; "linear" or "cosine" fall to min_lr_ratio at the last step."""
@@ -144,8 +166,9 @@ class RLConfig:
     """Keep the frozen base in 4 bits (QLoRA): a quarter of its memory; needs use_lora and bitsandbytes."""
 
     # Memory and speed: nothing here changes the result
-    max_tokens_per_microbatch: int = 16384
-    """Padded tokens per forward pass; larger is faster and needs more memory."""
+    max_tokens_per_microbatch: int | str = 16384
+    """Padded tokens per forward pass; larger is faster and needs more memory. "auto": what the memory plan has room
+    for. A longer row runs alone."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third slower, much less memory."""
     offload: str = "auto"
@@ -155,9 +178,10 @@ class RLConfig:
     attn_implementation: str = "auto"
     """Attention of transformers: "auto" is sdpa, or what else computes the model's own attention where sdpa leaves out
     a part of it; or "sdpa", "eager", "flash_attention_2", "flex_attention"."""
-    vllm_memory_share: float = 0.4
+    vllm_memory_share: float | str = 0.4
     """Share of the GPU's memory that vLLM may use for its weights and its cache; on a CPU, share of the free memory
-    that its cache may take, which is no larger than the completions of the largest request need."""
+    that its cache may take, which is no larger than the completions of the largest request need. "auto": what the
+    memory plan leaves it, but no more than it can use."""
     vllm_sleep_level: int = 1
     """What vLLM frees while models are in use: 0 nothing, 1 its cache (weights move to the CPU), 2 weights too."""
     vllm_enforce_eager: bool = False
@@ -245,6 +269,11 @@ class RLConfig:
         return self.completions_per_step
 
     @property
+    def other_models(self) -> tuple[OtherModel, ...]:
+        """The models that the algorithm trains beside the policy, for the memory plan; most have none."""
+        return ()
+
+    @property
     def trains_on_policy(self) -> bool:
         """True when each rollout makes one optimizer step: the ratio is then 1 by definition."""
         return self.num_minibatches * self.num_update_epochs == 1
@@ -294,7 +323,7 @@ class RLConfig:
     def _check_ranges(self) -> None:
         at_least_one = (
             "num_steps prompts_per_step num_generations num_minibatches num_update_epochs max_prompt_length "
-            "max_completion_length max_tokens_per_microbatch lora_r lora_alpha save_total_limit eval_num_samples "
+            "max_completion_length lora_r lora_alpha save_total_limit eval_num_samples "
             "vllm_max_num_seqs"
         )
         not_negative = (
@@ -339,13 +368,24 @@ class RLConfig:
                 f"min_lr_ratio={self.min_lr_ratio}: it is the share of learning_rate that is left at the end, so it "
                 "must be in [0, 1]. Pass --min_lr_ratio 0.1."
             )
-        for name in ("eval_top_p", "vllm_memory_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: need a share in (0, 1]. Pass --{name} 0.9.")
+        if not 0 < self.eval_top_p <= 1:
+            raise ValueError(f"eval_top_p={self.eval_top_p}: need a share in (0, 1]. Pass --eval_top_p 0.9.")
+        budget, share = self.max_tokens_per_microbatch, self.vllm_memory_share
+        if budget != AUTO and not (isinstance(budget, int) and budget >= 1):
+            raise ValueError(
+                f"max_tokens_per_microbatch={budget!r}: need a number of tokens, at least 1, or auto, which the memory "
+                "plan decides. Pass --max_tokens_per_microbatch auto, or 1 or more."
+            )
+        if share != AUTO and not (isinstance(share, float) and 0 < share <= 1):
+            raise ValueError(
+                f"vllm_memory_share={share!r}: need a share in (0, 1], or auto, which the memory plan decides. Pass "
+                "--vllm_memory_share auto, or 0.4."
+            )
 
     def _check_choices(self) -> None:
         choices = {
             "sampler": ("vllm", "transformers"),
+            "optimizer": OPTIMIZERS,
             "lr_scheduler": SCHEDULERS,
             "average_over": AVERAGES,
             "offload": OFFLOADS,
@@ -418,15 +458,21 @@ class RLConfig:
 
 @dataclass(kw_only=True)
 class ClippedConfig(RLConfig):
-    """The clip of PPO's surrogate, for the algorithms that take several optimizer steps on one rollout."""
+    """The clip of PPO's surrogate and the weights of tokens, for the algorithms that follow the policy gradient."""
 
     clip_range: float = 0.2
     """How far a probability ratio may fall below 1 before its gradient stops."""
     clip_range_high: float | None = None
     """How far it may rise above 1; None: clip_range. DAPO's clip-higher uses 0.28."""
+    importance_correction: str = "auto"
+    """How far the loss makes up for a sampler whose probabilities are not exactly the trainer's: "none"; "truncate"
+    weighs tokens by their ratio, cut to importance_cap; "mask" leaves out tokens whose ratio is beyond it. "auto":
+    truncate in bfloat16 on CUDA, else none."""
+    importance_cap: float = 2.0
+    """Largest weight of "truncate", at least 1; "mask" keeps ratios from 1 / importance_cap to importance_cap."""
 
     def __post_init__(self) -> None:
-        """Check the clip after the shared settings.
+        """Check the clip and the weights after the shared settings.
 
         Raises:
             ValueError: what was given, what is needed and why, what to do.
@@ -438,6 +484,21 @@ class ClippedConfig(RLConfig):
                 "[1 - clip_range, 1 + clip_range_high], so the first must be in (0, 1) and the second above 0. Pass "
                 "--clip_range 0.2."
             )
+        if self.importance_correction not in CORRECTIONS:
+            raise ValueError(
+                f"importance_correction={self.importance_correction!r}: need one of {', '.join(CORRECTIONS)}. Pass "
+                "--importance_correction truncate."
+            )
+        if not 1 <= self.importance_cap < math.inf:
+            raise ValueError(
+                f"importance_cap={self.importance_cap}: where sampler and trainer agree the weight is 1, so the "
+                "largest one must be a finite number, 1 or more. Pass --importance_cap 2."
+            )
+        if self.importance_correction == "mask" and self.importance_cap == 1:
+            raise ValueError(
+                "importance_cap=1.0 with importance_correction=mask: only tokens on which sampler and trainer agree "
+                "to the last bit would be trained on. Pass --importance_cap 2."
+            )
 
     @property
     def clip_ranges(self) -> tuple[float, float]:
@@ -445,10 +506,12 @@ class ClippedConfig(RLConfig):
         return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
 
     def idle_settings(self) -> dict[str, str]:
-        """Those of RLConfig, and the clip where nothing can be clipped."""
+        """Those of RLConfig, the clip where nothing can be clipped, and the cap where no weight is used."""
         idle = super().idle_settings()
         if self.trains_on_policy:
             idle |= dict.fromkeys(("clip_range", "clip_range_high"), ON_POLICY)
+        if self.importance_correction == "none":
+            idle["importance_cap"] = "importance_correction is none: it only says what the metric weight_cut counts"
         return idle
 
 
@@ -512,6 +575,12 @@ def check_group(num_generations: int, reason: str) -> None:
             f"num_generations={num_generations}: {reason}, so it needs at least 2. Pass --num_generations 8, or use "
             "an algorithm with another baseline."
         )
+
+
+def check_not_negative(config: RLConfig, name: str) -> None:
+    """Raise a ValueError for a count below 0."""
+    if vars(config)[name] < 0:
+        raise ValueError(f"{name}={vars(config)[name]}: need 0 or more. Pass --{name} 0 for none.")
 
 
 def check_kept_rows(config: RLConfig, who: str) -> None:

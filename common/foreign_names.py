@@ -97,7 +97,12 @@ def unknown_settings(
     Returns:
         At most eight lines: what each one is called here, or why there is none. None if all exist.
     """
-    unknown = {name: value for name, value in given.items() if name.replace("-", "_") not in names}
+    # A heading may have the name of a setting, such as optimizer, and no setting takes a block.
+    unknown = {
+        name: value
+        for name, value in given.items()
+        if name.replace("-", "_") not in names or (form == IN_FILE and isinstance(value, dict))
+    }
     if not unknown:
         return None
     answers = [(name, _answer(name, value, names, form, owner)) for name, value in unknown.items()]

@@ -124,6 +124,61 @@ def policy_metrics(
     }
 
 
+def chosen_correction(setting: str, dtype: torch.dtype, device: torch.device) -> str:
+    """What the setting importance_correction means: "auto" is "truncate" in bfloat16 on CUDA, else "none".
+
+    In float32, log-probs of sampler and trainer differ by less than 1e-6. In bfloat16 other kernels round them apart.
+
+    Args:
+        setting: of the run.
+        dtype: precision of forward passes.
+        device: of the trainer.
+    """
+    if setting != "auto":
+        return setting
+    return "truncate" if dtype == torch.bfloat16 and device.type == "cuda" else "none"
+
+
+def importance_weights(
+    logprobs: Tensor, minibatch: Rollouts, *, correction: str, cap: float, of_completions: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weights that make up for a sampler that computes the policy's probabilities a little differently.
+
+    weight = probability of the token as the trainer computes it for the policy that sampled / as the sampler did. A
+    mean over what was sampled, each times its weight, is the mean under the trainer's policy. "truncate" cuts weights
+    to the cap (Ionides, Truncated importance sampling, 2008): they stay bounded, and rare tokens are corrected less
+    than they should be. "mask" leaves out what the two disagree on by more than the cap in either direction, above
+    the cap or below its inverse: there the sampler may be wrong. Means divide as before by all that was sampled.
+
+    A token's weight corrects the choice of that token, not how often the sampler comes to the state before it, nor
+    what it does afterwards. The weight of a completion, the product over its tokens, corrects everything, but lies far
+    from 1 for long ones.
+
+    Args:
+        logprobs: (b, C) float32 of the policy being updated, which has sampled if there are no old_logprobs.
+        minibatch: b rows.
+        correction: "none", "truncate" or "mask".
+        cap: at least 1.
+        of_completions: one weight for each completion.
+
+    Returns:
+        Weights without gradient, (b, C) float32, or (b, 1) of completions; all 1 for "none". And metrics of the same
+        shape by name, of the weights before they are cut.
+    """
+    policy = logprobs.detach() if minibatch.old_logprobs is None else minibatch.old_logprobs
+    log_weights = torch.where(minibatch.loss_mask, policy - minibatch.sampling_logprobs, 0.0)  # (b, C)
+    if of_completions:
+        log_weights = log_weights.sum(1, keepdim=True)  # (b, 1)
+    weights = log_weights.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    is_cut = weights > cap
+    if correction == "mask":
+        is_cut = is_cut | (weights < 1 / cap)
+    metrics = {"sampler/weight": weights, "sampler/weight_cut": is_cut.float()}
+    if correction == "none":
+        return torch.ones_like(weights), metrics
+    return torch.where(is_cut, cap if correction == "truncate" else 0.0, weights), metrics
+
+
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     """Estimate KL(policy || reference) at each sampled token (Schulman, joschu.net/blog/kl-approx.html).
 

@@ -13,8 +13,9 @@ def remarks(config: RLConfig) -> list[str]:
         config: the run's settings; `origins` tells which of them the user set.
 
     Returns:
-        Lines: the settings that the user set and that do nothing next to the others, then oddities of the learning
-        rate, then how many threads there are, if not as many as CPUs. None for settings as shipped.
+        Lines: the settings that the user set and that do nothing next to the others, then an optimizer that saves
+        little, then oddities of the learning rate, then how many threads there are, if not as many as CPUs. None for
+        settings as shipped.
     """
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in config.idle_settings().items():
@@ -24,7 +25,7 @@ def remarks(config: RLConfig) -> list[str]:
         f"{', '.join(names)}: {'they do' if len(names) > 1 else 'it does'} nothing, since {reason}"
         for reason, names in names_by_reason.items()
     ]
-    return [*lines, *_remarks_on_rate(config), *said_of_threads()]
+    return [*lines, *_remarks_on_optimizer(config), *_remarks_on_rate(config), *said_of_threads()]
 
 
 def _is_set_by_user(config: RLConfig, name: str) -> bool:
@@ -35,6 +36,15 @@ def _is_set_by_user(config: RLConfig, name: str) -> bool:
     default = next(field.default for field in fields(config) if field.name == name)
     origin = config.origins.get(name)
     return origin == "" or (vars(config)[name] != default and not str(origin).startswith("preset "))
+
+
+def _remarks_on_optimizer(config: RLConfig) -> list[str]:
+    if config.optimizer == "adamw" or not config.use_lora:
+        return []
+    return [
+        f"optimizer={config.optimizer}: it saves little with use_lora, since only the adapters are trained; adamw is "
+        "faster"
+    ]
 
 
 def _remarks_on_rate(config: RLConfig) -> list[str]:

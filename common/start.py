@@ -4,16 +4,24 @@ import sys
 from functools import partial
 from typing import Any
 
-from common.cli import origins_in, parse_config, run_script
+from common.cli import PlanRequest, origins_in, parse_config, run_script, take_plan
 from common.config import RLConfig
+from common.embedded import is_embedded, skeleton
+from common.memory import show
+from common.memory.start import plan_of
+from common.models.configs import read_config
 from common.runs.outcome import how_to_continue
 from common.runs.run import algorithm_name, run_folder
 from common.signals import command_line
+from common.tasks import check_task, reward_models
+from common.terminal import printable
 from common.trainer import OnPolicyTrainer
 
 
 def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) -> None:
     """Train with the settings of the script and the command line; a mistake in them ends in one message.
+
+    With --plan the memory plan is printed, and nothing is loaded.
 
     Args:
         trainer: the algorithm.
@@ -23,10 +31,33 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
     Raises:
         SystemExit: with status 2 after a message about a user's mistake, 3 if the run stopped because of its numbers.
     """
-    run_script(
-        lambda: report(prepare(trainer, parse_config(settings, **reading))),
-        interrupted=lambda: how_to_go_on(trainer, parse_config(settings, **reading)),
-    )
+
+    def main() -> None:
+        request, args = take_plan(sys.argv[1:])
+        if request is not None:
+            has_gpu = True if request.device else None
+            print_plan(parse_config(settings, args=args, has_gpu=has_gpu, **reading), request)
+        else:
+            report(prepare(trainer, parse_config(settings, **reading)))
+
+    run_script(main, interrupted=lambda: how_to_go_on(trainer, parse_config(settings, **reading)))
+
+
+def print_plan(config: RLConfig, request: PlanRequest) -> None:
+    """Print the memory plan of a run.
+
+    Args:
+        config: the run's settings.
+        request: for which card.
+
+    Raises:
+        ValueError: there is no such model or card, or the run does not fit.
+    """
+    check_task(config.task)
+    if not is_embedded(config.model):
+        read_config(config.model, trust_remote_code=config.trust_remote_code)  # makes the model's code known
+    plan = plan_of(config, skeleton(config.model), rewards=reward_models(config), device=request.device)
+    print(*map(printable, show.whole(plan, config)), sep="\n", flush=True)
 
 
 def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar, final
 
@@ -19,14 +20,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.advantages import inverse_deviation, per_token_rewards, whiten
+from common.advantages import inverse_deviation, per_token_rewards, rows_with_signal, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.logprobs import token_logprobs
-from common.losses import kl_estimate
+from common.losses import chosen_correction, importance_weights, kl_estimate
+from common.memory.show import short, whole
+from common.memory.start import plan_of
 from common.models.loading import (
     compute_dtype,
     end_token_ids,
@@ -38,6 +41,7 @@ from common.models.loading import (
 from common.models.lora import describe_adapter
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
+from common.refill import Places
 from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
@@ -47,6 +51,7 @@ from common.runs.measures import (
     judge,
     judge_leniently,
     rollout_means,
+    training_means,
     with_confidence_interval,
 )
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, warn_of_unused_settings
@@ -58,10 +63,11 @@ from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
 from common.sampling.checks import check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
-from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, task_scorer
+from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
-from common.update.rows import keep_one_per_group
+from common.update.optimizers import check_optimizer
+from common.update.rows import keep_one_per_group, kept_numbers
 
 logger = logging.getLogger("nanorlhf")
 
@@ -81,6 +87,7 @@ class OnPolicyTrainer(ABC):
 
     Attributes:
         model_path: hub id or folder of the policy.
+        plan: what is where in each phase, and what was chosen because of it.
         models: the pool with "policy", "ref" if a KL is needed, and the algorithm's own models.
         policy: the learner of the policy.
         start_time: when the run began, for chat templates that write the date.
@@ -113,6 +120,7 @@ class OnPolicyTrainer(ABC):
         self.config = config
         check_launch()
         check_sampler(config)
+        check_optimizer(config)
         if task is None:
             check_task(config.task)
         check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
@@ -126,28 +134,39 @@ class OnPolicyTrainer(ABC):
             check_folder(folder)
         policy = skeleton(config.model)
         self._check_policy(policy)
+        self.plan = plan_of(
+            config,
+            policy,
+            rewards=reward_models(config, task),
+            processes=self.accelerator.num_processes,
+            with_passes=False,
+        )
+        settled = self.plan.settled(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.check_models(policy)
         self.start_time = start_time(folder, config.resume, self.accelerator)
-        self._load_data(task or load_task(config, self.tokenizer))
-        self.run = Run(config, self.accelerator, algorithm=algorithm)
+        self._load_data(task or load_task(config, self.tokenizer), settled)
+        self.run = Run(config, self.accelerator, algorithm=algorithm, plan=whole(self.plan, config))
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
             said += describe_unknown(self.prompts.encoded) + describe_spelled(self.prompts.encoded)
+            said += short(self.plan, config)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
         self.dtype = compute_dtype(config, self.accelerator.device)
         if self.accelerator.is_main_process:
             warn_of_slow_dtype(self.dtype, self.accelerator.device)
-        self.batches = Batches(config, self.accelerator, self.dtype)
+        self.batches = Batches(settled, self.accelerator, self.dtype)
         self._soundness = Soundness(config, self.dtype, sum_over_processes=self.sum_over_processes)
-        self.models = ModelPool(self.accelerator.device, config.offload, self.stopwatch)
+        self.models = ModelPool(self.accelerator.device, self.plan.choices.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
+        self._passed_apart: Rollouts | None = None  # rows whose log-probs were made by passes for those that are kept
+        self._largest_weights: list[Tensor] = []  # of the micro-batches of an update
         self._signal = SignalCheck(config, self.run.folder)
         is_main = self.accelerator.is_main_process
         rules = {"rewards": self.scorer.rules, "lenient": self.lenient_scorer.rules if self.lenient_scorer else []}
@@ -156,7 +175,7 @@ class OnPolicyTrainer(ABC):
         known = num_tokens(self.model_path)
         for prompts in filter(None, (self.prompts, self.eval_prompts)):
             check_vocabulary(prompts.encoded, known)
-        self._load_models()
+        self._load_models(settled)
         self.run.is_ready()
 
     # ------------------------------------------------------------------------------------------------ the algorithm
@@ -244,6 +263,47 @@ class OnPolicyTrainer(ABC):
         return rollouts
 
     @final
+    def refilled(self, sampled: Rollouts, *, rounds: int) -> Rollouts:
+        """Replace groups of equal scores by groups of other prompts (DAPO, huggingface.co/papers/2503.14476).
+
+        Each round samples one additional prompt for each place that is still empty: other prompts than the step's own,
+        as long as there are any. A place that stays empty keeps its own group. What is compared is the score, without
+        any KL. With the same settings the result is the same on any number of processes.
+
+        Args:
+            sampled: scored rows of the step's own prompts, as `sample` and `score` left them.
+            rounds: the most rounds; 0 returns `sampled` as it is.
+
+        Returns:
+            As many rows as `sampled`, with the same row numbers; `sampled` itself if no group was replaced.
+        """
+        if not rounds:
+            return sampled
+        step, num_prompts, process = self.current_step, self.config.prompts_per_step, self.accelerator.process_index
+        spare = enumerate(self.prompts.spare(step, num_prompts=num_prompts), start=num_prompts)  # row, prompt
+        places, num_rounds = Places(sampled, self.config.num_generations), 0
+        while num_rounds < rounds:
+            missing = self._of_each_process(int(places.empty.sum()))
+            chosen = list(islice(spare, sum(missing)))
+            if not chosen:  # nothing is missing, or no prompt is left
+                break
+            num_rounds += 1
+            own = chosen[sum(missing[:process]) : sum(missing[: process + 1])]
+            rows, indices = [row for row, _ in own], [index for _, index in own]
+            prompts = self.prompts.select(step, rows, indices, refill=num_rounds)
+            more = self.sample(prompts, num_generations=self.config.num_generations)
+            more.scores = self.score(more)
+            places.fill(more)
+        self.metrics.add("refill/rounds", num_rounds, 1)
+        self.metrics.add_sum("refill/filled", places.num_filled)
+        self.metrics.add_sum("refill/left_empty", places.empty.sum())
+        if not sum(self._of_each_process(places.num_filled)):
+            return sampled
+        rollouts = places.rollouts()
+        self.batches.number(rollouts)
+        return rollouts
+
+    @final
     def continue_from(
         self, rollouts: Rollouts, rows: Tensor, places: Tensor, *, num_generations: int, purpose: str
     ) -> Rollouts:
@@ -278,7 +338,7 @@ class OnPolicyTrainer(ABC):
 
     @final
     def token_rewards(
-        self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False, with_kl: bool = True
+        self, rollouts: Rollouts, scores: Tensor, *, whitened: bool = False, with_kl: bool = True, keep: bool = False
     ) -> Tensor:
         """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
@@ -289,10 +349,11 @@ class OnPolicyTrainer(ABC):
             scores: (B,) float32.
             whitened: multiply by `reward_scale`.
             with_kl: False leaves the KL out, for an algorithm that has it in the loss.
+            keep: one completion per prompt will be kept, so its log-probs are made in the passes of the update.
         """
         mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
         if with_kl and self.config.kl_coef:
-            kl = self._kl(rollouts)
+            kl = self._kl(rollouts, apart=keep and not self.config.trains_on_policy)
         rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
         return rewards * self.reward_scale(rewards, rollouts) if whitened else rewards
 
@@ -313,19 +374,44 @@ class OnPolicyTrainer(ABC):
         return whiten(advantages, rollouts.loss_mask, sum_over_processes=self.sum_over_processes)
 
     @final
-    def describe(self, rollouts: Rollouts, advantages: Tensor) -> None:
-        """Record metrics and samples of scored rollouts, before any row is dropped; advantages: (B,) or (B, C)."""
-        rollout_means(rollouts, advantages, num_generations=self.config.num_generations, metrics=self.metrics)
+    def describe(self, rollouts: Rollouts, advantages: Tensor, *, sampled: Rollouts | None = None) -> None:
+        """Record metrics and samples of scored rollouts, before any row is dropped.
+
+        Args:
+            rollouts: B rows that the step trains on.
+            advantages: (B,) or (B, C) float.
+            sampled: rows of the step's own prompts, where refills have replaced some of them. Means of scores and
+                lengths are theirs: those of groups that were chosen for their scores would say nothing of the policy.
+        """
+        own = rollouts if sampled is None else sampled
+        rollout_means(own, num_generations=self.config.num_generations, metrics=self.metrics)
+        training_means(rollouts, advantages, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
         if every and (self.current_step % every == 0 or self.current_step == 1):
-            self.run.add_samples(self.current_step, "train", rollouts, rollouts.parts)
+            self.run.add_samples(self.current_step, "train", own, own.parts)
 
     @final
     def keep_one_per_group(self, rollouts: Rollouts) -> Rollouts:
         """Keep one random completion per prompt, after all served as the baseline; the others leave the means."""
-        config, step = self.config, self.current_step
-        return keep_one_per_group(rollouts, config.num_generations, seed=config.seed, step=step)
+        size, random = self.config.num_generations, {"seed": self.config.seed, "step": self.current_step}
+        kept = keep_one_per_group(rollouts, size, **random)
+        if rollouts is self._passed_apart:  # no row was dropped since, so the same forward passes come in the update
+            kept.old_logprobs, self._passed_apart = rollouts.old_logprobs[self._is_kept(rollouts)], None
+        return kept
+
+    @final
+    def only_with_signal(self, rollouts: Rollouts, scores: Tensor) -> Rollouts:
+        """Keep the groups whose scores differ for all later passes; the others, of advantage 0, count in the means.
+
+        Args:
+            rollouts: B rows, those of one prompt adjacent.
+            scores: (B,) float that advantages are made of.
+        """
+        rows = rows_with_signal(scores, self.config.num_generations)
+        num_dropped = self.sum_over_processes(torch.tensor(len(rollouts) - len(rows)))
+        # Where no process drops a row, passes are as before, and log-probs that are there stay valid.
+        return rollouts.only(rows) if num_dropped else rollouts
 
     @final
     def logprobs(self, name: str, rollouts: Rollouts) -> Tensor:
@@ -383,6 +469,7 @@ class OnPolicyTrainer(ABC):
             average_over: "tokens", "rows" or "constant": what the mean is over.
         """
         self.run.stopping.begin_update()
+        self._largest_weights.clear()
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
         in_use = self.models.use(learner.name, train=True)
@@ -392,9 +479,40 @@ class OnPolicyTrainer(ABC):
             for epoch in range(num_epochs):
                 for part in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
                     self.metrics.add(*part)
+        if self._largest_weights:
+            self.metrics.add_max("sampler/weight_max", float(torch.stack(self._largest_weights).max()))
         self.metrics.add_sum(f"{learner.name}/tokens", num_epochs * rollouts.loss_mask.sum())
         if learner is self.policy:
             self.policy_sampler.policy_has_changed()
+
+    @final
+    def corrected(
+        self,
+        loss: Tensor,
+        metrics: dict[str, Metric],
+        logprobs: Tensor,
+        minibatch: Rollouts,
+        *,
+        of_completions: bool = False,
+    ) -> tuple[Tensor, dict[str, Metric]]:
+        """A policy loss weighed as importance_correction says, and its metrics with those of the weights.
+
+        It needs the settings of a ClippedConfig.
+
+        Args:
+            loss: (b, C) float32, all terms that are means over what the policy samples.
+            metrics: of the loss, by name.
+            logprobs: (b, C) float32 of the policy being updated.
+            minibatch: b rows.
+            of_completions: one weight for each completion, for a loss with the ratio of completions.
+        """
+        correction = chosen_correction(self.config.importance_correction, self.dtype, logprobs.device)
+        options = {"cap": self.config.importance_cap, "of_completions": of_completions}
+        weights, of_weights = importance_weights(logprobs, minibatch, correction=correction, **options)
+        counted = minibatch.loss_mask.any(1, keepdim=True) if of_completions else minibatch.loss_mask
+        largest = torch.where(counted, of_weights["sampler/weight"], 0.0).max()
+        self._largest_weights.append(largest)  # it stays on the device until the update is done
+        return (loss if correction == "none" else loss * weights), metrics | of_weights
 
     @final
     def add_learner(
@@ -461,10 +579,10 @@ class OnPolicyTrainer(ABC):
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 
-    def _load_data(self, task: Task) -> None:
+    def _load_data(self, task: Task, settled: RLConfig) -> None:
         check_rows(task)
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
-        self.scorer = task_scorer(task, self.config)
+        self.scorer = task_scorer(task, settled)
         self.lenient_scorer = lenient_scorer(task, self.config)
         self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time)
         self.eval_prompts = None
@@ -498,11 +616,11 @@ class OnPolicyTrainer(ABC):
             )
         return lines
 
-    def _load_models(self) -> None:
+    def _load_models(self, settled: RLConfig) -> None:
         config, path = self.config, self.model_path
         num_held_out = len(self.eval_prompts) if self._evaluates else 0
         most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
-        sampler = make_sampler(config, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
+        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:
@@ -512,15 +630,12 @@ class OnPolicyTrainer(ABC):
         if needs_reference and config.use_lora:
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
         elif needs_reference:
-            self.models.add("ref", load_reference(path, config))
+            self.models.add("ref", load_reference(path, config, dtype=self.dtype))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
         self.policy_sampler = PolicySampler(
             config, path, sampler, models=self.models, stopwatch=self.stopwatch, **tokens
         )
-        plan = self.models.plan(sampler_bytes=sampler.resident_bytes)
-        if self.models.device.type == "cuda":
-            logger.info("memory plan in GB: %s; offload %s", plan, self.models.offload)
 
     def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:
         """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts.
@@ -548,14 +663,38 @@ class OnPolicyTrainer(ABC):
             self.logprobs("policy", rollouts)  # which refuses its own
             raise self._soundness.sampler_is_wrong(step=self.current_step)
 
+    def _of_each_process(self, number: int) -> list[int]:
+        """The numbers of all processes, in their order."""
+        numbers = torch.zeros(self.accelerator.num_processes, dtype=torch.int64)
+        numbers[self.accelerator.process_index] = number
+        return self.sum_over_processes(numbers).tolist()
+
     def _long_work(self, name: str, total: int, unit: str) -> LongWork:
         return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
 
-    def _kl(self, rollouts: Rollouts) -> Tensor:
-        """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts."""
-        rollouts.old_logprobs = self.logprobs("policy", rollouts)
+    def _kl(self, rollouts: Rollouts, *, apart: bool = False) -> Tensor:
+        """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts.
+
+        Args:
+            rollouts: B rows.
+            apart: pass rows that `keep_one_per_group` keeps through the policy by themselves, as the update does: only
+                the same passes give a first ratio of exactly 1, and so these need not be made again.
+        """
+        if apart:
+            is_kept = self._is_kept(rollouts)
+            old_logprobs = torch.zeros(rollouts.completion_mask.shape)
+            old_logprobs[is_kept] = self.logprobs("policy", self.keep_one_per_group(rollouts))
+            old_logprobs[~is_kept] = self.logprobs("policy", rollouts.only(~is_kept).renumbered())
+            rollouts.old_logprobs, self._passed_apart = old_logprobs, rollouts
+        else:
+            rollouts.old_logprobs = self.logprobs("policy", rollouts)
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
         return kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
+
+    def _is_kept(self, rollouts: Rollouts) -> Tensor:
+        """(B,) bool: rows that `keep_one_per_group` keeps."""
+        size, random = self.config.num_generations, {"seed": self.config.seed, "step": self.current_step}
+        return torch.isin(rollouts.rows, kept_numbers(len(rollouts.step_lengths) // size, size, **random))
 
     def _finish_step_of_checkpoint(self) -> dict[str, float]:
         """Evaluate the untrained policy; or that of a checkpoint which was saved before its evaluation was done."""

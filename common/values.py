@@ -21,6 +21,8 @@ def as_declared(name: str, value: object, declared: type | types.UnionType) -> o
     plain = {typing.get_origin(option) or option: typing.get_args(option) for option in options}
     if isinstance(value, list) and list in plain:
         return [as_declared(name, entry, *plain[list]) for entry in value]
+    if str in plain and isinstance(value, str) and {int, float} & plain.keys():
+        return _number_or_word(value, int if int in plain else float)
     if float in plain and isinstance(value, str | int) and not isinstance(value, bool):
         return _number(name, value)
     if not isinstance(value, tuple(plain)) or (isinstance(value, bool) and bool not in plain):
@@ -29,6 +31,14 @@ def as_declared(name: str, value: object, declared: type | types.UnionType) -> o
             f"{name}={value!r}: need {names}. Pass --{name} with such a value, or fix it in the YAML file."
         )
     return value
+
+
+def _number_or_word(text: str, number: type) -> object:
+    """A number that was written as text, as on a command line; any other text as it is."""
+    try:
+        return number(text)
+    except ValueError:
+        return text
 
 
 def _number(name: str, value: str | int) -> float:

@@ -60,7 +60,10 @@ SHARED = {
     "average_over": ["tokens", "rows", "constant"],
     "whiten_advantages": [False, True],
     "mask_truncated": [False, True],
+    "importance_correction": ["auto", "none", "truncate", "mask"],
+    "importance_cap": [2.0, 1.5, 4.0],  # not 1: rounding alone would decide which weights are above it
     "missing_eos_penalty": [0.0, 0.5],
+    "optimizer": ["adamw", "adamw_host", "adamw_8bit"],
     "learning_rate": [1e-3, 1e-2, 0.0],
     "lr_scheduler": ["constant", "linear", "cosine"],
     "warmup_steps": [0, 1, 5],
@@ -102,8 +105,10 @@ def values_of(name: str) -> dict[str, list]:
     """The values of each setting of an algorithm; the first one is its toy run's."""
     own = facts(name)
     toy = own.get("TOY_SETTINGS", {})
-    values = dict(SHARED)
-    for each in fields(algorithms()[name].config):
+    own_fields = fields(algorithms()[name].config)
+    names = {each.name for each in own_fields}
+    values = {setting: options for setting, options in SHARED.items() if setting in names}
+    for each in own_fields:
         setting, default = each.name, toy.get(each.name, each.default)
         assert default is not MISSING
         if setting in own.get("VALUES", {}):

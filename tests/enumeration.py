@@ -186,22 +186,26 @@ class Enumeration:
         put_weights(trainer.policy.parameters, self.weights)
         return trainer
 
-    def step_gradients(self, trainer: OnPolicyTrainer, *, move_to: list[Tensor] | None = None) -> list[Tensor]:
+    def step_gradients(
+        self, trainer: OnPolicyTrainer, *, move_to: list[Tensor] | None = None, sampler: "Enumeration | None" = None
+    ) -> list[Tensor]:
         """Let a trainer take one real step on all groups, each weighted by its probability.
 
         Args:
             trainer: from `trainer`.
             move_to: weights that the policy gets instead of an optimizer step; None: it keeps its weights.
+            sampler: another policy, from which the sampler draws; None: the trainer's own.
 
         Returns:
             For each optimizer step the expected gradient of a completion's loss; the loss is a sum over tokens if the
             mean is over a constant.
         """
         groups = torch.tensor(list(product(range(len(self.ids)), repeat=trainer.config.num_generations)))
-        completions = self.completions
+        sampler = sampler or self
+        completions = sampler.completions
         sampled = [completions[i] for i in groups.flatten().tolist()]
         trainer.policy_sampler.sampler = FixedSampler(sampled, greedy=completions[self.greedy])
-        return self.weighed_step(trainer, self.probabilities.detach()[groups].prod(1), move_to=move_to)
+        return self.weighed_step(trainer, sampler.probabilities.detach()[groups].prod(1), move_to=move_to)
 
     def weighed_step(
         self, trainer: OnPolicyTrainer, probabilities: Tensor, *, move_to: list[Tensor] | None = None

@@ -277,7 +277,7 @@ def test_generalized_advantages_are_the_double_sum_over_the_real_tokens_of_each_
     options = {"gamma": gamma, "gae_lambda": gae_lambda}
     advantages, returns = generalized_advantages(rewards, values, mask, **options)
     expected = [brute_force_advantages(*map(list, zip(*row, strict=True)), **options) for row in rows]
-    torch.testing.assert_close(advantages, padded(expected, 0.0), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(advantages, padded(expected, 0.0), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(returns, advantages + torch.where(mask, values, 0.0))
     assert (advantages[~mask] == 0).all() and (returns[~mask] == 0).all()
 
@@ -293,6 +293,28 @@ def test_with_lambda_one_the_advantage_is_the_return_less_the_value_and_the_last
     torch.testing.assert_close(advantages, to_go - values, atol=1e-4, rtol=1e-4)
     last = (mask.sum(1) - 1)[:, None]
     torch.testing.assert_close(returns.gather(1, last), rewards.gather(1, last), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (1.0, 0.95), (0.999, 0.5), (1e-30, 1.0), (0.0, 1.0)])
+def test_long_rows_are_those_of_the_recursion_in_float64_but_for_the_last_rounding(gamma, gae_lambda):
+    """A power of a factor below 1 is 0 somewhere in a row of this length, and sums of many tokens lose no digit."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(3, 5000, generator=generator) + 3 for _ in range(2))
+    mask = mask_of([5000, 4097, 1], 5000)
+    expected, advantage = torch.zeros(3, 5000, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for t in reversed(range(5000)):
+        following = torch.where(mask[:, t + 1], values[:, t + 1].double(), 0.0) if t < 4999 else 0.0
+        surprise = rewards[:, t].double() + gamma * following - values[:, t].double()
+        advantage = torch.where(mask[:, t], surprise + gamma * gae_lambda * advantage, 0.0)
+        expected[:, t] = advantage
+    options = {"gamma": gamma, "gae_lambda": gae_lambda}
+    advantages, returns = generalized_advantages(rewards, values, mask, **options)
+    to_returns = expected + torch.where(mask, values, 0.0).double()
+    for found, wanted in ((advantages, expected), (returns, to_returns)):
+        # Half a unit of float32's last place, and a little for values near 0.
+        torch.testing.assert_close(found.double(), wanted, atol=1e-9, rtol=2.0**-24 * 1.001)
+    alone, _ = generalized_advantages(rewards[1:2], values[1:2], mask[1:2], **options)
+    assert torch.equal(alone, advantages[1:2])  # to the bit, so that dropping rows changes no result
 
 
 # Chunks

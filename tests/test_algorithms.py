@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import runpy
 import sys
@@ -22,6 +23,7 @@ from common.remarks import remarks
 from tests.toy import (
     LORA,
     ROOT,
+    SEVERAL,
     Killed,
     algorithms,
     described_by,
@@ -32,6 +34,7 @@ from tests.toy import (
     save_toy_policy,
     toy_trainer,
     trained_weights,
+    updates_of,
 )
 
 NAMES = list(algorithms())
@@ -348,6 +351,43 @@ def test_where_the_policy_that_sampled_is_the_one_being_updated_no_pass_is_spent
     assert trainer.train().get("policy/ratio", 1.0) == 1.0
 
 
+def passes_of(trainer) -> list[tuple[str, int]]:
+    """For each pass over rollouts without gradient: of which model, and how many rows; fills while it runs."""
+    passes, logprobs = [], trainer.logprobs
+    trainer.logprobs = lambda name, rollouts: passes.append((name, len(rollouts))) or logprobs(name, rollouts)
+    return passes
+
+
+@pytest.mark.parametrize(("name", "place"), [("GRPO", {"kl_place": "reward"}), ("RLOO", {})])
+def test_no_row_that_is_kept_goes_through_the_policy_twice(toy_folder, tmp_path, name, place):
+    """The KL in the reward needs log-probs of all rows, and those of kept ones must be of the update's own passes."""
+    settings = place | SEVERAL | {"kl_coef": 0.1, "keep_per_group": True, "max_tokens_per_microbatch": 60}
+    trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, **settings | {"num_steps": 2})
+    passes, updates = passes_of(trainer), updates_of(trainer)
+    trainer.train()
+    assert passes == [("policy", 4), ("policy", 12), ("ref", 16)] * 2
+    assert [line["policy/first_ratio"] for line in metrics_of(tmp_path / "run")] == [1.0, 1.0]
+    assert metrics_of(tmp_path / "run")[1]["kl"] != 0
+    again = toy_trainer(toy_folder, tmp_path / "again", algorithm=name, **settings | {"num_steps": 1})
+    again.current_step = 1
+    _, kept = updates[0]
+    assert len(kept) == 4 and torch.equal(again.logprobs("policy", kept), kept.old_logprobs)
+
+
+def test_sparse_makes_no_pass_again_unless_it_dropped_a_row(toy_folder, tmp_path):
+    """With the KL in the reward groups of equal scores differ as soon as the policy has left the reference."""
+    settings = SEVERAL | {"kl_coef": 0.1, "kl_place": "reward", "sparse": True, "num_steps": 2}
+    trainer = toy_trainer(toy_folder, tmp_path / "run", rewards=["sum"], **settings)
+    passes = passes_of(trainer)
+    trainer.train()
+    first, second = metrics_of(tmp_path / "run")
+    assert first["zero_advantage"] > 0 == second["zero_advantage"]
+    num_left = round(16 * (1 - first["zero_advantage"]))
+    again = [("policy", num_left)]
+    assert passes == [("policy", 16), ("ref", 16), *again, ("policy", 16), ("ref", 16)]
+    assert first["policy/first_ratio"] == second["policy/first_ratio"] == 1.0 or num_left == 0
+
+
 # The settings
 
 
@@ -399,6 +439,48 @@ def weights_with(toy_folder, tmp_path_factory):
 def test_the_setting_acts(weights_with, name, setting):
     others, changed = acts(name)[setting]
     assert not torch.equal(weights_with(name, others), weights_with(name, others | {setting: changed}))
+
+
+CLIPPED = [name for name in NAMES if issubclass(algorithms()[name].config, ClippedConfig)]
+
+
+def run_with_another_sampler(toy_folder, folder, name, **settings):
+    """Weights and metrics of a step whose sampler is said to have drawn every third token with 3 times its chance."""
+    trainer = toy_trainer(toy_folder, folder, algorithm=name, num_steps=1, max_logprob_diff=0, **settings)
+    sample = trainer.sample
+
+    def skewed(*args, **options):
+        rollouts = sample(*args, **options)
+        rollouts.sampling_logprobs -= math.log(3) * (rollouts.completion_mask & (rollouts.completion_ids % 3 == 0))
+        return rollouts
+
+    trainer.sample = skewed
+    return trained_weights(trainer), metrics_of(folder)[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLIPPED)
+def test_every_policy_loss_has_the_weights_and_reports_them_without_a_correction_too(toy_folder, tmp_path, name):
+    runs = {
+        str(settings): run_with_another_sampler(toy_folder, tmp_path / str(number), name, **settings)
+        for number, settings in enumerate(
+            (
+                {},
+                {"importance_correction": "truncate"},
+                {"importance_correction": "truncate", "importance_cap": 1.5},
+                {"importance_correction": "mask"},
+                {"importance_correction": "none", "importance_cap": 4.0},
+            )
+        )
+    }
+    auto, *corrected, none = runs.values()
+    assert torch.equal(auto[0], none[0])  # in float32
+    assert len({tuple(weights.tolist()) for weights, _ in (auto, *corrected)}) == 4
+    for _, metrics in runs.values():
+        assert 1 < metrics["sampler/weight"] < metrics["sampler/weight_max"]
+    if name != "RLOO":  # it weighs completions
+        assert auto[1]["sampler/weight_max"] == pytest.approx(3, abs=1e-4)
+        assert 0 < auto[1]["sampler/weight_cut"] < 1 and none[1]["sampler/weight_cut"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """Mini-batches are a function of seed, step and epoch; micro-batches lose no row and keep to their budget."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -119,20 +120,84 @@ def test_micro_batches_hold_every_row_once_and_keep_to_their_budget(lengths, max
 
 @settings(max_examples=80, deadline=None)
 @given(lengths_of_rows, st.integers(1, 200))
-def test_no_two_neighbouring_micro_batches_would_fit_into_one_and_rows_of_similar_length_are_together(
-    lengths, max_tokens
-):
+def test_padding_stays_within_its_bound_and_rows_of_similar_length_are_together(lengths, max_tokens):
     parts = microbatch_rows(torch.tensor(lengths, dtype=torch.int64), max_tokens)
+    assert padded_tokens(lengths, parts) - sum(lengths) <= max(0.1 * sum(lengths), 64)
     for rows, next_rows in pairwise(parts):
-        width = max(lengths[row] for row in rows.tolist())
-        assert (len(rows) + 1) * width > max_tokens
         assert min(lengths[row] for row in rows.tolist()) >= max(lengths[row] for row in next_rows.tolist())
 
 
+def padded_tokens(lengths: list[int], parts: list[torch.Tensor]) -> int:
+    return sum(len(rows) * max(lengths[row] for row in rows.tolist()) for rows in parts)
+
+
+def lengths_of_shape(shape: str, num_rows: int) -> list[int]:
+    """Lengths of rows, prompt and completion."""
+    generator = torch.Generator().manual_seed(num_rows)
+    noise, share = (make(num_rows, generator=generator) for make in (torch.randn, torch.rand))
+    lengths = {
+        "log-normal": 20 + (96 * noise.exp()).clamp(1, 1500),
+        "wide log-normal": 300 + (500 * (1.5 * noise).exp()).clamp(1, 7700),
+        "two lengths": torch.where(share < 0.5, 60.0, 3000.0) + 20 * share,
+        "all different": torch.arange(1, num_rows + 1) * (8000 // num_rows),
+        "one giant": torch.cat([torch.tensor([8000.0]), 20 + 100 * share[1:]]),
+        "uniform": 1 + 7999 * share,
+        "growing": 8000.0 ** (torch.arange(1, num_rows + 1) / num_rows),
+    }
+    return lengths[shape].long().tolist()
+
+
+SHAPES = ["log-normal", "wide log-normal", "two lengths", "all different", "one giant", "uniform", "growing"]
+
+
+@pytest.mark.parametrize("num_rows", [32, 128, 512])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_tenth_of_the_tokens_at_most_is_padding_and_few_passes_suffice(shape, num_rows):
+    lengths = lengths_of_shape(shape, num_rows)
+    for budget in (4096, 16384, 65536):
+        parts = microbatch_rows(torch.tensor(lengths), budget)
+        assert padded_tokens(lengths, parts) <= 1.1 * sum(lengths)
+        # Beyond the passes that the budget needs anyway, a few whose number hardly grows with the rows.
+        assert len(parts) <= 1.1 * fewest_passes(lengths, budget) + 40, (shape, len(parts))
+
+
+def fewest_passes(lengths: list[int], budget: int) -> int:
+    """Passes of at most so many padded tokens, whatever the padding: each as full as the next row allows."""
+    number = width = count = 0
+    for length in sorted(lengths, reverse=True):
+        if not number or (count + 1) * width > budget:
+            number, width, count = number + 1, length, 0
+        count += 1
+    return number
+
+
+def test_passes_are_the_fewest_for_the_padding_that_is_left():
+    """Of all ways to cut ten rows, none has as few passes and less padding."""
+    lengths = [1000, 970, 600, 590, 580, 300, 290, 120, 110, 100]
+    parts = microbatch_rows(torch.tensor(lengths), 4096)
+    ours = padded_tokens(lengths, parts)
+    assert ours <= 1.1 * sum(lengths)
+    for cuts in itertools.combinations(range(1, 10), len(parts) - 1):
+        others = [torch.arange(start, end) for start, end in pairwise([0, *cuts, 10])]
+        assert padded_tokens(lengths, others) >= ours
+    fewer = [
+        padded_tokens(lengths, [torch.arange(start, end) for start, end in pairwise([0, *cuts, 10])])
+        for cuts in itertools.combinations(range(1, 10), len(parts) - 2)
+    ]
+    assert min(fewer) > ours + 512 or min(fewer) > 1.1 * sum(lengths)
+
+
+def test_padding_of_a_few_tokens_is_cheaper_than_another_pass():
+    """Ten rows of 3 tokens on average would have six passes with a tenth of them as padding."""
+    assert len(microbatch_rows(torch.tensor([1, 2, 3, 4, 5] * 2), 8192)) == 1
+
+
 def test_micro_batches_by_hand():
-    """A budget of 20: 30 has a pass of its own, two rows of 9 fit, and then 5, 5 and 2."""
+    """A budget of 20: 30 has a pass of its own, two rows of 9 fit, and then 5, 5 and 2; of 60, all that fit."""
     parts = microbatch_rows(torch.tensor([2, 9, 5, 30, 9, 5]), 20)
     assert [rows.tolist() for rows in parts] == [[3], [1, 4], [2, 5, 0]]
+    parts = microbatch_rows(torch.tensor([2, 9, 5, 30, 9, 5]), 60)
+    assert [rows.tolist() for rows in parts] == [[3], [1, 4, 2, 5, 0]]
 
 
 def test_a_row_longer_than_the_budget_gets_a_pass_of_its_own():

@@ -194,7 +194,7 @@ def test_what_the_embedded_policy_learns_with_never_reaches_another_model(write_
     without = parse_config(SETTINGS, script=SCRIPT, args=["--preset", "none", "--model", model])
     changed = {name for name in asdict(config) if vars(config)[name] != vars(without)[name]}
     assert config.preset == "cpu" and changed <= {*MEMORY_SETTINGS, "preset"}
-    assert config.max_tokens_per_microbatch == 8192 and config.gradient_checkpointing is False
+    assert config.max_tokens_per_microbatch == 2048 and config.gradient_checkpointing is False
     assert "num_steps" not in "".join(config.notes)
     assert "num_steps" not in "".join(edited("--model", model, num_steps=3).notes)  # an edited line is no exception
 

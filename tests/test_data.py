@@ -194,6 +194,24 @@ def test_refills_are_other_prompts_of_the_same_step_with_seeds_of_their_own():
     assert halves[0].rows + halves[1].rows == step[1].rows
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 9))
+def test_spare_prompts_of_a_step_are_all_others_each_once(count, num_prompts, step):
+    prompts = numbered(count)
+    own = prompts.batch(step, num_prompts=num_prompts).columns["number"]
+    spare = list(prompts.spare(step, num_prompts=num_prompts))
+    assert sorted(spare + list(set(own))) == list(range(count))
+    assert spare == list(numbered(count).spare(step, num_prompts=num_prompts))
+
+
+def test_a_prompt_that_the_data_have_twice_is_spare_once_and_not_if_the_step_has_it():
+    rows = [{"prompt": f"w{number // 2}"} for number in range(8)]
+    prompts = PromptSet(rows, word_tokenizer(), max_prompt_length=8, seed=0)
+    own = set(prompts.batch(1, num_prompts=2).prompts)
+    spare = [prompts.texts[index] for index in prompts.spare(1, num_prompts=2)]
+    assert len(spare) == len(set(spare)) and set(spare) == {"w0", "w1", "w2", "w3"} - own
+
+
 def test_each_pass_over_the_data_has_another_order():
     order = order_of(numbered(30), range(1, 10), 10)
     assert len({tuple(order[start : start + 30]) for start in (0, 30, 60)}) == 3

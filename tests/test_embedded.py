@@ -24,11 +24,14 @@ from common.embedded.policy import (
     build_policy,
     build_tokenizer,
     lesson_batches,
+    lesson_loss,
+    recipe,
     save_untrained,
     tiny_policy,
     train_policy,
     write_lesson,
 )
+from common.embedded.shipped import BATCHES, means, shipped_weights
 from common.tasks._arithmetic import evaluate
 from common.tasks.countdown import equation_reward, format_reward, problem_key, problems
 
@@ -257,6 +260,47 @@ def test_an_untrained_policy_of_any_size_is_saved(tmp_path):
     policy = AutoModelForCausalLM.from_pretrained(folder)
     assert policy.config.hidden_size == 32
     assert len(AutoTokenizer.from_pretrained(folder)) == policy.config.vocab_size
+
+
+# Weights that come with the repository
+
+
+def test_tiny_is_not_trained_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.embedded.policy.train_policy", lambda *_: pytest.fail("trained"))
+    shipped = shipped_weights(recipe(TINY_POLICIES["tiny"]))
+    policy = AutoModelForCausalLM.from_pretrained(tiny_policy(TINY_POLICIES["tiny"], tmp_path))
+    assert policy.dtype == torch.float32
+    for name, weights in policy.state_dict().items():
+        same = shipped.weights["model.embed_tokens.weight" if name == "lm_head.weight" else name]
+        assert torch.equal(weights, same), name
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"num_lessons": 23_999}, {"share_broken": 0.2}, {"max_numbers": 4}])
+def test_another_recipe_is_trained(change):
+    assert shipped_weights(recipe(replace(TINY_POLICIES["tiny"], **change))) is None
+
+
+@pytest.mark.slow
+def test_the_shipped_weights_began_and_ended_as_their_recipe_says():
+    # The first batches are trained again, and the result is measured on the last ones: on another type of CPU numbers
+    # are rounded otherwise, so the loss may differ a little. `python -m common.embedded` trains all batches.
+    settings = TINY_POLICIES["tiny"]
+    shipped = shipped_weights(recipe(settings))
+    policy = build_policy(settings)
+    assert means(train_policy(policy, settings, num_batches=BATCHES)) == pytest.approx(shipped.losses[:1], rel=0.02)
+    policy.load_state_dict(shipped.weights, strict=False)
+    with torch.no_grad():
+        losses = [lesson_loss(policy, *batch).item() for batch in lesson_batches(settings)[-BATCHES:]]
+    # A little lower than in training, since the weights are those after the last batch.
+    assert means(losses) == pytest.approx(shipped.losses[-1:], rel=0.05)
+
+
+@pytest.mark.models
+def test_the_recipe_trains_the_shipped_weights():
+    settings = TINY_POLICIES["tiny"]
+    assert means(train_policy(build_policy(settings), settings)) == pytest.approx(
+        shipped_weights(recipe(settings)).losses, rel=0.1
+    )
 
 
 # Cache

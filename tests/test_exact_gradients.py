@@ -330,6 +330,99 @@ def test_the_ratio_of_tokens_does_not(world, tmp_path):
     assert bias_of_second_step(world, tmp_path, ratio_level="token", **TOKENS) > 0.1
 
 
+# A sampler that does not draw from the policy as the trainer computes it
+
+CORRECTED = {"importance_correction": "truncate", "importance_cap": 1e8, "max_logprob_diff": 0}
+UNCORRECTED = {"importance_correction": "none", "max_logprob_diff": 0}
+
+
+def gradient_with_sampler(world, sampler, kind, folder, **settings):
+    (gradient,) = world.step_gradients(world.trainer(kind, folder, **settings), sampler=sampler)
+    return gradient
+
+
+@pytest.fixture(scope="module")
+def one_token(folder):
+    """All four completions of one token under a policy, and under another one that the sampler draws from."""
+    return Enumeration(folder, max_length=1), Enumeration(folder, max_length=1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def another(folder):
+    """The policy that the sampler draws completions of three tokens from."""
+    return Enumeration(folder, max_length=3, seed=1)
+
+
+OF_TOKENS = UNBIASED | {
+    "dr. grpo": (GRPOTrainer, GROUP | DR_GRPO),
+    "vineppo": (VinePPOTrainer, GROUP | TOKENS),  # the group's others are the value of the prompt
+}
+
+
+@pytest.mark.parametrize(("kind", "settings"), OF_TOKENS.values(), ids=OF_TOKENS)
+def test_the_weight_of_a_token_makes_up_exactly_for_a_sampler_that_chooses_it_otherwise(
+    one_token, tmp_path, kind, settings
+):
+    world, sampler = one_token
+    share = 0.5 if kind is GRPOTrainer else 1.0  # see above: a group's mean holds the completion's own score
+    expected = -share * world.gradient(objective(world))
+    gradients = [
+        gradient_with_sampler(world, sampler, kind, tmp_path / str(number), **settings | correction)
+        for number, correction in enumerate((CORRECTED, UNCORRECTED))
+    ]
+    assert difference(gradients[0], expected) < 1e-5 < 0.1 < difference(gradients[1], expected)
+
+
+def test_the_weight_of_a_token_corrects_the_kl_in_the_loss_too(one_token, tmp_path):
+    world, sampler = one_token
+    gradients = [
+        gradient_with_sampler(world, sampler, GRPOTrainer, tmp_path / str(coef), **GROUP | CORRECTED | IN_LOSS | coef)
+        for coef in ({}, {"kl_coef": 2 * KL_COEF})
+    ]
+    kl = (gradients[1] - gradients[0]) / KL_COEF
+    assert difference(kl, world.gradient(kl_of_states(world))) < 1e-5
+
+
+def test_the_weight_of_completions_makes_up_exactly_for_what_another_policy_sampled(world, another, tmp_path):
+    """Those of tokens do not: the sampler comes to the states before them more or less often."""
+    settings = {
+        "completions": GROUP | CORRECTED,
+        "tokens": GROUP | TOKENS | CORRECTED | {"ratio_level": "token"},
+        "none": GROUP | UNCORRECTED,
+    }
+    bias = [
+        difference(
+            gradient_with_sampler(world, another, RLOOTrainer, tmp_path / name, **each),
+            -world.gradient(objective(world)),
+        )
+        for name, each in settings.items()
+    ]
+    assert bias[0] < 1e-5 < 0.1 < min(bias[1:])
+
+
+def test_the_weight_stays_that_of_the_policy_that_sampled_while_the_ratio_follows_the_update(world, another, tmp_path):
+    newer, sampler = another, Enumeration(world.folder, max_length=3, seed=2)
+    clipped_nowhere = {"clip_range": 0.999, "clip_range_high": 1e6, "num_update_epochs": 2}
+    trainer = world.trainer(RLOOTrainer, tmp_path, **GROUP | CORRECTED | clipped_nowhere)
+    _, second = world.step_gradients(trainer, move_to=newer.weights, sampler=sampler)
+    assert difference(second, -newer.gradient((newer.probabilities * world.scores).sum())) < 1e-5
+
+
+@pytest.mark.parametrize("correction", ["truncate", "mask"])
+def test_weights_are_cut_and_tokens_left_out_at_the_cap_and_nothing_else_changes(world, another, tmp_path, correction):
+    cap = 1.25
+    settings = TOKENS | CORRECTED | {"importance_correction": correction, "importance_cap": cap}
+    gradient = gradient_with_sampler(world, another, ReinforceTrainer, tmp_path, **settings)
+    weights = (world.token_logprobs - another.token_logprobs).detach().exp()
+    if correction == "truncate":
+        used = weights.clamp(max=cap)
+    else:  # no other token gets more weight for it
+        used = torch.where((weights > cap) | (weights < 1 / cap), 0.0, weights)
+    assert ((used != weights) & world.mask).any() and (used == weights).any()
+    expected = another.probabilities.detach() * world.scores @ (used * world.token_logprobs).sum(1)
+    assert difference(gradient, -world.gradient(expected)) < 1e-5
+
+
 def test_the_ratios_have_the_gradient_of_finite_differences():
     generator = torch.Generator().manual_seed(0)
     old, logprobs, advantages = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))

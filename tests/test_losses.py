@@ -9,16 +9,19 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
 from common.losses import (
+    chosen_correction,
     clipped_policy_loss,
     clipped_surrogate,
     clipped_tokens,
     importance_ratio,
+    importance_weights,
     kl_estimate,
     policy_metrics,
     sampling_kl,
     sequence_ratio,
     token_weights,
 )
+from common.rollouts import Rollouts
 from PPO.value_model import clipped_value_loss
 
 ESTIMATORS = ["k1", "k2", "k3"]
@@ -377,6 +380,78 @@ def test_k2_and_k3_are_never_negative(logprob, ref_logprob):
 def test_another_estimator_is_refused_by_name():
     with pytest.raises(ValueError, match=r"kl_estimator='k4'.*k1, k2, k3.*--kl_estimator"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")
+
+
+# Weights: sampler against trainer
+
+
+def weighed(correction, ratios, *, cap=2.0, old_ratios=None, mask=None, **options):
+    """Weights and metrics of one completion whose tokens the trainer finds `ratios` times as likely as the sampler."""
+    sampled = torch.full((1, len(ratios)), -1.5)
+    everything = torch.ones(sampled.shape, dtype=torch.bool)
+    minibatch = Rollouts(
+        rows=torch.tensor([0]),
+        prompt_ids=torch.tensor([[5]]),
+        prompt_mask=torch.tensor([[True]]),
+        completion_ids=torch.full(sampled.shape, 7),
+        completion_mask=everything,
+        loss_mask=everything if mask is None else torch.tensor([mask]),
+        truncated=torch.tensor([False]),
+        sampling_logprobs=sampled,
+        old_logprobs=None if old_ratios is None else sampled + torch.tensor([old_ratios]).log(),
+    )
+    logprobs = (sampled + torch.tensor([ratios]).log()).requires_grad_()
+    weights, metrics = importance_weights(logprobs, minibatch, correction=correction, cap=cap, **options)
+    assert not weights.requires_grad and not any(value.requires_grad for value in metrics.values())
+    return weights, metrics
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected", "cut"),
+    [
+        ("none", [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0]),
+        ("truncate", [1.0, 0.25, 2.0, 1.5], [0.0, 0.0, 1.0, 0.0]),
+        ("mask", [1.0, 0.0, 0.0, 1.5], [0.0, 1.0, 1.0, 0.0]),  # what differs by too much, in either direction
+    ],
+)
+def test_weights_by_hand(correction, expected, cut):
+    weights, metrics = weighed(correction, [1.0, 0.25, 8.0, 1.5])
+    torch.testing.assert_close(weights, torch.tensor([expected]))
+    torch.testing.assert_close(metrics["sampler/weight"], torch.tensor([[1.0, 0.25, 8.0, 1.5]]))
+    assert metrics["sampler/weight_cut"].tolist() == [cut]
+
+
+def test_the_weight_is_that_of_the_policy_that_sampled_not_of_the_one_being_updated():
+    weights, _ = weighed("truncate", [8.0, 0.1], old_ratios=[1.5, 0.5])
+    torch.testing.assert_close(weights, torch.tensor([[1.5, 0.5]]))
+
+
+@pytest.mark.parametrize(("correction", "expected"), [("none", 1.0), ("truncate", 2.0), ("mask", 0.0)])
+def test_a_completion_has_the_product_of_its_tokens_that_are_trained_on(correction, expected):
+    weights, metrics = weighed(correction, [2.0, 0.75, 2.0, 50.0], mask=[True, True, True, False], of_completions=True)
+    assert weights.tolist() == [[expected]]
+    torch.testing.assert_close(metrics["sampler/weight"], torch.tensor([[3.0]]))
+    assert metrics["sampler/weight_cut"].tolist() == [[1.0]]
+
+
+def test_weights_of_log_probs_far_apart_stay_finite():
+    weights, metrics = weighed("truncate", [1e30, 1e-30], cap=1e30)
+    assert weights.isfinite().all() and metrics["sampler/weight"].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype", "device", "expected"),
+    [
+        ("auto", torch.float32, "cpu", "none"),
+        ("auto", torch.bfloat16, "cpu", "none"),
+        ("auto", torch.float32, "cuda", "none"),
+        ("auto", torch.bfloat16, "cuda", "truncate"),
+        ("none", torch.bfloat16, "cuda", "none"),
+        ("mask", torch.float32, "cpu", "mask"),
+    ],
+)
+def test_the_default_corrects_where_rounding_is_coarse(setting, dtype, device, expected):
+    assert chosen_correction(setting, dtype, torch.device(device)) == expected
 
 
 # What is reported

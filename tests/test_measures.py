@@ -17,6 +17,7 @@ from common.runs.measures import (
     pass_at_k,
     rollout_means,
     sizes_of_k,
+    training_means,
     with_confidence_interval,
 )
 from common.runs.metrics import StepMetrics
@@ -61,12 +62,18 @@ def test_means_by_hand(accelerator):
     }
 
 
+def step_means(rollouts, advantages, *, num_generations, metrics):
+    """The means of a step that trains on all that it sampled."""
+    rollout_means(rollouts, num_generations=num_generations, metrics=metrics)
+    training_means(rollouts, advantages, metrics=metrics)
+
+
 def test_means_of_a_training_step_by_hand(accelerator):
     rollouts, metrics = held_out([2, 5, 1, 4]), StepMetrics()
     rollouts.scores = torch.tensor([0.0, 1.0, 0.5, 1.0])
     rollouts.parts = {"right": torch.tensor([float("nan"), 1.0, 0.0, float("nan")])}  # no say in two rows
     advantages = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
-    rollout_means(rollouts, advantages, num_generations=2, metrics=metrics)
+    step_means(rollouts, advantages, num_generations=2, metrics=metrics)
     expected = {"score": 0.625, "length": 3.0, "truncated": 0.25, "zero_advantage": 0.25, "reward/right": 0.5}
     expected |= {"score_min": 0.0, "score_max": 1.0, "equal_scores": 0.0}
     assert metrics.reduce(accelerator) == expected
@@ -80,7 +87,7 @@ def test_the_means_of_a_training_step_by_hand(accelerator):
     rollouts.parts = {"part": torch.tensor([2.0, float("nan"), 4.0]), "nowhere": torch.full((3,), float("nan"))}
     rollouts.old_logprobs = torch.full((3, 5), -1.0)
     rollouts.ref_logprobs = torch.tensor([[-3.0, 9, 9, 9, 9], [-1.0] * 5, [-1.0, -3.0, 9, 9, 9]])
-    rollout_means(rollouts, torch.tensor([0.0, 0.0, 1.0]), num_generations=1, metrics=metrics)
+    step_means(rollouts, torch.tensor([0.0, 0.0, 1.0]), num_generations=1, metrics=metrics)
     assert metrics.reduce(accelerator) == {
         "score": 0.5, "length": pytest.approx(8 / 3), "truncated": pytest.approx(1 / 3),
         "reward/part": 3.0, "kl": 4 / 8, "zero_advantage": 0.5, "score_min": 0.0, "score_max": 1.0,
@@ -94,15 +101,15 @@ def test_a_step_that_trains_on_nothing_has_no_share_without_advantage_and_no_kl_
     rollouts, metrics = held_out([1, 2]), StepMetrics()
     rollouts.scores, rollouts.loss_mask = torch.zeros(2), torch.zeros(2, 2, dtype=torch.bool)
     advantages = torch.zeros(2, 2) if per_token else torch.zeros(2)
-    rollout_means(rollouts, advantages, num_generations=1, metrics=metrics)
+    step_means(rollouts, advantages, num_generations=1, metrics=metrics)
     assert set(metrics.reduce(accelerator)) == {"score", "score_min", "score_max", "length", "truncated"}
 
 
 def test_prompts_whose_completions_are_all_equally_good_are_counted(accelerator):
     rollouts, metrics = held_out([1] * 8), StepMetrics()
     rollouts.scores = torch.tensor([0.3, 0.3, 1.0, 1.0, 0.0, 1.0, 0.3, 0.30001])
-    rollout_means(rollouts, torch.zeros(8), num_generations=2, metrics=metrics)
-    rollout_means(rollouts.only(torch.zeros(8, dtype=torch.bool)), torch.zeros(0), num_generations=2, metrics=metrics)
+    step_means(rollouts, torch.zeros(8), num_generations=2, metrics=metrics)
+    step_means(rollouts.only(torch.zeros(8, dtype=torch.bool)), torch.zeros(0), num_generations=2, metrics=metrics)
     reduced = metrics.reduce(accelerator)
     assert reduced["equal_scores"] == 0.5 and (reduced["score_min"], reduced["score_max"]) == (0.0, 1.0)
 

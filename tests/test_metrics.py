@@ -538,6 +538,17 @@ def test_three_steps_without_anything_to_learn_are_warned_of_once(settings, metr
     assert "python -m common.samples runs/x" in message
 
 
+def test_groups_of_equal_scores_are_no_reason_to_warn_where_others_took_their_place(caplog):
+    check = SignalCheck(RLConfig(), Path("runs/x"))
+    filled = silent(zero_advantage=0.2) | {"refill/filled": 3}
+    for step in range(1, 6):
+        check.see(filled, step=step)
+    assert not caplog.messages
+    for step in range(6, 10):
+        check.see(filled | {"refill/filled": 0, "zero_advantage": 1.0}, step=step)
+    assert len(caplog.messages) == 1
+
+
 def test_a_single_completion_is_no_reason_to_warn(caplog):
     check = SignalCheck(RLConfig(prompts_per_step=1, num_generations=1), Path("runs/x"))
     for step in range(1, 6):

@@ -15,6 +15,7 @@ from common.models.quantization import in_floating_point, is_quantized, scales
 from common.models.saving import save_model
 from common.models.weights import policy_weights
 from tests.architectures import make
+from tests.movers import LateMover, Uses
 from tests.toy import metrics_of, save_toy_policy, toy_trainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -102,6 +103,21 @@ def test_packed_weights_travel_with_their_scales(folder):
     with pool.use("other"):
         assert places() == home
         assert torch.equal(in_floating_point(weight), value)
+
+
+def test_a_push_with_offload_unpacks_each_weight_on_the_device(folder):
+    model, pool = load(folder), ModelPool(torch.device("cpu"), "always")
+    expected = {name: tensor.clone() for name, tensor in policy_weights(model)}
+    pool.add("policy", model)
+    mover = pool.mover = LateMover()
+    with pool.stream("policy") as (module, on_device), Uses(mover):
+        pushed = {name: tensor.clone() for name, tensor in policy_weights(module, on_device)}
+    assert mover.faults == [] and mover.alive == 0
+    assert pushed.keys() == expected.keys() and all(torch.equal(pushed[name], expected[name]) for name in expected)
+    moved = [*model.parameters(), *scales(model)]
+    assert all(mover.arrived[tensor.untyped_storage().data_ptr()] for tensor in moved)
+    # The embeddings are held by the loop above while the first packed weight comes, with its scales and its adapter.
+    assert mover.peak <= max(parameter.nbytes for parameter in model.parameters()) + 16_384
 
 
 @pytest.mark.parametrize("algorithm", ["GRPO", "PPO"])

@@ -7,10 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from common.models.pool import ModelPool
 from common.models.weights import checkpoint_shapes, policy_weights
 from common.sampling.protocol import SamplingSettings, sampling_seed
 from common.sampling.torch_sampler import TransformersSampler
 from tests.fixtures_engine import completion_logprobs, greedy_by_full_passes, untrained_model
+from tests.movers import LateMover
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12]]
 GREEDY = SamplingSettings(temperature=0, max_tokens=12, stop_token_ids=())
@@ -170,6 +172,19 @@ def test_vllm_follows_the_adapter_from_push_to_push(make_vllm_sampler):
                 parameter.mul_(-3)
     assert expected_greedy(model) != before
     assert greedy(make_vllm_sampler(model)) == expected_greedy(model)
+
+
+def test_vllm_gets_the_policy_from_main_memory_a_few_tensors_at_a_time(make_vllm_sampler):
+    model, pool = with_adapter(1), ModelPool(torch.device("cpu"), "always")
+    sampler = make_vllm_sampler(untrained_model(3))
+    pool.add("policy", model)
+    mover = pool.mover = LateMover()
+    with pool.stream("policy") as (module, on_device):
+        sampler.push(policy_weights(module, on_device))
+    assert greedy(sampler) == expected_greedy(model)
+    # One weight with its adapter, while vLLM still holds the tensors that it was given last.
+    assert mover.faults == [] and mover.alive == 0
+    assert mover.peak < sum(parameter.nbytes for parameter in model.parameters()) / 4
 
 
 def failing(weights, at):

@@ -24,6 +24,8 @@ LORA = {"use_lora": True, "lora_r": 4}
 SEVERAL = {"num_minibatches": 2, "num_update_epochs": 3, "learning_rate": 1e-2, "num_steps": 1}
 # The settings of every clipped algorithm: other settings with which they act, and the value to change them to.
 CLIP = {"clip_range": (SEVERAL, 0.01), "clip_range_high": (SEVERAL, 0.001)}
+# A sampler that differs from the trainer shows what these do: tests/test_algorithms.py.
+CLIP |= {"importance_correction": None, "importance_cap": None}
 # Where the KL acts, and by which estimator.
 IN_LOSS = SEVERAL | {"kl_coef": 1.0, "kl_place": "loss"}
 KL_PLACE = {"kl_place": (SEVERAL | {"kl_coef": 1.0}, "loss"), "kl_estimator": (IN_LOSS, "k2")}
@@ -207,9 +209,9 @@ def described_by(trainer: OnPolicyTrainer) -> list[tuple[Rollouts, torch.Tensor]
     """The arguments of each call of `describe`, all rows and their advantages, in the same way."""
     seen, describe = [], trainer.describe
 
-    def recorded(rollouts: Rollouts, advantages: torch.Tensor) -> None:
+    def recorded(rollouts: Rollouts, advantages: torch.Tensor, **options: object) -> None:
         seen.append((rollouts, advantages))
-        describe(rollouts, advantages)
+        describe(rollouts, advantages, **options)
 
     trainer.describe = recorded
     return seen

@@ -4,7 +4,7 @@ The batch of a step is a pure function of (seed, step), so a resumed run needs n
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -310,16 +310,40 @@ class PromptSet:
             num_prompts / num_processes prompts.
         """
         count = num_prompts // num_processes
-        rows = list(range(process * count, (process + 1) * count))
-        first = (step - 1) * num_prompts
+        rows = range(process * count, (process + 1) * count)
+        chosen = self._chosen([(step - 1) * num_prompts + row for row in rows], refill=refill)
+        return self.select(step, [refill * num_prompts + row for row in rows], chosen, refill=refill)
+
+    def spare(self, step: int, *, num_prompts: int) -> Iterator[int]:
+        """Prompts that may take the place of a step's own, in random order.
+
+        No one has the tokens of another one, nor of one of the step's own.
+
+        Args:
+            step: counted from 1.
+            num_prompts: total of the step over all processes.
+
+        Yields:
+            Index of each prompt among all prompts, the same ones on every process.
+        """
+        own = self._chosen(range((step - 1) * num_prompts, step * num_prompts))
+        known = {tuple(self.ids[i]) for i in own}
+        for index in seeded_permutation(len(self), self.seed, step, "spare prompts").tolist():
+            ids = tuple(self.ids[index])
+            if ids not in known:
+                known.add(ids)
+                yield index
+
+    def _chosen(self, positions: Iterable[int], *, refill: int = 0) -> list[int]:
+        """Indices of the prompts at positions of the endless sequence of epochs."""
         orders: dict[int, list[int]] = {}
         chosen = []
-        for row in rows:
-            epoch, position = divmod(first + row, len(self))
+        for each in positions:
+            epoch, position = divmod(each, len(self))
             if epoch not in orders:
                 orders[epoch] = self.order(epoch, refill=refill)
             chosen.append(orders[epoch][position])
-        return self.select(step, [refill * num_prompts + row for row in rows], chosen, refill=refill)
+        return chosen
 
     def order(self, epoch: int, *, refill: int = 0) -> list[int]:
         """The order in which an epoch, from 0, uses the prompts; arguments as in `batch`."""

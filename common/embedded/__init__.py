@@ -1,4 +1,4 @@
-"""Policies that are built on this machine, by the names that the setting `model` accepts.
+"""Policies that need no download, by the names that the setting `model` accepts.
 
 The rest of the project does not know these models: code that gets the value of `model` asks this package what to load.
 """

@@ -2,8 +2,9 @@
 
 It is warm-started by supervised learning on written-out searches for Countdown solutions. It learns to try, check and
 answer, but it gives up early and sometimes answers carelessly, which leaves something for RL to teach. `TinySettings`
-determine everything; the result is kept in the user's cache folder. ``python -m common.embedded.policy`` makes it and
-prints its accuracy on problems it was never trained on.
+determine everything; the result is kept in the user's cache folder. The weights of "tiny" come with the repository
+(shipped.py); other policies are trained on first use. ``python -m common.embedded.policy`` makes "tiny" and prints its
+accuracy on problems it was never trained on.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config,
 
 from common.data.cache import cached_folder, folder_anywhere
 from common.data.texts import completion_texts
+from common.embedded.shipped import shipped_weights
 from common.mistakes import first_line
 from common.tasks.countdown import (
     NUMBERS,
@@ -240,7 +242,7 @@ def tiny_policy(
 ) -> Path:
     """Return the folder of the warm-started policy and its tokenizer; make it first if it is not cached.
 
-    The folder's name is a hash of the settings, the tokens and the first lessons.
+    The folder's name is a hash of the settings, the tokens and the first lessons, or of the weights that are shipped.
 
     Args:
         settings: what to make.
@@ -254,60 +256,82 @@ def tiny_policy(
     Raises:
         ValueError: it can be kept nowhere.
     """
+    name = recipe(settings)
+    shipped = shipped_weights(name)
 
     @cache
-    def trained() -> Qwen2ForCausalLM:  # once, also if a place turns out to be full
+    def warm_started() -> Qwen2ForCausalLM:  # once, also if a place turns out to be full
         policy = build_policy(settings)
-        train_policy(policy, settings)
+        if shipped is None:
+            train_policy(policy, settings)
+        else:
+            policy.load_state_dict(shipped.weights | {"lm_head.weight": shipped.weights["model.embed_tokens.weight"]})
         return policy
 
     def make(folder: Path) -> None:
         try:
-            trained().save_pretrained(folder)
+            warm_started().save_pretrained(folder)
         except SafetensorError as error:  # of a full disk
             raise OSError(first_line(error)) from error
         build_tokenizer().save_pretrained(folder)
 
-    rng = random.Random(settings.seed)
-    lessons = [write_lesson(rng, settings) for _ in range(100)]
-    # max_numbers already changes the lessons.
-    described = {name: value for name, value in asdict(settings).items() if name != "max_numbers"}
-    recipe = json.dumps([described, WORDS, lessons])
-    name = f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    name = f"tiny-{name if shipped is None else shipped.digest}"
     if cache_dir is not None:
         return cached_folder(name, make, cache_dir)
     return folder_anywhere(name, make, what="the embedded policy", beside=beside)
 
 
-def train_policy(policy: Qwen2ForCausalLM, settings: TinySettings) -> None:
+def recipe(settings: TinySettings) -> str:
+    """A hash of all that determines a policy: the settings, the tokens and the first lessons."""
+    rng = random.Random(settings.seed)
+    lessons = [write_lesson(rng, settings) for _ in range(100)]
+    # max_numbers already changes the lessons.
+    described = {name: value for name, value in asdict(settings).items() if name != "max_numbers"}
+    return hashlib.sha256(json.dumps([described, WORDS, lessons]).encode()).hexdigest()[:16]
+
+
+def train_policy(policy: Qwen2ForCausalLM, settings: TinySettings, *, num_batches: int | None = None) -> list[float]:
     """Train the policy on the lessons for one epoch, by the likelihood of the responses, with a progress bar.
 
     Args:
         policy: trained in place.
         settings: lessons and optimization.
+        num_batches: stop after so many, of the same schedule; None: all.
+
+    Returns:
+        The loss of each batch.
     """
     batches = lesson_batches(settings)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
     )
+    losses: list[float] = []
     # In a file or pipe every update is a new line, so there is one every ten seconds.
     pause = 0.1 if sys.stderr.isatty() else 10.0
-    progress = tqdm(batches, desc="Warm start of the tiny policy", unit="batch", mininterval=pause, maxinterval=pause)
+    chosen = batches[:num_batches]
+    progress = tqdm(chosen, desc="Warm start of the tiny policy", unit="batch", mininterval=pause, maxinterval=pause)
     for step, (ids, weights) in enumerate(progress):
         rise = min(1.0, (step + 1) / settings.warmup_steps)
         fall = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
         optimizer.param_groups[0]["lr"] = settings.learning_rate * rise * fall
-        # Right padding under a causal mask: no real token sees it, so no attention mask is needed.
-        hidden = policy.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (b, length - 1, hidden)
-        learned = weights[:, 1:] > 0
-        losses = F.cross_entropy(policy.lm_head(hidden[learned]), ids[:, 1:][learned], reduction="none")
-        loss = (losses * weights[:, 1:][learned]).sum() / weights.sum()
+        loss = lesson_loss(policy, ids, weights)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
+        losses.append(loss.item())
         if step % 50 == 49:
-            progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+    return losses
+
+
+def lesson_loss(policy: Qwen2ForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The weighted mean of -log p over the tokens that are learned, a scalar; ids and weights as in lesson_batches."""
+    # Right padding under a causal mask: no real token sees it, so no attention mask is needed.
+    hidden = policy.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # (b, length - 1, hidden)
+    learned = weights[:, 1:] > 0
+    losses = F.cross_entropy(policy.lm_head(hidden[learned]), ids[:, 1:][learned], reduction="none")
+    return (losses * weights[:, 1:][learned]).sum() / weights.sum()
 
 
 def lesson_batches(settings: TinySettings) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -13,7 +13,7 @@ NAMES = ("tiny", "tiny-r1")
 
 
 def is_embedded(model: str) -> bool:
-    """Whether a model is built on this machine, without a download."""
+    """Whether a model needs no download, since it comes with the repository or is trained here."""
     return model in NAMES
 
 
@@ -53,7 +53,7 @@ def check_model(
 
 
 def resolve_model(model: str, *, beside: Path | None = None) -> str:
-    """Hub id or folder that transformers and vLLM load; an embedded policy is built on first use, in minutes.
+    """Hub id or folder that transformers and vLLM load; an embedded policy is made on first use; "tiny-r1" in minutes.
 
     Args:
         model: hub id, folder, or an embedded policy's name.

@@ -67,6 +67,7 @@ def in_checkpoint_layout(
         group = groups.get(new_name)
         if group is None:
             yield new_name, tensor
+            del tensor  # before the next one is made
             continue
         group.waiting[name] = tensor
         if len(group.waiting) == len(group.patterns):

@@ -97,6 +97,19 @@ def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def trained_dtype(config: RLConfig, dtype: torch.dtype) -> torch.dtype:
+    """Precision in which all of a model's weights are on the device if all are trained; adapters are float32.
+
+    float32 whatever `dtype` is: at usual learning rates most updates are below the resolution of bfloat16. With
+    optimizer=adamw_host these are only what forward passes read, in `dtype`; what is trained are float32 masters.
+
+    Args:
+        config: the optimizer is read.
+        dtype: precision of forward passes.
+    """
+    return dtype if config.optimizer == "adamw_host" else torch.float32
+
+
 def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
     """Warn of bfloat16 on a CPU that only emulates it.
 
@@ -117,12 +130,11 @@ def load_policy(
 ) -> transformers.PreTrainedModel | PeftModel:
     """Load the model to train, on the CPU.
 
-    Trained weights are float32 whatever `dtype` is: at usual learning rates most updates are below the resolution of
-    bfloat16. With LoRA the frozen base is in `dtype`.
+    Its weights are in `trained_dtype`. With LoRA the frozen base is in `dtype`, and the adapter in float32.
 
     Args:
         path: hub id or folder.
-        config: temperature, LoRA, attention and gradient checkpointing are read.
+        config: optimizer, LoRA, attention and gradient checkpointing are read.
         dtype: precision of forward passes.
         checkpoint: folder with the weights, or the adapter, to continue from.
 
@@ -133,7 +145,8 @@ def load_policy(
         ValueError: weights are missing, or it cannot be loaded with attn_implementation.
     """
     if not config.use_lora:
-        model = _freeze_all_but_text(_load(checkpoint or path, config, dtype=torch.float32, says=True))
+        weights = _load(checkpoint or path, config, dtype=trained_dtype(config, dtype), says=True)
+        model = _freeze_all_but_text(weights)
     elif checkpoint is not None:
         model = load_adapter(_load(path, config, dtype=dtype, says=True), checkpoint, is_trainable=True)
     else:
@@ -144,12 +157,17 @@ def load_policy(
     return set_mode(model)
 
 
-def load_reference(path: str, config: RLConfig) -> transformers.PreTrainedModel:
+def load_reference(path: str, config: RLConfig, *, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
     """Load a frozen second copy of the policy, for training without LoRA.
 
-    It is float32 like the policy's weights: only then is the KL exactly 0 until the policy changes.
+    It is rounded like the policy's weights: only then is the KL exactly 0 until the policy changes.
+
+    Args:
+        path: hub id or folder.
+        config: as in load_policy.
+        dtype: precision of forward passes.
     """
-    return _load(path, config, dtype=torch.float32).requires_grad_(False).eval()
+    return _load(path, config, dtype=trained_dtype(config, dtype)).requires_grad_(False).eval()
 
 
 def set_mode(model: nn.Module) -> nn.Module:

@@ -4,17 +4,23 @@ Models take turns. `with pool.use("ref") as model:` moves a model to the device;
 is used, so using the same one twice costs one move. Frozen tensors are not copied back: their copy on the CPU is kept,
 and the one on the device is dropped. Optimizer state moves with its model, only for training. A move copies bits, so
 results do not depend on `offload`.
+
+mover.py makes the copies. `use` has the device wait for those to it, and a model that leaves is at home when it has
+left, so that its memory on the device can go to somebody else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.models.mover import Mover, mover_for
 from common.models.quantization import scales
+from common.models.weights import OnDevice
 
 
 @dataclass(kw_only=True)
@@ -27,7 +33,8 @@ class _Entry:
         optimizer: trains some of them.
         needs: name of another model whose tensors it uses too.
         context: entered while the model is in use; for a reference that is the policy with its adapter off.
-        cpu_copies: by tensor that is on the device, its copy on the CPU.
+        homes: by tensor that is on the device, its copy on the host.
+        trains: it is on the device for training, with its optimizer's moments.
     """
 
     module: nn.Module
@@ -35,7 +42,8 @@ class _Entry:
     optimizer: Optimizer | None = None
     needs: str | None = None
     context: Callable[[], AbstractContextManager] = nullcontext
-    cpu_copies: dict[Tensor, Tensor] = field(default_factory=dict)
+    homes: dict[Tensor, Tensor] = field(default_factory=dict)
+    trains: bool = False
 
     @property
     def trained(self) -> list[Tensor]:
@@ -89,6 +97,8 @@ class ModelPool:
             needs: a model that must be on the device too while this one is used, such as one it shares weights with.
             context: entered while this one is used.
         """
+        if name in self.resident:
+            self._to_cpu(name) if self.offload == "always" else self.resident.discard(name)
         others = set(self._models[needs].tensors) if needs else set()
         own = [t for t in [*module.parameters(), *module.buffers(), *scales(module)] if t not in others]
         self._models[name] = _Entry(module=module, tensors=own, optimizer=optimizer, needs=needs, context=context)
@@ -126,13 +136,18 @@ class ModelPool:
         plan = {"weights": weights, "training": training, "sampler": sampler_bytes, "reserve": reserve}
         return {name: round(size / 1e9, 3) for name, size in (plan | {"device": device}).items()}
 
+    @cached_property
+    def mover(self) -> Mover:
+        """Makes the copies; made with the first one, as it may need a stream and host memory."""
+        return mover_for(self.device)
+
     @contextmanager
     def use(self, name: str, *, train: bool = False) -> Iterator[nn.Module]:
         """Use a model on the device; it stays there until another one is used.
 
         Args:
             name: which model.
-            train: move its optimizer's state too.
+            train: its weights will change; move its optimizer's state too.
 
         Yields:
             The model.
@@ -145,8 +160,43 @@ class ModelPool:
                     self._to_cpu(other)
             for other in needed:
                 self._to_device(other, train=train and other == name)
+            if self.offload == "always":
+                self.mover.wait(self.mover.record(), host=False)
         with entry.context():
             yield entry.module
+
+    @contextmanager
+    def stream(self, name: str) -> Iterator[tuple[nn.Module, OnDevice | None]]:
+        """Read a model's weights on the device one by one; with offload, the model itself is not there.
+
+        Args:
+            name: which model; it does not change meanwhile.
+
+        Yields:
+            The model, and what has its tensors on the device within a context; None without offload: they are there.
+        """
+        if self.offload != "always":
+            with self.use(name) as module:
+                yield module, None
+            return
+        self.evict()
+        try:
+            yield self._models[name].module, self._lend
+        finally:  # from here on, homes may change
+            self.mover.wait(self.mover.record(), host=True)
+
+    @contextmanager
+    def _lend(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Have tensors that are at home on the device."""
+        homes = {}
+        try:
+            for tensor in tensors:
+                homes[tensor] = self._start(tensor)
+            self.mover.wait(self.mover.record(), host=False)
+            yield
+        finally:
+            for tensor, home in homes.items():
+                tensor.data = home
 
     def evict(self) -> None:
         """Move all models back to the CPU, before something else needs the whole device."""
@@ -155,32 +205,47 @@ class ModelPool:
                 self._to_cpu(name)
 
     def _to_device(self, name: str, *, train: bool) -> None:
+        """Move what is not there yet; moments made there while training are."""
         entry = self._models[name]
+        arriving = [] if name in self.resident else list(entry.tensors)
+        arriving += entry.moments if train and not entry.trains else ()
         self.resident.add(name)
-        for tensor in [*entry.tensors, *(entry.moments if train else ())]:
-            if self.offload == "always" and tensor not in entry.cpu_copies:
-                entry.cpu_copies[tensor] = self._pinned(tensor.data.cpu())  # on the device if nothing moved before
-                # copy=True: a real copy even if the device is the CPU, so that tests can see it.
-                tensor.data = entry.cpu_copies[tensor].to(self.device, non_blocking=True, copy=True)
-            elif self.offload != "always":
+        entry.trains |= train
+        for tensor in arriving:
+            if self.offload == "always":
+                entry.homes[tensor] = self._start(tensor)
+            else:
                 tensor.data = tensor.data.to(self.device)
 
     def _to_cpu(self, name: str) -> None:
+        """Move a model home, and wait until it is there."""
         entry = self._models[name]
-        changed = {*entry.trained, *entry.moments}
-        for tensor in [*entry.tensors, *entry.moments]:
-            if tensor not in entry.cpu_copies:  # new since the first optimizer step, or nothing moved before
-                entry.cpu_copies[tensor] = self._pinned(torch.empty_like(tensor, device="cpu"))
-                changed.add(tensor)
-        for tensor in changed:
-            entry.cpu_copies[tensor].copy_(tensor.data, non_blocking=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        for tensor, copy in entry.cpu_copies.items():
-            tensor.data = copy
-        entry.cpu_copies.clear()
+        changed = {*entry.trained, *entry.moments} if entry.trains else set()
+        leaving = [*entry.tensors, *(entry.moments if entry.trains else ())]
+        for tensor in leaving:
+            has_home = tensor in entry.homes  # not if it was made on the device, or if nothing moved before
+            if not has_home:
+                entry.homes[tensor] = self.mover.home(tensor.data)
+            if not has_home or tensor in changed:
+                self.mover.copy(tensor.data, entry.homes[tensor])
+        self.mover.wait(self.mover.record(), host=True)
+        for tensor in leaving:
+            tensor.data = entry.homes[tensor]
+        entry.homes.clear()
+        entry.trains = False
         self.resident.discard(name)
 
-    def _pinned(self, tensor: Tensor) -> Tensor:
-        """Pinned memory makes copies fast and asynchronous; a tensor keeps its pinned buffer once it has one."""
-        return tensor if self.device.type != "cuda" or tensor.is_pinned() else tensor.pin_memory()
+    def _start(self, tensor: Tensor) -> Tensor:
+        """Start moving a tensor to the device, by a real copy even if that is the CPU; gives its home."""
+        home = self._home_of(tensor)
+        there = torch.empty_like(home, device=self.device)
+        self.mover.copy(home, there)
+        tensor.data = there
+        return home
+
+    def _home_of(self, tensor: Tensor) -> Tensor:
+        """Its memory on the host, which it keeps; the first time, that may be pinned memory."""
+        data = tensor.data
+        if data.device.type == "cpu" and not self.mover.would_pin(data):
+            return data
+        return self.mover.home(data).copy_(data)

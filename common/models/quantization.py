@@ -56,11 +56,16 @@ def is_quantized(weight: Tensor) -> bool:
 
 def scales(module: nn.Module) -> list[Tensor]:
     """Tensors that belong to the packed weights of a model and are neither parameters nor buffers."""
-    states = [weight.quant_state for weight in module.parameters() if is_quantized(weight)]
-    found = []
-    for state in states:
-        found += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    found = [scale for weight in module.parameters() for scale in scales_of(weight)]
     return list(dict.fromkeys(found))  # weights share one `code`
+
+
+def scales_of(weight: Tensor) -> list[Tensor]:
+    """Tensors that one weight is unpacked with; none if it is not packed."""
+    if not is_quantized(weight):
+        return []
+    state = weight.quant_state
+    return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ keeps tensors until it has all parts of a fused layer, would see the subtraction
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import sys
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 
 from common.logprobs import has_adapter, without_adapter
 from common.models.layout import in_checkpoint_layout, use_layout_of
-from common.models.quantization import in_floating_point
+from common.models.quantization import in_floating_point, scales_of
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
+# Has the tensors that it is called with on the device within its context.
+OnDevice = Callable[[Sequence[Tensor]], AbstractContextManager]
 
-def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+
+def policy_weights(model: nn.Module, on_device: OnDevice | None = None) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint of a causal language model holds, active LoRA adapters merged.
 
     These are the names and shapes of the checkpoint that the model was loaded from, which transformers may have
@@ -32,17 +36,20 @@ def policy_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         model: a transformers model, or one inside peft. It must not change before the last tensor was used.
+        on_device: has what a weight is made from, with its scales and adapters, on the device meanwhile; None: all of
+            it is where it is wanted.
 
     Yields:
         (name, tensor) in the order of the modules, without gradient: parameters, and buffers that belong to the
-        model; tied weights once. Tensors are the model's own or views of them, except where an adapter is merged.
+        model; tied weights once. Tensors are the model's own or views of them, or new ones: where an adapter is
+        merged, and with `on_device`.
 
     Raises:
         ValueError: if an adapter cannot be merged, or unties embeddings that the model's configuration ties.
     """
     base = without_adapter(model)
     weights = _without_tied(base)
-    values = ((weight.name, weight.value()) for weight in weights)
+    values = (weight.named_value(on_device) for weight in weights)
     yield from in_checkpoint_layout(base, [weight.name for weight in weights], values)
 
 
@@ -98,6 +105,7 @@ def complete_weights(
             )
         missing.remove(name)
         yield name, tensor.detach()
+        del tensor  # before the next one is made
     if missing:
         raise ValueError(
             f"push without {len(missing)} of {len(shapes)} weights, such as {min(missing)}: vLLM would sample from "
@@ -140,6 +148,21 @@ class _Weight:
     def identity(self) -> Hashable:
         """The same for two weights that are one, with the same adapters."""
         return (id(self.tensor), *map(id, self.layers))
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """All tensors that `value` reads."""
+        parts = [self.tensor, *scales_of(self.tensor)]
+        for layer in self.layers:
+            for kind in map(layer.get_submodule, layer.adapter_layer_names):
+                for adapter in (each for each in _active(layer) if each in kind):
+                    parts += kind[adapter].parameters() if isinstance(kind[adapter], nn.Module) else [kind[adapter]]
+        return list(dict.fromkeys(parts))
+
+    def named_value(self, on_device: OnDevice | None) -> tuple[str, Tensor]:
+        """Its name, and its value made on the device."""
+        with nullcontext() if on_device is None else on_device(self.parts):
+            return self.name, self.value()
 
     @torch.no_grad()
     def value(self) -> Tensor:

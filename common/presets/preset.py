@@ -36,19 +36,18 @@ class Preset:
     why: str = "asked for"
 
     @classmethod
-    def read(cls, name: str) -> "Preset":
+    def read(cls, name: str, *, has_gpu: bool | None = None) -> "Preset":
         """Read a preset.
 
         Args:
             name: of a file in common/presets, "none", or "auto": cpu without a CUDA GPU, none with one.
+            has_gpu: whether the run has one; None: whether this machine has one.
 
         Raises:
             ValueError: if there is no such preset, or its file has another form.
         """
         if name == "auto":
-            import torch
-
-            return cls("none", {}) if torch.cuda.is_available() else cls("cpu", _pairs("cpu"), "there is no CUDA GPU")
+            return cls("none", {}) if _has_gpu(has_gpu) else cls("cpu", _pairs("cpu"), "there is no CUDA GPU")
         return cls(name, {} if name == "none" else _pairs(name))
 
     def replacements(
@@ -83,15 +82,14 @@ class Preset:
     def _differs(self, name: str, written: dict[str, Any]) -> bool:
         return written[name] != self.pairs[name][1]
 
-    def misfit(self, model: str) -> list[str]:
+    def misfit(self, model: str, *, has_gpu: bool | None = None) -> list[str]:
         """A line that says so, if this preset is for a GPU and there is none.
 
         Args:
             model: what the run trains.
+            has_gpu: whether the run has one; None: whether this machine has one.
         """
-        import torch
-
-        if not self.name.startswith("gpu-") or torch.cuda.is_available():
+        if not self.name.startswith("gpu-") or _has_gpu(has_gpu):
             return []
         hours = "" if is_embedded(model) else f", where {model} and the settings of the script may take hours a step"
         return [
@@ -111,6 +109,12 @@ class Preset:
             shown = ", ".join(f"{name}={_shown(written[name])}" for name in kept)
             lines.append(f"as written in {script}, since you edited them or what belongs to them: {shown}")
         return lines
+
+
+def _has_gpu(known: bool | None) -> bool:
+    import torch
+
+    return torch.cuda.is_available() if known is None else known
 
 
 def _pairs(name: str) -> Pairs:

@@ -63,7 +63,7 @@ def make_scorer(
         elif ":" in name:
             function = load_reward(name)
             functions[reward_name(name)], forms[reward_name(name)] = function, settings.reward_format
-        elif Path(name).is_dir() or ("/" in name and not name.endswith(".py")):
+        elif is_reward_model(name):
             model = RewardModel(name, max_tokens_per_microbatch=settings.max_tokens_per_microbatch)
             functions[model.name] = model
         else:
@@ -83,6 +83,11 @@ def make_scorer(
             )
     chosen = weights or [default_weights.get(name, 1.0) for name in functions]
     return Scorer(functions, dict(zip(functions, chosen, strict=True)), forms=forms, limits=settings.limits)
+
+
+def is_reward_model(name: str) -> bool:
+    """Whether a name in the setting `rewards` is a folder or hub id, if no reward of the task has it."""
+    return ":" not in name and (Path(name).is_dir() or ("/" in name and not name.endswith(".py")))
 
 
 def _has(available: dict[str, RewardFunction]) -> str:

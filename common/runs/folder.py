@@ -55,7 +55,9 @@ _MOST_NAMED = 4
 
 # Settings that earlier versions of an algorithm did not have, and what it did instead. Class defaults would not do:
 # the run of another algorithm lacks settings too.
-_BEFORE_THEY_WERE_SETTINGS = {"kl_place": "reward", "kl_estimator": None}
+_BEFORE_THEY_WERE_SETTINGS = {"kl_place": "reward", "kl_estimator": None, "optimizer": "adamw"}
+# Nothing was corrected then, which "auto" is in float32.
+_BEFORE_THEY_WERE_SETTINGS |= {"importance_correction": "auto", "importance_cap": 2.0, "refill_rounds": 0}
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
 

@@ -15,18 +15,15 @@ from common.rollouts import Rollouts
 from common.runs.metrics import StepMetrics
 
 
-def rollout_means(rollouts: Rollouts, advantages: Tensor, *, num_generations: int, metrics: StepMetrics) -> None:
-    """Add this process's part of the means over the rollouts of a training step.
+def rollout_means(rollouts: Rollouts, *, num_generations: int, metrics: StepMetrics) -> None:
+    """Add this process's part of the means over the completions of a training step's own prompts.
 
     Args:
         rollouts: B rows, scored.
-        advantages: (B,) or (B, C) float.
         num_generations: completions per prompt; adjacent rows.
         metrics: gets score, score_min, score_max, length, truncated; equal_scores (where prompts have several
-            completions: share of the prompts whose completions all have the same score); reward/<name> (unweighted,
-            over the rows to which that reward applies); kl (k1, over all tokens) if both log-probs are known; and
-            zero_advantage (share of the rows trained on whose advantage is 0 everywhere). Only the last one leaves out
-            rows that the loss mask leaves out.
+            completions: share of the prompts whose completions all have the same score); and reward/<name>
+            (unweighted, over the rows to which that reward applies).
     """
     rows = len(rollouts)
     metrics.add("score", rollouts.scores.sum(), rows)
@@ -38,13 +35,24 @@ def rollout_means(rollouts: Rollouts, advantages: Tensor, *, num_generations: in
     if num_generations > 1 and rows % num_generations == 0:
         groups = rollouts.scores.reshape(-1, num_generations)
         metrics.add("equal_scores", (groups == groups[:, :1]).all(1).sum(), len(groups))
+    for name, part in rollouts.parts.items():
+        metrics.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
+
+
+def training_means(rollouts: Rollouts, advantages: Tensor, *, metrics: StepMetrics) -> None:
+    """Add this process's part of the means over the rows that a step trains on.
+
+    Args:
+        rollouts: B rows.
+        advantages: (B,) or (B, C) float.
+        metrics: gets kl (k1, over all tokens) if both log-probs are known, and zero_advantage (share of the rows whose
+            advantage is 0 everywhere; it leaves out rows that the loss mask leaves out).
+    """
     trained = rollouts.loss_mask.any(1)  # (B,)
     metrics.add("zero_advantage", (trained & (advantages[..., None] == 0).flatten(1).all(1)).sum(), trained.sum())
     if rollouts.old_logprobs is not None and rollouts.ref_logprobs is not None:
         kl = kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")  # (B, C)
         metrics.add("kl", torch.where(rollouts.completion_mask, kl, 0.0).sum(), rollouts.lengths.sum())
-    for name, part in rollouts.parts.items():
-        metrics.add(f"reward/{name}", part.nansum(), (~part.isnan()).sum())
 
 
 def judge(rollouts: Rollouts, scorer: Scorer, state: TrainerState | None = None) -> Tensor:

@@ -260,7 +260,9 @@ class SignalCheck:
         if "score_min" not in metrics:  # such as an evaluation before training
             return
         # Without zero_advantage, no completion is trained on.
-        is_silent = self._all_equal(metrics) or metrics.get("zero_advantage", 1) == 1
+        # Where refills replaced some of these groups, zero_advantage is that of what was trained on.
+        replaced = metrics.get("refill/filled", 0) > 0
+        is_silent = (self._all_equal(metrics) and not replaced) or metrics.get("zero_advantage", 1) == 1
         self._in_a_row = self._in_a_row + 1 if is_silent else 0
         if self._in_a_row == self.STEPS:
             self._in_a_row = -math.inf  # once is enough

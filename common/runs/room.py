@@ -5,17 +5,16 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.runs.checkpoints import POLICY_FOLDER, list_checkpoints
 from common.runs.disk import free_bytes, in_bytes
 from common.update.learner import Learner
+from common.update.optimizers import bytes_per_weight, embedding_weights
 
 logger = logging.getLogger("nanorlhf")
-
-# Of each trained parameter, AdamW keeps two.
-_MOMENTS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +40,13 @@ def sizes_of(learners: dict[str, tuple[Learner, nn.Module]], exported: Collectio
         exported: those whose models are in final/ beside the policy.
         use_lora: checkpoints hold the adapter, and final/ the merged policy.
     """
-    weights, moments, final = [], [], 0
+    weights, states, final = [], [], 0
     for name, (learner, module) in learners.items():
         trained, whole = _bytes(learner.parameters), _bytes(module.parameters())
-        moments.append(_MOMENTS * trained)
+        states.append(_bytes_of_state(learner, module))
         weights.append(whole if name == POLICY_FOLDER and not use_lora else trained)
         final += whole if name == POLICY_FOLDER or name in exported else 0
-    return Sizes(checkpoint=sum(weights + moments), largest=max(moments), final=final)
+    return Sizes(checkpoint=sum(weights + states), largest=max(states), final=final)
 
 
 def warn_of_little_room(folder: Path, sizes: Sizes, config: RLConfig, *, first_step: int) -> None:
@@ -72,6 +71,13 @@ def warn_of_little_room(folder: Path, sizes: Sizes, config: RLConfig, *, first_s
             "while it runs, or it stops at a full disk and the same command goes on later.",
             *(folder, *map(in_bytes, (free, needed, sizes.checkpoint, sizes.final))),
         )
+
+
+def _bytes_of_state(learner: Learner, module: nn.Module) -> int:
+    """What a checkpoint holds of a learner beside the weights."""
+    optimizer, embeddings = learner.config.optimizer, embedding_weights(module)
+    sizes = ((parameter.numel(), parameter in embeddings) for parameter in learner.parameters)
+    return round(sum(n * bytes_per_weight(optimizer, torch.float32, embedding=e).saved for n, e in sizes))
 
 
 def _bytes(parameters: Iterable[Tensor]) -> int:

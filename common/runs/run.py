@@ -6,7 +6,7 @@ log.py, checkpoints.py and plots.py say what the files contain; this module deci
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +66,7 @@ class Run:
         config: the run's settings.
         accelerator: the main process writes, the others only read.
         algorithm: its name, for the folder's name.
+        plan: lines of the memory plan, for the top of a new run's config.yaml.
 
     Attributes:
         folder: path of the folder.
@@ -80,8 +81,11 @@ class Run:
         ValueError: if the folder is another run's, or a finished one, or the hub does not take its final model.
     """
 
-    def __init__(self, config: RLConfig, accelerator: Accelerator, *, algorithm: str) -> None:
+    def __init__(
+        self, config: RLConfig, accelerator: Accelerator, *, algorithm: str, plan: Sequence[str] = ()
+    ) -> None:
         self.config = config
+        self._plan = plan
         self.accelerator = accelerator
         self.folder = run_folder(config, algorithm)
         self.is_new = not reached(self.folder, lambda: has_begun(self.folder))
@@ -110,7 +114,7 @@ class Run:
         """Make the folder, or find the checkpoint to continue from and its state, with a best that is there."""
         config, folder = self.config, self.folder
         before = stored_settings(folder).get("num_steps", config.num_steps)
-        options = {"length_matters": length_matters(config), "notes": config.notes}
+        options = {"length_matters": length_matters(config), "notes": [*config.notes, *self._plan]}
         checkpoint = prepare_run_folder(folder, asdict(config), config.resume, run=self, **options)
         if last_end := ended.begin(folder):
             logger.warning("%s", last_end)

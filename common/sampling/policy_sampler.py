@@ -233,10 +233,14 @@ class PolicySampler:
         return bool(completion.token_ids) and completion.token_ids[-1] in self._unused_token_ids
 
     def _refresh(self) -> None:
-        """Push the policy's weights to the sampler if they have changed, and make room on the device for it."""
+        """Push the policy's weights to the sampler if they have changed, and make room on the device for it.
+
+        With offload, all models leave before the sampler's weights wake, and the policy's come by one at a time. The
+        sampler's cache wakes last.
+        """
         if self.sampler.needs_push and (self._is_stale or not self.sampler.has_weights):
-            with self.stopwatch("push"), self.models.use("policy") as model:
-                self.sampler.push(policy_weights(model))
+            with self.stopwatch("push"), self.models.stream("policy") as (model, on_device):
+                self.sampler.push(policy_weights(model, on_device))
         self._is_stale = False
         if self.sampler.needs_push:  # a sampler with weights of its own needs the device for itself
             self.models.evict()

@@ -254,6 +254,7 @@ def _numbers(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
                 "else training has diverged: start from a checkpoint before that, with a lower --learning_rate."
             )
         yield name, tensor
+        del tensor  # before the next one is made
 
 
 def _reload(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:

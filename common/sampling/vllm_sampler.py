@@ -86,7 +86,7 @@ class VLLMSampler:
             )
 
     def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See Sampler. Wakes the weights if they sleep, but not the cache: the policy is on the device too."""
+        """See Sampler. Wakes the weights if they sleep, but not the cache: models may not have left yet."""
         self._wake("weights")
         self.has_weights = False
         vllm_engine.push_weights(self._engine, weights)

@@ -4,6 +4,6 @@ A task is a module with `load(config, tokenizer) -> Task`; its name is the value
 every module here is a task, unless its name begins with an underscore.
 """
 
-from common.tasks._task import Task, check_rows, check_task, lenient_scorer, load_task, task_scorer
+from common.tasks._task import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
 
-__all__ = ["Task", "check_rows", "check_task", "lenient_scorer", "load_task", "task_scorer"]
+__all__ = ["Task", "check_rows", "check_task", "lenient_scorer", "load_task", "reward_models", "task_scorer"]

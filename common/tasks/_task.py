@@ -13,7 +13,7 @@ import transformers
 
 from common.config import RLConfig
 from common.data.rows import is_prompt, rows_of_dataset
-from common.rewards.choose import ScoringSettings, make_scorer
+from common.rewards.choose import ScoringSettings, is_reward_model, make_scorer
 from common.rewards.scorer import RewardFunction, Scorer
 from common.rewards.worker import Limits
 
@@ -108,6 +108,22 @@ def load_task(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase)
     """
     check_task(config.task)
     return importlib.import_module(f"common.tasks.{config.task}").load(config, tokenizer)
+
+
+def reward_models(config: RLConfig, task: Task | None = None) -> list[str]:
+    """Hub ids and folders of the reward models that a run loads; no task's data are read for it.
+
+    Args:
+        config: task and rewards are read.
+        task: made in Python; None: the one that the settings name, whose module says which model is its default.
+    """
+    names = config.rewards
+    if names is None and task is not None:
+        names = task.default_rewards
+    elif names is None:
+        default = vars(importlib.import_module(f"common.tasks.{config.task}")).get("REWARD_MODEL")
+        names = [default] if default else []
+    return [name for name in names or () if is_reward_model(name)]
 
 
 def check_rows(task: Task) -> None:

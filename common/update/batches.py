@@ -28,10 +28,14 @@ class Batches:
         config: batch sizes, token budget, seed.
         accelerator: knows the processes and the device.
         dtype: precision of forward passes.
+
+    Attributes:
+        max_tokens_per_microbatch: the token budget; the config's, unless the run has found that less fits.
     """
 
     def __init__(self, config: RLConfig, accelerator: Accelerator, dtype: torch.dtype) -> None:
         self.config = config
+        self.max_tokens_per_microbatch = config.max_tokens_per_microbatch
         self.accelerator = accelerator
         self.device = accelerator.device
         self.dtype = dtype
@@ -107,7 +111,7 @@ class Batches:
             int64 indices of the rows in `minibatch` (None for a filler without any effect), and the rows on the
             device, without common padding.
         """
-        chosen = pass_rows(minibatch, self.config.max_tokens_per_microbatch, self.packing)
+        chosen = pass_rows(minibatch, self.max_tokens_per_microbatch, self.packing)
         num_passes = len(chosen)
         if self.accelerator.num_processes > 1:
             counts = torch.zeros(self.accelerator.num_processes)

@@ -1,23 +1,27 @@
 """Learner: a model's trainable parameters with their optimizer, and exact optimizer steps over all processes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from common.config import RLConfig
 from common.mistakes import WrongNumbers, where_to_go_on
 from common.rollouts import Rollouts
 from common.update.batches import Batches
+from common.update.optimizers import HostAdamW, make_optimizer
 
 # A process's part of a global mean: the metric's name, the sum, and what to divide by.
 MetricPart = tuple[str, Tensor | float, Tensor | float]
 # What a loss reports about a micro-batch; see `metric_part`.
 Metric = Tensor | tuple[Tensor, Tensor]
+
+# Numbers that are added up over processes at once: 2^26 float32 are 256 MiB, and a copy of them.
+MAX_REDUCED = 2**26
 
 
 class Learner:
@@ -36,12 +40,7 @@ class Learner:
         self.name = name
         self.config = config
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = AdamW(
-            _groups(self.parameters, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = make_optimizer(module, config)
 
     def update(
         self,
@@ -92,11 +91,12 @@ class Learner:
         )
         for _, minibatch in minibatches:
             parts.append((f"{self.name}/loss", 0.0, count))
-            for total, metrics, mask in batches.backward(minibatch, loss):
-                parts.append((f"{self.name}/loss", total, 0))
-                for name, values in metrics.items():
-                    if is_first or not name.startswith("first/"):
-                        parts.append((name.removeprefix("first/"), *metric_part(values, mask)))
+            with self._gradients_leave():
+                for total, metrics, mask in batches.backward(minibatch, loss):
+                    parts.append((f"{self.name}/loss", total, 0))
+                    for name, values in metrics.items():
+                        if is_first or not name.startswith("first/"):
+                            parts.append((name.removeprefix("first/"), *metric_part(values, mask)))
             if is_first and check is not None:
                 check(parts)
             parts.append((f"{self.name}/grad_norm", self.optimizer_step(step, batches.accelerator, rate=rate), 1))
@@ -119,9 +119,10 @@ class Learner:
         Raises:
             WrongNumbers: if the gradient is not finite.
         """
-        _sum_over_processes(self.parameters, accelerator)
+        holders = self._holders_of_gradients()
+        _sum_over_processes(holders, accelerator, self.parameters[0].device)
         limit = self.config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        norm = float(nn.utils.clip_grad_norm_(holders, limit))
         if not math.isfinite(norm):
             raise WrongNumbers(
                 f"step {step}: the gradient of {self.name} is {norm}; one more step would spoil its weights. A run "
@@ -132,8 +133,22 @@ class Learner:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(step) if rate is None else rate
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradient()
         return norm
+
+    def drop_gradient(self) -> None:
+        """Forget the gradient of a mini-batch, wherever it is by now."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients_leave(self) -> AbstractContextManager[None]:
+        """Within it, gradients leave the device during a backward pass if the optimizer works on the host."""
+        return self.optimizer.receiving() if isinstance(self.optimizer, HostAdamW) else nullcontext()
+
+    def _holders_of_gradients(self) -> list[Tensor]:
+        """What has the gradient in .grad: the parameters, or their masters on the host, in the same order."""
+        if isinstance(self.optimizer, HostAdamW):
+            return self.optimizer.with_gradient(self.parameters)
+        return self.parameters
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, from 1."""
@@ -153,18 +168,6 @@ class Learner:
         self.optimizer.load_state_dict(state)
 
 
-def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in the optimizer's groups: weight decay spares biases, norms and all other vectors.
-
-    These are the parameters that transformers' Trainer spares by their names, and the scalars of state-space layers.
-    """
-    if not weight_decay:
-        return [{"params": parameters}]
-    matrices, vectors = ([p for p in parameters if (p.ndim > 1) is wide] for wide in (True, False))
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def metric_part(values: Metric, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     """A micro-batch's part of the mean of a metric: the sum, and what to divide by.
 
@@ -179,14 +182,26 @@ def metric_part(values: Metric, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(mask, values, 0.0).sum(), mask.sum()
 
 
-def _sum_over_processes(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+def _sum_over_processes(holders: list[Tensor], accelerator: Accelerator, device: torch.device) -> None:
     # Also on one process: AdamW skips a parameter without gradient, but decays one whose gradient is 0.
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    for holder in holders:
+        if holder.grad is None:
+            holder.grad = torch.zeros_like(holder)
     if accelerator.num_processes == 1:
         return
-    flat = torch.cat([parameter.grad.reshape(-1) for parameter in parameters])
-    flat = accelerator.reduce(flat, "sum")
-    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
+    for gradients in _parts([holder.grad for holder in holders]):
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).to(device)
+        flat = accelerator.reduce(flat, "sum")
+        for gradient, total in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+def _parts(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The gradients in parts of at most MAX_REDUCED numbers, or of one gradient, since each part is copied."""
+    part: list[Tensor] = []
+    for gradient in gradients:
+        if part and sum(each.numel() for each in (*part, gradient)) > MAX_REDUCED:
+            yield part
+            part = []
+        part.append(gradient)
+    yield part

@@ -44,6 +44,8 @@ SETTINGS = GRPOConfig(
     average_over="rows",  # cpu: "tokens"; which is DAPO; "constant": Dr. GRPO
     clip_range=0.2,
     clip_range_high=None,  # as clip_range; 0.28: DAPO
+    importance_correction="auto",  # for a sampler that rounds in another way: "none", "truncate" or "mask"
+    importance_cap=2.0,
     kl_coef=0.04,  # cpu: 0.0
     kl_estimator=None,  # k3 in the loss, k1 in the reward
     kl_place="loss",
@@ -52,7 +54,9 @@ SETTINGS = GRPOConfig(
     missing_eos_penalty=0.0,
     sparse=False,
     keep_per_group=False,
+    refill_rounds=0,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=5e-6,  # cpu: 3e-3
     lr_scheduler="cosine",
     warmup_steps=25,  # cpu: 2; a tenth of the steps
@@ -68,7 +72,7 @@ SETTINGS = GRPOConfig(
     lora_target_modules="all-linear",  # the seven projections of each layer
     load_in_4bit=True,
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",

@@ -48,6 +48,8 @@ SETTINGS = GRPOConfig(
     average_over="tokens",  # the mean over rows would favour short right answers and long wrong ones
     clip_range=0.2,
     clip_range_high=None,
+    importance_correction="auto",  # for a sampler that rounds in another way: "none", "truncate" or "mask"
+    importance_cap=2.0,
     kl_coef=0.0,  # sparse drops rows, whose KL would be missing; and no reference model is needed
     kl_estimator=None,
     kl_place="loss",
@@ -56,7 +58,9 @@ SETTINGS = GRPOConfig(
     missing_eos_penalty=0.0,
     sparse=True,  # groups that are all right or all wrong teach nothing and cost nothing
     keep_per_group=False,
+    refill_rounds=0,
     # Optimizer
+    optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
     learning_rate=1e-6,  # cpu: 3e-4
     lr_scheduler="constant",  # cpu: "cosine"
     warmup_steps=0,  # cpu: 2
@@ -72,7 +76,7 @@ SETTINGS = GRPOConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 8192
+    max_tokens_per_microbatch=16384,  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",

@@ -1,0 +1,1 @@
+"""What a run needs of memory, computed before anything is loaded."""

@@ -1,0 +1,142 @@
+"""Everybody who takes memory in a run, from its settings and from models without storage."""
+
+from __future__ import annotations  # for type hints whose import would take seconds
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+
+from common.config import RLConfig
+from common.memory.cards import Card
+from common.memory.tenants import Engine, Numbers, Sizes, Tenant, engine, frozen, learner
+from common.models.attention import attention_for
+from common.models.configs import model_class, read_config
+from common.models.loading import compute_dtype
+
+# Attention of transformers that makes no matrix of all pairs of tokens on CUDA.
+FLASH = ("sdpa", "flash_attention_2", "flex_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast:
+    """Everybody who takes memory in a run.
+
+    Attributes:
+        policy: the learner.
+        others: reference, value model, reward models.
+        engine: the sampler.
+        sizes: of the policy.
+        not_counted: what could not be counted, in words.
+    """
+
+    policy: Tenant
+    others: tuple[Tenant, ...] = ()
+    engine: Engine
+    sizes: Sizes
+    not_counted: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[Tenant, ...]:
+        """The policy first."""
+        return (self.policy, *self.others)
+
+
+class Casting:
+    """Finds who takes memory, for one run and for the changes of its settings that might let it fit.
+
+    Args:
+        config: the run's settings.
+        policy: without storage.
+        card: the device.
+        rewards: hub ids or folders of reward models.
+        processes: that train together.
+    """
+
+    def __init__(
+        self,
+        config: RLConfig,
+        policy: transformers.PreTrainedModel,
+        card: Card,
+        *,
+        rewards: Sequence[str] = (),
+        processes: int = 1,
+    ) -> None:
+        self.policy, self.card, self.processes = policy, card, processes
+        self.sizes = Sizes.of(policy, config)
+        self._of_paths: dict[str, Sizes] = {}
+        self._rewards: list[Tenant] = []
+        self.not_counted: list[str] = []
+        for path in rewards:
+            self._add_reward(path)
+
+    def cast(self, config: RLConfig) -> Cast:
+        """Everybody, with these settings.
+
+        Args:
+            config: the run's, or the run's with a change in what memory it takes.
+        """
+        device = torch.device(self.card.kind)
+        dtype = compute_dtype(config, device)
+        attention = self._attention(config, device, dtype)
+        is_fused = self.card.kind == "cuda"
+        numbers = Numbers(dtype=dtype, processes=self.processes, attention=attention, is_fused=is_fused)
+        policy = learner("policy", self.sizes, config, numbers)
+        others = [self._reference(policy)] if config.kl_coef or config.eval_kl else []
+        for other in config.other_models:
+            sizes = self._sizes_of(other.path, config) if other.path else self.sizes
+            options = {"needs": "policy" if other.shares_base else None, "has_head": False, "may_pack": False}
+            others.append(learner(other.name, sizes, config, numbers, **options))
+        return Cast(
+            policy=policy,
+            others=(*others, *self._rewards),
+            engine=engine(self.sizes, config, dtype),
+            sizes=self.sizes,
+            not_counted=tuple(self.not_counted),
+        )
+
+    def _reference(self, policy: Tenant) -> Tenant:
+        """A view of the policy with LoRA, else a copy of its weights."""
+        if policy.passes.method != "full":
+            return Tenant(name="ref", weights=0, needs="policy", passes=policy.passes, config=policy.config)
+        return frozen("ref", self.sizes, policy.passes.weights.itemsize, policy.passes)
+
+    def _attention(self, config: RLConfig, device: torch.device, dtype: torch.dtype) -> str:
+        asked, cls = config.attn_implementation, type(self.policy)
+        chosen, _ = attention_for(self.policy.config, asked, device, dtype=dtype, cls=cls)
+        return "flash" if chosen in FLASH and device.type == "cuda" else chosen
+
+    def _sizes_of(self, path: str, config: RLConfig) -> Sizes:
+        """Of the model that a value model begins as."""
+        if path not in self._of_paths:
+            self._of_paths[path] = Sizes.of(_skeleton(path, f"value_init={path!r}"), config)
+        return self._of_paths[path]
+
+    def _add_reward(self, path: str) -> None:
+        name = f"reward model {path!r}"
+        try:
+            model = _skeleton(path, name)
+        except ValueError:  # a run that loads it says why
+            self.not_counted.append(f"{name}, whose configuration cannot be read here")
+            return
+        itemsize = (model.config.dtype or torch.float32).itemsize if self.card.kind == "cuda" else 4
+        sizes = Sizes(
+            config=model.config,
+            weights=tuple(each.numel() for each in model.parameters()),
+            packed=0,
+            adapter=(),
+            head=0,
+            width=0,
+        )
+        short = path.rstrip("/").split("/")[-1]
+        self._rewards.append(frozen(f"reward/{short}", sizes, itemsize, has_flash=bool(type(model)._supports_sdpa)))
+
+
+def _skeleton(path: str, label: str) -> transformers.PreTrainedModel:
+    """A model that gives scores, without storage."""
+    config = read_config(path, label=label)
+    classes = (transformers.AutoModelForSequenceClassification, transformers.AutoModel)
+    auto = next(each for each in classes if model_class(config, each) is not None)
+    with torch.device("meta"):
+        return auto.from_config(config, trust_remote_code=False)

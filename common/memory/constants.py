@@ -1,0 +1,44 @@
+"""What only a GPU can show: everything in the memory plan that is assumed and was never measured here.
+
+The rest of the plan is counted: parameters from a model's modules, activations from the project's own passes. Each
+number below is from the documentation of its library or from experience, on the safe side, and
+`pytest -m gpu tests/gpu/test_memory_cuda.py` measures it.
+"""
+
+GIB = 2**30
+
+# A process's context on a GPU: kernels of torch, cuBLAS and vLLM, and handles. Nobody's allocator shows it.
+CUDA_CONTEXT = int(1.1 * GIB)
+# What cuBLAS keeps for its products: 32 MiB on Hopper, 8 elsewhere, for each of torch's handles.
+CUBLAS_WORKSPACE = 64 * 2**20
+# Memory that torch has reserved and that no tensor can use, as a share of what its tensors take.
+FRAGMENTATION = 0.05
+
+# vLLM: prompt tokens of one forward pass, its default for a GPU of this kind, and the tensors of width `intermediate`
+# and `hidden` that are alive at the same time in it.
+VLLM_BATCHED_TOKENS = 8192
+VLLM_INTERMEDIATES, VLLM_HIDDENS = 3, 6
+# Tensors of (sequences, vocabulary) in float32 that its sampler has at the same time: logits, log-probs, sorted, noise.
+VLLM_LOGITS = 4
+# CUDA graphs of all batch sizes; they stay while the engine sleeps.
+VLLM_GRAPHS = int(0.5 * GIB)
+# The most of a GPU that an engine is given: it starts when the context is there already.
+VLLM_LARGEST_SHARE = 0.9
+# Completions at full length that an engine must have room for where its share is chosen: with fewer, most of a group
+# waits for the others.
+FEWEST_SEQUENCES = 8
+
+# A Python process with torch, transformers and vLLM, in main memory: with CUDA's libraries, and without.
+HOST_PROCESS_CUDA, HOST_PROCESS_CPU = 4 * GIB, GIB
+
+# A reward model's forward pass: tensors of width `intermediate` and `hidden` for each token; and where attention is
+# not flash, (rows, heads, length, length) in float32 as often as this.
+REWARD_INTERMEDIATES, REWARD_HIDDENS, REWARD_SCORES = 2, 8, 3
+
+# All of them by name, for what a plan prints.
+ASSUMED = {
+    "CUDA context": f"{(CUDA_CONTEXT + CUBLAS_WORKSPACE) / 1e9:.2f} GB",
+    "fragmentation": f"{FRAGMENTATION:.0%} of torch's tensors",
+    "vLLM's graphs": f"{VLLM_GRAPHS / 1e9:.2f} GB",
+    "vLLM's activations": f"of {VLLM_BATCHED_TOKENS:,} tokens",
+}

@@ -1,0 +1,127 @@
+"""What to change where a plan does not fit: the first of a fixed list of changes with which it does."""
+
+from __future__ import annotations  # for type hints whose import would take seconds
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any
+
+from common.config import AUTO, RLConfig
+from common.memory.cast import Casting
+from common.memory.plan import GB, Machine, Plan, make_plan
+from common.memory.work import Work
+
+Changes = dict[str, Any]
+
+
+def changes(config: RLConfig) -> Iterator[Changes]:
+    """Changes of settings that need less memory, from the one that costs least.
+
+    Args:
+        config: of the run that does not fit.
+    """
+    if config.max_tokens_per_microbatch != AUTO:
+        yield {"max_tokens_per_microbatch": AUTO}
+    if config.sampler == "vllm" and config.vllm_memory_share != AUTO:
+        yield {"vllm_memory_share": AUTO}
+    if config.offload == "never":
+        yield {"offload": AUTO}
+    if config.sampler == "vllm" and config.vllm_sleep_level == 0:
+        yield {"vllm_sleep_level": 1}
+    if config.sampler == "vllm" and config.vllm_sleep_level < 2:
+        yield {"vllm_sleep_level": 2}
+    if not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    if "optimizer" in vars(config) and not config.use_lora and config.optimizer == "adamw":
+        yield {"optimizer": "adamw_host"}
+    if not config.use_lora:
+        yield {"use_lora": True} | ({"optimizer": "adamw"} if "optimizer" in vars(config) else {})
+    if "value_backbone" in vars(config) and vars(config)["value_backbone"] == "own":
+        yield {"use_lora": True, "value_backbone": "shared"}
+    if not config.load_in_4bit:
+        yield {"use_lora": True, "load_in_4bit": True}
+    length = config.max_completion_length
+    while length >= 128:
+        length //= 2
+        yield {"max_completion_length": length}
+
+
+def remedy(config: RLConfig, casting: Casting, machine: Machine) -> tuple[Changes, Plan] | None:
+    """The first change with which a run fits; if no single one is enough, the first of them together.
+
+    Args:
+        config: of the run that does not fit.
+        casting: finds who takes memory with other settings.
+        machine: what there is.
+
+    Returns:
+        Settings to change, with the plan; None if nothing of this helps.
+    """
+    found = list(changes(config))
+    for each in found:
+        if plan := _fitting(config, each, casting, machine):
+            return each, plan
+    together: Changes = {}
+    for each in found:
+        together |= each
+        if plan := _fitting(config, together, casting, machine):
+            return _without_idle(config, together, casting, machine) or (together, plan)
+    return None
+
+
+def _without_idle(
+    config: RLConfig, together: Changes, casting: Casting, machine: Machine
+) -> tuple[Changes, Plan] | None:
+    """The same without the changes that it fits without."""
+    result = None
+    for name in list(together):
+        fewer = {other: value for other, value in together.items() if other != name}
+        if plan := _fitting(config, fewer, casting, machine):
+            together, result = fewer, (fewer, plan)
+    return result
+
+
+def _fitting(config: RLConfig, change: Changes, casting: Casting, machine: Machine) -> Plan | None:
+    known = {field.name for field in fields(config)}
+    try:
+        changed = replace(config, **{name: value for name, value in change.items() if name in known})
+    except ValueError:  # these settings do not go together
+        return None
+    plan = make_plan(changed, casting.cast(changed), machine, work=Work(changed, machine.processes))
+    return plan if plan.fits else None
+
+
+def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine) -> str:
+    """What to say of a run that cannot fit, with what to do.
+
+    Args:
+        config: its settings.
+        plan: which does not fit.
+        casting: finds who takes memory with other settings.
+        machine: what there is.
+    """
+    row = config.max_prompt_length + config.max_completion_length
+    settings = f"model={config.model}, max_tokens_per_microbatch={config.max_tokens_per_microbatch}"
+    is_alone = plan.choices.max_tokens_per_microbatch <= max(row, 1024 * -(-row // 1024))
+    alone = (
+        f" A micro-batch is one row of {row:,} tokens already." if is_alone and "passes" in plan.peak.device else ""
+    )
+    found = remedy(config, casting, machine)
+    if found is None:
+        todo = "No setting that changes memory is enough: pass a smaller --model, or use a larger card."
+        return f"{settings}: {plan.problem}.{alone} {todo}"
+    change, fitting = found
+    flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+    if change.get("max_tokens_per_microbatch") == AUTO:
+        flags = flags.replace(
+            "--max_tokens_per_microbatch auto",
+            f"--max_tokens_per_microbatch {fitting.choices.max_tokens_per_microbatch}",
+        )
+    if change.get("vllm_memory_share") == AUTO:
+        flags = flags.replace("_share auto", f"_share {fitting.choices.vllm_memory_share:g}")
+    need = (
+        f"it then needs {fitting.peak.on_device / GB:.1f} GB"
+        if machine.card.kind == "cuda"
+        else (f"it then needs {fitting.host_peak.on_host / GB:.1f} GB of main memory")
+    )
+    return f"{settings}: {plan.problem}.{alone} Pass {flags}: {need}."

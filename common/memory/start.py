@@ -1,0 +1,74 @@
+"""The memory plan of a run that begins, and of `--plan`."""
+
+from __future__ import annotations  # for type hints whose import would take seconds
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+from common.config import RLConfig
+from common.host import host_memory
+from common.memory.cards import Card, card
+from common.memory.cast import Casting
+from common.memory.plan import Machine, Plan, make_plan
+from common.memory.remedies import refusal
+from common.memory.work import Work
+from common.models.loading import compute_dtype
+
+
+def this_card() -> Card:
+    """The device of this process: a GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return Card(name="the CPU", total=host_memory().total, kind="cpu")
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Card(name=found.name, total=found.total_memory, capability=(found.major, found.minor))
+
+
+def plan_of(
+    config: RLConfig,
+    policy: transformers.PreTrainedModel,
+    *,
+    rewards: Sequence[str] = (),
+    device: str | None = None,
+    processes: int = 1,
+    most_rows: int | None = None,
+    with_passes: bool = True,
+) -> Plan:
+    """The memory plan of a run.
+
+    Args:
+        config: its settings.
+        policy: its modules, without storage.
+        rewards: hub ids or folders of its reward models.
+        device: a card that is not there, as --device names it; None: that of this process.
+        processes: that train together, each on a card of its own.
+        most_rows: completions of a process's largest request; None: those of a step.
+        with_passes: on a CPU, predict activations too, which takes seconds for some models.
+
+    Raises:
+        ValueError: the card is unknown, it has no bfloat16, or the run does not fit: with the first change of its
+            settings that lets it fit.
+    """
+    there = card(device) if device else this_card()
+    _check_bfloat16(config, there)
+    machine = Machine(
+        card=there, host=None if device else host_memory().total, processes=processes, most_rows=most_rows
+    )
+    casting = Casting(config, policy, there, rewards=rewards, processes=processes)
+    work = Work(config, processes, is_counted=with_passes or there.kind == "cuda")
+    plan = make_plan(config, casting.cast(config), machine, work=work)
+    if not plan.fits:
+        raise ValueError(refusal(config, plan, casting, machine))
+    return plan
+
+
+def _check_bfloat16(config: RLConfig, there: Card) -> None:
+    """Refuse vLLM with bfloat16 on a card that is too old for it."""
+    is_bfloat16 = compute_dtype(config, torch.device(there.kind)) == torch.bfloat16
+    if config.sampler == "vllm" and is_bfloat16 and not there.computes_bfloat16:
+        major, minor = there.capability
+        raise ValueError(
+            f"dtype={config.dtype} on {there.name}: it has compute capability {major}.{minor}, and vLLM samples in "
+            "bfloat16 from 8.0 on. Pass --dtype float32, which needs twice the memory, or use a newer card."
+        )

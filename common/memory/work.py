@@ -1,0 +1,99 @@
+"""What passes of a run's models need, as a plan asks for them: many budgets, few predictions.
+
+A prediction by formula takes microseconds, one by fake layers seconds. The bytes of a pass grow with its rows, never
+less than linearly: between two predictions the straight line is an upper bound.
+"""
+
+from __future__ import annotations  # for type hints whose import would take seconds
+
+import math
+
+import torch
+import transformers
+
+from common.config import RLConfig
+from common.memory import constants
+from common.memory.passes import PassBytes, PassSettings, pass_bytes
+from common.memory.tenants import Tenant
+from common.models.configs import setting
+
+# Tokens at which the second prediction by fake layers is made.
+FAR = 32768
+
+
+class Work:
+    """Bytes of passes above weights, gradients and optimizer.
+
+    Args:
+        config: lengths and batch sizes are read.
+        processes: that share a mini-batch.
+        is_counted: False leaves passes out, with 0 bytes.
+    """
+
+    def __init__(self, config: RLConfig, processes: int = 1, *, is_counted: bool = True) -> None:
+        self.is_counted = is_counted
+        self.prompt, self.completion = config.max_prompt_length, config.max_completion_length
+        rows = math.ceil(config.completions_per_step / config.num_minibatches / processes)
+        self.most_rows = max(rows, 1)
+        self.sources: frozenset[str] = frozenset()
+        self._known: dict[tuple, PassBytes] = {}
+
+    @property
+    def row(self) -> int:
+        """Tokens of the longest row."""
+        return self.prompt + self.completion
+
+    def rows(self, budget: int) -> int:
+        """Rows at full length in a micro-batch: at least one, which runs alone, and no more than a mini-batch has."""
+        return min(max(budget // self.row, 1), self.most_rows)
+
+    def of(self, model: Tenant, budget: int) -> PassBytes:
+        """Passes of a policy, a reference or a value model with a micro-batch that fills its budget.
+
+        Args:
+            model: with pass settings.
+            budget: padded tokens.
+        """
+        if not self.is_counted:
+            return PassBytes(training=0, forward=0, source="")
+        # Shorter rows may fill what whole ones leave of the budget.
+        rows = max(min(budget / self.row, self.most_rows), 1)
+        first = self._predicted(model.config, model.passes, 1)
+        low, high = math.floor(rows), math.ceil(rows)
+        if first.source != "formula":
+            low, high = 1, max(high, min(self.most_rows, FAR // self.row))
+        ends = [self._predicted(model.config, model.passes, each) for each in (low, high)]
+        part = (rows - low) / max(high - low, 1)
+        self.sources |= {first.source}
+        return PassBytes(
+            training=round(ends[0].training + part * (ends[1].training - ends[0].training)),
+            forward=round(ends[0].forward + part * (ends[1].forward - ends[0].forward)),
+            source=first.source,
+        )
+
+    def of_reward(self, model: Tenant, budget: int) -> int:
+        """Bytes of a reward model's forward pass, as `constants` assumes it.
+
+        Args:
+            model: the tenant.
+            budget: padded tokens of a forward pass.
+        """
+        if not self.is_counted:
+            return 0
+        text = model.config.get_text_config()
+        hidden = setting(text, "hidden_size", "d_model")
+        inner = setting(text, "intermediate_size", "ffn_dim", "d_ff") or 4 * hidden
+        itemsize = (setting(text, "dtype") or torch.float32).itemsize
+        rows = self.rows(budget)
+        tokens = rows * self.row
+        width = constants.REWARD_INTERMEDIATES * inner + constants.REWARD_HIDDENS * hidden
+        heads = setting(text, "num_attention_heads") or 0
+        scores = 0 if model.has_flash else constants.REWARD_SCORES * rows * heads * self.row**2 * 4
+        return tokens * width * itemsize + scores
+
+    def _predicted(self, config: transformers.PreTrainedConfig, passes: PassSettings, rows: int) -> PassBytes:
+        key = (id(config), passes, rows)
+        if key not in self._known:
+            lengths = {"row_tokens": self.row, "completion_tokens": min(self.completion, self.row - 1)}
+            self._known[key] = pass_bytes(config, passes, rows=rows, **lengths)
+        return self._known[key]
