@@ -373,8 +373,8 @@ class RLConfig:
         budget, share = self.max_tokens_per_microbatch, self.vllm_memory_share
         if budget != AUTO and not (isinstance(budget, int) and budget >= 1):
             raise ValueError(
-                f"max_tokens_per_microbatch={budget!r}: need a number of tokens, at least 1, or auto, which the memory "
-                "plan decides. Pass --max_tokens_per_microbatch auto, or 1 or more."
+                f"max_tokens_per_microbatch={budget!r}: need a number of tokens, at least 1, or auto, which the "
+                "memory plan decides. Pass --max_tokens_per_microbatch auto, or 1 or more."
             )
         if share != AUTO and not (isinstance(share, float) and 0 < share <= 1):
             raise ValueError(

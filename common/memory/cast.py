@@ -10,6 +10,7 @@ import transformers
 
 from common.config import RLConfig
 from common.memory.cards import Card
+from common.memory.passes import PassSettings
 from common.memory.tenants import Engine, Numbers, Sizes, Tenant, engine, frozen, learner
 from common.models.attention import attention_for
 from common.models.configs import model_class, read_config
@@ -100,7 +101,7 @@ class Casting:
         """A view of the policy with LoRA, else a copy of its weights."""
         if policy.passes.method != "full":
             return Tenant(name="ref", weights=0, needs="policy", passes=policy.passes, config=policy.config)
-        return frozen("ref", self.sizes, policy.passes.weights.itemsize, policy.passes)
+        return frozen("ref", self.sizes, policy.passes)
 
     def _attention(self, config: RLConfig, device: torch.device, dtype: torch.dtype) -> str:
         asked, cls = config.attn_implementation, type(self.policy)
@@ -120,7 +121,16 @@ class Casting:
         except ValueError:  # a run that loads it says why
             self.not_counted.append(f"{name}, whose configuration cannot be read here")
             return
-        itemsize = (model.config.dtype or torch.float32).itemsize if self.card.kind == "cuda" else 4
+        dtype = (model.config.dtype or torch.float32) if self.card.kind == "cuda" else torch.float32
+        has_flash = bool(type(model)._supports_sdpa)
+        passes = PassSettings(
+            kind="score",
+            method="full",
+            weights=dtype,
+            compute=dtype,
+            checkpointing=False,
+            attention="flash" if has_flash and self.card.kind == "cuda" else "sdpa" if has_flash else "eager",
+        )
         sizes = Sizes(
             config=model.config,
             weights=tuple(each.numel() for each in model.parameters()),
@@ -130,7 +140,7 @@ class Casting:
             width=0,
         )
         short = path.rstrip("/").split("/")[-1]
-        self._rewards.append(frozen(f"reward/{short}", sizes, itemsize, has_flash=bool(type(model)._supports_sdpa)))
+        self._rewards.append(frozen(f"reward/{short}", sizes, passes, has_flash=has_flash))
 
 
 def _skeleton(path: str, label: str) -> transformers.PreTrainedModel:

@@ -18,7 +18,7 @@ FRAGMENTATION = 0.05
 # and `hidden` that are alive at the same time in it.
 VLLM_BATCHED_TOKENS = 8192
 VLLM_INTERMEDIATES, VLLM_HIDDENS = 3, 6
-# Tensors of (sequences, vocabulary) in float32 that its sampler has at the same time: logits, log-probs, sorted, noise.
+# Tensors of (sequences, vocabulary) in float32 that its sampler has at once: logits, log-probs, sorted, noise.
 VLLM_LOGITS = 4
 # CUDA graphs of all batch sizes; they stay while the engine sleeps.
 VLLM_GRAPHS = int(0.5 * GIB)
@@ -31,9 +31,9 @@ FEWEST_SEQUENCES = 8
 # A Python process with torch, transformers and vLLM, in main memory: with CUDA's libraries, and without.
 HOST_PROCESS_CUDA, HOST_PROCESS_CPU = 4 * GIB, GIB
 
-# A reward model's forward pass: tensors of width `intermediate` and `hidden` for each token; and where attention is
-# not flash, (rows, heads, length, length) in float32 as often as this.
-REWARD_INTERMEDIATES, REWARD_HIDDENS, REWARD_SCORES = 2, 8, 3
+# A pass of a model that nobody can predict: tensors of width `intermediate` and `hidden` for each token and layer, and
+# where attention is not flash, (rows, heads, length, length) in float32 as often as this.
+PASS_INTERMEDIATES, PASS_HIDDENS, PASS_SCORES = 8, 16, 3
 
 # All of them by name, for what a plan prints.
 ASSUMED = {

@@ -185,7 +185,7 @@ def _plan_with(choices: Choices, config: RLConfig, cast: Cast, machine: Machine,
     """The plan with these choices, vLLM's share still open."""
     room = _Room(config, cast, machine, choices)
     trained = [_update(room, each, work) for each in cast.models if each.is_trained]
-    scored = [_score(room, each, work) for each in cast.models if each.passes is None]
+    scored = [_score(room, each, work) for each in cast.models if each.passes.kind == "score"]
     forward = list(_forward_phases(room, config, cast, work))
     passes = [*scored, *forward, *trained]
     share, sequences = _share(room, config, machine, passes)
@@ -311,7 +311,7 @@ def _sample(room: _Room, config: RLConfig, sequences: int) -> Phase:
 
 
 def _score(room: _Room, model: Tenant, work: Work) -> Phase:
-    size = work.of_reward(model, room.choices.max_tokens_per_microbatch)
+    size = work.of(model, room.choices.max_tokens_per_microbatch).forward
     return room.phase(f"score, {model.name}", model.name, device={"forward pass": size})
 
 
@@ -320,9 +320,9 @@ def _forward_phases(room: _Room, config: RLConfig, cast: Cast, work: Work) -> It
     budget = room.choices.max_tokens_per_microbatch
     for model in cast.models:
         is_asked = model.name != "policy" or config.kl_coef or config.eval_kl or not config.trains_on_policy
-        if model.passes is None or not is_asked:
+        if model.passes.kind == "score" or not is_asked:
             continue
-        what = "log-probs" if model.name in ("policy", "ref") else "values"
+        what = "log-probs" if model.passes.kind == "policy" else "values"
         size = work.of(model, budget).forward
         yield room.phase(f"{what}, {model.name}", model.name, device={"forward pass": size})
 
@@ -351,10 +351,9 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
         if config.vllm_sleep_level == 0:
             beside = max([beside, *(phase.on_device - engine.asleep for phase in passes)])
         most = min((total - beside) / total, constants.VLLM_LARGEST_SHARE)
-        share = min(engine.holding(wanted) / total, most)
-        share = math.floor(100 * max(share, 0.01)) / 100
-        # Rounding down must not take away the last sequence.
-        share = share if engine.holding(wanted) > share * total > 0 else share
+        # Upwards as much as it can use, downwards what there is.
+        share = min(math.ceil(1000 * engine.holding(wanted) / total), math.floor(1000 * most)) / 1000
+        share = max(share, 0.001)
     left = share * total - engine.weights - engine.work
     sequences = math.floor(left / engine.sequence) if engine.sequence else (wanted if left >= 0 else 0)
     return share, max(0, min(sequences, wanted))

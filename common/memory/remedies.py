@@ -32,14 +32,14 @@ def changes(config: RLConfig) -> Iterator[Changes]:
         yield {"vllm_sleep_level": 2}
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
-    if "optimizer" in vars(config) and not config.use_lora and config.optimizer == "adamw":
+    if not config.use_lora and config.optimizer != "adamw_host":
         yield {"optimizer": "adamw_host"}
     if not config.use_lora:
-        yield {"use_lora": True} | ({"optimizer": "adamw"} if "optimizer" in vars(config) else {})
+        yield {"use_lora": True, "optimizer": "adamw"}
     if "value_backbone" in vars(config) and vars(config)["value_backbone"] == "own":
-        yield {"use_lora": True, "value_backbone": "shared"}
+        yield {"use_lora": True, "optimizer": "adamw", "value_backbone": "shared"}
     if not config.load_in_4bit:
-        yield {"use_lora": True, "load_in_4bit": True}
+        yield {"use_lora": True, "optimizer": "adamw", "load_in_4bit": True}
     length = config.max_completion_length
     while length >= 128:
         length //= 2
@@ -61,6 +61,7 @@ def remedy(config: RLConfig, casting: Casting, machine: Machine) -> tuple[Change
     for each in found:
         if plan := _fitting(config, each, casting, machine):
             return each, plan
+    # Length changes what is learned: only if the others are not enough together.
     together: Changes = {}
     for each in found:
         together |= each
@@ -111,6 +112,7 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine) ->
         todo = "No setting that changes memory is enough: pass a smaller --model, or use a larger card."
         return f"{settings}: {plan.problem}.{alone} {todo}"
     change, fitting = found
+    change = {name: value for name, value in change.items() if vars(config)[name] != value}
     flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
     if change.get("max_tokens_per_microbatch") == AUTO:
         flags = flags.replace(

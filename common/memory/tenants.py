@@ -17,10 +17,11 @@ from common.config import RLConfig
 from common.memory import constants
 from common.memory.passes import PassSettings
 from common.models.configs import setting
+from common.models.loading import trained_dtype
 from common.models.lora import adapted_modules
+from common.update.optimizers import bytes_per_weight
 
-# Bytes of a parameter that AdamW trains in float32: weight, gradient, and two moments.
-WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
+FLOAT32 = 4  # bytes
 # In 4 bits (NF4): half a byte, an 8-bit scale for 64 weights, and a float32 scale for 256 of these.
 BYTES_IN_4_BIT = 0.5 + 1 / 64 + 4 / (64 * 256)
 # Layers of these types keep a state of fixed size in place of keys and values.
@@ -40,6 +41,7 @@ class Sizes:
         head: numbers of an output head that is no other weight too; 0 without one.
         width: features that the head reads.
         adapted: numbers in the largest weight that has an adapter.
+        embedding: numbers in the embedding.
     """
 
     config: transformers.PreTrainedConfig
@@ -49,6 +51,7 @@ class Sizes:
     head: int
     width: int
     adapted: int = 0
+    embedding: int = 0
 
     @property
     def parameters(self) -> int:
@@ -75,6 +78,7 @@ class Sizes:
             adapter=tuple(config.lora_r * side for shape in adapted for side in shape[-2:]),
             head=own_head,
             width=embedding.shape[-1] if head is None else head.weight.shape[-1],
+            embedding=embedding.numel(),
             adapted=max((shape.numel() for shape in adapted), default=0),
         )
 
@@ -92,7 +96,7 @@ class Tenant:
         step: bytes more while the optimizer takes a step.
         host: bytes that stay in main memory whatever moves, such as weights in float32 of an optimizer there.
         needs: another model whose weights it uses too.
-        passes: what its passes need depends on these; None: a reward model.
+        passes: what its passes need depends on these.
         config: of the model.
         has_flash: a reward model's attention makes no matrix of all pairs of tokens.
     """
@@ -106,7 +110,7 @@ class Tenant:
     step: int = 0
     host: int = 0
     needs: str | None = None
-    passes: PassSettings | None = None
+    passes: PassSettings
     has_flash: bool = True
 
     @property
@@ -151,17 +155,17 @@ def learner(name: str, sizes: Sizes, config: RLConfig, numbers: Numbers, **optio
         weights.append(sizes.width + 1)
     is_packed = config.load_in_4bit and options.get("may_pack", True)
     trained = [*sizes.adapter, *([] if has_head else [sizes.width + 1])] if config.use_lora else weights
-    width, count = numbers.dtype.itemsize, sum(trained)
+    width = numbers.dtype.itemsize
     base, home = 0, []
     if config.use_lora and not needs:
         frozen = sum(sizes.weights) - (0 if has_head else sizes.head)
         packed = sizes.packed if is_packed else 0
         base = int(packed * BYTES_IN_4_BIT) + (frozen - packed) * width
         home = [base * each // max(frozen, 1) for each in sizes.weights]
-    optimizer = vars(config).get("optimizer", "adamw")
     method = ("qlora" if is_packed else "lora") if config.use_lora else "full"
-    kept = torch.float32 if method == "full" and optimizer == "adamw" else numbers.dtype
+    kept = trained_dtype(config, numbers.dtype) if method == "full" else numbers.dtype
     passes = PassSettings(
+        kind="policy" if has_head else "value",
         method=method,
         weights=kept,
         compute=numbers.dtype,
@@ -175,45 +179,38 @@ def learner(name: str, sizes: Sizes, config: RLConfig, numbers: Numbers, **optio
         config=sizes.config,
         needs=needs,
         passes=passes,
-        **_training(trained, base, home, optimizer, numbers, count),
+        **_training(trained, base, home, config, numbers, sizes.embedding),
     )
 
 
 def _training(
-    trained: list[int], base: int, home: list[int], optimizer: str, numbers: Numbers, count: int
+    trained: list[int], base: int, home: list[int], config: RLConfig, numbers: Numbers, embedding: int
 ) -> dict[str, object]:
     """Bytes of weights, gradients and optimizer of a learner, as the fields of Tenant."""
-    width = numbers.dtype.itemsize
-    flat = 2 * GRADIENT * count if numbers.processes > 1 else 0  # all gradients in one tensor, and its sum
-    if optimizer == "adamw_host":
-        return {
-            "weights": base + width * count,
-            "home": (*home, *(width * each for each in trained)),
-            "gradients": width * count,
-            "step": flat // GRADIENT * width,
-            # Weights and moments in float32, and a buffer of gradients.
-            "host": (WEIGHT + MOMENTS + width) * count,
-        }
-    moments = 2 * count if optimizer == "adamw_8bit" else MOMENTS * count
-    temporary = 0 if numbers.is_fused or optimizer != "adamw" else WEIGHT * count  # AdamW's foreach loop
-    sizes = [WEIGHT * each for each in trained]
-    parts = [*sizes, *(moments * each // max(count, 1) // 2 for each in trained for _ in range(2))]
+    kept = torch.float32 if config.use_lora else trained_dtype(config, numbers.dtype)
+    each, rows = bytes_per_weight(config.optimizer, kept), bytes_per_weight(config.optimizer, kept, embedding=True)
+    count, of_embedding = sum(trained), 0 if config.use_lora else embedding
+    flat = 2 * kept.itemsize * count if numbers.processes > 1 else 0  # all gradients in one tensor, and its sum
+    # AdamW's loop over lists of tensors, which is not used where one kernel does all.
+    temporary = 0 if numbers.is_fused or config.optimizer != "adamw" else 4 * count
+    moments = int(each.state * (count - of_embedding) + rows.state * of_embedding)
+    parts = [int(each.weight * size) for size in trained]
+    # Where gradients leave the device one by one, the largest is there.
+    gradients = int(each.gradient * count) or kept.itemsize * max(trained)
     return {
-        "weights": base + WEIGHT * count,
-        "home": (*home, *parts),
-        "gradients": GRADIENT * count,
+        "weights": base + sum(parts),
+        "home": (*home, *parts, *(moments * size // count // 2 for size in trained for _ in range(2))),
+        "gradients": gradients,
         "moments": moments,
         "step": max(flat, temporary),
+        "host": int(each.host * count),
     }
 
 
-def frozen(
-    name: str, sizes: Sizes, itemsize: int, passes: PassSettings | None = None, *, has_flash: bool = True
-) -> Tenant:
-    """A model that is not trained, such as a reference or a reward model; without `passes`, the latter."""
-    home = tuple(itemsize * each for each in sizes.weights)
-    config = sizes.config
-    return Tenant(name=name, weights=sum(home), home=home, passes=passes, config=config, has_flash=has_flash)
+def frozen(name: str, sizes: Sizes, passes: PassSettings, *, has_flash: bool = True) -> Tenant:
+    """A model that is not trained, such as a reference or a reward model, with weights of the dtype in `passes`."""
+    home = tuple(passes.weights.itemsize * each for each in sizes.weights)
+    return Tenant(name=name, weights=sum(home), home=home, passes=passes, config=sizes.config, has_flash=has_flash)
 
 
 def pinned(sizes: Iterable[int]) -> int:
@@ -267,10 +264,10 @@ def engine(sizes: Sizes, config: RLConfig, dtype: torch.dtype) -> Engine:
     activations = tokens * width * (constants.VLLM_INTERMEDIATES * inner + constants.VLLM_HIDDENS * hidden)
     graphs = 0 if config.vllm_enforce_eager else constants.VLLM_GRAPHS
     # A tensor as the trainer has it, and as the engine takes it; an adapter is merged in float32.
-    source = width if config.use_lora else WEIGHT
+    source = width if config.use_lora else trained_dtype(config, dtype).itemsize
     push = (source + width) * max(sizes.weights)
     if config.use_lora:
-        push = max(push, (source + width + 2 * WEIGHT) * sizes.adapted)
+        push = max(push, (source + width + 2 * FLOAT32) * sizes.adapted)
     return Engine(
         weights=width * sizes.parameters,
         work=logits + activations + graphs,

@@ -8,13 +8,10 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 import math
 
-import torch
-import transformers
-
 from common.config import RLConfig
 from common.memory import constants
-from common.memory.passes import PassBytes, PassSettings, pass_bytes
-from common.memory.tenants import Tenant
+from common.memory.passes import PassBytes, pass_bytes
+from common.memory.tenants import FLOAT32, Tenant
 from common.models.configs import setting
 
 # Tokens at which the second prediction by fake layers is made.
@@ -58,11 +55,11 @@ class Work:
             return PassBytes(training=0, forward=0, source="")
         # Shorter rows may fill what whole ones leave of the budget.
         rows = max(min(budget / self.row, self.most_rows), 1)
-        first = self._predicted(model.config, model.passes, 1)
+        first = self._predicted(model, 1)
         low, high = math.floor(rows), math.ceil(rows)
         if first.source != "formula":
             low, high = 1, max(high, min(self.most_rows, FAR // self.row))
-        ends = [self._predicted(model.config, model.passes, each) for each in (low, high)]
+        ends = [self._predicted(model, each) for each in (low, high)]
         part = (rows - low) / max(high - low, 1)
         self.sources |= {first.source}
         return PassBytes(
@@ -71,29 +68,25 @@ class Work:
             source=first.source,
         )
 
-    def of_reward(self, model: Tenant, budget: int) -> int:
-        """Bytes of a reward model's forward pass, as `constants` assumes it.
+    def _assumed(self, model: Tenant, rows: int) -> PassBytes:
+        """Bytes of a pass of a model that cannot be predicted, on the safe side."""
+        text, passes = model.config.get_text_config(), model.passes
+        hidden = setting(text, "hidden_size", "d_model", "n_embd")
+        inner = setting(text, "intermediate_size", "ffn_dim", "d_ff", "n_inner") or 4 * hidden
+        layers = setting(text, "num_hidden_layers", "n_layer")
+        width = constants.PASS_INTERMEDIATES * inner + constants.PASS_HIDDENS * hidden
+        heads = 0 if model.has_flash else setting(text, "num_attention_heads") or 0
+        each = rows * (self.row * width * passes.compute.itemsize + constants.PASS_SCORES * heads * self.row**2 * 4)
+        kept = layers * (rows * self.row * hidden * passes.weights.itemsize if passes.checkpointing else each)
+        head = 3 * FLOAT32 * text.vocab_size * hidden if passes.kind == "policy" else 0
+        return PassBytes(training=each + kept + head, forward=each, source="an assumption")
 
-        Args:
-            model: the tenant.
-            budget: padded tokens of a forward pass.
-        """
-        if not self.is_counted:
-            return 0
-        text = model.config.get_text_config()
-        hidden = setting(text, "hidden_size", "d_model")
-        inner = setting(text, "intermediate_size", "ffn_dim", "d_ff") or 4 * hidden
-        itemsize = (setting(text, "dtype") or torch.float32).itemsize
-        rows = self.rows(budget)
-        tokens = rows * self.row
-        width = constants.REWARD_INTERMEDIATES * inner + constants.REWARD_HIDDENS * hidden
-        heads = setting(text, "num_attention_heads") or 0
-        scores = 0 if model.has_flash else constants.REWARD_SCORES * rows * heads * self.row**2 * 4
-        return tokens * width * itemsize + scores
-
-    def _predicted(self, config: transformers.PreTrainedConfig, passes: PassSettings, rows: int) -> PassBytes:
-        key = (id(config), passes, rows)
+    def _predicted(self, model: Tenant, rows: int) -> PassBytes:
+        key = (id(model.config), model.passes, rows)
         if key not in self._known:
             lengths = {"row_tokens": self.row, "completion_tokens": min(self.completion, self.row - 1)}
-            self._known[key] = pass_bytes(config, passes, rows=rows, **lengths)
+            try:
+                self._known[key] = pass_bytes(model.config, model.passes, rows=rows, **lengths)
+            except ValueError:  # nobody can tell: what is assumed is said in the plan
+                self._known[key] = self._assumed(model, rows)
         return self._known[key]
