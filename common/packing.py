@@ -19,9 +19,9 @@ from common.sequences import Packing, Sequences
 
 logger = logging.getLogger("nanorlhf")
 
-# The attention of such models, in transformers' list of them: sdpa, and packed rows where a pass has them. A name of its
-# own leaves "sdpa" as it is for all other models of the process. It stays with the model, because layers that are
-# computed again in the backward pass need it too. Names with "flash" in them make transformers look for a kernel.
+# The attention of such models, in transformers' list of them: sdpa, and that of packed rows where a pass has them. A
+# name of its own leaves "sdpa" as it is for all other models of the process. It stays with the model, because layers
+# that are computed again in the backward pass need it too. For names with "flash" transformers looks for a kernel.
 ATTENTION = "sdpa_or_packed_rows"
 
 # Settings of models in which a token sees only some of the tokens before it, if there are more than so many.
