@@ -28,10 +28,10 @@ from common.update.shared_prompts import pass_rows
 
 # Prompts, completions of each, tokens of a prompt, of a completion (the longest; the shortest is half of it).
 BATCHES = {
-    "short answers, 8 x 4": (8, 4, 100, 3),
-    "short answers, 4 x 8": (4, 8, 100, 3),
-    "GSM8K, 8 x 8": (8, 8, 120, 128),
-    "embedded, 32 x 8": (32, 8, 16, 16),
+    "short-4": (8, 4, 100, 3),
+    "short-8": (4, 8, 100, 3),
+    "gsm8k": (8, 8, 120, 128),
+    "embedded": (32, 8, 16, 16),
 }
 
 
@@ -41,13 +41,14 @@ def main() -> None:
     parser.add_argument("--model", default="mini", help=f"a folder, tiny, or one of {', '.join(SHAPES)} (random)")
     parser.add_argument("--lora", action="store_true", help="train an adapter, as use_lora does")
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens of a pass")
+    parser.add_argument("--prompts", type=int, help="fewer or more prompts than the batch has")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", choices=BATCHES, action="append", help="default: all")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         model, dtype = _model(options, Path(folder))
-    print("| batch | seconds padded | packed | ratio | lowest to highest | tokens of passes | chosen |")
-    print("|---|---|---|---|---|---|---|")
+    print("| batch | seconds padded | packed | ratio | lowest to highest | tokens padded | packed | packed passes |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in options.batch or BATCHES:
         print(_row(name, model, dtype, options), flush=True)
 
@@ -76,41 +77,44 @@ def rows_of(
 
 def _row(name: str, model: nn.Module, dtype: torch.dtype, options: argparse.Namespace) -> str:
     device = next(model.parameters()).device
-    rows = rows_of(*BATCHES[name], model.config.get_text_config().vocab_size)
+    prompts, *sizes = BATCHES[name]
+    rows = rows_of(options.prompts or prompts, *sizes, model.config.get_text_config().vocab_size)
     with forward_context(device, dtype):
         packing = packing_of(model)
     if packing is None:
         return f"| {name} | this model gets padded rows |"
-
-    def backward(packing: Packing | None) -> int:
-        return sum(_pass(model, rows[chosen], packing, dtype) for chosen in _passes(rows, options, packing))
-
-    ways = {"padded": partial(backward, None), "packed": partial(backward, packing)}
-    tokens = {way: run() for way, run in ways.items()}
+    passes = {"padded": _passes(rows, options, None), "packed": _passes(rows, options, packing)}
+    backward = partial(_backward, model, dtype)
+    ways = {way: partial(backward, parts, packing if way == "packed" else None) for way, parts in passes.items()}
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds = seconds_in_turns(ways, rounds=options.rounds, clock=clock)
     ratios = [before / after for before, after in zip(seconds["padded"], seconds["packed"], strict=True)]
-    times = " | ".join(f"{median(seconds[way]):.2f}" for way in ways)
-    chosen = [Sequences.of(rows[each], packing) for each in _passes(rows, options, packing)]
-    packed = sum(each.packed_rows is not None for each in chosen)
-    counts = " / ".join(str(count) for count in tokens.values())
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    return f"| {name} | {times} | {median(ratios):.2f} | {spread} | {counts} | {packed} of {len(chosen)} packed |"
+    padded = [Sequences.of(part) for part in passes["padded"]]
+    packed = [Sequences.of(part, packing) for part in passes["packed"]]
+    cells = [
+        f"{name}, {len(rows)} rows",
+        *(f"{median(seconds[way]):.2f}" for way in ways),
+        f"{median(ratios):.2f}",
+        f"{min(ratios):.2f} to {max(ratios):.2f}",
+        *(f"{sum(each.ids.numel() for each in way)}" for way in (padded, packed)),
+        f"{sum(each.packed_rows is not None for each in packed)} of {len(packed)}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
-def _passes(rows: Rollouts, options: argparse.Namespace, packing: Packing | None) -> list[torch.Tensor]:
-    return pass_rows(rows, options.max_tokens, packing)
+def _passes(rows: Rollouts, options: argparse.Namespace, packing: Packing | None) -> list[Rollouts]:
+    return [rows[chosen].trimmed() for chosen in pass_rows(rows, options.max_tokens, packing)]
 
 
-def _pass(model: nn.Module, rows: Rollouts, packing: Packing | None, dtype: torch.dtype) -> int:
-    """One forward and backward pass; returns its tokens, padding included."""
+def _backward(model: nn.Module, dtype: torch.dtype, passes: list[Rollouts], packing: Packing | None) -> None:
+    """The gradient of all passes."""
     device = next(model.parameters()).device
-    sequences = Sequences.of(rows.trimmed().to(device), packing)
-    with forward_context(device, dtype):
-        logprobs, _ = sequence_logprobs(model, sequences, 1.0, with_entropy=False)
-    (logprobs * torch.linspace(-1, 1, logprobs.shape[1], device=device)).sum().backward()
+    for part in passes:
+        sequences = Sequences.of(part.to(device), packing)
+        with forward_context(device, dtype):
+            logprobs, _ = sequence_logprobs(model, sequences, 1.0, with_entropy=False)
+        (logprobs * torch.linspace(-1, 1, logprobs.shape[1], device=device)).sum().backward()
     model.zero_grad(set_to_none=True)
-    return sequences.ids.numel()
 
 
 def _model(options: argparse.Namespace, folder: Path) -> tuple[nn.Module, torch.dtype]:
