@@ -7,6 +7,7 @@ some models pass nothing on to their attention or make a mask of their own: thes
 import logging
 import math
 import re
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,6 +52,9 @@ def packing_of(model: nn.Module) -> Packing | None:
     # A comparison may have replaced it for its own time.
     if backbone.config.get_text_config()._attn_implementation not in ("sdpa", ATTENTION):
         return None
+    first = next(backbone.parameters())
+    if first.device.type == "cuda" and not _has_varlen_here(first):
+        return None
     if backbone not in _packings:
         _packings[backbone] = _packing(backbone)
     return _packings[backbone]
@@ -61,8 +65,6 @@ def _packing(backbone: nn.Module) -> Packing | None:
     if isinstance(first, FakeTensor) or first.device.type not in ("cpu", "cuda"):
         return None
     if backbone._is_stateful or any(f"'{kind}'" in str(settings) for kind in _ROPE_OF_LENGTH):
-        return None
-    if first.device.type == "cuda" and not _has_varlen_here(first):
         return None
     if not _is_same(backbone):
         return None
@@ -78,14 +80,19 @@ def _width(backbone: nn.Module) -> int:
 
 
 def _has_varlen_here(weight: torch.Tensor) -> bool:
-    """Whether packed rows have attention without padding on this GPU; says once what it takes."""
+    """Whether passes of this precision have attention without padding on this GPU."""
     precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
     if precision in SIXTEEN_BITS and not has_varlen():
-        logger.info(
-            "this GPU or this torch has no flash attention for rows of unequal length (torch.nn.attention.varlen), so "
-            "rows are padded, and a prompt is computed for each of its completions."
-        )
+        _say_that_rows_are_padded()
     return precision in SIXTEEN_BITS and has_varlen()
+
+
+@cache
+def _say_that_rows_are_padded() -> None:
+    logger.info(
+        "this GPU or this torch has no flash attention for rows of unequal length (torch.nn.attention.varlen), so "
+        "rows are padded, and a prompt is computed for each of its completions."
+    )
 
 
 @torch.no_grad()
