@@ -7,6 +7,7 @@ some models pass nothing on to their attention or make a mask of their own: thes
 import logging
 import math
 import re
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,8 +20,15 @@ from common.sequences import Packing, Sequences
 
 logger = logging.getLogger("nanorlhf")
 
+# The attention of such models, in transformers' list of them: sdpa, and that of packed rows where a pass has them. A
+# name of its own leaves "sdpa" as it is for all other models of the process. It stays with the model, because layers
+# that are computed again in the backward pass need it too. For names with "flash" transformers looks for a kernel.
+ATTENTION = "sdpa_or_packed_rows"
+
 # Settings of models in which a token sees only some of the tokens before it, if there are more than so many.
-_WINDOW = re.compile(r"window(_size)?$|attention_chunk_size|index_topk|indexer_budget")
+_WINDOW = re.compile(r"window(?!_layers)|attention_chunk_size|index_topk|indexer_budget")
+# Kinds of rope whose angles depend on the longest row of a pass.
+_ROPE_OF_LENGTH = ("dynamic", "longrope")
 # What packed and padded states may differ by, as a share of the largest: rounding, in 32 and in 16 bits.
 _TOLERANCE = {torch.float32: 1e-4}
 _IN_16_BITS = 0.1
@@ -42,7 +50,10 @@ def packing_of(model: nn.Module) -> Packing | None:
         return None
     backbone = found.base_model
     # A comparison may have replaced it for its own time.
-    if backbone.config.get_text_config()._attn_implementation != "sdpa":
+    if backbone.config.get_text_config()._attn_implementation not in ("sdpa", ATTENTION):
+        return None
+    first = next(backbone.parameters())
+    if first.device.type == "cuda" and not _has_varlen_here(first):
         return None
     if backbone not in _packings:
         _packings[backbone] = _packing(backbone)
@@ -50,17 +61,16 @@ def packing_of(model: nn.Module) -> Packing | None:
 
 
 def _packing(backbone: nn.Module) -> Packing | None:
-    config, first = backbone.config.get_text_config(), next(backbone.parameters())
+    first, settings = next(backbone.parameters()), backbone.config.get_text_config().to_dict()
     if isinstance(first, FakeTensor) or first.device.type not in ("cpu", "cuda"):
         return None
-    if backbone._is_stateful:
-        return None
-    if first.device.type == "cuda" and not _has_varlen_here(first):
+    if backbone._is_stateful or any(f"'{kind}'" in str(settings) for kind in _ROPE_OF_LENGTH):
         return None
     if not _is_same(backbone):
         return None
-    settings = config.to_dict().items()
-    windows = [value for name, value in settings if _WINDOW.search(name) and type(value) is int and value > 0]
+    if settings.get("use_sliding_window") is False:
+        settings.pop("sliding_window", None)
+    windows = [value for name, value in settings.items() if _WINDOW.search(name) and type(value) is int and value > 0]
     # As many tokens as the window would already get a mask.
     return Packing(max_tokens=min(windows, default=math.inf) - 1, hidden_size=_width(backbone))
 
@@ -70,45 +80,63 @@ def _width(backbone: nn.Module) -> int:
 
 
 def _has_varlen_here(weight: torch.Tensor) -> bool:
-    """Whether packed rows have attention without padding on this GPU; says once what it takes."""
+    """Whether passes of this precision have attention without padding on this GPU."""
     precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
     if precision in SIXTEEN_BITS and not has_varlen():
-        logger.info(
-            "this GPU or this torch has no flash attention for rows of unequal length (torch.nn.attention.varlen), so "
-            "rows are padded, and a prompt is computed for each of its completions."
-        )
+        _say_that_rows_are_padded()
     return precision in SIXTEEN_BITS and has_varlen()
+
+
+@cache
+def _say_that_rows_are_padded() -> None:
+    logger.info(
+        "this GPU or this torch has no flash attention for rows of unequal length (torch.nn.attention.varlen), so "
+        "rows are padded, and a prompt is computed for each of its completions."
+    )
 
 
 @torch.no_grad()
 def _is_same(backbone: nn.Module) -> bool:
-    """Whether a model's last hidden states before completion tokens are the same packed and padded."""
-    from transformers import AttentionInterface
+    """Give a model the attention for packed rows, if its states before completion tokens are then the same."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
 
-    # Models look the function up by this name in each layer. Without packed rows it is transformers' own.
-    AttentionInterface.register("sdpa", attention)
-    rows, device = _compared_rows(backbone.config.get_text_config().vocab_size), next(backbone.parameters()).device
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    rows, first = _compared_rows(backbone.config.get_text_config().vocab_size), next(backbone.parameters())
+    tolerance = _TOLERANCE.get(first.dtype, _IN_16_BITS)
+    packed, padded = Sequences.packed(rows, first.device), Sequences.of(rows.to(first.device))
+    same = False
     try:
-        with torch.autocast(device.type, enabled=False):
-            packed, padded = (
-                each.states(backbone).float() for each in (Sequences.packed(rows, device), _padded(rows, device))
-            )
-            exact = _TOLERANCE.get(next(backbone.parameters()).dtype, _IN_16_BITS)
-        if (packed - padded).abs().max() > exact * padded.abs().max():
-            return False
-        if device.type == "cpu":
-            return True
-        # The same once more as it is trained, in flash attention.
-        packed = Sequences.packed(rows, device).states(backbone).float()
-        return bool((packed - padded).abs().max() <= _IN_16_BITS * padded.abs().max())
+        with torch.autocast(first.device.type, enabled=False):
+            expected = padded.states(backbone)
+            _set_attention(backbone, ATTENTION)
+            same = all(_is_close(each.states(backbone), expected, tolerance) for each in (padded, packed))
+        if first.device.type == "cuda" and same:  # once more as it is trained, in flash attention
+            same = _is_close(packed.states(backbone), expected, _IN_16_BITS)
     # A model that knows no position ids, or has another attention, raises whatever its code does.
     except Exception as error:
         logger.debug("%s takes no packed rows: %s", type(backbone).__name__, error)
-        return False
+        same = False
+    finally:
+        if not same:
+            _set_attention(backbone, "sdpa")
+    return same
 
 
-def _padded(rows: Rollouts, device: torch.device) -> Sequences:
-    return Sequences.of(rows.to(device))
+def _set_attention(backbone: nn.Module, name: str) -> None:
+    """Change all of a model's sdpa to the other kind."""
+    from transformers import PreTrainedConfig
+
+    # Modules read it from a configuration that need not be the same object as the model's.
+    for module in backbone.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and config._attn_implementation in ("sdpa", ATTENTION):
+            config._attn_implementation = name
+
+
+def _is_close(states: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    return bool((states - expected).abs().max() <= tolerance * expected.abs().max())
 
 
 def _compared_rows(vocabulary: int) -> Rollouts:

@@ -7,12 +7,13 @@ from accelerate import Accelerator
 from common.config import RLConfig
 from common.logprobs import token_logprobs
 from common.models.loading import load_policy
-from common.packing import packing_of
+from common.packing import ATTENTION, packing_of
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.sequences import Packing, Sequences, grouped_lengths, groups
 from common.update.batches import Batches
 from common.update.shared_prompts import pass_rows
 from PPO.value_model import load_value_model, token_values
+from tests.architectures import ARCHITECTURES
 from tests.test_sequences import untrained
 
 # Of tests/architectures.py: what keeps packed rows from being the same, beside attention without a place for them.
@@ -107,9 +108,68 @@ def test_other_architectures_can_be_packed(name):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*PADDED, "mistral", "gemma2", "gpt_oss", "deepseek_v32"])
+@pytest.mark.parametrize(
+    "name", [*PADDED, "mistral", "gemma2", "gpt_oss", "deepseek_v32", "llama_dynamic", "phi3_long"]
+)
 def test_what_carries_more_than_attention_from_token_to_token_gets_padded_rows(name):
-    assert packing_of(untrained(name)) is None
+    model = untrained(name)
+    before = model.base_model.config._attn_implementation
+    assert packing_of(model) is None
+    assert {each.config._attn_implementation for each in model.modules() if hasattr(each, "config")} == {before}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "smollm3"])
+def test_a_window_that_is_switched_off_is_none(name):
+    """Qwen2.5 has max_window_layers, and others the length of a window that no layer has."""
+    model = untrained(name)
+    assert packing_of(model).max_tokens == float("inf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_gives_the_same_as_with_padded_rows(name):
+    """Log-probs and gradient, packed or not, whatever the model makes of position ids and masks."""
+    model, rows = untrained(name), batch([12, 30, 9], [[5, 1, 16], [9, 4], [24]])
+    with torch.no_grad():
+        before = padded(token_logprobs, model, rows, 1.0)[0]
+    packing = packing_of(model)
+    found, expected = token_logprobs(model, rows, 1.0)[0], padded(token_logprobs, model, rows, 1.0)[0]
+    assert torch.equal(before, expected)  # the attention of another name is the same for padded rows
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    if packing is not None:
+        found, expected = gradients(model, found), gradients(model, expected)
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_attention_of_other_models_stays_that_of_transformers(tiny_folder):
+    """vLLM in the same process may run models through transformers too."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    model = load_policy(str(tiny_folder), RLConfig(), dtype=torch.float32)
+    assert packing_of(model) is not None
+    assert model.base_model.config._attn_implementation == ATTENTION
+    assert AttentionInterface()["sdpa"] is sdpa_attention_forward
+    assert AutoModelForCausalLM.from_pretrained(tiny_folder).config._attn_implementation == "sdpa"
+
+
+def test_a_saved_model_does_not_name_its_attention(tiny_folder, tmp_path):
+    model = load_policy(str(tiny_folder), RLConfig(), dtype=torch.float32)
+    assert packing_of(model) is not None
+    model.save_pretrained(tmp_path)
+    assert ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+@torch.no_grad()
+def test_a_model_with_such_attention_still_generates(tiny_folder):
+    model = load_policy(str(tiny_folder), RLConfig(), dtype=torch.float32)
+    ids = torch.randint(5, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # padding on the left
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    before = model.generate(ids, **settings)
+    assert packing_of(model) is not None
+    assert torch.equal(model.generate(ids, **settings), before)
 
 
 def test_attention_that_is_replaced_for_a_while_is_given_no_packed_rows(tiny_folder):
@@ -136,16 +196,17 @@ def test_adjacent_rows_with_one_prompt_are_a_group_whatever_their_padding():
     assert groups(rows[:0]) == []
 
 
-@pytest.mark.parametrize("budget", [1, 60, 150, 10_000])
+@pytest.mark.parametrize("budget", [1, 60, 250, 10_000])
 def test_passes_stay_within_the_budget_and_have_each_row_once(budget):
     rows, packing = batch([50, 50, 7], [[3] * 4, [9, 2, 3], [40, 3, 20]]), Packing(float("inf"), 64)
     passes = pass_rows(rows, budget, packing)
     assert sorted(torch.cat(passes).tolist()) == list(range(10))
     for chosen in passes:
-        sequences = Sequences.of(rows[chosen].trimmed(), packing)
-        assert sequences.ids.numel() <= budget or len(chosen) == 1
+        # Keys of a prompt are there for each of its rows, so it counts as often.
+        assert int(rows[chosen].total_lengths.sum()) <= budget or len(chosen) == 1
+        assert Sequences.of(rows[chosen].trimmed(), packing).ids.numel() <= budget or len(chosen) == 1
     computed = sum(Sequences.of(rows[chosen].trimmed(), packing).ids.numel() for chosen in passes)
-    if budget >= 150:
+    if budget >= 250:
         assert computed < 0.5 * int(rows.total_lengths.sum())
 
 
@@ -165,7 +226,7 @@ def test_more_tokens_than_a_window_are_not_packed():
 
 def test_a_model_is_scored_in_the_passes_it_is_trained_in(tiny_folder):
     """The first ratio is exactly 1."""
-    config = RLConfig(prompts_per_step=2, num_generations=2, num_minibatches=1, max_tokens_per_microbatch=90)
+    config = RLConfig(prompts_per_step=2, num_generations=2, num_minibatches=1, max_tokens_per_microbatch=250)
     model, rows = load_policy(str(tiny_folder), config, dtype=torch.float32), batch([50, 50], [[3] * 4, [9, 2, 3]])
     batches = Batches(config, Accelerator(cpu=True), torch.float32)
     with batches.passes_of(model):

@@ -9,10 +9,11 @@ from common.update.rows import PASS_IN_TOKENS, microbatch_rows
 
 
 def pass_rows(minibatch: Rollouts, max_tokens: int, packing: Packing | None) -> list[Tensor]:
-    """Split rows into forward passes of at most `max_tokens` computed tokens.
+    """Split rows into forward passes of at most `max_tokens` tokens.
 
     Rows with one prompt are in one pass where computing the prompt once saves enough; all other rows are with rows of
-    similar length, as in `microbatch_rows`.
+    similar length, as in `microbatch_rows`. A prompt counts for each of its rows all the same: attention has a copy of
+    its keys for each, so that a pass needs no more memory than that of the same rows with padding.
 
     Args:
         minibatch: b rows on the CPU.
@@ -52,27 +53,28 @@ def _sharing(minibatch: Rollouts, max_tokens: int, packing: Packing) -> list[Ten
     shared: list[tuple[int, int, list[int]]] = []  # the longest completion, tokens, rows
     alone: list[int] = []
     for rows, (prompt, completions) in zip(groups(minibatch), grouped_lengths(minibatch), strict=True):
-        for start, end in _parts(prompt, completions, limit):
-            tokens, cost = packing.of_group(prompt, completions[start:end])
-            padded = sum(packing.cost(prompt + length, prompt + length) for length in completions[start:end])
-            if cost < WORTH_IT * padded and tokens <= limit:
-                shared.append((max(completions[start:end]), tokens, rows[start:end]))
+        for start, end in _parts([prompt + length for length in completions], limit):
+            part = completions[start:end]
+            tokens = len(part) * prompt + sum(part)
+            _, cost = packing.of_group(prompt, part)
+            apart = sum(packing.cost(prompt + length, prompt + length) for length in part)
+            if tokens <= limit and cost < WORTH_IT * apart:
+                shared.append((max(part), tokens, rows[start:end]))
             else:
                 alone += rows[start:end]
     others = torch.tensor(alone, dtype=torch.int64)
     return _filled(shared, limit) + [others[each] for each in microbatch_rows(lengths[others], max_tokens)]
 
 
-def _parts(prompt: int, completions: list[int], limit: float) -> list[tuple[int, int]]:
-    """Where a group is cut, so that each part with its prompt has at most `limit` tokens, or is one row."""
-    parts, start, tokens = [], 0, prompt
-    for number, length in enumerate(completions):
-        seen = max(length - 1, 0)
-        if number > start and tokens + seen > limit:
+def _parts(lengths: list[int], limit: float) -> list[tuple[int, int]]:
+    """Where a group is cut, so that each part has at most `limit` tokens, or is one row."""
+    parts, start, tokens = [], 0, 0
+    for number, length in enumerate(lengths):
+        if number > start and tokens + length > limit:
             parts.append((start, number))
-            start, tokens = number, prompt
-        tokens += seen
-    return [*parts, (start, len(completions))]
+            start, tokens = number, 0
+        tokens += length
+    return [*parts, (start, len(lengths))]
 
 
 def _filled(shared: list[tuple[int, int, list[int]]], limit: float) -> list[Tensor]:
