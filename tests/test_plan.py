@@ -283,7 +283,7 @@ def test_cards_are_known_by_their_names_and_sizes():
         "5090",
         "v100",
     ]
-    assert all(10 * GB < card(name).total < 200 * GB for name in names.split())
+    assert all(10 * GB < card(name).total < 200 * GB for name in names)
 
 
 @pytest.mark.parametrize("name", ["foo", "", "0gb", "gb", "99999gb", "-4gb"])
