@@ -5,7 +5,7 @@ from torch import Tensor
 
 from common.rollouts import Rollouts
 from common.sequences import WORTH_IT, Packing, grouped_lengths, groups
-from common.update.rows import microbatch_rows
+from common.update.rows import PASS_IN_TOKENS, microbatch_rows
 
 
 def pass_rows(minibatch: Rollouts, max_tokens: int, packing: Packing | None) -> list[Tensor]:
@@ -23,9 +23,32 @@ def pass_rows(minibatch: Rollouts, max_tokens: int, packing: Packing | None) -> 
     Returns:
         int64 tensors of row indices, together a permutation of 0 .. b - 1.
     """
-    lengths = minibatch.total_lengths
+    padded = microbatch_rows(minibatch.total_lengths, max_tokens)
     if packing is None:
-        return microbatch_rows(lengths, max_tokens)
+        return padded
+    shared = _sharing(minibatch, max_tokens, packing)
+    # A pass more may take longer than the tokens that it saves.
+    costs = [sum(_cost(minibatch[rows], packing) for rows in passes) for passes in (shared, padded)]
+    return shared if costs[0] < costs[1] else padded
+
+
+def computed_tokens(rows: Rollouts, packing: Packing | None) -> int:
+    """Tokens of a pass with these rows, padding included."""
+    if packing is not None and packing.pays(rows):
+        return sum(packing.of_group(*group)[0] for group in grouped_lengths(rows))
+    return len(rows) * int(rows.total_lengths.max())
+
+
+def _cost(rows: Rollouts, packing: Packing) -> float:
+    """Of a pass with these rows, in tokens."""
+    width = int(rows.total_lengths.max())
+    packed = [packing.of_group(*group)[1] for group in grouped_lengths(rows)]
+    return PASS_IN_TOKENS + (sum(packed) if packing.pays(rows) else len(rows) * packing.cost(width, width))
+
+
+def _sharing(minibatch: Rollouts, max_tokens: int, packing: Packing) -> list[Tensor]:
+    """Passes in which groups that save enough are together, and then the other rows."""
+    lengths = minibatch.total_lengths
     limit = min(max_tokens, packing.max_tokens)
     shared: list[tuple[int, int, list[int]]] = []  # the longest completion, tokens, rows
     alone: list[int] = []
