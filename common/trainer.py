@@ -459,7 +459,7 @@ class OnPolicyTrainer(ABC):
         """
         if name == "ref":
             self._used_settings.add("kl_coef")
-        with self.stopwatch(phase), self.models.use(name) as model:
+        with self.stopwatch(phase), self.models.use(name) as model, self.batches.passes_of(model):
             outputs = self.batches.for_each_token(rollouts, partial(forward, model), step=self.current_step)
             self._soundness.check_outputs(name, outputs, model, step=self.current_step)
         return outputs
@@ -484,7 +484,8 @@ class OnPolicyTrainer(ABC):
         self.run.stopping.begin_update()
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
-        with self.stopwatch("update"), self.models.use(learner.name, train=True) as model:
+        in_use = self.models.use(learner.name, train=True)
+        with self.stopwatch("update"), in_use as model, self.batches.passes_of(model):
             check = partial(self._soundness.check_first_minibatch, model=model, step=self.current_step)
             settings["check"] = check if learner is self.policy else None
             for epoch in range(num_epochs):

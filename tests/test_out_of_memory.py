@@ -42,7 +42,7 @@ class Memory:
 
     Args:
         trainer: of a toy run.
-        limit: padded tokens.
+        limit: computed tokens, padding included.
         where: "forward" or "backward".
         error: what is raised.
     """
@@ -50,13 +50,17 @@ class Memory:
     def __init__(self, trainer, limit: int, where: str, error: Exception | None = None) -> None:
         self.limit, self.where, self.num_failed = limit, where, 0
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        self.is_in_pass = False
+        self.is_in_pass, self.num_rows = False, 0
         run_passes = trainer.batches.run_passes
 
-        def within_passes(*args):
+        def within_passes(minibatch, run):
+            def counted(rows, microbatch):
+                self.num_rows = len(microbatch)
+                run(rows, microbatch)
+
             self.is_in_pass = True
             try:
-                return run_passes(*args)
+                return run_passes(minibatch, counted)
             finally:
                 self.is_in_pass = False
 
@@ -77,8 +81,7 @@ class Memory:
         return output
 
     def _check(self, tensor: torch.Tensor) -> None:
-        rows, width, _ = tensor.shape
-        if rows > 1 and rows * width > self.limit:
+        if self.num_rows > 1 and tensor[..., 0].numel() > self.limit:
             self.num_failed += 1
             raise self.error
 
