@@ -18,6 +18,7 @@ from common.logprobs import token_logprobs
 from common.mistakes import TooLargeRow
 from common.runs.checkpoints import latest_checkpoint, load_state
 from common.update.out_of_memory import is_out_of_memory, smaller_budget, too_large_row
+from common.update.shared_prompts import tokens_of_pass
 from tests.toy import (
     SEVERAL,
     algorithms,
@@ -42,7 +43,7 @@ class Memory:
 
     Args:
         trainer: of a toy run.
-        limit: computed tokens, padding included.
+        limit: tokens of a pass, as its budget counts them.
         where: "forward" or "backward".
         error: what is raised.
     """
@@ -50,12 +51,13 @@ class Memory:
     def __init__(self, trainer, limit: int, where: str, error: Exception | None = None) -> None:
         self.limit, self.where, self.num_failed = limit, where, 0
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        self.is_in_pass, self.num_rows = False, 0
+        self.is_in_pass, self.num_rows, self.num_tokens = False, 0, 0
         run_passes = trainer.batches.run_passes
 
         def within_passes(minibatch, run):
             def counted(rows, microbatch):
                 self.num_rows = len(microbatch)
+                self.num_tokens = tokens_of_pass(microbatch, trainer.batches.packing)
                 run(rows, microbatch)
 
             self.is_in_pass = True
@@ -75,13 +77,13 @@ class Memory:
         if not self.is_in_pass:
             return output
         if self.where == "forward":
-            self._check(output)
+            self._check()
         elif output.requires_grad:
-            output.register_hook(self._check)
+            output.register_hook(lambda _: self._check())
         return output
 
-    def _check(self, tensor: torch.Tensor) -> None:
-        if self.num_rows > 1 and tensor[..., 0].numel() > self.limit:
+    def _check(self) -> None:
+        if self.num_rows > 1 and self.num_tokens > self.limit:
             self.num_failed += 1
             raise self.error
 

@@ -20,7 +20,7 @@ from common.rollouts import Rollouts, filler
 from common.sequences import Packing
 from common.update.out_of_memory import StepAgain, free_memory, is_out_of_memory, let_go, smaller_budget, too_large_row
 from common.update.rows import minibatch_rows
-from common.update.shared_prompts import computed_tokens, pass_rows
+from common.update.shared_prompts import pass_rows, tokens_of_pass
 
 logger = logging.getLogger("nanorlhf")
 
@@ -164,8 +164,8 @@ class Batches:
                     raise
                 let_go(error)
                 widths = lengths[rows].tolist() if rows is not None else [2]  # a filler has two tokens
-                computed = max(widths) if rows is None else computed_tokens(minibatch[rows], self.packing)
-                failed = computed, max(widths) if len(widths) == 1 else 0
+                tokens = max(widths) if rows is None else tokens_of_pass(minibatch[rows], self.packing)
+                failed = tokens, max(widths) if len(widths) == 1 else 0
                 break  # and meet the others, which know nothing of it
         everyone = self._of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
         if not everyone.any():

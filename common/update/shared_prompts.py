@@ -32,10 +32,10 @@ def pass_rows(minibatch: Rollouts, max_tokens: int, packing: Packing | None) -> 
     return shared if costs[0] < costs[1] else padded
 
 
-def computed_tokens(rows: Rollouts, packing: Packing | None) -> int:
-    """Tokens of a pass with these rows, padding included."""
+def tokens_of_pass(rows: Rollouts, packing: Packing | None) -> int:
+    """Tokens of a pass with these rows as its budget counts them: padding, and a prompt for each of its rows."""
     if packing is not None and packing.pays(rows):
-        return sum(packing.of_group(*group)[0] for group in grouped_lengths(rows))
+        return sum(_tokens(*group) for group in grouped_lengths(rows))
     return len(rows) * int(rows.total_lengths.max())
 
 
@@ -55,7 +55,7 @@ def _sharing(minibatch: Rollouts, max_tokens: int, packing: Packing) -> list[Ten
     for rows, (prompt, completions) in zip(groups(minibatch), grouped_lengths(minibatch), strict=True):
         for start, end in _parts([prompt + length for length in completions], limit):
             part = completions[start:end]
-            tokens = len(part) * prompt + sum(part)
+            tokens = _tokens(prompt, part)
             _, cost = packing.of_group(prompt, part)
             apart = sum(packing.cost(prompt + length, prompt + length) for length in part)
             if tokens <= limit and cost < WORTH_IT * apart:
@@ -64,6 +64,11 @@ def _sharing(minibatch: Rollouts, max_tokens: int, packing: Packing) -> list[Ten
                 alone += rows[start:end]
     others = torch.tensor(alone, dtype=torch.int64)
     return _filled(shared, limit) + [others[each] for each in microbatch_rows(lengths[others], max_tokens)]
+
+
+def _tokens(prompt: int, completions: list[int]) -> int:
+    """Tokens of rows with one prompt, counted for each of them."""
+    return len(completions) * prompt + sum(completions)
 
 
 def _parts(lengths: list[int], limit: float) -> list[tuple[int, int]]:
