@@ -36,7 +36,7 @@ class Choices:
         offload: "always" or "never".
         max_tokens_per_microbatch: padded tokens.
         vllm_memory_share: of the device; on a CPU, of the free memory.
-        pins: whether main memory has room for pinned copies of what moves.
+        pins: whether what moves has pinned copies; where main memory is short, some have not.
     """
 
     offload: str
@@ -190,7 +190,6 @@ def _plan_with(choices: Choices, config: RLConfig, cast: Cast, machine: Machine,
     passes = [*scored, *forward, *trained]
     share, sequences = _share(room, config, machine, passes)
     room.share = share
-    room.is_open = False
     engine_is_there = config.sampler == "vllm" and machine.card.kind == "cuda"
     phases = [_load(room), *([_push(room)] if engine_is_there else []), _sample(room, config, sequences)]
     if engine_is_there and config.vllm_sleep_level == 0:
@@ -199,7 +198,7 @@ def _plan_with(choices: Choices, config: RLConfig, cast: Cast, machine: Machine,
         card=machine.card,
         host=machine.host,
         phases=(*phases, *passes),
-        choices=replace(choices, vllm_memory_share=share),
+        choices=replace(choices, vllm_memory_share=share, pins=room.pins),
         cast=cast,
         sequences=sequences,
         sources=work.sources,
@@ -216,13 +215,18 @@ class _Room:
     machine: Machine
     choices: Choices
     share: float = 0.0
-    is_open: bool = True
 
     def __init__(self, config: RLConfig, cast: Cast, machine: Machine, choices: Choices) -> None:
         self.config, self.cast, self.machine, self.choices = config, cast, machine, choices
         self.moves = choices.offload == "always"
         self.on_cpu = machine.card.kind == "cpu"
         self.has_engine = config.sampler == "vllm" and not self.on_cpu
+        homes = [size for each in cast.models for size in each.home]
+        host = machine.host
+        self.rounding = pinned(homes) - sum(homes)
+        self.pins = host is None or pinned(homes) <= host // 2  # see PinnedMemory in models/mover.py
+        if not self.pins:
+            self.rounding = min(self.rounding, host // 4)
 
     @property
     def engine_bytes(self) -> int:
@@ -273,9 +277,9 @@ class _Room:
             if each.host:
                 found[f"optimizer of {each.name}"] = each.host
             if self.moves or name == "load":
-                # Before the first step there are no moments.
-                count = pinned(each.home) if self.moves and self.choices.pins else sum(each.home)
-                found[f"{each.name}, at home"] = count if self.moves else each.weights
+                found[f"{each.name}, at home"] = sum(each.home) if self.moves else each.weights
+        if self.moves:
+            found["rounding of pinned copies"] = self.rounding
         if self.has_engine and self.config.vllm_sleep_level == 1 and name not in ("load", "sample"):
             found["vLLM's weights"] = self.cast.engine.weights
         return {name: size for name, size in found.items() if size}
@@ -347,7 +351,8 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
     if not room.has_engine:
         return (SHARE_ON_CPU if share == AUTO else share), min(256, rows) if config.sampler != "vllm" else wanted
     if share == AUTO:
-        beside = room.phase("sample", device={}, engine=0).on_device
+        # The first push finds the whole engine awake.
+        beside = max(room.phase("", device=each, engine=0).on_device for each in ({}, {"": engine.push}))
         if config.vllm_sleep_level == 0:
             beside = max([beside, *(phase.on_device - engine.asleep for phase in passes)])
         most = min((total - beside) / total, constants.VLLM_LARGEST_SHARE)

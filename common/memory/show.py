@@ -97,7 +97,7 @@ def _choices(plan: Plan, config: RLConfig) -> str:
     by_plan = " (auto)" if config.offload == AUTO else ""
     parts.append(f"offload {choices.offload}{by_plan}{moved}")
     if choices.offload == "always" and plan.card.kind == "cuda" and not choices.pins:
-        parts.append("copies not pinned, since main memory is short")
+        parts.append("copies not all pinned, since main memory is short")
     chosen = " (auto)" if config.max_tokens_per_microbatch == AUTO else ""
     parts.append(f"max_tokens_per_microbatch {choices.max_tokens_per_microbatch}{chosen}")
     if config.sampler == "vllm":

@@ -61,7 +61,7 @@ class ModelPool:
 
     Args:
         device: where they are used.
-        offload: move them "always" or "never"; "auto" is decided by `plan`, and again when a model is added later.
+        offload: move them "always" or "never"; the memory plan decides which of them "auto" is.
         stopwatch: counts the time of moves as the phase "offload".
 
     Attributes:
@@ -73,8 +73,6 @@ class ModelPool:
     ) -> None:
         self.device = device
         self._stopwatch = stopwatch
-        self._sampler_bytes = 0
-        self._is_auto = offload == "auto"
         self.offload = offload
         self.resident: set[str] = set()
         self._models: dict[str, _Entry] = {}
@@ -97,13 +95,12 @@ class ModelPool:
             needs: a model that must be on the device too while this one is used, such as one it shares weights with.
             context: entered while this one is used.
         """
-        if name in self.resident:
-            self._to_cpu(name) if self.offload == "always" else self.resident.discard(name)
+        if name in self.resident and self.offload == "always":
+            self._to_cpu(name)
+        self.resident -= {name}
         others = set(self._models[needs].tensors) if needs else set()
         own = [t for t in [*module.parameters(), *module.buffers(), *scales(module)] if t not in others]
         self._models[name] = _Entry(module=module, tensors=own, optimizer=optimizer, needs=needs, context=context)
-        if self.offload != "auto":
-            self.plan(sampler_bytes=self._sampler_bytes)
 
     def add_view(self, name: str, of: str, context: Callable[[], AbstractContextManager]) -> None:
         """Give a model a second name under which it is used inside `context`, such as a policy without its adapter."""
@@ -112,29 +109,6 @@ class ModelPool:
     def __contains__(self, name: str) -> bool:
         """True when there is a model of that name."""
         return name in self._models
-
-    def plan(self, *, sampler_bytes: int) -> dict[str, float]:
-        """Decide offload="auto": move models only if all of them together do not fit.
-
-        Args:
-            sampler_bytes: device memory that the sampler keeps while models are used.
-
-        Returns:
-            The plan in GB: weights, gradients and optimizer state, sampler, reserve for activations, device.
-        """
-        self._sampler_bytes = sampler_bytes
-        entries = self._models.values()
-        weights = sum(tensor.nbytes for entry in entries for tensor in entry.tensors)
-        # A gradient and two moments of Adam, as large as the float32 weight each.
-        training = 3 * sum(tensor.nbytes for entry in entries for tensor in entry.trained)
-        device = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else 0
-        # A quarter for activations and fragmentation: the need of a micro-batch is not known before it runs.
-        reserve = device // 4
-        if self._is_auto:
-            fits = weights + training + sampler_bytes + reserve <= device
-            self.offload = "never" if fits or self.device.type == "cpu" else "always"
-        plan = {"weights": weights, "training": training, "sampler": sampler_bytes, "reserve": reserve}
-        return {name: round(size / 1e9, 3) for name, size in (plan | {"device": device}).items()}
 
     @cached_property
     def mover(self) -> Mover:
