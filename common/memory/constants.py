@@ -22,6 +22,8 @@ VLLM_INTERMEDIATES, VLLM_HIDDENS = 3, 6
 VLLM_LOGITS = 4
 # CUDA graphs of all batch sizes; they stay while the engine sleeps.
 VLLM_GRAPHS = int(0.5 * GIB)
+# What stays free beside an engine whose share is chosen, as a share of the GPU: the numbers above may be wrong.
+SPARE = 0.03
 # The most of a GPU that an engine is given: it starts when the context is there already.
 VLLM_LARGEST_SHARE = 0.9
 # Completions at full length that an engine must have room for where its share is chosen: with fewer, most of a group

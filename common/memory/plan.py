@@ -355,7 +355,7 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
         beside = max(room.phase("", device=each, engine=0).on_device for each in ({}, {"": engine.push}))
         if config.vllm_sleep_level == 0:
             beside = max([beside, *(phase.on_device - engine.asleep for phase in passes)])
-        most = min((total - beside) / total, constants.VLLM_LARGEST_SHARE)
+        most = min((total - beside) / total - constants.SPARE, constants.VLLM_LARGEST_SHARE)
         # Upwards as much as it can use, downwards what there is.
         share = min(math.ceil(1000 * engine.holding(wanted) / total), math.floor(1000 * most)) / 1000
         share = max(share, 0.001)

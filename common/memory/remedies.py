@@ -46,53 +46,54 @@ def changes(config: RLConfig) -> Iterator[Changes]:
         yield {"max_completion_length": length}
 
 
-def remedy(config: RLConfig, casting: Casting, machine: Machine) -> tuple[Changes, Plan] | None:
+def remedy(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> tuple[Changes, Plan] | None:
     """The first change with which a run fits; if no single one is enough, the first of them together.
 
     Args:
         config: of the run that does not fit.
         casting: finds who takes memory with other settings.
         machine: what there is.
+        work: what the plan was made with.
 
     Returns:
         Settings to change, with the plan; None if nothing of this helps.
     """
     found = list(changes(config))
     for each in found:
-        if plan := _fitting(config, each, casting, machine):
+        if plan := _fitting(config, each, casting, machine, work):
             return each, plan
     # Length changes what is learned: only if the others are not enough together.
     together: Changes = {}
     for each in found:
         together |= each
-        if plan := _fitting(config, together, casting, machine):
-            return _without_idle(config, together, casting, machine) or (together, plan)
+        if plan := _fitting(config, together, casting, machine, work):
+            return _without_idle(config, together, casting, machine, work) or (together, plan)
     return None
 
 
 def _without_idle(
-    config: RLConfig, together: Changes, casting: Casting, machine: Machine
+    config: RLConfig, together: Changes, casting: Casting, machine: Machine, work: Work
 ) -> tuple[Changes, Plan] | None:
     """The same without the changes that it fits without."""
     result = None
     for name in list(together):
         fewer = {other: value for other, value in together.items() if other != name}
-        if plan := _fitting(config, fewer, casting, machine):
+        if plan := _fitting(config, fewer, casting, machine, work):
             together, result = fewer, (fewer, plan)
     return result
 
 
-def _fitting(config: RLConfig, change: Changes, casting: Casting, machine: Machine) -> Plan | None:
+def _fitting(config: RLConfig, change: Changes, casting: Casting, machine: Machine, work: Work) -> Plan | None:
     known = {field.name for field in fields(config)}
     try:
         changed = replace(config, **{name: value for name, value in change.items() if name in known})
     except ValueError:  # these settings do not go together
         return None
-    plan = make_plan(changed, casting.cast(changed), machine, work=Work(changed, machine.processes))
+    plan = make_plan(changed, casting.cast(changed), machine, work=work.of_settings(changed))
     return plan if plan.fits else None
 
 
-def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine) -> str:
+def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine, work: Work) -> str:
     """What to say of a run that cannot fit, with what to do.
 
     Args:
@@ -100,6 +101,7 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine) ->
         plan: which does not fit.
         casting: finds who takes memory with other settings.
         machine: what there is.
+        work: what the plan was made with.
     """
     row = config.max_prompt_length + config.max_completion_length
     settings = f"model={config.model}, max_tokens_per_microbatch={config.max_tokens_per_microbatch}"
@@ -107,7 +109,7 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine) ->
     alone = (
         f" A micro-batch is one row of {row:,} tokens already." if is_alone and "passes" in plan.peak.device else ""
     )
-    found = remedy(config, casting, machine)
+    found = remedy(config, casting, machine, work)
     if found is None:
         todo = "No setting that changes memory is enough: pass a smaller --model, or use a larger card."
         return f"{settings}: {plan.problem}.{alone} {todo}"

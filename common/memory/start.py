@@ -59,7 +59,7 @@ def plan_of(
     work = Work(config, processes, is_counted=with_passes or there.kind == "cuda")
     plan = make_plan(config, casting.cast(config), machine, work=work)
     if not plan.fits:
-        raise ValueError(refusal(config, plan, casting, machine))
+        raise ValueError(refusal(config, plan, casting, machine, work))
     return plan
 
 

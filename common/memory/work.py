@@ -28,12 +28,18 @@ class Work:
     """
 
     def __init__(self, config: RLConfig, processes: int = 1, *, is_counted: bool = True) -> None:
-        self.is_counted = is_counted
+        self.processes, self.is_counted = processes, is_counted
         self.prompt, self.completion = config.max_prompt_length, config.max_completion_length
         rows = math.ceil(config.completions_per_step / config.num_minibatches / processes)
         self.most_rows = max(rows, 1)
         self.sources: frozenset[str] = frozenset()
         self._known: dict[tuple, PassBytes] = {}
+
+    def of_settings(self, config: RLConfig) -> Work:
+        """The same for other settings, with the predictions that there are already."""
+        other = Work(config, self.processes, is_counted=self.is_counted)
+        other._known = self._known
+        return other
 
     @property
     def row(self) -> int:
@@ -82,7 +88,7 @@ class Work:
         return PassBytes(training=each + kept + head, forward=each, source="an assumption")
 
     def _predicted(self, model: Tenant, rows: int) -> PassBytes:
-        key = (id(model.config), model.passes, rows)
+        key = (id(model.config), model.passes, rows, self.prompt, self.completion)
         if key not in self._known:
             lengths = {"row_tokens": self.row, "completion_tokens": min(self.completion, self.row - 1)}
             try:
