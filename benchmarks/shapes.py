@@ -38,7 +38,7 @@ SHAPES = {
 
 
 def save_shape(name: str, folder: Path) -> Path:
-    """Write a model of random bfloat16 weights with the embedded policy's tokenizer, filled up with names for its other tokens.
+    """Write a model of random bfloat16 weights; its tokenizer is the embedded policy's, filled up to all its tokens.
 
     Args:
         name: key of SHAPES.
