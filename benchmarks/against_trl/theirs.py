@@ -187,9 +187,11 @@ def train(algorithm: str, folder: Path, options: dict) -> dict:
 def reading_text(function: Any) -> Any:
     """A reward function that is given text where TRL has chat messages; TRL also asks it for a name."""
 
-    def reward(completions: list, **columns: Any) -> list[float]:
-        texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
-        return function(completions=texts, **columns)
+    def reward(prompts: list, completions: list, **columns: Any) -> list[float]:
+        texts = [
+            [row if isinstance(row, str) else row[-1]["content"] for row in rows] for rows in (prompts, completions)
+        ]
+        return function(prompts=texts[0], completions=texts[1], **columns)
 
     reward.__name__ = getattr(function, "func", function).__name__
     return reward
