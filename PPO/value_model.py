@@ -22,6 +22,7 @@ from common.config import RLConfig
 from common.logprobs import without_adapter
 from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode, trained_dtype
 from common.models.weights import merged_weights
+from common.packing import packing_of
 from common.rollouts import Rollouts
 from common.seeds import hashed_seed
 from common.sequences import Sequences
@@ -75,7 +76,7 @@ def token_values(model: ValueModel, rollouts: Rollouts) -> Tensor:
     Returns:
         (b, C) float32 with gradient, 0 at padding. Column t is read from the token before completion token t.
     """
-    sequences = Sequences.of(rollouts)
+    sequences = Sequences.of(rollouts, packing_of(model))
     return sequences.spread(model(sequences))
 
 

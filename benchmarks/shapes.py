@@ -38,7 +38,7 @@ SHAPES = {
 
 
 def save_shape(name: str, folder: Path) -> Path:
-    """Write a model of random bfloat16 weights with the embedded policy's tokenizer, which uses few of its tokens.
+    """Write a model of random bfloat16 weights; its tokenizer is the embedded policy's, filled up to all its tokens.
 
     Args:
         name: key of SHAPES.
@@ -48,6 +48,8 @@ def save_shape(name: str, folder: Path) -> Path:
         The folder.
     """
     tokenizer = build_tokenizer()
+    # A token that the tokenizer does not have ends a completion, and random weights would soon draw one.
+    tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), SHAPES[name]["vocab_size"])])
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
         **SHAPES[name], **ends, bos_token_id=None, tie_word_embeddings=True, max_position_embeddings=32768

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
+from common.packing import packing_of
 from common.rollouts import Rollouts
 from common.sequences import Sequences
 
@@ -62,7 +63,7 @@ def token_logprobs(
     Raises:
         ValueError: at the model's first pass, if a token's logits depend on later tokens.
     """
-    return sequence_logprobs(model, Sequences.of(rollouts), temperature, with_entropy=with_entropy)
+    return sequence_logprobs(model, Sequences.of(rollouts, packing_of(model)), temperature, with_entropy=with_entropy)
 
 
 def sequence_logprobs(

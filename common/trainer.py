@@ -163,15 +163,14 @@ class OnPolicyTrainer(ABC):
         if self.accelerator.is_main_process:
             warn_of_slow_dtype(self.dtype, self.accelerator.device)
         self.batches = Batches(settled, self.accelerator, self.dtype)
-        if self.run.known_budget:
-            self.batches.keep_to(self.run.known_budget)
+        if known := self.run.known_budget(settled.max_tokens_per_microbatch):
+            self.batches.keep_to(known)
         self._once = Replay()
         self._soundness = Soundness(config, self.dtype, sum_over_processes=self.sum_over_processes)
         self.models = ModelPool(self.accelerator.device, self.plan.choices.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
         self._used_settings: set[str] = set()
         self._passed_apart: Rollouts | None = None  # rows whose log-probs were made by passes for those that are kept
-        self._largest_weights: list[Tensor] = []  # of the micro-batches of an update
         self._signal = SignalCheck(config, self.run.folder)
         is_main = self.accelerator.is_main_process
         rules = {"rewards": self.scorer.rules, "lenient": self.lenient_scorer.rules if self.lenient_scorer else []}
@@ -460,7 +459,7 @@ class OnPolicyTrainer(ABC):
         """
         if name == "ref":
             self._used_settings.add("kl_coef")
-        with self.stopwatch(phase), self.models.use(name) as model:
+        with self.stopwatch(phase), self.models.use(name) as model, self.batches.passes_of(model):
             outputs = self.batches.for_each_token(rollouts, partial(forward, model), step=self.current_step)
             self._soundness.check_outputs(name, outputs, model, step=self.current_step)
         return outputs
@@ -483,17 +482,18 @@ class OnPolicyTrainer(ABC):
             average_over: "tokens", "rows" or "constant": what the mean is over.
         """
         self.run.stopping.begin_update()
-        self._largest_weights.clear()
         num_epochs = learner.config.num_update_epochs
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
-        with self.stopwatch("update"), self.models.use(learner.name, train=True) as model:
+        in_use = self.models.use(learner.name, train=True)
+        with self.stopwatch("update"), in_use as model, self.batches.passes_of(model):
             check = partial(self._soundness.check_first_minibatch, model=model, step=self.current_step)
             settings["check"] = check if learner is self.policy else None
             for epoch in range(num_epochs):
-                for part in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
-                    self.metrics.add(*part)
-        if self._largest_weights:
-            self.metrics.add_max("sampler/weight_max", float(torch.stack(self._largest_weights).max()))
+                for name, value, count in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
+                    if count is None:
+                        self.metrics.add_max(name, float(value))
+                    else:
+                        self.metrics.add(name, value, count)
         self.metrics.add_sum(f"{learner.name}/tokens", num_epochs * rollouts.loss_mask.sum())
         if learner is self.policy:
             self.policy_sampler.policy_has_changed()
@@ -523,8 +523,7 @@ class OnPolicyTrainer(ABC):
         options = {"cap": self.config.importance_cap, "of_completions": of_completions}
         weights, of_weights = importance_weights(logprobs, minibatch, correction=correction, **options)
         counted = minibatch.loss_mask.any(1, keepdim=True) if of_completions else minibatch.loss_mask
-        largest = torch.where(counted, of_weights["sampler/weight"], 0.0).max()
-        self._largest_weights.append(largest)  # it stays on the device until the update is done
+        of_weights["max/sampler/weight_max"] = torch.where(counted, of_weights["sampler/weight"], 0.0)
         return (loss if correction == "none" else loss * weights), metrics | of_weights
 
     @final
@@ -758,7 +757,8 @@ class OnPolicyTrainer(ABC):
     def _note_budget(self) -> None:
         """Checkpoints from now on say what token budget was found to fit, if that is less than at the start."""
         if self.batches.has_less:
-            self.run.note_budget(self.batches.max_tokens_per_microbatch)
+            at_start = self.batches.config.max_tokens_per_microbatch
+            self.run.note_budget(self.batches.max_tokens_per_microbatch, at_start)
 
     def _evaluates_at(self, step: int) -> bool:
         return self._evaluates and (step % self.config.eval_every == 0 or step == self.config.num_steps)

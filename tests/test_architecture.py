@@ -18,7 +18,8 @@ ORDER = [
     "common.presets",
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.memory", "common.data", "common.update", "common.models", "common.refill"),
-    *("common.logprobs", "common.sequences", "common.losses", "common.advantages"),
+    *("common.logprobs", "common.packing", "common.sequences", "common.packed_attention"),
+    *("common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
     *("common.values", "common.mistakes", "common.moved", "common.environment", "common.caches", "common.host"),
     *("common.yaml_files", "common.terminal", "common.signals", "common.processes"),
@@ -27,6 +28,7 @@ ORDER = [
 FOR_ALGORITHMS = {
     *("common.trainer", "common.config", "common.rollouts", "common.advantages", "common.losses", "common.logprobs"),
     *(
+        "common.packing",
         "common.sequences",
         "common.seeds",
         "common.start",

@@ -17,7 +17,7 @@ from RAFT.raft_trainer import RAFTTrainer
 from Reinforce.reinforce_trainer import ReinforceTrainer
 from ReMax.remax_trainer import ReMaxTrainer
 from RLOO.rloo_trainer import RLOOTrainer
-from tests.enumeration import END, PROMPT_IDS, Enumeration, save_four_token_model
+from tests.enumeration import END, Enumeration, save_four_token_model
 from VinePPO.vineppo_trainer import VinePPOTrainer
 
 KL_COEF = 0.3
@@ -180,14 +180,13 @@ def ppo_gradient(world, folder, values, **settings):
     trainer = world.trainer(PPOTrainer, folder, **PPO | settings)
     with trainer.models.use("value") as model:
 
-        def looked_up(input_ids, places):
-            states = [
-                [tuple(row[len(PROMPT_IDS) : place + 1]) for place in columns]
-                for row, columns in zip(input_ids.tolist(), places.tolist(), strict=True)
-            ]
-            # Places behind the end of a completion are padding, and no state.
-            table = torch.tensor([[values.get(state, 1e9) for state in row] for row in states])
-            return table + 0 * model.head.bias  # what the value model's own step asks a gradient of
+        def looked_up(sequences):
+            states, found = {}, []  # the tokens of each row so far
+            for place, token in zip(sequences.places.tolist(), sequences.targets.tolist(), strict=True):
+                state = states.setdefault(place // sequences.shape[1], ())
+                found.append(values[state])
+                states[place // sequences.shape[1]] = (*state, token)
+            return torch.tensor(found) + 0 * model.head.bias  # what the value model's own step asks a gradient of
 
         model.forward = looked_up
     (gradient,) = world.step_gradients(trainer)

@@ -16,6 +16,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.against_trl.problems import write_problems
 from benchmarks.against_trl.processes import Used, run
 from benchmarks.timing import machine
 
@@ -24,24 +25,60 @@ MODULE = "benchmarks.against_trl"
 ALGORITHMS = ("GRPO", "RLOO")
 SAMPLERS = ("transformers", "vllm")
 GENERATION = ("transformers", "continuous", "vllm")
+# What --setup sets before the settings after --. "gsm8k" is for a pretrained model: LoRA, and the problems of a data
+# set in the form of GSM8K. "given" sets nothing.
+PROBLEMS = "problems.jsonl"
+SETUPS = {
+    "embedded": {"preset": "cpu"},
+    "given": {},
+    "gsm8k": {
+        "preset": "cpu",
+        "task": "gsm8k",
+        "num_eval_prompts": 1,
+        "prompts_per_step": 8,
+        "num_generations": 8,
+        "max_prompt_length": 384,
+        "max_completion_length": 128,
+        "average_over": "tokens",
+        "kl_coef": 0,
+        "use_lora": "true",
+        "lora_r": 16,
+        "lora_alpha": 16,
+        "dtype": "float32",
+        "gradient_checkpointing": "false",
+        "samples_every": 0,
+    },
+}
 
 
 def main() -> None:
-    """Measure, write the numbers, print the table."""
+    """Measure, write the numbers after each round, print the table."""
     options = _options()
+    report: dict[str, Any] = {
+        "command": " ".join(["python", "-m", MODULE, *sys.argv[1:]]),
+        "machine": machine() | {"threads": options.threads},
+        "end to end": [],
+        "update": [],
+    }
     with TemporaryDirectory() as folder:
         rounds = Rounds(options, Path(folder))
         rounds.prepare()
-        report = {
-            "command": " ".join(["python", "-m", MODULE, *sys.argv[1:]]),
-            "machine": machine() | {"threads": options.threads},
-            "end to end": [rounds.end_to_end() for _ in range(options.rounds)] if options.rounds else [],
-            "update": [rounds.update() for _ in range(options.update_rounds)],
-        }
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        for name, measure, count in (
+            ("end to end", rounds.end_to_end, options.rounds),
+            ("update", rounds.update, options.update_rounds),
+        ):
+            for number in range(count):
+                report[name].append(measure())
+                sides = {side: round(each["seconds"], 1) for side, each in report[name][-1].items()}
+                print(f"{name}, round {number + 1} of {count}, s: {sides}", file=sys.stderr, flush=True)
+                _write(report, options.out)
     print(table(report, rounds.rows))
+
+
+def _write(report: dict[str, Any], file: Path | None) -> None:
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 class Rounds:
@@ -54,7 +91,12 @@ class Rounds:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options, self._folder = options, folder
-        self._arguments = ["--preset", "cpu", "--model", options.model, "--num_steps", str(options.steps)]
+        self._arguments = ["--model", options.model, "--num_steps", str(options.steps)]
+        for name, value in SETUPS[options.setup].items():
+            self._arguments += [f"--{name}", str(value)]
+        if options.setup == "gsm8k":
+            data = options.dataset.resolve() if options.dataset else self._folder / PROBLEMS
+            self._arguments += ["--dataset", str(data)]
         self._arguments += options.settings
         self._environment = os.environ | {
             "PYTHONPATH": str(ROOT),
@@ -65,7 +107,10 @@ class Rounds:
 
     def prepare(self) -> None:
         """Make the model where it is missing, the prompts and the completions."""
-        self._python(f"{MODULE}.work", self._options.algorithm, str(self._folder), *self._arguments)
+        if self._options.setup == "gsm8k" and not self._options.dataset:
+            write_problems(self._folder / PROBLEMS, 200)
+        completions = "with" if self._options.update_rounds else "without"
+        self._python(f"{MODULE}.work", self._options.algorithm, str(self._folder), completions, *self._arguments)
         settings = json.loads((self._folder / "settings.json").read_text(encoding="utf-8"))
         self.rows = settings["prompts_per_step"] * settings["num_generations"]
 
@@ -121,6 +166,8 @@ def table(report: dict[str, Any], rows: int) -> str:
     add("end to end, s", whole, lambda side: side["seconds"], 1)
     add("end to end, CPU s", whole, lambda side: side["cpu"], 1)
     add("ms per completion, steps alone", whole, lambda side: 1e3 * side["step"] / rows / len(side["step_seconds"]), 1)
+    add("ms per token, steps alone", whole, lambda side: 1e3 * side["step"] / side["tokens"], 2)
+    add("CPU ms per token, end to end", whole, lambda side: 1e3 * side["cpu"] / side["tokens"], 2)
     add("ms per token, sampling", whole, lambda side: 1e3 * side["sample"] / side["tokens"], 3)
     add("ms per token, update", whole, lambda side: 1e3 * side["update"] / side["tokens"], 3)
     add("completion tokens", whole, lambda side: side["tokens"], 0)
@@ -138,6 +185,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help="tiny, a folder or a hub id (default: tiny)")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="GRPO")
+    parser.add_argument(
+        "--setup",
+        choices=SETUPS,
+        default="embedded",
+        help="gsm8k: for a pretrained model, with LoRA; given: only what follows --",
+    )
+    parser.add_argument("--dataset", type=Path, help="records of GSM8K for --setup gsm8k (default: made-up problems)")
     parser.add_argument("--steps", type=int, default=3, help="steps of a run end to end (default: 3)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side end to end (default: 3)")
     parser.add_argument("--update-rounds", type=int, default=1, help="processes of each side (default: 1)")

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 
 GB = 2**30
-# Reading the memory of a process takes some milliseconds of another core.
-PAUSE = 0.2
+# Reading the memory of a large process takes tens of milliseconds of a core, which the process may want.
+PAUSE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

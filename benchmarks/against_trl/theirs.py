@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -23,7 +24,7 @@ LOSS_TYPES = {"tokens": "dapo", "rows": "grpo", "constant": "dr_grpo"}
 GENERATION = {
     "transformers": {},
     "continuous": {"use_transformers_continuous_batching": True},
-    "vllm": {"use_vllm": True, "vllm_mode": "colocate"},
+    "vllm": {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.4},
 }
 
 
@@ -69,10 +70,12 @@ def timed(trainer_class: type, given: list[list[int]] | None) -> type:
     """
 
     class Timed(trainer_class):
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            # GRPOTrainer's also returns log-probs, RLOOTrainer's does not.
+            replayed = (given, None) if trainer_class is trl.GRPOTrainer else given
             with self.clock.phase("sample"):
-                found = (given, None) if given else super()._generate_single_turn(*args, **kwargs)
-            self.tokens.append(sum(map(len, found[0])))
+                found = replayed if given else super()._generate_single_turn(*args, **kwargs)
+            self.tokens.append(sum(map(len, found[0] if isinstance(found, tuple) else found)))
             return found
 
         def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
@@ -112,7 +115,7 @@ def arguments(algorithm: str, config: dict, folder: Path, *, batch: int, generat
         "beta": config["kl_coef"],
         "epsilon": config["clip_range"],
         "gradient_checkpointing": config["gradient_checkpointing"],
-        "bf16": False,
+        "bf16": in_bfloat16(config),
         "shuffle_dataset": False,
         "save_strategy": "no",
         "report_to": "none",
@@ -122,10 +125,17 @@ def arguments(algorithm: str, config: dict, folder: Path, *, batch: int, generat
         "seed": 0,
         **GENERATION[generation],
     }
+    if generation == "vllm":
+        settings["vllm_max_model_length"] = config["max_prompt_length"] + config["max_completion_length"]
     if algorithm == "GRPO":
         settings |= {"loss_type": LOSS_TYPES[config["average_over"]]}
         settings |= {"scale_rewards": "group" if config["scale_by_std"] else "none"}
     return getattr(trl, f"{algorithm}Config")(**settings)
+
+
+def in_bfloat16(config: dict) -> bool:
+    """Whether passes are in bfloat16: as with ours, on a GPU unless float32 is asked for."""
+    return config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and torch.cuda.is_available())
 
 
 def train(algorithm: str, folder: Path, options: dict) -> dict:
@@ -146,9 +156,10 @@ def train(algorithm: str, folder: Path, options: dict) -> dict:
     tuned.reward_weights = weights
     if options["replay"]:
         tuned.logging_steps = 1  # the gradient's norm is in the log
-    if any(hasattr(function, "func") for function in functions):  # TRL asks functions for their names
-        functions = [named(function) for function in functions]
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype="float32")
+    functions = [reading_text(function) for function in functions]
+    # Weights that are trained are in float32, the frozen base of an adapter is as passes need it; as with ours.
+    dtype = "bfloat16" if config["use_lora"] and in_bfloat16(config) else "float32"
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
     trainer = timed(getattr(trl, f"{algorithm}Trainer"), work["completion_ids"] if options["replay"] else None)(
         model=model,
         reward_funcs=functions,
@@ -173,14 +184,16 @@ def train(algorithm: str, folder: Path, options: dict) -> dict:
     }
 
 
-def named(function: Any) -> Any:
-    """A partial function with the name of its function."""
-    inner = getattr(function, "func", function)
+def reading_text(function: Any) -> Any:
+    """A reward function that is given text where TRL has chat messages; TRL also asks it for a name."""
 
-    def reward(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
+    def reward(prompts: list, completions: list, **columns: Any) -> list[float]:
+        texts = [
+            [row if isinstance(row, str) else row[-1]["content"] for row in rows] for rows in (prompts, completions)
+        ]
+        return function(prompts=texts[0], completions=texts[1], **columns)
 
-    reward.__name__ = inner.__name__
+    reward.__name__ = getattr(function, "func", function).__name__
     return reward
 
 

@@ -27,8 +27,9 @@ def configure(algorithm: str, arguments: list[str]) -> RLConfig:
         algorithm: one of ALGORITHMS.
         arguments: as on the script's command line.
     """
-    script = import_module(f"{algorithm}.{algorithm.lower()}")
-    return parse_config(script.SETTINGS, embedded=script.EMBEDDED, script=script.__file__, args=[*arguments, *UNUSED])
+    script = vars(import_module(f"{algorithm}.{algorithm.lower()}"))
+    more = {"embedded": script.get("EMBEDDED"), "script": script["__file__"]}
+    return parse_config(script["SETTINGS"], **more, args=[*arguments, *UNUSED])
 
 
 def make_trainer(algorithm: str, config: RLConfig) -> OnPolicyTrainer:
@@ -36,20 +37,25 @@ def make_trainer(algorithm: str, config: RLConfig) -> OnPolicyTrainer:
     return getattr(import_module(f"{algorithm}.{algorithm.lower()}_trainer"), f"{algorithm}Trainer")(config)
 
 
-def write_work(algorithm: str, arguments: list[str], folder: Path) -> None:
+def write_work(algorithm: str, arguments: list[str], folder: Path, *, completions: bool = True) -> None:
     """Write the prompts of each step, and completions of the first step's, to work.json.
 
     Args:
         algorithm: one of ALGORITHMS.
         arguments: as on the script's command line.
         folder: for the file; the model and a run are made in it.
+        completions: False leaves them out; sampling them takes as long as in a step.
     """
     made = [*arguments, "--sampler", "transformers", "--output_dir", str(folder / "made")]
     config = configure(algorithm, made)
     trainer = make_trainer(algorithm, config)
     steps = [trainer.training_prompts(step) for step in range(1, config.num_steps + 1)]
     trainer.current_step = 1
-    rollouts = trainer.sample(steps[0], num_generations=config.num_generations)
+    sampled = []
+    if completions:
+        rollouts = trainer.sample(steps[0], num_generations=config.num_generations)
+        rows = zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
+        sampled = [ids[mask].tolist() for ids, mask in rows]
     work = {
         "model": trainer.model_path,
         "steps": [
@@ -60,9 +66,7 @@ def write_work(algorithm: str, arguments: list[str], folder: Path) -> None:
             for prompts in steps
         ],
         "prompt_ids": steps[0].prompt_ids,
-        "completion_ids": [
-            ids[mask].tolist() for ids, mask in zip(rollouts.completion_ids, rollouts.completion_mask, strict=True)
-        ],
+        "completion_ids": sampled,
     }
     (folder / "settings.json").write_text(json.dumps(asdict(config), default=str), encoding="utf-8")
     _write_rewards(trainer, config, folder / "rewards.pickle")
@@ -78,4 +82,5 @@ def _write_rewards(trainer: OnPolicyTrainer, config: RLConfig, file: Path) -> No
 
 
 if __name__ == "__main__":
-    write_work(sys.argv[1], sys.argv[3:], Path(sys.argv[2]))
+    algorithm, folder, which, *arguments = sys.argv[1:]
+    write_work(algorithm, arguments, Path(folder), completions=which == "with")

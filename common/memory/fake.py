@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from common import logprobs
 from common.config import RLConfig
 from common.logprobs import token_logprobs, without_adapter
-from common.memory.depth import two_depths, with_depth
+from common.memory.depth import layer_kinds, two_depths, with_depth
 from common.memory.packed import pack
 from common.memory.shapes import Shapes
 from common.memory.stand_ins import standing_for_cuda
 from common.memory.tracker import Bytes
-from common.models.configs import setting
+from common.mistakes import first_line
+from common.models.attention import why_not
+from common.models.configs import model_class
 from common.models.loading import add_adapter, set_mode
 from common.rollouts import Rollouts
+from common.sequences import Sequences
 from common.update.batches import forward_context, weighted_loss
 
 if TYPE_CHECKING:
@@ -34,8 +37,6 @@ if TYPE_CHECKING:
 
 # The attention that stands for a CUDA device, see stand_ins.
 CUDA = "flash"
-# Settings of models whose logits are more than the head's product.
-SCALES = (*("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"),)
 
 
 @dataclass
@@ -67,20 +68,31 @@ def measured(
     completion_tokens: int,
 ) -> Measured:
     """Run a micro-batch on two depths of a model and extend to its own depth; see `passes.pass_bytes`."""
-    rollouts = rows_of(rows, row_tokens, completion_tokens)
-    depths = two_depths(config)
-    found = [both_passes(with_depth(config, depth), settings, rollouts) for depth in depths]
-    depth = config.get_text_config().num_hidden_layers
-    return Measured(*(extended([f[i] for f in found], depths, depth) for i in range(2)))
+    try:
+        training, forward = extended_passes(config, settings, rows_of(rows, row_tokens, completion_tokens))
+    except Exception as error:  # whatever a library raises where code asks for the numbers of a tensor without any
+        raise ValueError(
+            f"{config.model_type} cannot be predicted: its code needs the numbers of its tensors, or torch does not "
+            f"know the shape of what an operator gives ({first_line(error)})."
+        ) from error
+    return Measured(training=training.peak, forward=forward.peak)
 
 
-def extended(phases: list[Phases], depths: list[int], depth: int) -> int:
-    """The peak at `depth` of what was measured at one or two depths."""
-    if len(phases) == 1:
-        return phases[0].peak
-    (low, high), (first, second) = phases, depths
-    slopes = {name: (high.peaks[name] - low.peaks[name]) / (second - first) for name in low.peaks}
-    return round(max(low.peaks[name] + slopes[name] * (depth - first) for name in low.peaks))
+def extended_passes(
+    config: transformers.PreTrainedConfig, settings: PassSettings, rollouts: Rollouts
+) -> tuple[Phases, Phases]:
+    """As `both_passes`, of a model of any depth: measured at two depths, each phase on a line."""
+    kinds = layer_kinds(skeleton(config, settings))
+    depths, depth = two_depths(kinds), len(kinds)
+    found = [both_passes(with_depth(config, each), settings, rollouts) for each in depths]
+    if len(found) == 1:
+        return found[0]
+    share = (depth - depths[0]) / (depths[1] - depths[0])
+    training, forward = (
+        Phases({name: round(size + share * (high.peaks[name] - size)) for name, size in low.peaks.items()})
+        for low, high in zip(*found, strict=True)
+    )
+    return training, forward
 
 
 def both_passes(
@@ -107,22 +119,27 @@ def settle_head(model: nn.Module, settings: PassSettings) -> None:
         return
     base = without_adapter(model)
     plain, *fused = logprobs._possible_heads(base) or [logprobs._own]
-    scales = {name: setting(base.config.get_text_config(), name) for name in SCALES}
-    is_scaled = any(value not in (None, 1.0) for value in scales.values())
+    is_scaled = logprobs._scalings(base) != (None, [1.0])
     logprobs._heads[base] = fused[0] if fused and (settings.attention == CUDA or is_scaled) else plain
 
 
-def build(config: transformers.PreTrainedConfig, settings: PassSettings) -> nn.Module:
-    """A model without storage, on the device meta, ready to train."""
+def skeleton(config: transformers.PreTrainedConfig, settings: PassSettings) -> transformers.PreTrainedModel:
+    """A model of transformers without storage, on the device meta."""
     config = deepcopy(config)
-    attention = "sdpa" if settings.attention == CUDA else settings.attention
     auto = transformers.AutoModelForCausalLM
     if settings.kind == "score":
         auto = transformers.AutoModelForSequenceClassification
+    attention = "sdpa" if settings.attention == CUDA else settings.attention
+    if why_not(attention, config, model_class(config, auto)) is not None:
+        attention = "eager"  # which needs the most
     with torch.device("meta"):
-        model = auto.from_config(
-            config, dtype=settings.weights, attn_implementation=attention, trust_remote_code=False
-        )
+        return auto.from_config(config, dtype=settings.weights, attn_implementation=attention, trust_remote_code=False)
+
+
+def build(config: transformers.PreTrainedConfig, settings: PassSettings) -> nn.Module:
+    """A model without storage, ready to train."""
+    model = skeleton(config, settings)
+    with torch.device("meta"):
         if settings.method == "qlora":
             pack(model, settings.compute)
         head = None
@@ -147,20 +164,18 @@ class StateValues(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
-        """(b, C) float32 values at (b, C) int64 places of rows (b, L)."""
-        hidden = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-        chosen = hidden[torch.arange(len(hidden), device=hidden.device)[:, None], places]  # (b, C, hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(chosen.float()).squeeze(-1)
+    def forward(self, sequences: Sequences) -> Tensor:
+        """(n,) float32 values of the states before n completion tokens."""
+        states = sequences.states(self.backbone)
+        with torch.autocast(states.device.type, enabled=False):
+            return self.head(states.float()).squeeze(-1)
 
 
 def output(model: nn.Module, rollouts: Rollouts) -> Tensor:
     """(b, C) what a pass gives for each completion token; (b,) scores of a classifier."""
     if isinstance(model, StateValues):
-        ids, lengths = rollouts.sequences()
-        places = lengths[:, None] - 1 + torch.arange(rollouts.completion_ids.shape[1])[None, :]
-        return model(ids, places)
+        sequences = Sequences.of(rollouts)
+        return sequences.spread(model(sequences))
     if not model.can_generate():
         ids, _ = rollouts.sequences()
         model.config.get_text_config().pad_token_id = 1  # no row here ends with it
@@ -222,8 +237,8 @@ def _phases(model: nn.Module, bytes_: Bytes) -> Iterator[Phases]:
 
     def backbone_ran(_module: nn.Module, _inputs: tuple, output: dict) -> None:
         ends("backbone")
-        hidden = output["last_hidden_state"]
-        if hidden.requires_grad:
+        hidden = output.get("last_hidden_state")
+        if hidden is not None and hidden.requires_grad:
             hidden.register_hook(lambda _gradient: ends("head gradient"))
 
     def embedded(_module: nn.Module, _inputs: tuple, output: Tensor) -> None:

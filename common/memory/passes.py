@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from common.memory.fake import measured
+from common.memory.formulas import formula
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,5 +71,9 @@ def pass_bytes(
     Raises:
         ValueError: the model cannot be predicted.
     """
+    tokens, completions = rows * row_tokens, rows * completion_tokens
+    if known := formula(config, settings, tokens=tokens, completion_tokens=completions):
+        training, forward = known
+        return PassBytes(training=training, forward=forward, source="formula")
     found = measured(config, settings, rows=rows, row_tokens=row_tokens, completion_tokens=completion_tokens)
     return PassBytes(training=found.training, forward=found.forward, source="fake layers")

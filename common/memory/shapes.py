@@ -41,9 +41,17 @@ class Shapes(FakeTensorMode):
                 return tree_map(self._faked, result)
         elif func is aten._local_scalar_dense.default:
             return _some_number(args[0])
+        elif func is aten._grouped_mm.default:
+            return self._grouped_product(*args, **kwargs)
         elif func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             args = (args[0], _as_numbers(args[1]), *args[2:])
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _grouped_product(self, a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        """Experts' products, of which torch knows the shape in bfloat16 only: rows of one in groups, or both."""
+        groups = (len(offsets),) if a.ndim == b.ndim == 2 else (len(a),) if a.ndim == b.ndim == 3 else ()
+        with self:
+            return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
     def _faked(self, value: Any) -> Any:
         """A fake tensor in place of one of floats."""

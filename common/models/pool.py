@@ -95,8 +95,9 @@ class ModelPool:
             needs: a model that must be on the device too while this one is used, such as one it shares weights with.
             context: entered while this one is used.
         """
-        if name in self.resident:
-            self._to_cpu(name) if self.offload == "always" else self.resident.discard(name)
+        if name in self.resident and self.offload == "always":
+            self._to_cpu(name)
+        self.resident -= {name}
         others = set(self._models[needs].tensors) if needs else set()
         own = [t for t in [*module.parameters(), *module.buffers(), *scales(module)] if t not in others]
         self._models[name] = _Entry(module=module, tensors=own, optimizer=optimizer, needs=needs, context=context)

@@ -162,6 +162,11 @@ class Stopwatch:
             self._record()
             self._running.pop()
 
+    @property
+    def phase(self) -> str:
+        """The innermost phase that runs now; empty if none does."""
+        return next(iter(self._running[-1:]), "")
+
     def start_first_step(self) -> None:
         """Starts the first step. Loading is no part of it, but what prepared it is: the phases of WHOLE."""
         self._record()

@@ -104,7 +104,7 @@ class Run:
         self._saved_as, self._state = state["step"], state
         self.unfinished: Unfinished | None = state.get("unfinished")
         self._samples: list[tuple[str, list[dict]]] = []  # of the step
-        # The token budget that was found to fit, with the setting that it replaces: another setting is tried out anew.
+        # The token budget that was found to fit, and the one that it replaces: another one is tried out anew.
         self._budget: dict | None = state.get("token_budget")
         self.stopping = Stopping(config.stop_grace, accelerator, keeps_checkpoint=bool(config.save_every))
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
@@ -161,15 +161,17 @@ class Run:
         if self._held:
             self._held.is_ready = True
 
-    @property
-    def known_budget(self) -> int | None:
-        """The token budget that an earlier process of the run found to fit, if it had the same setting."""
-        setting = self.config.max_tokens_per_microbatch
-        return self._budget["fits"] if self._budget and self._budget["setting"] == setting else None
+    def known_budget(self, at_start: int) -> int | None:
+        """The token budget that an earlier process of the run found to fit, if it had begun with the same one.
 
-    def note_budget(self, fits: int) -> None:
-        """Keep a token budget, smaller than the setting's, in every checkpoint from now on."""
-        self._budget = {"setting": self.config.max_tokens_per_microbatch, "fits": fits}
+        Args:
+            at_start: what the settings say, or what the plan chose for this machine.
+        """
+        return self._budget["fits"] if self._budget and self._budget["at_start"] == at_start else None
+
+    def note_budget(self, fits: int, at_start: int) -> None:
+        """Keep a token budget, smaller than the one at the start, in every checkpoint from now on."""
+        self._budget = {"at_start": at_start, "fits": fits}
 
     @property
     def stopped_early(self) -> bool:

@@ -6,18 +6,21 @@ changes which rows are together. Micro-batches follow a token budget, which chan
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.losses import token_weights
+from common.packing import packing_of
 from common.rollouts import Rollouts, filler
+from common.sequences import Packing
 from common.update.out_of_memory import StepAgain, free_memory, is_out_of_memory, let_go, smaller_budget, too_large_row
-from common.update.rows import microbatch_rows, minibatch_rows
+from common.update.rows import minibatch_rows
+from common.update.shared_prompts import pass_rows, tokens_of_pass
 
 logger = logging.getLogger("nanorlhf")
 
@@ -44,6 +47,7 @@ class Batches:
         self.accelerator = accelerator
         self.device = accelerator.device
         self.dtype = dtype
+        self.packing: Packing | None = None
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum of the tensor over all processes, on its own device."""
@@ -120,7 +124,7 @@ class Batches:
 
     def _passes(self, minibatch: Rollouts) -> list[Tensor | None]:
         """The rows of each forward pass, None for a filler; as many passes on every process."""
-        chosen = microbatch_rows(minibatch.total_lengths, self.max_tokens_per_microbatch)
+        chosen = pass_rows(minibatch, self.max_tokens_per_microbatch, self.packing)
         num_passes = int(self._of_each_process([len(chosen)]).max())
         return [*chosen, *[None] * (num_passes - len(chosen))]
 
@@ -160,7 +164,8 @@ class Batches:
                     raise
                 let_go(error)
                 widths = lengths[rows].tolist() if rows is not None else [2]  # a filler has two tokens
-                failed = len(widths) * max(widths), max(widths) if len(widths) == 1 else 0
+                tokens = max(widths) if rows is None else tokens_of_pass(minibatch[rows], self.packing)
+                failed = tokens, max(widths) if len(widths) == 1 else 0
                 break  # and meet the others, which know nothing of it
         everyone = self._of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
         if not everyone.any():
@@ -259,6 +264,19 @@ class Batches:
             report(total.detach(), token_metrics, microbatch.loss_mask)
 
         return self.run_passes(minibatch, run)
+
+    @contextmanager
+    def passes_of(self, model: nn.Module) -> Iterator[None]:
+        """Choose micro-batches for a model that is on the device: rows with one prompt together where that pays.
+
+        All passes of a model need it, or none: with other micro-batches its first ratio would not be exactly 1.
+        """
+        with self.forward_context():
+            self.packing = packing_of(model)
+        try:
+            yield
+        finally:
+            self.packing = None
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast if forward passes are below float32."""

@@ -15,8 +15,9 @@ from common.rollouts import Rollouts
 from common.update.batches import Batches
 from common.update.optimizers import HostAdamW, make_optimizer
 
-# A process's part of a global mean: the metric's name, the sum, and what to divide by.
-MetricPart = tuple[str, Tensor | float, Tensor | float]
+# A process's part of a global mean: the metric's name, the sum, and what to divide by; or of a maximum: the name, the
+# value, and None.
+MetricPart = tuple[str, Tensor | float, Tensor | float | None]
 # What a loss reports about a micro-batch; see `metric_part`.
 Metric = Tensor | tuple[Tensor, Tensor]
 
@@ -74,7 +75,7 @@ class Learner:
 
         Returns:
             This process's parts of the metrics. Those with the prefix first/ come from the first mini-batch of epoch 0
-            only, and lose the prefix.
+            only, those with max/ are maxima over all tokens; both lose the prefix.
 
         Raises:
             WrongNumbers: if a gradient is not finite.
@@ -115,7 +116,9 @@ class Learner:
             def report(total: Tensor, metrics: dict[str, Metric], mask: Tensor, parts: list = parts) -> None:
                 parts.append((f"{self.name}/loss", total, 0))
                 for name, values in metrics.items():
-                    if is_first or not name.startswith("first/"):
+                    if name.startswith("max/"):
+                        parts.append((name.removeprefix("max/"), values.max(), None))
+                    elif is_first or not name.startswith("first/"):
                         parts.append((name.removeprefix("first/"), *metric_part(values, mask)))
 
             with self._gradients_leave():

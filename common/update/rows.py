@@ -35,7 +35,7 @@ MAX_PADDING = 0.1
 LITTLE_PADDING = 64
 # What one more pass takes, in padded tokens that take as long: launching kernels and reading the weights. A GPU needs
 # some hundred tokens before a pass takes longer than that. It decides only how many passes are made in these bounds.
-_PASS_IN_TOKENS = 512
+PASS_IN_TOKENS = 512
 
 
 def microbatch_rows(lengths: Tensor, max_tokens: int) -> list[Tensor]:
@@ -55,7 +55,7 @@ def microbatch_rows(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     order = lengths.argsort(stable=True, descending=True)
     widths = lengths[order].numpy()
     allowed = max(MAX_PADDING * widths.sum(), LITTLE_PADDING)
-    price = float(_PASS_IN_TOKENS)
+    price = float(PASS_IN_TOKENS)
     while True:
         sizes = _cheapest_cuts(widths, max_tokens, price)
         starts = np.cumsum([0, *sizes[:-1]]) if sizes else []
