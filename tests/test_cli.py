@@ -106,7 +106,9 @@ def test_a_preset_can_be_named_anywhere(write_yaml, where):
     args = {"command line": ["--preset=gpu-24gb"], "file": write_yaml("preset: gpu-24gb\n"), "literal": []}[where]
     settings = GRPOConfig(preset="gpu-24gb" if where == "literal" else "auto")
     config = parse_config(settings, embedded={"num_steps": (200, 7)}, args=args)
-    assert config.preset == "gpu-24gb" and config.vllm_sleep_level == 2 and config.vllm_memory_share == 0.5
+    assert (
+        config.preset == "gpu-24gb" and config.max_tokens_per_microbatch == 32768 and config.vllm_memory_share == 0.67
+    )
     assert config.num_steps == 200  # what an algorithm wants embedded concerns the preset cpu alone
 
 
@@ -126,7 +128,7 @@ def test_the_last_preset_on_the_command_line_counts_like_the_last_of_any_setting
     assert parse(*write_yaml("preset: cpu\n"), "--preset", "gpu-40gb").preset == "gpu-40gb"
     config = parse("--num_steps", "1", "--num_steps", "2", "--preset", "cpu", "--preset", "gpu-24gb")
     assert config.num_steps == 2
-    assert config.preset == "gpu-24gb" and config.model != "tiny" and config.vllm_sleep_level == 2
+    assert config.preset == "gpu-24gb" and config.model != "tiny" and config.vllm_memory_share == 0.67
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -206,7 +208,7 @@ def test_another_embedded_policy_learns_with_them():
 
 def test_an_edited_line_wins_over_a_preset_for_a_gpu_too():
     config = edited("--preset", "gpu-24gb", vllm_memory_share=0.3)
-    assert config.vllm_memory_share == 0.3 and config.vllm_sleep_level == 2
+    assert config.vllm_memory_share == 0.3 and config.max_tokens_per_microbatch == 32768
 
 
 @pytest.mark.parametrize(
@@ -275,7 +277,7 @@ def test_a_literal_with_a_misspelt_setting_names_it():
 
 def test_a_preset_that_is_not_there_is_answered_with_those_that_are():
     message = refused("--preset", "gpu-99gb")
-    assert "preset='gpu-99gb'" in message and "cpu, gpu-24gb, gpu-40gb, gpu-80gb, none" in message
+    assert "preset='gpu-99gb'" in message and "cpu, gpu-12gb, gpu-16gb, gpu-24gb, gpu-40gb, gpu-80gb, none" in message
 
 
 # Ways to write a setting

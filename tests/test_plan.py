@@ -28,6 +28,7 @@ from GRPO.grpo_trainer import GRPOConfig
 from PPO.ppo_trainer import PPOConfig
 from tests.imports import ROOT
 from tests.toy import algorithms, toy_trainer, train_until
+from tools import memory_table
 from tools.memory_table import model as qwen
 
 AUTO = {"max_tokens_per_microbatch": "auto", "vllm_memory_share": "auto", "gradient_checkpointing": True}
@@ -320,7 +321,9 @@ def test_every_script_prints_its_plan_and_loads_nothing(quick, config_folder, tm
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
     monkeypatch.chdir(tmp_path)
     script = importlib.import_module(f"{algorithm}.{algorithm.lower()}")
-    start.start(algorithms()[algorithm].trainer, script.SETTINGS, embedded=script.EMBEDDED, script=str(path))
+    start.start(
+        algorithms()[algorithm].trainer, script.SETTINGS, embedded=vars(script).get("EMBEDDED"), script=str(path)
+    )
     lines = capsys.readouterr().out.rstrip().splitlines()
     value = [*(["values, value", "update, value"] if algorithm == "PPO" else [])]
     named = {line.split("  ")[0].strip() for line in lines}
@@ -373,3 +376,29 @@ def test_a_plan_takes_milliseconds_where_passes_are_a_formula(quick):
     for _ in range(20):
         make_plan(config, casting.cast(config), Machine(card=there), work=Work(config))
     assert (time.process_time() - start) / 20 < 0.02
+
+
+# The page and the presets
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "name", "gigabytes"),
+    [
+        ("0.5B", "full", "critic-free", 12),
+        ("1.5B", "LoRA", "PPO, shared", 12),
+        ("3B", "full", "critic-free", 24),
+        ("7B", "full", "PPO, own", 80),
+        ("14B", "QLoRA", "critic-free", 40),
+    ],
+)
+def test_the_table_of_the_page_is_what_its_command_writes(size, method, name, gigabytes):
+    page = memory_table.PAGE.read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| {size} | {method} | {name} |"))
+    shown = row.strip("| ").split(" | ")[4 + memory_table.CARDS.index(gigabytes)]
+    assert shown == memory_table.cell(size, method, memory_table.ALGORITHMS[name], gigabytes)
+
+
+@pytest.mark.parametrize("gigabytes", memory_table.CARDS)
+def test_presets_are_what_the_plan_chooses(gigabytes):
+    path = memory_table.PRESETS / f"gpu-{gigabytes}gb.yaml"
+    assert path.read_text(encoding="utf-8") == memory_table.preset(gigabytes)
