@@ -387,7 +387,7 @@ def test_a_plan_takes_milliseconds_where_passes_are_a_formula(quick):
         ("0.5B", "full", "critic-free", 12),
         ("1.5B", "LoRA", "PPO, shared", 12),
         ("3B", "full", "critic-free", 24),
-        ("7B", "full", "PPO, own", 80),
+        ("7B", "LoRA", "critic-free", 40),
         ("14B", "QLoRA", "critic-free", 40),
     ],
 )
