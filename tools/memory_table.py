@@ -69,7 +69,7 @@ def model(size: str) -> transformers.PreTrainedModel:
         dtype=torch.bfloat16,
     )
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 @cache

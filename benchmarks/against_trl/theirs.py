@@ -159,13 +159,13 @@ def train(algorithm: str, folder: Path, options: dict) -> dict:
     functions = [reading_text(function) for function in functions]
     # Weights that are trained are in float32, the frozen base of an adapter is as passes need it; as with ours.
     dtype = "bfloat16" if config["use_lora"] and in_bfloat16(config) else "float32"
-    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(work["model"], dtype=dtype, trust_remote_code=False)
     trainer = timed(getattr(trl, f"{algorithm}Trainer"), work["completion_ids"] if options["replay"] else None)(
         model=model,
         reward_funcs=functions,
         args=tuned,
         train_dataset=Dataset.from_list([row for step in steps for row in step]),
-        processing_class=AutoTokenizer.from_pretrained(work["model"], padding_side="left"),
+        processing_class=AutoTokenizer.from_pretrained(work["model"], padding_side="left", trust_remote_code=False),
         peft_config=adapter(config),
     )
     trainer.clock, trainer.tokens = Clock(), []

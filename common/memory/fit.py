@@ -151,7 +151,7 @@ def fit_all() -> None:
         for kind in fitted:
             off = errors(found, fitted, kind)
             print(f"{formulas.key(settings)}, {kind}: {min(off):+.2%} to {max(off):+.2%} of the total", flush=True)
-    formulas.FILE.write_text(json.dumps(written, indent=1) + "\n")
+    formulas.FILE.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 def compare() -> None:

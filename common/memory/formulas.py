@@ -95,4 +95,4 @@ def formula(
 @cache
 def coefficients() -> dict[str, dict[str, dict[str, dict[str, float]]]]:
     """Of each size, by settings, pass and phase."""
-    return json.loads(FILE.read_text())
+    return json.loads(FILE.read_text(encoding="utf-8"))

@@ -116,8 +116,16 @@ def reward_models(config: RLConfig, task: Task | None = None) -> list[str]:
     Args:
         config: task and rewards are read.
         task: made in Python; None: the one that the settings name, whose module says which model is its default.
+
+    Raises:
+        ValueError: if the task is none.
     """
     names = config.rewards
+    if task is not None and not isinstance(task, Task):
+        raise ValueError(
+            f"task={type(task).__name__}: need a Task. Pass "
+            'task=Task(train=rows, rewards={"right": right}), or leave it out for the task that the settings name.'
+        )
     if names is None and task is not None:
         names = task.default_rewards
     elif names is None:
@@ -132,11 +140,6 @@ def check_rows(task: Task) -> None:
     Raises:
         ValueError: if there are none, or one is no dict with a prompt and the columns of the first.
     """
-    if not isinstance(task, Task):
-        raise ValueError(
-            f"task={type(task).__name__}: need a Task. Pass "
-            'task=Task(train=rows, rewards={"right": right}), or leave it out for the task that the settings name.'
-        )
     if not len(task.train):
         raise ValueError("Task(train=[]): no rows, so there is nothing to train on. Pass rows with a prompt.")
     for name, rows in (("train", task.train), ("eval", task.eval)):
