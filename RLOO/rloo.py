@@ -66,12 +66,12 @@ SETTINGS = RLOOConfig(
     lora_target_modules="all-linear",
     load_in_4bit=False,  # True: QLoRA, the base in a quarter of the memory
     # Memory and speed: nothing here changes the result. See common/presets for GPUs of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 2048
+    max_tokens_per_microbatch="auto",  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
     attn_implementation="auto",
-    vllm_memory_share=0.4,
+    vllm_memory_share="auto",
     vllm_sleep_level=1,
     vllm_enforce_eager=False,
     vllm_max_num_seqs=256,

@@ -65,8 +65,8 @@ class CheckSettings:
     """Precision of forward passes: "auto" is bfloat16 on CUDA and float32 on the CPU."""
     attn_implementation: str = RLConfig.attn_implementation
     """As in a run."""
-    vllm_memory_share: float = RLConfig.vllm_memory_share
-    """As in a run."""
+    vllm_memory_share: float = 0.4
+    """As in a run, where the memory plan may choose it."""
 
     def as_run_settings(self, context: int | None = None) -> RLConfig:
         """The settings of the run that this is about, checked.
@@ -82,7 +82,7 @@ class CheckSettings:
             if given[name] is None:
                 default = vars(RLConfig)[name]
                 given[name] = default if context is None else min(default, context // 2)
-        return RLConfig(**given)
+        return RLConfig(**given, max_tokens_per_microbatch=16384)  # far more than it samples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,7 +166,7 @@ class RLConfig:
     """Keep the frozen base in 4 bits (QLoRA): a quarter of its memory; needs use_lora and bitsandbytes."""
 
     # Memory and speed: nothing here changes the result
-    max_tokens_per_microbatch: int | str = 16384
+    max_tokens_per_microbatch: int | str = AUTO
     """Padded tokens per forward pass; larger is faster and needs more memory. "auto": what the memory plan has room
     for. A longer row runs alone."""
     gradient_checkpointing: bool = False
@@ -178,7 +178,7 @@ class RLConfig:
     attn_implementation: str = "auto"
     """Attention of transformers: "auto" is sdpa, or what else computes the model's own attention where sdpa leaves out
     a part of it; or "sdpa", "eager", "flash_attention_2", "flex_attention"."""
-    vllm_memory_share: float | str = 0.4
+    vllm_memory_share: float | str = AUTO
     """Share of the GPU's memory that vLLM may use for its weights and its cache; on a CPU, share of the free memory
     that its cache may take, which is no larger than the completions of the largest request need. "auto": what the
     memory plan leaves it, but no more than it can use."""

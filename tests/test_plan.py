@@ -172,7 +172,7 @@ def test_settings_get_the_plans_numbers_and_keep_their_own(quick):
     settled = planned("0.5B", 24, config).settled(config)
     assert settled.vllm_memory_share == 0.3 and settled.max_tokens_per_microbatch == 32768
     assert config.max_tokens_per_microbatch == "auto"
-    same = GRPOConfig()
+    same = GRPOConfig(max_tokens_per_microbatch=16384, vllm_memory_share=0.4)
     assert planned("0.5B", 80, same).settled(same) is same
 
 

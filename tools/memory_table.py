@@ -144,10 +144,10 @@ def preset(gigabytes: int) -> str:
     assert found.fits
     choices = found.choices
     pairs = {
-        "max_tokens_per_microbatch": (16384, choices.max_tokens_per_microbatch),
+        "max_tokens_per_microbatch": ("auto", choices.max_tokens_per_microbatch),
         "gradient_checkpointing": ("true", "true"),
         "offload": ("auto", "auto"),
-        "vllm_memory_share": (0.4, math.floor(100 * choices.vllm_memory_share) / 100),
+        "vllm_memory_share": ("auto", math.floor(100 * choices.vllm_memory_share) / 100),
         "vllm_sleep_level": (1, 1),
     }
     return (

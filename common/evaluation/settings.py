@@ -12,6 +12,8 @@ from common.values import as_declared
 
 # Longer than any prompt or completion.
 NO_LIMIT = 2**31
+# Padded tokens of a forward pass of a reward model.
+REWARD_MODEL_TOKENS = 16384
 # Settings that begin with eval_ in a run.
 _SAMPLED = ("num_samples", "temperature", "top_p", "top_k")
 
@@ -143,7 +145,9 @@ def as_run_settings(settings: EvaluationSettings, model: str) -> RLConfig:
     }
     given = {name: NO_LIMIT if value is None else value for name, value in lengths.items()}
     try:
-        return RLConfig(model=model, vllm_sleep_level=0, **shared, **sampled, **given)
+        # Nothing is trained: the budget is that of a reward model's passes.
+        memory = {"vllm_sleep_level": 0, "max_tokens_per_microbatch": REWARD_MODEL_TOKENS}
+        return RLConfig(model=model, **memory, **shared, **sampled, **given)
     except ValueError as error:
         # What a run calls eval_temperature is temperature here.
         raise ValueError(re.sub(rf"\beval_(?=({'|'.join(_SAMPLED)})\b)", "", str(error))) from None

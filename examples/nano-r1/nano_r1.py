@@ -72,7 +72,7 @@ SETTINGS = GRPOConfig(
     lora_target_modules="all-linear",  # the seven projections of each layer
     load_in_4bit=True,
     # Memory and speed: nothing here changes the result. See common/presets for cards of other sizes.
-    max_tokens_per_microbatch=16384,  # cpu: 2048
+    max_tokens_per_microbatch="auto",  # cpu: 2048
     gradient_checkpointing=True,  # cpu: False
     offload="auto",
     dtype="auto",
