@@ -335,7 +335,7 @@ from tests.test_out_of_memory import BUDGET, HALF, Memory
 from tests.toy import toy_trainer, trained_weights
 
 model, folder = Path(sys.argv[1]), Path(sys.argv[2])
-settings = {"num_minibatches": 2, "kl_coef": 0.1, "num_steps": 2}
+settings = {"num_update_epochs": 2, "kl_coef": 0.1, "num_steps": 2}
 began = toy_trainer(model, folder / "began", max_tokens_per_microbatch=HALF, **settings)
 weights = trained_weights(began)
 for where in ("forward", "backward"):
