@@ -362,7 +362,7 @@ def test_the_rate_rises_then_falls_between_floor_and_peak(scheduler, warmup_step
 
 
 def test_an_update_takes_its_rate_and_its_mini_batches_from_the_call_and_changes_no_setting(accelerator, rollouts):
-    learner, weights = make_learner(num_minibatches=1, weight_decay=0.0)
+    learner, weights = make_learner(num_minibatches=1, weight_decay=0.0, max_tokens_per_microbatch=16384)
     before = vars(learner.config).copy()
     batches = Batches(learner.config, accelerator, torch.float32)
 
