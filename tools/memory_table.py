@@ -3,7 +3,7 @@
     python -m tools.memory_table           # write both; minutes
     python -m tools.memory_table --check   # say what would change
 
-Models are the shapes of Qwen2.5, written below as their configurations have them: nothing is read from the hub.
+Models are the shapes of Qwen2.5 in common/memory/fit.py: nothing is read from the hub.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import transformers
 
 from common.memory.cards import GB, Card
 from common.memory.cast import Casting
+from common.memory.fit import configuration
 from common.memory.plan import Machine, Plan, make_plan
 from common.memory.work import Work
 from PPO.ppo_trainer import PPOConfig
@@ -25,14 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, PRESETS = ROOT / "docs" / "memory.md", ROOT / "common" / "presets"
 BEGIN, END = "<!-- table: python -m tools.memory_table -->", "<!-- end of the table -->"
 
-# hidden, layers, heads, heads of keys and values, intermediate, vocabulary, tied
-SHAPES = {
-    "0.5B": (896, 24, 14, 2, 4864, 151936, True),
-    "1.5B": (1536, 28, 12, 2, 8960, 151936, True),
-    "3B": (2048, 36, 16, 2, 11008, 151936, True),
-    "7B": (3584, 28, 28, 4, 18944, 152064, False),
-    "14B": (5120, 48, 40, 8, 13824, 152064, False),
-}
+MODELS = ("0.5B", "1.5B", "3B", "7B", "14B")
 CARDS = (12, 16, 24, 40, 80)
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 METHODS = {
@@ -56,18 +50,8 @@ class WithoutValues(PPOConfig):
 @cache
 def model(size: str) -> transformers.PreTrainedModel:
     """A model of Qwen2.5 without storage."""
-    hidden, layers, heads, key_heads, inner, vocabulary, tied = SHAPES[size]
-    config = transformers.Qwen2Config(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=max(CONTEXTS),
-        dtype=torch.bfloat16,
-    )
+    config = configuration(size)
+    config.dtype = torch.bfloat16
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
@@ -119,7 +103,7 @@ def rows() -> list[tuple[str, str, str | None, str]]:
     """Model, method, value backbone and algorithm of each line."""
     return [
         (size, method, backbone, name)
-        for size in SHAPES
+        for size in MODELS
         for method in METHODS
         for name, backbone in ALGORITHMS.items()
         if not (method == "full" and (backbone == "shared" or size == "14B"))
