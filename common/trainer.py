@@ -292,7 +292,7 @@ class OnPolicyTrainer(ABC):
         spare = enumerate(self.prompts.spare(step, num_prompts=num_prompts), start=num_prompts)  # row, prompt
         places, num_rounds = Places(sampled, self.config.num_generations), 0
         while num_rounds < rounds:
-            missing = self._of_each_process(int(places.empty.sum()))
+            missing = self.batches.of_each_process([int(places.empty.sum())])[:, 0].tolist()
             chosen = list(islice(spare, sum(missing)))
             if not chosen:  # nothing is missing, or no prompt is left
                 break
@@ -306,7 +306,7 @@ class OnPolicyTrainer(ABC):
         self.metrics.add("refill/rounds", num_rounds, 1)
         self.metrics.add_sum("refill/filled", places.num_filled)
         self.metrics.add_sum("refill/left_empty", places.empty.sum())
-        if not sum(self._of_each_process(places.num_filled)):
+        if not self.batches.of_each_process([places.num_filled]).any():
             return sampled
         rollouts = places.rollouts()
         self.batches.number(rollouts)
@@ -680,12 +680,6 @@ class OnPolicyTrainer(ABC):
         if not self._soundness.all_finite(rollouts):
             self.logprobs("policy", rollouts)  # which refuses its own
             raise self._soundness.sampler_is_wrong(step=self.current_step)
-
-    def _of_each_process(self, number: int) -> list[int]:
-        """The numbers of all processes, in their order."""
-        numbers = torch.zeros(self.accelerator.num_processes, dtype=torch.int64)
-        numbers[self.accelerator.process_index] = number
-        return self.sum_over_processes(numbers).tolist()
 
     def _long_work(self, name: str, total: int, unit: str) -> LongWork:
         return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)

@@ -11,6 +11,7 @@ GIB = 2**30
 CUDA_CONTEXT = int(1.1 * GIB)
 # What cuBLAS keeps for its products: 32 MiB on Hopper, 8 elsewhere, for each of torch's handles.
 CUBLAS_WORKSPACE = 64 * 2**20
+CONTEXT_AND_WORKSPACE = CUDA_CONTEXT + CUBLAS_WORKSPACE
 # Memory that torch has reserved and that no tensor can use, as a share of what its tensors take.
 FRAGMENTATION = 0.05
 
@@ -39,7 +40,7 @@ PASS_INTERMEDIATES, PASS_HIDDENS, PASS_SCORES = 8, 16, 3
 
 # All of them by name, for what a plan prints.
 ASSUMED = {
-    "CUDA context": f"{(CUDA_CONTEXT + CUBLAS_WORKSPACE) / 1e9:.2f} GB",
+    "CUDA context": f"{CONTEXT_AND_WORKSPACE / 1e9:.2f} GB",
     "fragmentation": f"{FRAGMENTATION:.0%} of torch's tensors",
     "vLLM's graphs": f"{VLLM_GRAPHS / 1e9:.2f} GB",
     "vLLM's activations": f"of {VLLM_BATCHED_TOKENS:,} tokens",

@@ -128,13 +128,11 @@ class Machine:
         card: the device.
         host: bytes of main memory; None: nothing is compared with it.
         processes: that train together, each with a device.
-        most_rows: completions of a process's largest request; None: those of a step.
     """
 
     card: Card
     host: int | None = None
     processes: int = 1
-    most_rows: int | None = None
 
 
 def make_plan(config: RLConfig, cast: Cast, machine: Machine, *, work: Work | None = None) -> Plan:
@@ -206,18 +204,12 @@ def _plan_with(choices: Choices, config: RLConfig, cast: Cast, machine: Machine,
     return replace(plan, problem=_problem(plan, room, config))
 
 
-@dataclass(kw_only=True)
 class _Room:
     """Where things are with some choices, and what a phase adds to them."""
 
-    config: RLConfig
-    cast: Cast
-    machine: Machine
-    choices: Choices
-    share: float = 0.0
-
     def __init__(self, config: RLConfig, cast: Cast, machine: Machine, choices: Choices) -> None:
         self.config, self.cast, self.machine, self.choices = config, cast, machine, choices
+        self.share = 0.0  # vLLM's, known once all passes are
         self.moves = choices.offload == "always"
         self.on_cpu = machine.card.kind == "cpu"
         self.has_engine = config.sampler == "vllm" and not self.on_cpu
@@ -259,8 +251,7 @@ class _Room:
         lost = int(constants.FRAGMENTATION * sum(tensors.values()))
         engine = self.cast.engine.asleep if engine is None else engine
         kept = {"vLLM": engine} if self.has_engine and engine else {}
-        context = constants.CUDA_CONTEXT + constants.CUBLAS_WORKSPACE
-        unseen = {"fragmentation": lost, "CUDA context": context}
+        unseen = {"fragmentation": lost, "CUDA context": constants.CONTEXT_AND_WORKSPACE}
         return Phase(name=name, device=tensors | kept | unseen, host=self._host(name))
 
     def _host_of_cpu(self) -> dict[str, int]:
@@ -290,8 +281,8 @@ def _load(room: _Room) -> Phase:
     engine = room.engine_bytes
     if room.on_cpu:
         return room.phase("load", *(each.name for each in room.cast.models), device={})
-    context = constants.CUDA_CONTEXT + constants.CUBLAS_WORKSPACE
-    device = {"vLLM": engine, "CUDA context": context} if engine else {"CUDA context": context}
+    device = {"vLLM": engine} if engine else {}
+    device |= {"CUDA context": constants.CONTEXT_AND_WORKSPACE}
     return replace(room.phase("load", device={}), device=device)
 
 
@@ -345,7 +336,7 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
     Where it is chosen: as much as all completions need, if the device has it beside what stays there.
     """
     engine, total = room.cast.engine, machine.card.total
-    rows = machine.most_rows or math.ceil(config.completions_at_once / machine.processes)
+    rows = math.ceil(config.completions_at_once / machine.processes)
     wanted = min(config.vllm_max_num_seqs, rows)
     share = room.choices.vllm_memory_share
     if not room.has_engine:

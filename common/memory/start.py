@@ -32,7 +32,6 @@ def plan_of(
     rewards: Sequence[str] = (),
     device: str | None = None,
     processes: int = 1,
-    most_rows: int | None = None,
     with_passes: bool = True,
 ) -> Plan:
     """The memory plan of a run.
@@ -43,7 +42,6 @@ def plan_of(
         rewards: hub ids or folders of its reward models.
         device: a card that is not there, as --device names it; None: that of this process.
         processes: that train together, each on a card of its own.
-        most_rows: completions of a process's largest request; None: those of a step.
         with_passes: on a CPU, predict activations too, which takes seconds for some models.
 
     Raises:
@@ -52,9 +50,7 @@ def plan_of(
     """
     there = card(device) if device else this_card()
     _check_bfloat16(config, there)
-    machine = Machine(
-        card=there, host=None if device else host_memory().total, processes=processes, most_rows=most_rows
-    )
+    machine = Machine(card=there, host=None if device else host_memory().total, processes=processes)
     casting = Casting(config, policy, there, rewards=rewards, processes=processes)
     work = Work(config, processes, is_counted=with_passes or there.kind == "cuda")
     plan = make_plan(config, casting.cast(config), machine, work=work)

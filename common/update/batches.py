@@ -125,16 +125,16 @@ class Batches:
     def _passes(self, minibatch: Rollouts) -> list[Tensor | None]:
         """The rows of each forward pass, None for a filler; as many passes on every process."""
         chosen = pass_rows(minibatch, self.max_tokens_per_microbatch, self.packing)
-        num_passes = int(self._of_each_process([len(chosen)]).max())
+        num_passes = int(self.of_each_process([len(chosen)]).max())
         return [*chosen, *[None] * (num_passes - len(chosen))]
 
     def _microbatch(self, minibatch: Rollouts, rows: Tensor | None) -> Rollouts:
         return (filler(minibatch) if rows is None else minibatch[rows].trimmed()).to(self.device)
 
-    def _of_each_process(self, numbers: list[int]) -> Tensor:
-        """(processes, numbers) float32: what each process has, the same on all of them."""
-        everyone = torch.zeros(self.accelerator.num_processes, len(numbers))
-        everyone[self.accelerator.process_index] = torch.tensor(numbers, dtype=torch.float32)
+    def of_each_process(self, numbers: list[int]) -> Tensor:
+        """(processes, numbers) int64: what each process has, the same on all of them."""
+        everyone = torch.zeros(self.accelerator.num_processes, len(numbers), dtype=torch.int64)
+        everyone[self.accelerator.process_index] = torch.tensor(numbers)
         return self.sum_over_processes(everyone)
 
     # ------------------------------------------------------------------------------------------------ out of memory
@@ -167,7 +167,7 @@ class Batches:
                 tokens = max(widths) if rows is None else tokens_of_pass(minibatch[rows], self.packing)
                 failed = tokens, max(widths) if len(widths) == 1 else 0
                 break  # and meet the others, which know nothing of it
-        everyone = self._of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
+        everyone = self.of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
         if not everyone.any():
             return True
         free_memory()
