@@ -249,11 +249,11 @@ def test_ctrl_c_ends_it_and_the_page_rests(tmp_path):
     command = [sys.executable, "-m", "common.samples", str(folder), "--watch"]
     running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for((folder / "samples.html").exists, seconds=60)
+        said = running.stdout.readline()  # not the file: it is there before its address is said
         assert data_of(folder / "samples.html")["refresh"] is not None
         running.send_signal(signal.SIGINT)
-        said, complained = running.communicate(timeout=60)
+        rest, complained = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == 0 and said.strip() == str(folder / "samples.html") and complained == ""
+    assert (running.returncode, rest, complained) == (0, "", "") and said.strip() == str(folder / "samples.html")
     assert data_of(folder / "samples.html")["refresh"] is None
