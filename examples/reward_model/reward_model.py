@@ -33,6 +33,7 @@ from trl import RewardConfig, RewardTrainer
 from common import cli
 from common.data.rows import read_rows
 from common.data.dialogues import dialogue, turns
+from common.environment import cpu_computes_bfloat16
 from common.mistakes import first_line
 from common.models.chat import render_chat
 from common.models.configs import read_config
@@ -219,7 +220,8 @@ def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: lis
         weight_decay=settings.weight_decay,
         center_rewards_coefficient=settings.center_rewards,
         max_length=None,
-        bf16=torch.cuda.is_available(),
+        bf16=torch.cuda.is_available() or cpu_computes_bfloat16(),
+        use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
