@@ -132,8 +132,8 @@ class Evaluation:
         sampled = sampling_identity(self.settings, self.prompts.ids)
         self.unfinished = Unfinished(self.folder.with_name(f"{called}-{digest(sampled)}.unfinished.jsonl"), sampled)
         if is_new:
-            self.unfinished.check()
-            if not is_embedded(source.base):  # after the rest: it may import vLLM, which a stored result never needs
+            has_all = self.unfinished.check() == len(self.prompts)
+            if not has_all and not is_embedded(source.base):  # after the rest: it may import vLLM
                 check_sampling(self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
     def _seen_by_rewards(self) -> list:

@@ -44,13 +44,18 @@ class Unfinished:
         self._file: BinaryIO | None = None
         self._last = 0.0
 
-    def check(self) -> None:
+    def check(self) -> int:
         """Refuse to go on with other completions.
+
+        Returns:
+            How many problems have their completions.
 
         Raises:
             ValueError: those in the file were sampled with other settings.
         """
-        self._check(_lines(self.path.read_bytes())[0] if self.path.is_file() else [])
+        lines = _lines(self.path.read_bytes())[0] if self.path.is_file() else []
+        self._check(lines)
+        return len(lines[1:])
 
     def _check(self, lines: list[dict[str, Any]]) -> None:
         stored = lines[0] if lines else self._identity
