@@ -16,9 +16,12 @@ import yaml
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
+from common.runs.log import read_metrics
 from common.runs.plots import PALETTE
 from examples.compare_algorithms.compare_algorithms import compare, find_algorithms
 from examples.compare_algorithms.intervals import mean_with_interval
+from examples.compare_algorithms.judged import compare_with_untrained, win_rates
+from examples.compare_algorithms.judging import Judging
 from examples.compare_algorithms.processes import run_environment
 from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import comparable_runs
@@ -79,7 +82,8 @@ def two_steps(accuracy=0.5, **last):
     first = {"step": 0, "episodes": 0, "tokens": 0, "eval/score": 0.2, "eval/accuracy": 0.25, "eval/kl": 0.0}
     middle = {"step": 1, "episodes": 10, "tokens": 100, "score": 0.3, "policy/tokens": 90.0}
     end = {"step": 2, "episodes": 20, "tokens": 220, "score": 0.4, "policy/tokens": 110.0, "eval/score": 0.6}
-    end |= {"eval/accuracy": accuracy, "eval/accuracy_ci95": 0.06, "eval/kl": 0.03}
+    end |= {"eval/accuracy": accuracy, "eval/accuracy_ci95": 0.06, "eval/kl": 0.03, "eval/length": 40.0}
+    first["eval/length"] = 50.0
     first |= {"time/step": 5.0, "time/eval": 5.0, "memory/peak_gb": 1.0}
     middle |= {"time/step": 3.0, "memory/peak_gb": 3.0}
     end |= {"time/step": 7.5, "time/eval": 4.0, "time/save": 0.5, "memory/peak_gb": 2.0}
@@ -247,6 +251,9 @@ def test_the_numbers_of_a_run_by_hand(tmp_path):
             "score_before": 0.2,
             "score": 0.6,
             "kl": 0.03,
+            "kl_per_completion": 0.03 * 40.0,
+            "length_before": 50.0,
+            "length": 40.0,
         },
         "seconds_per_episode": 0.3,  # (3 + 7.5 - 4 - 0.5) / 20
         **{"tokens_sampled": 220, "tokens_trained": 200, "peak_gb": 3.0},
@@ -334,3 +341,134 @@ def test_runs_at_the_same_time_have_cpus_of_their_own(root, tmp_path, monkeypatc
 def test_more_runs_at_once_than_cpus_are_refused(root, tmp_path):
     with pytest.raises(ValueError, match=r"at_once=999: each run needs a CPU"):
         compare(["--output_dir", str(tmp_path / "out"), "--at_once", "999"], root=root)
+
+
+# Judges
+
+
+def write_judged(folder, scores, length=5, **settings):
+    """The result of an evaluation; `scores` has those of each prompt."""
+    folder.mkdir(parents=True)
+    rows = [{"completions": [{"score": score, "length": length} for score in each]} for each in scores]
+    (folder / "outputs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mean = float(np.mean(scores))
+    (folder / "score.json").write_text(json.dumps({"score": mean, "settings": {"problems": "x"} | settings}))
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Two seeds of Alpha and one of Beta, judged by the reward of training, and of seed 1 not by "kind"."""
+    for name in ("alpha-seed0", "alpha-seed1"):
+        write_run(tmp_path / name, rows=two_steps())
+    for judge in ("training", "kind"):
+        write_judged(tmp_path / "judged" / "untrained" / judge, [[0.0, 2.0], [1.0, 1.0], [4.0, 4.0]])
+    write_judged(tmp_path / "judged" / "alpha-seed0" / "training", [[1.0, 3.0], [2.0, 2.0], [4.0, 8.0]], length=7)
+    write_judged(tmp_path / "judged" / "alpha-seed1" / "training", [[2.0, 2.0], [1.0, 1.0], [5.0, 5.0]], length=9)
+    write_judged(tmp_path / "judged" / "alpha-seed0" / "kind", [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    return tmp_path
+
+
+def test_gains_over_the_untrained_policy_by_hand(judged):
+    """Of seed 0 the prompts gain 1, 1 and 2, of seed 1 1, 0 and 1; together 1, 0.5 and 1.5: a deviation of 0.5."""
+    runs, _ = comparable_runs(judged, ["Alpha"])
+    found = compare_with_untrained(judged, runs)
+    assert (found["prompts"], found["samples"], list(found["judges"])) == (3, 2, ["training", "kind"])
+    training, kind = found["judges"].values()
+    assert training["untrained"] == 2.0 and training["untrained_length"] == 5.0
+    own = training["algorithms"]["Alpha"]
+    assert own["score"]["per_seed"] == pytest.approx([10 / 3, 8 / 3]) and own["length"]["per_seed"] == [7.0, 9.0]
+    assert own["gain"]["per_seed"] == pytest.approx([4 / 3, 2 / 3])
+    assert (own["gain"]["mean"], own["gain"]["ci95"]) == pytest.approx((1.0, 1.96 * 0.5 / 3**0.5))
+    assert own["wins"]["per_seed"][0] == pytest.approx((0.75 + 1.0 + 0.75) / 3)
+    lost = kind["algorithms"]["Alpha"]["gain"]
+    assert lost["per_seed"] == [pytest.approx(-4 / 3), None] and lost["mean"] is None
+
+
+def test_a_win_counts_pairs_of_answers_and_ties_half():
+    before, after = np.array([[0.0, 2.0], [1.0, 1.0]]), np.array([[1.0, 3.0], [1.0, 0.0]])
+    assert win_rates(before, after).tolist() == [0.75, 0.25]
+
+
+def test_the_table_has_what_judges_say_and_what_they_have_not_judged(judged):
+    write_report(judged, ["Alpha"], known=["Alpha"])
+    table = (judged / "table.md").read_text()
+    assert "| | score by the reward of training | gain | wins | score by kind | gain | wins |" in table
+    assert "| untrained | 2.000 ± 2.263 |  |  | 2.000 ± 2.263 |  |  |" in table
+    assert "| Alpha | 3.000 | +1.000 ± 0.566 | 0.750 ± 0.170 | - | - | - |" in table
+    assert "| Alpha, seed 0 | 3.333 | +1.333 ± 0.653 | 0.833 ± 0.163 | 0.667 | -1.333 ± 1.729 |" in table
+    assert "the same 3 held-out prompts, 2 completions each" in table
+    assert json.loads((judged / "results.json").read_text())["judged"]["judges"]["kind"]["untrained"] == 2.0
+
+
+@pytest.mark.slow
+def test_the_figure_has_a_panel_for_each_judge(judged):
+    write_report(judged, ["Alpha"], known=["Alpha"])
+    height, width, _ = imread(judged / "comparison.png").shape
+    assert width < 2 * height and colors_of(judged / "comparison.png") == {PALETTE[0]}
+
+
+def test_answers_to_other_prompts_are_not_compared(judged):
+    score = judged / "judged" / "alpha-seed0" / "training" / "score.json"
+    score.write_text(json.dumps({"score": 1.0, "settings": {"problems": "other"}}))
+    refused(lambda: write_report(judged, ["Alpha"], known=["Alpha"]), "differ", "in problems", "Delete", "--judge")
+
+
+def test_judges_are_checked_before_the_first_run(root, tmp_path):
+    (tmp_path / "mine.py").write_text("def kind(completions):\n    return [1.0] * len(completions)\n")
+    (tmp_path / "other.py").write_text("def kind(completions):\n    return [0.0] * len(completions)\n")
+    out = ["--output_dir", str(tmp_path / "out"), "--judge"]
+    mine, other = f"{tmp_path}/mine.py:kind", f"{tmp_path}/other.py:kind"
+    refused(lambda: compare([*out, str(tmp_path / "nothing")], root), "nothing", "cannot be loaded")
+    refused(lambda: compare([*out, f"{mine}er"], root), "kinder")
+    refused(lambda: compare([*out, mine, "--judge", other], root), "judge=", "the name kind too", "Rename")
+    refused(lambda: compare([*out, mine, "--report_only"], root), "judges nothing", "Leave out --report_only")
+    assert not list((tmp_path / "out").glob("*seed*"))
+    assert list(Judging(tmp_path, [mine, mine]).judges) == ["kind"]
+
+
+@pytest.mark.slow
+def test_finished_runs_are_judged_and_what_is_there_is_not_measured_again(tiny_folder, tmp_path, monkeypatch, capfd):
+    """A reward is judged by another one, on the answers of the untrained policy and of the final model."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(REWARDS)
+    settings = {
+        **{"model": tiny_folder, "sampler": "transformers", "max_completion_length": 8, "num_eval_prompts": 6},
+        **{"num_steps": 1, "prompts_per_step": 2, "num_generations": 2, "eval_every": 1, "save_every": 0},
+        **{"task": "countdown", "use_lora": "false", "max_prompt_length": 64, "rewards": "mine.py:long"},
+    }
+    passed_on = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    arguments = ["--algorithms", "grpo", "--seeds", "0", "--preset", "cpu"]
+
+    def judged_by(*judges: str) -> int:
+        words = [word for judge in judges for word in ("--judge", f"mine.py:{judge}")]
+        return compare([*arguments, *words, "--", *passed_on])
+
+    assert judged_by("letters") == 0
+    printed = capfd.readouterr().out
+    assert re.search(r"\[1/1\] GRPO, seed 0: .*; judged in \d+ s: training .* -> .*, letters .* -> ", printed)
+    folder = Path("runs/compare_algorithms")
+    rows = read_metrics(folder / "grpo-seed0")
+    results = json.loads((folder / "results.json").read_text())["judged"]
+    own = results["judges"]["training"]
+    assert results["prompts"] == 6
+    assert own["untrained"] == pytest.approx(rows[0]["eval/score"])  # the same noise as in the run with seed 0
+    assert own["algorithms"]["GRPO"]["score"]["mean"] == pytest.approx(rows[-1]["eval/score"], abs=0.1)
+    written = {path: path.stat().st_mtime_ns for path in folder.rglob("judged/*/*/*")}
+    assert len(written) == 2 * 2 * 3
+    assert judged_by("letters", "short") == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert "completions are there" in (folder / "judged" / "untrained" / "short.log").read_text()
+    assert judged_by("long") == 1
+    assert "judging FAILED: judge long: the runs were trained on it" in capfd.readouterr().out
+
+
+REWARDS = """
+def long(completions):
+    return [len(text) / 10 for text in completions]
+
+def letters(completions):
+    return [float(sum(map(str.isalpha, text))) for text in completions]
+
+def short(completions):
+    return [-float(len(text)) for text in completions]
+"""
