@@ -393,8 +393,8 @@ def test_the_table_has_what_judges_say_and_what_they_have_not_judged(judged):
     write_report(judged, ["Alpha"], known=["Alpha"])
     table = (judged / "table.md").read_text()
     assert "| | score by the reward of training | gain | wins | score by kind | gain | wins |" in table
-    assert "| untrained | 2.000 ± 2.263 |  |  | 2.000 ± 2.263 |  |  |" in table
-    assert "| Alpha | 3.000 | +1.000 ± 0.566 | 0.750 ± 0.170 | - | - | - |" in table
+    assert "| untrained | 2.000 ± 1.960 |  |  | 2.000 ± 1.960 |  |  |" in table
+    assert "| Alpha | 3.000 | +1.000 ± 0.566 | 0.792 ± 0.082 | - | - | - |" in table
     assert "| Alpha, seed 0 | 3.333 | +1.333 ± 0.653 | 0.833 ± 0.163 | 0.667 | -1.333 ± 1.729 |" in table
     assert "the same 3 held-out prompts, 2 completions each" in table
     assert json.loads((judged / "results.json").read_text())["judged"]["judges"]["kind"]["untrained"] == 2.0
@@ -420,7 +420,7 @@ def test_judges_are_checked_before_the_first_run(root, tmp_path):
     mine, other = f"{tmp_path}/mine.py:kind", f"{tmp_path}/other.py:kind"
     refused(lambda: compare([*out, str(tmp_path / "nothing")], root), "nothing", "cannot be loaded")
     refused(lambda: compare([*out, f"{mine}er"], root), "kinder")
-    refused(lambda: compare([*out, mine, "--judge", other], root), "judge=", "the name kind too", "Rename")
+    refused(lambda: compare([*out, mine, "--judge", other], root), "judge=", "the name 'kind' too", "Rename")
     refused(lambda: compare([*out, mine, "--report_only"], root), "judges nothing", "Leave out --report_only")
     assert not list((tmp_path / "out").glob("*seed*"))
     assert list(Judging(tmp_path, [mine, mine]).judges) == ["kind"]

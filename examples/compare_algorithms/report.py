@@ -111,13 +111,14 @@ def table_of(results: dict[str, Any]) -> str:
         "\nEach seed; ± is the 95 % confidence interval over its held-out prompts:\n",
         *_markdown(singles, columns),
         "\nSeconds are of training, without evaluation and checkpoints; KL is to the untrained policy, on held-out "
-        f"completions.\n\nEqual in all runs: {equal}.",
+        "completions.",
     ]
+    if results["judged"]:
+        lines += _judged(results["judged"], seeds)
+    lines.append(f"\nEqual in all runs: {equal}.")
     if results["different"]:
         lines.append("\nSettings that differ; an algorithm that is not named has no such setting:\n")
         lines += [_difference(name, values) for name, values in results["different"].items()]
-    if results["judged"]:
-        lines += _judged(results["judged"], seeds)
     if results["left_out"]:
         lines.append(f"\nLeft out, because not all algorithms have finished it: {'; '.join(results['left_out'])}.")
     return "\n".join(lines) + "\n"
