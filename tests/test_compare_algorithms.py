@@ -22,9 +22,9 @@ from examples.compare_algorithms.compare_algorithms import compare, find_algorit
 from examples.compare_algorithms.intervals import mean_with_interval
 from examples.compare_algorithms.judged import compare_with_untrained, win_rates
 from examples.compare_algorithms.judging import Judging
-from examples.compare_algorithms.processes import run_environment
+from examples.compare_algorithms.processes import Processes, run_environment
 from examples.compare_algorithms.report import write_report
-from examples.compare_algorithms.runs import comparable_runs
+from examples.compare_algorithms.runs import comparable_runs, read_run
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -155,7 +155,9 @@ def test_a_run_has_all_cpus_of_this_process_unless_the_user_says_otherwise(monke
 
 
 @pytest.mark.slow
-def test_grpos_own_script_is_compared_with_itself(tiny_folder, tmp_path):
+def test_grpos_own_script_is_compared_with_itself_and_judged_once(tiny_folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def short(completions):\n    return [-float(len(text)) for text in completions]\n")
     settings = {
         **{"model": tiny_folder, "sampler": "transformers", "max_completion_length": 8, "num_eval_prompts": 4},
         **{"num_steps": 2, "prompts_per_step": 2, "num_generations": 2, "eval_every": 1, "save_every": 0},
@@ -163,9 +165,10 @@ def test_grpos_own_script_is_compared_with_itself(tiny_folder, tmp_path):
     }
     passed_on = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     script = ROOT / "examples" / "compare_algorithms" / "compare_algorithms.py"
-    command = [sys.executable, script, "--algorithms", "grpo", "--seeds", "0", "--preset", "cpu", "--", *passed_on]
+    arguments = ["--algorithms", "grpo", "--seeds", "0", "--preset", "cpu", "--judge", "mine.py:short", "--"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, script, *arguments, *passed_on]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     out = tmp_path / "runs" / "compare_algorithms"
     assert done.returncode == 0, done.stdout + done.stderr + (out / "grpo-seed0.log").read_text()
     results = json.loads((out / "results.json").read_text())
@@ -173,6 +176,21 @@ def test_grpos_own_script_is_compared_with_itself(tiny_folder, tmp_path):
     assert results["equal"]["num_steps"] == 2 and results["different"] == {}
     assert own["tokens_sampled"] == own["tokens_trained"] > 0 and own["kl"] is not None
     assert 0 < own["seconds_per_episode"] < 10
+    # The reward of training scores the answers of the run's own evaluations, which had the same noise.
+    training, short = results["judged"]["judges"].values()
+    rows = read_metrics(out / "grpo-seed0")
+    assert [training["untrained"], training["untrained_length"]] == [rows[0]["eval/score"], rows[0]["eval/length"]]
+    assert training["algorithms"]["GRPO"]["length"]["mean"] == rows[-1]["eval/length"]
+    assert short["untrained"] < 0 and short["algorithms"]["GRPO"]["score"]["mean"] < 0
+    assert "completions are there" in (out / "judged" / "untrained" / "short.log").read_text()
+    # Nothing is measured again.
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("judged/*/*/*")}
+    assert len(written) == 2 * 2 * 3
+    assert compare([*arguments, *passed_on]) == 0
+    assert re.search(
+        r"GRPO, seed 0: finished before, .*; judged in \d+ s: training .*, short -", capfd.readouterr().out
+    )
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("judged/*/*/*")} == written
 
 
 # What it refuses
@@ -426,49 +444,18 @@ def test_judges_are_checked_before_the_first_run(root, tmp_path):
     assert list(Judging(tmp_path, [mine, mine]).judges) == ["kind"]
 
 
-@pytest.mark.slow
-def test_finished_runs_are_judged_and_what_is_there_is_not_measured_again(tiny_folder, tmp_path, monkeypatch, capfd):
-    """A reward is judged by another one, on the answers of the untrained policy and of the final model."""
+def test_a_judge_that_the_runs_were_trained_on_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def kind(completions):\n    return [1.0] * len(completions)\n")
+    write_run(tmp_path / "alpha-seed0", {"rewards": ["mine.py:kind"], "reward_weights": None, "model": "x"})
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(REWARDS)
-    settings = {
-        **{"model": tiny_folder, "sampler": "transformers", "max_completion_length": 8, "num_eval_prompts": 6},
-        **{"num_steps": 1, "prompts_per_step": 2, "num_generations": 2, "eval_every": 1, "save_every": 0},
-        **{"task": "countdown", "use_lora": "false", "max_prompt_length": 64, "rewards": "mine.py:long"},
-    }
-    passed_on = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    arguments = ["--algorithms", "grpo", "--seeds", "0", "--preset", "cpu"]
-
-    def judged_by(*judges: str) -> int:
-        words = [word for judge in judges for word in ("--judge", f"mine.py:{judge}")]
-        return compare([*arguments, *words, "--", *passed_on])
-
-    assert judged_by("letters") == 0
-    printed = capfd.readouterr().out
-    assert re.search(r"\[1/1\] GRPO, seed 0: .*; judged in \d+ s: training .* -> .*, letters .* -> ", printed)
-    folder = Path("runs/compare_algorithms")
-    rows = read_metrics(folder / "grpo-seed0")
-    results = json.loads((folder / "results.json").read_text())["judged"]
-    own = results["judges"]["training"]
-    assert results["prompts"] == 6
-    assert own["untrained"] == pytest.approx(rows[0]["eval/score"])  # the same noise as in the run with seed 0
-    assert own["algorithms"]["GRPO"]["score"]["mean"] == pytest.approx(rows[-1]["eval/score"], abs=0.1)
-    written = {path: path.stat().st_mtime_ns for path in folder.rglob("judged/*/*/*")}
-    assert len(written) == 2 * 2 * 3
-    assert judged_by("letters", "short") == 0
-    assert {path: path.stat().st_mtime_ns for path in written} == written
-    assert "completions are there" in (folder / "judged" / "untrained" / "short.log").read_text()
-    assert judged_by("long") == 1
-    assert "judging FAILED: judge long: the runs were trained on it" in capfd.readouterr().out
+    judging = Judging(tmp_path, [f"{tmp_path}/mine.py:kind"])
+    said, has_all = judging.judge(read_run(tmp_path / "alpha-seed0", "Alpha", 0), Processes())
+    assert said.startswith("judging FAILED: judge kind: the runs were trained on it") and not has_all
 
 
-REWARDS = """
-def long(completions):
-    return [len(text) / 10 for text in completions]
-
-def letters(completions):
-    return [float(sum(map(str.isalpha, text))) for text in completions]
-
-def short(completions):
-    return [-float(len(text)) for text in completions]
-"""
+def test_nothing_starts_once_a_comparison_ends(tmp_path):
+    processes = Processes()
+    assert processes.run([sys.executable, "-c", "print(1)"], tmp_path / "log") == 0
+    processes.end()
+    assert processes.run([sys.executable, "-c", "print(2)"], tmp_path / "log") == -15
+    assert (tmp_path / "log").read_text() == "1\n"
