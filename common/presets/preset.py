@@ -6,7 +6,7 @@ value was edited by the user: it stays, and the run says so.
 
 import textwrap
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from common.yaml_files import read_yaml_file
 PRESETS = Path(__file__).parent
 # Data and rewards belong to one task: if one of these is edited, the preset replaces none of them.
 TASK_GROUP = ("task", "dataset", "rewards", "reward_weights")
+# Presets with learning settings for embedded policies and for pretrained models, which reach no other models.
+FOR_EMBEDDED, FOR_PRETRAINED = "cpu", "cpu-small"
 
 Pairs = dict[str, tuple[Any, Any]]  # setting -> (value that the scripts ship with, the preset's value)
 
@@ -50,6 +52,10 @@ class Preset:
             return cls("none", {}) if _has_gpu(has_gpu) else cls("cpu", _pairs("cpu"), "there is no CUDA GPU")
         return cls(name, {} if name == "none" else _pairs(name))
 
+    def of_settings(self, names: Collection[str]) -> "Preset":
+        """The preset of an algorithm that has these settings; what belongs to other algorithms is left out."""
+        return replace(self, pairs={name: pair for name, pair in self.pairs.items() if name in names})
+
     def replacements(
         self, written: dict[str, Any], given: Collection[str], *, model: str | None, class_defaults: dict[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
@@ -73,8 +79,8 @@ class Preset:
         stay = edited | set(TASK_GROUP) if edited.intersection(TASK_GROUP) else edited
         replaced = {name: value for name, (_, value) in self.pairs.items() if name not in stay and name not in given}
         kept = [name for name in self.pairs if name in stay and name not in given and self._differs(name, written)]
-        # Settings for the embedded policy do not suit another model.
-        if not is_embedded(model or replaced.get("model", written["model"])):
+        embedded = is_embedded(model or replaced.get("model", written["model"]))
+        if self.name == (FOR_PRETRAINED if embedded else FOR_EMBEDDED):
             replaced = {name: value for name, value in replaced.items() if name in MEMORY_SETTINGS}
             kept = [name for name in kept if name in MEMORY_SETTINGS]
         return replaced, kept
@@ -83,12 +89,22 @@ class Preset:
         return written[name] != self.pairs[name][1]
 
     def misfit(self, model: str, *, has_gpu: bool | None = None) -> list[str]:
-        """A line that says so, if this preset is for a GPU and there is none.
+        """A line that says so, if this preset is for another machine or another model.
 
         Args:
             model: what the run trains.
             has_gpu: whether the run has one; None: whether this machine has one.
         """
+        if self.name == FOR_PRETRAINED and is_embedded(model):
+            return [
+                f"warning: preset {self.name} is for pretrained models, so of it only memory settings are used for "
+                f"{model}. Pass --preset {FOR_EMBEDDED}, or another --model."
+            ]
+        if self.name == FOR_EMBEDDED and not is_embedded(model) and not _has_gpu(has_gpu):
+            return [
+                f"preset {self.name} is for embedded policies, so of it only memory settings are used for {model}. "
+                f"--preset {FOR_PRETRAINED} has settings for training a model of up to a billion weights on a CPU."
+            ]
         if not self.name.startswith("gpu-") or _has_gpu(has_gpu):
             return []
         hours = "" if is_embedded(model) else f", where {model} and the settings of the script may take hours a step"

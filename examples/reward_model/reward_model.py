@@ -72,7 +72,7 @@ class RewardModelSettings:
     pairs_per_pass: int
     """Pairs per forward pass and process, a divisor of batch_size; memory only."""
     num_trained_layers: int | None
-    """Train only the last so many layers, the last norm and the head: much faster, for few pairs or a CPU. None: all."""
+    """Train only so many layers, the last ones, and the head: much faster, for few pairs or a CPU. None: all."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: slower, much less memory."""
     learning_rate: float
