@@ -6,7 +6,6 @@ score a completion. `on_topic` is what keeps it a text: an instruction followed 
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
@@ -38,7 +37,7 @@ TOPICS = tuple(_TOPICS.replace("\n", " ").split(", "))
 USER_TEXT = "Write one or two sentences about {topic}. {instruction}"
 
 MIN_WORDS = 5
-MAX_REPEATED = 0.5  # of a text's words: with more, it says the same again and again
+MAX_REPEATED = 0.5  # of a text's words: with so many, it says the same again and again
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 _CLOSING = r"[\"'\u201d\u2019)*]*"
@@ -273,7 +272,7 @@ def is_on_topic(text: str, topic: str) -> bool:
     said = words(text)
     if len(said) < MIN_WORDS or not _LAST.search(text):
         return False
-    if len(set(said)) < (1 - MAX_REPEATED) * len(said) or Counter(said).most_common(1)[0][1] > len(said) / 3:
+    if len(set(said)) <= (1 - MAX_REPEATED) * len(said):
         return False
     about = words(topic)
     stems = {_stem(word) for word in about if len(word) > 3} or {_stem(word) for word in about}
