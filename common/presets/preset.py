@@ -6,7 +6,7 @@ value was edited by the user: it stays, and the run says so.
 
 import textwrap
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ class Preset:
     Attributes:
         name: of its file, or "none".
         pairs: for each setting the value that the scripts ship with, and the preset's.
+        of_some: the same for settings that only some algorithms have.
         why: the reason for using this preset, for messages.
     """
 
     name: str
     pairs: Pairs
     why: str = "asked for"
+    of_some: Pairs = field(default_factory=dict)
 
     @classmethod
     def read(cls, name: str, *, has_gpu: bool | None = None) -> "Preset":
@@ -48,13 +50,16 @@ class Preset:
         Raises:
             ValueError: if there is no such preset, or its file has another form.
         """
+        why = cls.why
         if name == "auto":
-            return cls("none", {}) if _has_gpu(has_gpu) else cls("cpu", _pairs("cpu"), "there is no CUDA GPU")
-        return cls(name, {} if name == "none" else _pairs(name))
+            name, why = ("none", why) if _has_gpu(has_gpu) else ("cpu", "there is no CUDA GPU")
+        pairs, of_some = ({}, {}) if name == "none" else _pairs(name)
+        return cls(name, pairs, why, of_some)
 
-    def of_settings(self, names: Collection[str]) -> "Preset":
-        """The preset of an algorithm that has these settings; what belongs to other algorithms is left out."""
-        return replace(self, pairs={name: pair for name, pair in self.pairs.items() if name in names})
+    def with_settings_of(self, algorithm: Collection[str]) -> "Preset":
+        """The preset with those of `of_some` that an algorithm has, given the names of its settings."""
+        own = {name: pair for name, pair in self.of_some.items() if name in algorithm}
+        return replace(self, pairs=self.pairs | own)
 
     def replacements(
         self, written: dict[str, Any], given: Collection[str], *, model: str | None, class_defaults: dict[str, Any]
@@ -133,7 +138,8 @@ def _has_gpu(known: bool | None) -> bool:
     return torch.cuda.is_available() if known is None else known
 
 
-def _pairs(name: str) -> Pairs:
+def _pairs(name: str) -> tuple[Pairs, Pairs]:
+    """What a preset's file holds for all algorithms, and for some."""
     path = PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in PRESETS.glob("*.yaml"))
@@ -141,13 +147,14 @@ def _pairs(name: str) -> Pairs:
             f"preset={name!r}: there is no such preset. Pass --preset with one of {', '.join(known)}, none."
         )
     pairs = read_yaml_file(path)
-    for setting, pair in pairs.items():
+    of_some = pairs.pop("of_some_algorithms", {})
+    for setting, pair in (pairs | of_some).items():
         if not isinstance(pair, list) or len(pair) != 2:
             raise ValueError(
                 f"{path}: {setting} is {pair!r}: need two values, the one that the scripts ship with and the "
                 f"preset's, to tell which lines were edited. Write {setting}: [shipped, preset's]."
             )
-    return {setting: tuple(pair) for setting, pair in pairs.items()}
+    return tuple({setting: tuple(pair) for setting, pair in part.items()} for part in (pairs, of_some))
 
 
 def _shown(value: Any) -> str:
