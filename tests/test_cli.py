@@ -213,8 +213,8 @@ def test_another_embedded_policy_learns_with_them():
 def test_settings_for_pretrained_models_reach_no_embedded_one_and_the_other_way_round():
     pretrained = edited("--preset", "cpu-small")
     assert (pretrained.model, pretrained.task) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "instructions")
-    assert (pretrained.dtype, pretrained.max_completion_length, pretrained.num_steps) == ("fast", 48, 30)
-    assert edited("--preset", "cpu-small", "--model", "/a/folder").num_steps == 30
+    assert (pretrained.dtype, pretrained.max_completion_length, pretrained.num_steps) == ("fast", 48, 40)
+    assert edited("--preset", "cpu-small", "--model", "/a/folder").num_steps == 40
     tiny = edited("--preset", "cpu-small", "--model", "tiny")
     assert tiny.num_steps == SETTINGS.num_steps
     assert tiny.notes[0].startswith("warning: preset cpu-small is for pretrained models")
