@@ -137,6 +137,26 @@ def test_a_special_token_that_a_pair_spells_is_text(trained):
     assert counts == {1} and tokenizer.decode(row["chosen_ids"]).endswith("Assistant: a<eos><eos>")
 
 
+def test_training_reads_what_scoring_reads(trained):
+    """Also a default system message, and dialogues or answers that are too long."""
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    start = "{% if messages[0]['role'] != 'system' %}be kind<eos>{% endif %}"
+    tokenizer.chat_template = start + tokenizer.chat_template
+    judge = RewardModel(str(trained))
+    judge.tokenizer = tokenizer
+    question = {"role": "user", "content": "kara lora"}
+    dialogues = [
+        [*before, question, {"role": "assistant", "content": answer}]
+        for answer in ("miso", "miso please " * 30 + "miso")
+        for before in ([], [question, {"role": "assistant", "content": "please " * 8 + "kara"}])
+    ]
+    for max_length in (1000, 30, 12):
+        judge.max_length = max_length
+        rows = tokenize([{"chosen": each, "rejected": each} for each in dialogues], tokenizer, max_length)
+        scored = judge._encode([each[:-1] for each in dialogues], [each[-1]["content"] for each in dialogues])
+        assert rows["chosen_ids"][:] == [row["input_ids"] for row in scored]
+
+
 def test_long_dialogues_lose_their_beginning_and_keep_their_first_token(trained):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     messages = [{"role": "user", "content": "kara " * 50}, {"role": "assistant", "content": "please"}]
