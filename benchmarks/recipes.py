@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -196,17 +196,22 @@ def skeleton(shape: str) -> transformers.PreTrainedModel:
 
 
 @cache
-def reward_model_folder(name: str) -> str:
+def _temporary() -> TemporaryDirectory:
+    """Lives as long as the process."""
+    return TemporaryDirectory(prefix="recipes-")
+
+
+@cache
+def _reward_model(name: str) -> str:
     """A folder with the configuration of the reward model, so that the plan counts it without the hub."""
-    folder = Path(mkdtemp(prefix="recipes-")) / name.split("/")[-1]
-    transformers.DebertaV2Config(
-        **DEBERTA_V3_LARGE, architectures=["DebertaV2ForSequenceClassification"]
-    ).save_pretrained(folder)
+    folder = Path(_temporary().name) / name.split("/")[-1]
+    kind = ["DebertaV2ForSequenceClassification"]
+    transformers.DebertaV2Config(**DEBERTA_V3_LARGE, architectures=kind).save_pretrained(folder)
     return str(folder)
 
 
 @cache
-def _works(name: str, words: tuple[str, ...]) -> Work:
+def _work(name: str) -> Work:
     """Predictions of passes, which no card changes."""
     return Work(settings(name))
 
@@ -220,9 +225,9 @@ def planned(name: str, gigabytes: int) -> Planned:
     """
     recipe, config = RECIPES[name], settings(name)
     card = Card(name=f"{gigabytes}gb", total=gigabytes * GB)
-    rewards = [reward_model_folder(each) for each in reward_models(config)]
+    rewards = [_reward_model(each) for each in reward_models(config)]
     casting = Casting(config, skeleton(recipe.shape), card, rewards=rewards)
-    machine, work = Machine(card=card), _works(name, recipe.words)
+    machine, work = Machine(card=card), _work(name)
     plan = make_plan(config, casting.cast(config), machine, work=work)
     if plan.fits:
         return Planned(recipe=recipe, config=config, plan=plan)
