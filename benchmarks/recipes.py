@@ -124,7 +124,7 @@ RECIPES = {
         shape="3B",
         prompt=160,
         completion=400,
-        why="a question has 61 tokens in the mean, the system message about 90; completions grow with the length reward",
+        why="a question has 61 tokens in the mean, the system message about 90; a reward makes completions longer",
     ),
     "math-1.5b-8k": Recipe(
         title="MATH, Qwen2.5-1.5B, all weights, 8K of context",
@@ -237,9 +237,7 @@ def planned(name: str, gigabytes: int) -> Planned:
         raise ValueError(refused)
     changes = {key: value for key, value in found[0].items() if vars(config)[key] != value}
     changed = replace(config, **changes)
-    return Planned(
-        recipe=recipe, config=changed, plan=found[1], more=tuple(as_arguments(changes)), refused=refused
-    )
+    return Planned(recipe=recipe, config=changed, plan=found[1], more=tuple(as_arguments(changes)), refused=refused)
 
 
 def measured() -> list[dict[str, Any]]:

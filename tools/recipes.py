@@ -10,73 +10,17 @@ benchmarks/results/recipes.json, which `python -m benchmarks.gpu --recipe NAME` 
 
 import argparse
 import sys
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
 
-from benchmarks.recipes import RECIPES, ROOT, Planned, measured, planned
+from benchmarks.estimates import HEADS, estimate, row
+from benchmarks.recipes import RECIPES, ROOT, measured, planned
 from common.memory import constants
 from common.memory.cards import GB, card, rates
-from common.memory.seconds import Part, Tokens, sampling, step_seconds
 from GRPO.grpo_trainer import GRPOConfig
 
 PAGE = ROOT / "docs" / "recipes.md"
 BEGIN, END = "<!-- table: python -m tools.recipes -->", "<!-- end of the table -->"
 # GB of the plan, and the card whose rates stand for that size.
 CARDS = ((24, "4090"), (40, "a100-40gb"), (80, "a100-80gb"), (80, "h100"))
-PHASES = ("sample", "score", "logprobs", "update", "push", "offload")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A recipe on a card.
-
-    Attributes:
-        planned: its settings and its plan.
-        parts: of a step, by phase.
-        step: seconds.
-        longest: seconds of a step whose completions are all as long as allowed.
-        hours: of all steps and evaluations.
-    """
-
-    planned: Planned
-    parts: dict[str, Part]
-    step: float
-    longest: float
-    hours: float
-
-
-@cache
-def estimate(name: str, gigabytes: int, rated: str) -> Estimate:
-    """Compute a recipe's time on a card.
-
-    Args:
-        name: key of RECIPES.
-        gigabytes: that the plan is made for.
-        rated: the card whose rates count.
-    """
-    found = planned(name, gigabytes)
-    config, plan, tokens = found.config, found.plan, found.recipe.tokens(found.config)
-    parts = step_seconds(config, plan, rates(rated), tokens)
-    step = _sum(parts)
-    held_out = sampling(config, plan, rates(rated), found.recipe.held_out(config)).seconds
-    evaluations = 1 + config.num_steps // config.eval_every if config.eval_every else 0
-    return Estimate(
-        planned=found,
-        parts=parts,
-        step=step,
-        longest=_sum(step_seconds(config, plan, rates(rated), full_length(tokens))),
-        hours=(config.num_steps * step + evaluations * held_out) / 3600,
-    )
-
-
-def full_length(tokens: Tokens) -> Tokens:
-    """The same with completions that are all as long as allowed."""
-    return replace(tokens, completion=tokens.longest)
-
-
-def _sum(parts: dict[str, Part]) -> float:
-    return sum(part.seconds for part in parts.values())
 
 
 def described(config: GRPOConfig) -> str:
@@ -92,56 +36,19 @@ def described(config: GRPOConfig) -> str:
     )
 
 
-def row(name: str, gigabytes: int, rated: str) -> str:
-    """A line of a recipe's table."""
-    found = estimate(name, gigabytes, rated)
-    plan, config = found.planned.plan, found.planned.config
-    choices = plan.choices
-    seconds = [f"{found.parts[phase].seconds:.1f}" if phase in found.parts else "" for phase in PHASES]
-    known = [each for each in measured() if each["recipe"] == name and each["rates"] == rated]
-    state = measured_row(known[-1], config) if known else "computed, not measured"
-    cells = [
-        f"{gigabytes} GB, {rated}",
-        f"`{' '.join(found.planned.more)}`" if found.planned.more else "as it is",
-        f"{plan.peak.on_device / GB:.1f}",
-        f"{plan.host_peak.on_host / GB:.0f}",
-        choices.offload,
-        f"{choices.max_tokens_per_microbatch:,}",
-        f"{plan.sequences}",
-        *seconds,
-        f"**{found.step:.0f}**",
-        f"{found.longest:.0f}",
-        f"**{found.hours:.1f}**",
-        state,
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def measured_row(found: dict[str, Any], config: GRPOConfig) -> str:
-    """What a measurement says, for the last column."""
-    share = found["prompts"] / config.prompts_per_step
-    step = found["seconds"]["step"] / share
-    part = "" if share == 1 else f", from {found['prompts']} of {config.prompts_per_step} prompts"
-    return (
-        f"measured: {step:.0f} s a step, {config.num_steps * step / 3600:.1f} h, {found['weights']} weights, "
-        f"{found['length']:.0f} tokens each{part}; {found['gpu']}"
-    )
-
-
 def section(name: str) -> list[str]:
     """A recipe: command, settings, table, arithmetic."""
     recipe = RECIPES[name]
     first = estimate(name, *CARDS[0])
-    heads = ["card", "added", "device GB", "host GB", "offload", "tokens of a micro-batch", "places in vLLM"]
-    heads += [*PHASES, "s a step", "all at full length", "GPU-hours", "state"]
     lines = [f"### {name}: {recipe.title}", "", f"    {recipe.command()}", ""]
     lines += [described(planned(name, CARDS[-1][0]).config), ""]
     lines += [f"Assumed: prompts of {recipe.prompt} tokens, completions of {recipe.completion} ({recipe.why}).", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    lines += [row(name, *each) for each in CARDS]
+    lines += [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    others = [(each["gigabytes"], each["rates"]) for each in measured() if each["recipe"] == name and each["rates"]]
+    lines += [row(name, *each) for each in dict.fromkeys([*CARDS, *others])]
     for gigabytes in dict.fromkeys(each for each, _ in CARDS):
         if refused := planned(name, gigabytes).refused:
-            lines += ["", f"On {gigabytes} GB the command without what is added is refused: `{refused}`"]
+            lines += ["", f"The plan for {gigabytes} GB says to the command as it is:", "", f"    {refused}"]
     lines += ["", f"The arithmetic of a step on {CARDS[0][0]} GB with the rates of a {CARDS[0][1]}:", ""]
     lines += ["| phase | arithmetic | s |", "|---|---|---|"]
     lines += [f"| {phase} | {part.how} | {part.seconds:.1f} |" for phase, part in first.parts.items()]

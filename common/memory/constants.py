@@ -47,8 +47,8 @@ ASSUMED = {
     "vLLM's activations": f"of {VLLM_BATCHED_TOKENS:,} tokens",
 }
 
-# What of a card's rates (cards.py) a run reaches: of memory bandwidth while vLLM decodes, of FLOPS while it reads prompts
-# and decodes, and of FLOPS in our own passes (the model FLOPs utilisation; recomputed layers count as work).
+# What of a card's rates (cards.py) a run reaches: of memory bandwidth while vLLM decodes, of FLOPS while it reads
+# prompts and decodes, and of FLOPS in our own passes (model FLOPs utilisation; recomputed layers count as work).
 DECODING_BANDWIDTH, SAMPLING_FLOPS, PASS_FLOPS = 0.6, 0.4, 0.35
 # Seconds of Python, scheduling and sampling in each round of decoding, in which every running completion gets a token.
 DECODING_ROUND = 0.003
