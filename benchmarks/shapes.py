@@ -7,8 +7,8 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from common.embedded.policy import build_tokenizer
 
-# From the config.json of Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-3B. "mini" is small enough for a CPU, and
-# its head has the same share of the weights as that of the smallest: a third.
+# From the config.json of Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-3B. "mini" is small enough for a CPU,
+# and its head has the same share of the weights as that of the smallest: a third.
 SHAPES = {
     "mini": {
         "hidden_size": 256,

@@ -9,6 +9,7 @@ benchmarks/results/recipes.json, which `python -m benchmarks.gpu --recipe NAME` 
 """
 
 import argparse
+import re
 import sys
 
 from benchmarks.estimates import HEADS, estimate, row
@@ -18,7 +19,8 @@ from common.memory.cards import GB, card, rates
 from GRPO.grpo_trainer import GRPOConfig
 
 PAGE = ROOT / "docs" / "recipes.md"
-BEGIN, END = "<!-- table: python -m tools.recipes -->", "<!-- end of the table -->"
+# A part of the page that this command writes, between two comments.
+PART = re.compile(r"(<!-- (\w+): python -m tools.recipes -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 # GB of the plan, and the card whose rates stand for that size.
 CARDS = ((24, "4090"), (40, "a100-40gb"), (80, "a100-80gb"), (80, "h100"))
 
@@ -40,7 +42,7 @@ def section(name: str) -> list[str]:
     """A recipe: command, settings, table, arithmetic."""
     recipe = RECIPES[name]
     first = estimate(name, *CARDS[0])
-    lines = [f"### {name}: {recipe.title}", "", f"    {recipe.command()}", ""]
+    lines = [f"### {name}", "", f"{recipe.title}:", "", f"    {recipe.command()}", ""]
     lines += [described(planned(name, CARDS[-1][0]).config), ""]
     lines += [f"Assumed: prompts of {recipe.prompt} tokens, completions of {recipe.completion} ({recipe.why}).", ""]
     lines += [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
@@ -71,15 +73,33 @@ def assumptions() -> list[str]:
         f"{constants.SAMPLING_FLOPS:.0%} of the FLOPS in vLLM, {constants.PASS_FLOPS:.0%} in our passes; "
         f"{1e3 * constants.DECODING_ROUND:.0f} ms of Python and sampling for each round of decoding; "
         f"{constants.HOST_BANDWIDTH / 1e9:.0f} GB/s of main memory for `adamw_host`.",
-        "",
     ]
+
+
+def anchor(name: str) -> str:
+    """Of a heading, as GitHub makes it."""
+    return name.replace(".", "")
+
+
+def short() -> list[str]:
+    """GPU-hours of each recipe on each card."""
+    lines = [f"| GPU-hours, computed | {' | '.join(f'{size} GB, {name}' for size, name in CARDS)} |"]
+    lines.append("|---" * (len(CARDS) + 1) + "|")
+    for name, recipe in RECIPES.items():
+        hours = [f"{estimate(name, *each).hours:.1f}" for each in CARDS]
+        lines.append(f"| [{name}](#{anchor(name)}): {recipe.title} | {' | '.join(hours)} |")
+    return lines
 
 
 def page() -> str:
     """The whole page, as this command writes it."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    lines = [*assumptions(), *[line for name in RECIPES for line in section(name)]]
-    return "\n".join([before + BEGIN, "", *lines, END + rest.split(END)[1]])
+    parts = {"hours": short(), "rates": assumptions(), "recipes": sum(map(section, RECIPES), [])}
+
+    def written(found: re.Match[str]) -> str:
+        text = "\n".join(parts[found[2]]).strip()
+        return f"{found[1]}\n{text}\n\n{found[3]}"
+
+    return PART.sub(written, PAGE.read_text(encoding="utf-8"))
 
 
 def show(name: str, rated: str) -> None:
