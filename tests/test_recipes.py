@@ -14,7 +14,8 @@ from benchmarks import estimates, recipes
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import recipe as measuring
 from benchmarks.gpu.stand_in import score, write_prompts
-from common.cli import parse_config
+from common.cli import parse_config, parse_settings
+from common.evaluation.settings import EvaluationSettings
 from common.memory import constants
 from common.memory.cards import Rates, card, rates
 from common.memory.seconds import Operations, Tokens, sampling, step_seconds, tokens_of_passes
@@ -152,6 +153,33 @@ def test_a_measured_recipe_says_so_in_its_line():
     assert lines[0].endswith("| computed, not measured |")
     # Half of the prompts in 6 s: a step takes 12, and 1000 of them 3.3 hours.
     assert "measured: 12 s a step, 3.3 h, hub weights, 350 tokens each, from 8 of 16 prompts; NVIDIA H100" in lines[1]
+
+
+# What others report
+
+LITERATURE = (recipes.ROOT / "docs" / "literature.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (?:cd (\S+) && )?python (-m )?(\S+) (.*)$", LITERATURE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("place", range(len(COMMANDS)))
+def test_the_commands_beside_published_numbers_are_read_by_their_scripts(place):
+    folder, _, name, words = COMMANDS[place]
+    if name == "common.evaluation":
+        assert parse_settings(EvaluationSettings, words.split()).task in ("gsm8k", "math500", "aime24")
+    elif name in ("compare_algorithms.py", "reward_model.py"):
+        assert (recipes.ROOT / folder / name).is_file()
+    else:
+        script = recipes._script(recipes.ROOT / folder / name)
+        arguments = [*words.split(), "--preset", "none"]
+        config = parse_config(script.SETTINGS, script=script.__file__, args=arguments)
+        assert config.max_completion_length >= 1024
+
+
+def test_no_number_is_shown_without_its_source():
+    rows = [line for line in LITERATURE.splitlines() if re.match(r"\| (?!source|-)", line)]
+    assert len(rows) > 20
+    named = ("](", "the same", "DeepSeekMath", "Tülu 3")
+    assert not [row for row in rows if not any(word in row.split("|")[1] for word in named)]
 
 
 # What measures

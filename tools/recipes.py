@@ -93,7 +93,9 @@ def short() -> list[str]:
 
 def page() -> str:
     """The whole page, as this command writes it."""
-    parts = {"hours": short(), "rates": assumptions(), "recipes": sum(map(section, RECIPES), [])}
+    parts = {"hours": short(), "rates": assumptions(), "recipes": []}
+    for name in RECIPES:
+        parts["recipes"] += section(name)
 
     def written(found: re.Match[str]) -> str:
         text = "\n".join(parts[found[2]]).strip()
