@@ -126,6 +126,17 @@ def loaded(folder: Path, offload: str = "never", **settings) -> RewardModel:
     return judge
 
 
+@pytest.mark.parametrize(("dtype", "weights"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_on_a_cpu_is_that_of_the_run(folders, dtype, weights):
+    models = ModelPool(CPU, "never")
+    judge = RewardModel(str(folders["decoder"]), dtype=dtype)
+    judge.load(models)
+    score = judge(["a question"], ["an answer"])[0]
+    with models.use(f"reward/{judge.name}") as module:
+        assert {weight.dtype for weight in module.parameters()} == {weights}
+    assert score == pytest.approx(loaded(folders["decoder"])(["a question"], ["an answer"])[0], abs=0.02)
+
+
 @torch.no_grad()
 def alone(folder: Path, *texts: str, **options) -> float:
     """The score by transformers alone, of one text or one pair."""
