@@ -22,7 +22,11 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def seconds_in_turns(
-    ways: dict[str, Callable[[], object]], *, rounds: int, clock: Callable[[], float] = time.perf_counter
+    ways: dict[str, Callable[[], object]],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    is_warm: bool = False,
 ) -> dict[str, list[float]]:
     """Do the work once untimed in every way, then timed in turns A B A B ...
 
@@ -30,11 +34,12 @@ def seconds_in_turns(
         ways: the same work, done in several ways.
         rounds: how often each of them is timed.
         clock: gives seconds; time.process_time counts those of the processor only, which suits a busy machine.
+        is_warm: every way has been used before, so the untimed round is left out.
 
     Returns:
         Seconds of each round, by way.
     """
-    for way in ways.values():
+    for way in () if is_warm else ways.values():
         way()
     seconds = {name: [] for name in ways}
     for _ in range(rounds):
