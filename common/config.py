@@ -13,7 +13,7 @@ from common.values import as_declared, module_names
 AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "fast")
 OPTIMIZERS = ("adamw", "adamw_host", "adamw_8bit")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 CORRECTIONS = ("auto", "none", "truncate", "mask")
@@ -174,7 +174,8 @@ class RLConfig:
     offload: str = "auto"
     """Move idle models off the device: "auto" (only if they do not all fit), "always" or "never"."""
     dtype: str = "auto"
-    """Precision of forward passes: "auto" is bfloat16 on CUDA and float32 on the CPU. Trained weights stay float32."""
+    """Precision of forward passes: "auto" is bfloat16 on CUDA and float32 on the CPU; "fast" is bfloat16 also on a CPU
+    that computes in it, for reward models too. Trained weights stay float32."""
     attn_implementation: str = "auto"
     """Attention of transformers: "auto" is sdpa, or what else computes the model's own attention where sdpa leaves out
     a part of it; or "sdpa", "eager", "flash_attention_2", "flex_attention"."""

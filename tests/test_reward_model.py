@@ -127,6 +127,17 @@ def loaded(folder: Path, offload: str = "never", **settings) -> RewardModel:
     return judge
 
 
+@pytest.mark.parametrize(("dtype", "weights"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_on_a_cpu_is_that_of_the_run(folders, dtype, weights):
+    models = ModelPool(CPU, "never")
+    judge = RewardModel(str(folders["decoder"]), dtype=dtype)
+    judge.load(models)
+    score = judge(["a question"], ["an answer"])[0]
+    with models.use(f"reward/{judge.name}") as module:
+        assert {weight.dtype for weight in module.parameters()} == {weights}
+    assert score == pytest.approx(loaded(folders["decoder"])(["a question"], ["an answer"])[0], abs=0.02)
+
+
 @torch.no_grad()
 def alone(folder: Path, *texts: str, **options) -> float:
     """The score by transformers alone, of one text or one pair."""
@@ -254,22 +265,6 @@ def test_its_own_tokenizer_and_template_are_used_whatever_the_policy_has(folders
     )
     rows = judge._encode([QUESTION, [DIALOGUE[0], *QUESTION]], ["four", "four"])
     assert rows[0] == rows[1] and judge.tokenizer.decode(rows[0]["input_ids"]).startswith("<system>be kind<eos><user>")
-
-
-def test_on_a_cpu_a_model_is_in_bfloat16_only_if_it_was_saved_so_and_the_cpu_computes_in_it(
-    folders, tmp_path, monkeypatch
-):
-    model = AutoModelForSequenceClassification.from_pretrained(folders["decoder"], dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "half")
-    AutoTokenizer.from_pretrained(folders["decoder"]).save_pretrained(tmp_path / "half")
-    used = {}
-    for computes in (False, True):
-        monkeypatch.setattr("common.rewards.reward_model.cpu_computes_bfloat16", lambda computes=computes: computes)
-        for folder in (folders["decoder"], tmp_path / "half"):
-            judge = loaded(folder)
-            with judge._models.use(f"reward/{judge.name}") as module:
-                used[computes, folder.name] = module.dtype
-    assert {names for names, dtype in used.items() if dtype == torch.bfloat16} == {(True, "half")}
 
 
 # What a policy spells

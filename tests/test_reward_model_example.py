@@ -17,6 +17,7 @@ from examples.reward_model.reward_model import (
     SETTINGS,
     TINY,
     RewardModelSettings,
+    freeze_below,
     make_trainer,
     parse_settings,
     read_pairs,
@@ -93,6 +94,23 @@ def test_a_model_from_a_folder_is_trained_further_and_keeps_its_chat_template(tr
     assert train_reward_model(settings)["accuracy_before"] > 0.95
     templates = [AutoTokenizer.from_pretrained(folder).chat_template for folder in (trained, tmp_path / "model")]
     assert templates[0] == templates[1]
+
+
+def test_only_the_last_layers_are_trained_if_asked(trained, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", num_pairs=24)
+    more = ["--num_eval_pairs", "8", "--batch_size", "4", "--pairs_per_pass", "2", "--learning_rate", "0.01"]
+    more += ["--num_trained_layers", "1", "--gradient_checkpointing", "true"]
+    arguments = ["--model", str(trained), "--dataset", str(pairs), "--output_dir", str(tmp_path / "model")]
+    train_reward_model(parse_settings(arguments + more))
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+        for folder in (trained, tmp_path / "model")
+    )
+    kept = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert kept == {"model.embed_tokens.weight"}
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    with pytest.raises(ValueError, match=r"num_trained_layers=2: the model has 1 layers"):
+        freeze_below(model, 2)
 
 
 def test_no_training_pair_begins_as_a_held_out_one(tmp_path):

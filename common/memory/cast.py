@@ -70,7 +70,7 @@ class Casting:
         self._rewards: list[Tenant] = []
         self.not_counted: list[str] = []
         for path in rewards:
-            self._add_reward(path)
+            self._add_reward(path, config)
 
     def cast(self, config: RLConfig) -> Cast:
         """Everybody, with these settings.
@@ -114,14 +114,15 @@ class Casting:
             self._of_paths[path] = Sizes.of(_skeleton(path, f"value_init={path!r}"), config)
         return self._of_paths[path]
 
-    def _add_reward(self, path: str) -> None:
+    def _add_reward(self, path: str, config: RLConfig) -> None:
         name = f"reward model {path!r}"
         try:
             model = _skeleton(path, name)
         except ValueError:  # a run that loads it says why
             self.not_counted.append(f"{name}, whose configuration cannot be read here")
             return
-        dtype = (model.config.dtype or torch.float32) if self.card.kind == "cuda" else torch.float32
+        on_cuda = self.card.kind == "cuda"
+        dtype = (model.config.dtype or torch.float32) if on_cuda else compute_dtype(config, torch.device("cpu"))
         has_flash = bool(type(model)._supports_sdpa)
         passes = PassSettings(
             kind="score",

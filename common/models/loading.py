@@ -92,9 +92,19 @@ def num_tokens(path: str) -> int:
 
 
 def compute_dtype(config: RLConfig, device: torch.device) -> torch.dtype:
-    """Precision of forward passes: the setting `dtype`, "auto" resolved by the device."""
-    name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    return torch.bfloat16 if name == "bfloat16" else torch.float32
+    """Precision of forward passes: the setting `dtype`, resolved by the device."""
+    return resolve_dtype(config.dtype, device)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What a value of the setting `dtype` is on a device.
+
+    Args:
+        name: "float32" or "bfloat16"; "auto": bfloat16 on CUDA; "fast": bfloat16 where the device computes in it.
+        device: where forward passes run.
+    """
+    native = device.type == "cuda" or (name == "fast" and cpu_computes_bfloat16())
+    return torch.bfloat16 if name == "bfloat16" or (name in ("auto", "fast") and native) else torch.float32
 
 
 def trained_dtype(config: RLConfig, dtype: torch.dtype) -> torch.dtype:

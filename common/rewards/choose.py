@@ -18,11 +18,13 @@ class ScoringSettings:
         reward_format: what functions from files and modules get: "text", "conversational" (chat messages), or "auto",
             which the function decides; see forms.py.
         max_tokens_per_microbatch: padded tokens per forward pass of a reward model.
+        dtype: precision of a reward model on a CPU, as the setting; on CUDA it is as saved.
         limits: time and memory that a rule may use per row; None: no limits.
     """
 
     reward_format: str = AUTO
     max_tokens_per_microbatch: int = 16384
+    dtype: str = "auto"
     limits: Limits | None = DEFAULT_LIMITS
 
 
@@ -64,7 +66,9 @@ def make_scorer(
             function = load_reward(name)
             functions[reward_name(name)], forms[reward_name(name)] = function, settings.reward_format
         elif is_reward_model(name):
-            model = RewardModel(name, max_tokens_per_microbatch=settings.max_tokens_per_microbatch)
+            model = RewardModel(
+                name, max_tokens_per_microbatch=settings.max_tokens_per_microbatch, dtype=settings.dtype
+            )
             functions[model.name] = model
         else:
             raise ValueError(

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from common.data.dialogues import conversation
-from common.environment import cpu_computes_bfloat16
 from common.mistakes import first_line
 from common.models.attention import attention_for
 from common.models.chat import check_keeps, render_chat
 from common.models.configs import model_class, read_config, why_quantized
+from common.models.loading import resolve_dtype
 from common.models.outputs import use_plain_outputs
 from common.models.pool import ModelPool
 from common.models.spellings import Spellings
@@ -56,6 +56,7 @@ class RewardModel:
     Args:
         model: hub id or folder.
         max_tokens_per_microbatch: padded tokens per forward pass; larger is faster and needs more memory.
+        dtype: precision on a CPU, a value of the setting `dtype`; on CUDA the model is as saved.
 
     Attributes:
         name: the last part of the hub id or folder.
@@ -68,7 +69,7 @@ class RewardModel:
             template leaves out what it should judge, or if its tokenizer has tokens that the model does not have.
     """
 
-    def __init__(self, model: str, *, max_tokens_per_microbatch: int = 16384) -> None:
+    def __init__(self, model: str, *, max_tokens_per_microbatch: int = 16384, dtype: str = "auto") -> None:
         label = f"reward model {model!r}"
         config = read_config(model, label=label, remedy=_REMEDY, own_code_remedy=_REMEDY)
         self.tokenizer = _load_tokenizer(model, label)
@@ -95,6 +96,7 @@ class RewardModel:
         self.model = model
         self.name = Path(model).absolute().name
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
+        self.dtype = dtype
         self.num_truncated = 0
         settings = config.get_text_config().to_dict()
         limits = [
@@ -123,10 +125,7 @@ class RewardModel:
             self._check_tokens(num_tokens)
 
     def load(self, models: ModelPool, now: datetime | None = None) -> None:
-        """Load the weights on the CPU and add them to the pool.
-
-        They are in float32, or as saved if the device is CUDA. A model that was saved in bfloat16 also stays so on a
-        CPU that computes in it, three times as fast.
+        """Load the weights on the CPU and add them to the pool; in `dtype`, or as saved if the device is CUDA.
 
         Args:
             models: moves the model to the device while it scores.
@@ -136,9 +135,8 @@ class RewardModel:
             ValueError: if weights are missing, such as the head.
         """
         self._now = now
+        dtype = "auto" if models.device.type == "cuda" else resolve_dtype(self.dtype, models.device)
         config = read_config(self.model)
-        as_saved = config.dtype == torch.bfloat16 and cpu_computes_bfloat16()
-        dtype = "auto" if models.device.type == "cuda" or as_saved else torch.float32
         use_plain_outputs(config)
         cls = model_class(config, transformers.AutoModelForSequenceClassification)
         attention, _ = attention_for(config, "auto", models.device, dtype=config.dtype or torch.float32, cls=cls)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from common.host import host_memory
@@ -170,25 +169,8 @@ def keeping_groups() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def counted_without_compiling() -> Iterator[None]:
-    """Let the CPU run a one-line function as it is, which delays the first sampled token by 14 s if compiled."""
-    import vllm.v1.sample.sampler as sampler
-    from vllm.platforms import current_platform
-
-    with ExitStack() as stack:
-        if current_platform.is_cpu():
-            stack.enter_context(replaced(sampler, "batched_count_greater_than", _count_at_least))
-        yield
-
-
 def do_nothing(*args: Any, **kwargs: Any) -> None:
     """Takes the place of functions that must not act."""
-
-
-def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
-    """(rows,) int64: how many of the columns of x, (rows, columns), are not below values, (rows, 1)."""
-    return (x >= values).sum(-1)
 
 
 def add_expert_group() -> None:

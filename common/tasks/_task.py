@@ -181,6 +181,7 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
         settings=ScoringSettings(
             reward_format=config.reward_format,
             max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+            dtype=config.dtype,
             limits=_limits(config),
         ),
     )

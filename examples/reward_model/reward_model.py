@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from torch import nn
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -71,6 +72,8 @@ class RewardModelSettings:
     """Pairs per optimizer step."""
     pairs_per_pass: int
     """Pairs per forward pass and process, a divisor of batch_size; memory only."""
+    num_trained_layers: int | None
+    """Train only so many layers, the last ones, and the head: much faster, for few pairs or a CPU. None: all."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: slower, much less memory."""
     learning_rate: float
@@ -93,6 +96,7 @@ SETTINGS = RewardModelSettings(
     num_epochs=1,
     batch_size=64,
     pairs_per_pass=8,
+    num_trained_layers=None,
     gradient_checkpointing=True,
     learning_rate=1e-5,
     warmup_steps=50,
@@ -198,7 +202,8 @@ def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: lis
     """Load or make the model and its tokenizer, and pass both and the pairs to trl.
 
     Raises:
-        ValueError: there is no such model, or batch_size is not a multiple of what the processes take at a time.
+        ValueError: there is no such model, it has fewer layers than are to be trained, or batch_size is not a multiple
+            of what the processes take at a time.
     """
     set_seed(settings.seed)
     if settings.model == "tiny":
@@ -235,13 +240,16 @@ def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: lis
             f"{pairs_at_a_time} is needed. Pass another --batch_size or --pairs_per_pass."
         )
     args.gradient_accumulation_steps = settings.batch_size // pairs_at_a_time
-    return RewardTrainer(
+    trainer = RewardTrainer(
         model=model,
         args=args,
         train_dataset=tokenize(train, tokenizer, settings.max_length),
         eval_dataset=tokenize(held_out, tokenizer, settings.max_length),
         processing_class=tokenizer,
     )
+    if settings.num_trained_layers is not None:
+        freeze_below(trainer.model, settings.num_trained_layers)
+    return trainer
 
 
 def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
@@ -283,6 +291,28 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
             f"± {result['accuracy_ci95']:.3f} after training on {len(train)}\nreward model: {folder.resolve()}"
         )
     return result
+
+
+def freeze_below(model: PreTrainedModel, num_trained_layers: int) -> None:
+    """Freeze the embeddings and all but the last layers.
+
+    Args:
+        model: with a list of layers.
+        num_trained_layers: how many of them are trained.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    if not 0 < num_trained_layers <= len(layers):
+        raise ValueError(
+            f"num_trained_layers={num_trained_layers}: the model has {len(layers)} layers. Pass a number from 1 to "
+            f"{len(layers)}, or leave it out to train the whole model."
+        )
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for module in [*layers[: len(layers) - num_trained_layers], *embeddings]:
+        module.requires_grad_(False)
 
 
 def _load_tokenizer(model: str) -> PreTrainedTokenizerBase:
