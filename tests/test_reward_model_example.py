@@ -17,6 +17,7 @@ from examples.reward_model.reward_model import (
     SETTINGS,
     TINY,
     RewardModelSettings,
+    equal_batches,
     freeze_below,
     make_trainer,
     parse_settings,
@@ -155,6 +156,23 @@ def test_training_reads_what_scoring_reads(trained):
         rows = tokenize([{"chosen": each, "rejected": each} for each in dialogues], tokenizer, max_length)
         scored = judge._encode([each[:-1] for each in dialogues], [each[-1]["content"] for each in dialogues])
         assert rows["chosen_ids"][:] == [row["input_ids"] for row in scored]
+
+
+def test_batches_of_an_evaluation_are_equal_and_change_no_accuracy(trained, tmp_path):
+    assert [equal_batches(*each) for each in [(300, 1, 8), (200, 2, 32), (7, 1, 4), (7, 2, 4), (8, 1, 8)]] == [
+        *(6, 25, 1, 1, 8),
+    ]
+    pairs = write_pairs(tmp_path / "pairs.jsonl", num_pairs=40)
+    accuracies = {}
+    for pairs_per_pass in ("1", "4"):
+        words = ["--num_eval_pairs", "12", "--batch_size", "4", "--pairs_per_pass", pairs_per_pass]
+        settings = parse_settings(["--model", str(trained), "--dataset", str(pairs), "--output_dir", "x", *words])
+        train, held_out = read_pairs(settings)
+        held_out[:5] = [{"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in held_out[:5]]
+        trainer = make_trainer(settings, train, held_out)
+        assert trainer.args.per_device_eval_batch_size == int(pairs_per_pass)
+        accuracies[pairs_per_pass] = trainer.evaluate()["eval_accuracy"]
+    assert accuracies["1"] == pytest.approx(7 / 12) and accuracies["4"] == pytest.approx(7 / 12)
 
 
 def test_long_dialogues_lose_their_beginning_and_keep_their_first_token(trained):

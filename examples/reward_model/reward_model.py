@@ -217,7 +217,7 @@ def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: lis
         output_dir=settings.output_dir,
         num_train_epochs=settings.num_epochs,
         per_device_train_batch_size=settings.pairs_per_pass,
-        per_device_eval_batch_size=1,  # trl averages accuracy over batches, whatever their size
+        per_device_eval_batch_size=equal_batches(len(held_out), PartialState().num_processes, settings.pairs_per_pass),
         gradient_checkpointing=settings.gradient_checkpointing,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
@@ -244,12 +244,30 @@ def make_trainer(settings: RewardModelSettings, train: list[dict], held_out: lis
         model=model,
         args=args,
         train_dataset=tokenize(train, tokenizer, settings.max_length),
-        eval_dataset=tokenize(held_out, tokenizer, settings.max_length),
+        eval_dataset=tokenize(sorted(held_out, key=_num_characters), tokenizer, settings.max_length),  # less padding
         processing_class=tokenizer,
     )
     if settings.num_trained_layers is not None:
         freeze_below(trainer.model, settings.num_trained_layers)
     return trainer
+
+
+def equal_batches(num_pairs: int, num_processes: int, most: int) -> int:
+    """The largest number of pairs per batch that makes all batches of an evaluation equal.
+
+    trl averages accuracy over batches, whatever their size, so that of a smaller last batch would count too much.
+
+    Args:
+        num_pairs: of all processes.
+        num_processes: each evaluates an equal part.
+        most: pairs per batch that there is memory for, at least 1.
+    """
+    own, rest = divmod(num_pairs, num_processes)
+    return 1 if rest else next(size for size in range(most, 0, -1) if own % size == 0)
+
+
+def _num_characters(pair: dict) -> int:
+    return max(sum(len(message["content"]) for message in messages) for messages in pair.values())
 
 
 def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
