@@ -165,7 +165,19 @@ def test_grpos_own_script_is_compared_with_itself_and_judged_once(tiny_folder, t
     }
     passed_on = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     script = ROOT / "examples" / "compare_algorithms" / "compare_algorithms.py"
-    arguments = ["--algorithms", "grpo", "--seeds", "0", "--preset", "cpu", "--judge", "mine.py:short", "--"]
+    arguments = [
+        "--algorithms",
+        "grpo",
+        "--seeds",
+        "0",
+        "--preset",
+        "cpu",
+        "--judge",
+        "mine.py:short",
+        "--judge_samples",
+        "2",
+        "--",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, script, *arguments, *passed_on]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -176,11 +188,14 @@ def test_grpos_own_script_is_compared_with_itself_and_judged_once(tiny_folder, t
     assert results["equal"]["num_steps"] == 2 and results["different"] == {}
     assert own["tokens_sampled"] == own["tokens_trained"] > 0 and own["kl"] is not None
     assert 0 < own["seconds_per_episode"] < 10
-    # The reward of training scores the answers of the run's own evaluations, which had the same noise.
     training, short = results["judged"]["judges"].values()
-    rows = read_metrics(out / "grpo-seed0")
-    assert [training["untrained"], training["untrained_length"]] == [rows[0]["eval/score"], rows[0]["eval/length"]]
-    assert training["algorithms"]["GRPO"]["length"]["mean"] == rows[-1]["eval/length"]
+    # Each prompt's first answer is that of the run's own evaluation, which had the same noise.
+    for who, row in (("untrained", 0), ("grpo-seed0", -1)):
+        lines = (out / "judged" / who / "training" / "outputs.jsonl").read_text().splitlines()
+        lengths = [[each["length"] for each in json.loads(line)["completions"]] for line in lines]
+        assert np.mean(lengths, 0)[0] == read_metrics(out / "grpo-seed0")[row]["eval/length"]
+        assert np.shape(lengths) == (results["judged"]["prompts"], results["judged"]["samples"]) == (4, 2)
+    assert training["algorithms"]["GRPO"]["wins"]["mean"] is not None
     assert short["untrained"] < 0 and short["algorithms"]["GRPO"]["score"]["mean"] < 0
     assert "completions are there" in (out / "judged" / "untrained" / "short.log").read_text()
     # Nothing is measured again.
@@ -439,6 +454,8 @@ def test_judges_are_checked_before_the_first_run(root, tmp_path):
     refused(lambda: compare([*out, str(tmp_path / "nothing")], root), "nothing", "cannot be loaded")
     refused(lambda: compare([*out, f"{mine}er"], root), "kinder")
     refused(lambda: compare([*out, mine, "--judge", other], root), "judge=", "the name 'kind' too", "Rename")
+    refused(lambda: compare([*out, mine, "--judge_samples", "0"], root), "judge_samples=0", "1 or more")
+    refused(lambda: compare([*out[:2], "--judge_samples", "2"], root), "judge_samples=2 without a judge")
     refused(lambda: compare([*out, mine, "--report_only"], root), "judges nothing", "Leave out --report_only")
     assert not list((tmp_path / "out").glob("*seed*"))
     assert list(Judging(tmp_path, [mine, mine]).judges) == ["kind"]

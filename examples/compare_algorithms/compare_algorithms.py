@@ -134,7 +134,7 @@ def _judging(options: argparse.Namespace) -> "Judging | None":
         return None
     from examples.compare_algorithms.judging import Judging
 
-    return Judging(options.output_dir, options.judge)
+    return Judging(options.output_dir, options.judge, options.judge_samples)
 
 
 def _run(script: Path, seed: int, output_dir: Path, settings: list[str], processes: Processes) -> Outcome:
@@ -172,9 +172,19 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="a reward that no run was trained on: a reward model's folder or hub id, or file.py:function; may be "
         "given several times",
     )
+    parser.add_argument(
+        "--judge_samples",
+        type=int,
+        help="completions per held-out prompt for judges (default: the runs' eval_num_samples)",
+    )
     parser.add_argument("--report_only", action="store_true", help="redraw table and figure from finished runs")
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, passed_on = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    if options.judge_samples is not None and (options.judge_samples < 1 or not options.judge):
+        raise ValueError(
+            f"judge_samples={options.judge_samples}{'' if options.judge else ' without a judge'}: it is the number of "
+            "completions that judges score for each held-out prompt, 1 or more. Pass --judge too, or leave it out."
+        )
     if options.judge and options.report_only:
         raise ValueError(
             f"judge={options.judge[0]} with report_only: a report shows what was judged before and judges nothing. "

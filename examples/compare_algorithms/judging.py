@@ -39,13 +39,14 @@ class Judging:
     Args:
         output_dir: of the comparison.
         judges: folders or hub ids of reward models, file.py:function or module:function.
+        num_samples: completions per prompt; None: as many as in the runs' own evaluations.
 
     Raises:
         ValueError: a judge cannot be one, or two have the same name.
     """
 
-    def __init__(self, output_dir: Path, judges: list[str]) -> None:
-        self.output_dir = output_dir
+    def __init__(self, output_dir: Path, judges: list[str], num_samples: int | None = None) -> None:
+        self.output_dir, self.num_samples = output_dir, num_samples
         self.judges: dict[str, str] = {}
         for given in judges:
             name = _absolute(given)
@@ -105,6 +106,7 @@ class Judging:
         return {
             **{name: of_run[name] for name in SAME},
             **{name: of_run[f"eval_{name}"] for name in OF_EVALUATION},
+            **({} if self.num_samples is None else {"num_samples": self.num_samples}),
             "num_held_out": of_run["num_eval_prompts"],
             "seed": SEED,
             "date": began and began.isoformat(),
