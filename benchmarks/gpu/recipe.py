@@ -193,7 +193,7 @@ def _run(command: list[str], where: Path, run: Path, ends: float) -> list[dict[s
         return found
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if time.monotonic() >= ends:
-        raise subprocess.TimeoutExpired(command, 0)
+        raise subprocess.TimeoutExpired(command, 0, output="\n".join(said[-3:]) or "nothing")
     raise subprocess.CalledProcessError(process.returncode, command, stderr="\n".join(said[-12:]) or "no message")
 
 
