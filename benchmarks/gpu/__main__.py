@@ -67,8 +67,9 @@ def _recipe(options: argparse.Namespace) -> int:
             found = recipe.measure(options, Path(folder))
         except ValueError as error:
             return _say(f"error: {error}")
-        except subprocess.TimeoutExpired:
-            return _say(f"no step ended within {options.minutes:g} minutes; pass more --minutes or fewer --prompts")
+        except subprocess.TimeoutExpired as error:
+            advice = "pass more --minutes or fewer --prompts"
+            return _say(f"no step ended within {options.minutes:g} minutes; {advice}. Last it said:\n{error.output}")
         except subprocess.CalledProcessError as error:
             return _say(f"the script ended with status {error.returncode}:\n{error.stderr}")
     print(recipe.text(found))

@@ -69,12 +69,15 @@ class Place:
             rates(name)
         if not torch.cuda.is_available():
             return cls(gpu=None, rated=name, gigabytes=_size(card(name).total) if name else SIZES[0])
-        found = torch.cuda.get_device_properties(0)
+        # In a process of its own: asking makes a context, which would take memory that the recipe is planned with.
+        code = "import torch; found = torch.cuda.get_device_properties(0); print(found.total_memory, found.name)"
+        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        total, _, gpu = asked.stdout.strip().partition(" ")
         try:
-            rated = name or (rates(found.name) and found.name)
+            rated = name or (rates(gpu) and gpu)
         except ValueError:  # a card without known rates is measured all the same
             rated = None
-        return cls(gpu=found.name, rated=rated, gigabytes=_size(found.total_memory))
+        return cls(gpu=gpu, rated=rated, gigabytes=_size(int(total)))
 
 
 def _size(total: int) -> int:
@@ -190,7 +193,7 @@ def _run(command: list[str], where: Path, run: Path, ends: float) -> list[dict[s
         return found
     said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if time.monotonic() >= ends:
-        raise subprocess.TimeoutExpired(command, 0)
+        raise subprocess.TimeoutExpired(command, 0, output="\n".join(said[-3:]) or "nothing")
     raise subprocess.CalledProcessError(process.returncode, command, stderr="\n".join(said[-12:]) or "no message")
 
 
