@@ -19,6 +19,9 @@ from common.host import allowed_cpus, num_cpus
 _ENVIRONMENT = {
     # Idle threads of libgomp spin. On shared cores, two threads are then up to 25 times slower than one.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # oneDNN keeps a program of up to a megabyte for each of the last 1024 shapes that it multiplied, and the number of
+    # tokens changes with every pass. A pass has some thirty shapes.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     # Lengths change at every step; without this, memory fragments. vLLM 0.25 to 0.28 must switch it off for their own

@@ -26,6 +26,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
+from common.host import FreedMemory
 from common.logprobs import token_logprobs
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
@@ -166,6 +167,7 @@ class OnPolicyTrainer(ABC):
         if known := self.run.known_budget(settled.max_tokens_per_microbatch):
             self.batches.keep_to(known)
         self._once = Replay()
+        self._freed_memory = FreedMemory()
         self._soundness = Soundness(config, self.dtype, sum_over_processes=self.sum_over_processes)
         self.models = ModelPool(self.accelerator.device, self.plan.choices.offload, self.stopwatch)
         self.current_step = self.run.first_step - 1
@@ -724,6 +726,7 @@ class OnPolicyTrainer(ABC):
         stopping.begin_step(step)
         self._do_step(self.training_prompts(step))
         stopping.end_update()
+        self._freed_memory.give_back()
         if step == self.run.first_step and self.accelerator.is_main_process:
             warn_of_unused_settings(self.config, self._used_settings, algorithm=type(self).__name__)
         if self._evaluates_at(step):

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.host import host_memory, num_cpus, oom_kills
+from common.host import FreedMemory, host_memory, num_cpus, oom_kills
 from tests.cgroup import enter, limited_cgroup, one_cpu_cgroup
 from tests.toy import ROOT
 
@@ -158,3 +158,39 @@ def test_torch_gets_as_many_threads_as_the_quota_unless_the_user_says_otherwise(
     with one_cpu_cgroup() as folder:
         assert seen(THREADS, lambda: enter(folder), OMP_NUM_THREADS="") == ["1", "1"]
         assert seen(THREADS, lambda: enter(folder), OMP_NUM_THREADS="2") == ["2", "0"]
+
+
+GROWS = """
+import torch
+from common.host import FreedMemory
+
+def resident():
+    return int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) / 1024
+
+kept, freed = [], FreedMemory(every=0)
+before = resident()
+for _ in range(2000):  # below the size from which glibc maps memory apart, with something that stays behind each
+    kept.append((torch.ones(25_000), torch.ones(10)))
+kept = [small for _, small in kept]
+grown = resident()
+freed.give_back()
+print(grown - before, resident() - before)
+"""
+
+
+def test_freed_memory_is_given_back():
+    done = subprocess.run([sys.executable, "-c", "import common\n" + GROWS], cwd=ROOT, capture_output=True, text=True)
+    grown, left = map(float, done.stdout.split())
+    assert grown > 100 and left < 0.2 * grown, done.stderr
+
+
+def test_freed_memory_is_given_back_only_so_often(monkeypatch):
+    calls = []
+    freed = FreedMemory(every=1000)
+    monkeypatch.setattr(freed, "_trim", calls.append)
+    freed.give_back()
+    assert not calls
+    freed._last -= 1000
+    freed.give_back()
+    freed.give_back()
+    assert calls == [0]
