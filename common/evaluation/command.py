@@ -27,12 +27,13 @@ from common.cli import as_arguments, parse_settings
 from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
-from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model
+from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
+from common.memory.start import plan_of
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
 from common.mistakes import CannotWrite, WrongNumbers, first_line, is_ours
 from common.models.attention import attention_for
@@ -102,9 +103,9 @@ class Evaluation:
         self.now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
         self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, self.now)
         check_vocabulary(self.prompts.encoded, num_tokens(self.source.base))
-        functions = self._check_rewards(config, settings.accuracy)
+        self._functions = self._check_rewards(config, settings.accuracy)
         # vLLM has done its part when a reward model needs the GPU.
-        level = 2 if any(isinstance(function, RewardModel) for function in functions.values()) else 0
+        level = 2 if any(isinstance(function, RewardModel) for function in self._functions.values()) else 0
         longest = int(self.prompts.encoded.lengths.max())
         self.config = replace(config, max_prompt_length=longest, vllm_sleep_level=level)
         self._check_room(context)
@@ -131,7 +132,16 @@ class Evaluation:
         if is_new:
             self.unfinished.check()
             if not is_embedded(source.base):  # after the rest: it may import vLLM, which a stored result never needs
+                self._check_memory()
                 check_sampling(self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _check_memory(self) -> None:
+        """Refuse a model without room in main memory; on a GPU, vLLM says so itself."""
+        if not torch.cuda.is_available():
+            sampled = {"num_eval_prompts": len(self.prompts), "eval_every": 1, "kl_coef": 0.0}
+            models = [function.model for function in self._functions.values() if isinstance(function, RewardModel)]
+            policy = skeleton(self.source.base)
+            plan_of(replace(self.config, **sampled), policy, rewards=models, with_passes=False, is_trained=False)
 
     def _seen_by_rewards(self) -> list:
         """The prompts that rewards see beside token ids, which need not say the same."""

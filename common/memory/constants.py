@@ -19,6 +19,8 @@ FRAGMENTATION = 0.05
 # and `hidden` that are alive at the same time in it.
 VLLM_BATCHED_TOKENS = 8192
 VLLM_INTERMEDIATES, VLLM_HIDDENS = 3, 6
+# The same on a CPU: common/sampling/vllm_startup.py.
+VLLM_BATCHED_TOKENS_ON_CPU = 16384
 # Tensors of (sequences, vocabulary) in float32 that its sampler has at once: logits, log-probs, sorted, noise.
 VLLM_LOGITS = 4
 # CUDA graphs of all batch sizes; they stay while the engine sleeps.
