@@ -103,9 +103,9 @@ class Evaluation:
         self.now = datetime.fromisoformat(settings.date) if settings.date else _time_of(source) or datetime.now()
         self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, self.now)
         check_vocabulary(self.prompts.encoded, num_tokens(self.source.base))
-        self._functions = self._check_rewards(config, settings.accuracy)
+        functions = self._check_rewards(config, settings.accuracy)
         # vLLM has done its part when a reward model needs the GPU.
-        level = 2 if any(isinstance(function, RewardModel) for function in self._functions.values()) else 0
+        level = 2 if any(isinstance(function, RewardModel) for function in functions.values()) else 0
         longest = int(self.prompts.encoded.lengths.max())
         self.config = replace(config, max_prompt_length=longest, vllm_sleep_level=level)
         self._check_room(context)
@@ -132,16 +132,15 @@ class Evaluation:
         if is_new:
             self.unfinished.check()
             if not is_embedded(source.base):  # after the rest: it may import vLLM, which a stored result never needs
-                self._check_memory()
+                self._check_memory([each.model for each in functions.values() if isinstance(each, RewardModel)])
                 check_sampling(self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, reward_models: list[str]) -> None:
         """Refuse a model without room in main memory; on a GPU, vLLM says so itself."""
         if not torch.cuda.is_available():
             sampled = {"num_eval_prompts": len(self.prompts), "eval_every": 1, "kl_coef": 0.0}
-            models = [function.model for function in self._functions.values() if isinstance(function, RewardModel)]
-            policy = skeleton(self.source.base)
-            plan_of(replace(self.config, **sampled), policy, rewards=models, with_passes=False, is_trained=False)
+            options = {"rewards": reward_models, "with_passes": False, "is_trained": False}
+            plan_of(replace(self.config, **sampled), skeleton(self.source.base), **options)
 
     def _seen_by_rewards(self) -> list:
         """The prompts that rewards see beside token ids, which need not say the same."""

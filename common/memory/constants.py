@@ -27,6 +27,8 @@ VLLM_LOGITS = 4
 VLLM_GRAPHS = int(0.5 * GIB)
 # What stays free beside an engine whose share is chosen, as a share of the GPU: the numbers above may be wrong.
 SPARE = 0.03
+# The same beside a cache in main memory, which other processes use too.
+SPARE_ON_CPU = 0.05
 # The most of a GPU that an engine is given: it starts when the context is there already.
 VLLM_LARGEST_SHARE = 0.9
 # Completions at full length that an engine must have room for where its share is chosen: with fewer, most of a group

@@ -375,7 +375,8 @@ def _share_on_cpu(room: _Room, config: RLConfig, machine: Machine, passes: list[
         free = max(machine.host - constants.HOST_PROCESS_CPU, 1)
         if config.vllm_memory_share == AUTO:
             most = max(phase.on_host for phase in [_load(room), _sample(room, config, 0), *passes])
-            share = min(share, max(math.floor(1000 * (machine.host - most) / free) / 1000, 0.001))
+            left = (1 - constants.SPARE_ON_CPU) * machine.host - most
+            share = min(share, max(math.floor(1000 * left / free) / 1000, 0.001))
         sequences = min(sequences, int(share * free) // max(engine.sequence, 1))
     room.cache = {"vLLM's cache": sequences * engine.sequence}
     return share, sequences

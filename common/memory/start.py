@@ -58,13 +58,12 @@ def plan_of(
     _check_bfloat16(config, there)
     machine = Machine(card=there, host=None if device else host_memory().total, processes=processes)
     casting = Casting(config, policy, there, rewards=rewards, processes=processes, is_trained=is_trained)
-    cast = casting.cast(config)
-    if there.kind == "cpu" and not with_passes:
-        plan = make_plan(config, cast, machine, work=Work(config, processes, is_counted=False))
-        if plan.fits and plan.host_peak.on_host < MUCH * machine.host:
-            return plan
-    work = Work(config, processes)
-    plan = make_plan(config, cast, machine, work=work)
+    cast, work = casting.cast(config), Work(config, processes)
+    plan = make_plan(config, cast, machine, work=Work(config, processes, is_counted=False))
+    if there.kind == "cpu" and not with_passes and plan.host_peak.on_host < MUCH * machine.host:
+        return plan
+    if plan.fits:
+        plan = make_plan(config, cast, machine, work=work)
     if not plan.fits:
         raise ValueError(refusal(config, plan, casting, machine, work))
     return plan
