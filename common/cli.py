@@ -125,7 +125,7 @@ def parse_config(
     args, path, yaml_settings = _take_yaml(args, names, owner)
     on_command_line = {arg[2:].replace("-", "_"): value for arg, value in pairwise([*args, ""]) if arg[:2] == "--"}
     typed, written = yaml_settings | on_command_line, asdict(settings)
-    preset = Preset.read(typed.get("preset", settings.preset), has_gpu=has_gpu)
+    preset = Preset.read(typed.get("preset", settings.preset), has_gpu=has_gpu).with_settings_of(names)
     if preset.name == "cpu":
         preset.pairs.update(embedded or {})
     _refuse_unknown(dict.fromkeys(preset.pairs), names, f"in preset {preset.name}", IN_FILE, owner)

@@ -88,7 +88,9 @@ def imported_packages(module: str, *, at_the_top: bool) -> set[str]:
 
 def test_only_the_engine_imports_vllm():
     found = {module for module in modules() if "vllm" in imported_packages(module, at_the_top=False)}
-    core = {f"common.sampling.vllm_{name}" for name in ("engine", "startup", "reload", "support", "corrections")}
+    core = {
+        f"common.sampling.vllm_{name}" for name in ("engine", "startup", "reload", "support", "corrections", "drawing")
+    }
     assert core <= found <= core | {"benchmarks.generation", "examples.pipeline.pipeline"}
 
 

@@ -15,7 +15,9 @@ from common.presets.preset import PRESETS
 from common.start import prepare, report
 from GRPO.grpo import EMBEDDED, SETTINGS
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+from PPO.ppo_trainer import PPOConfig
 from tests.toy import ROOT, toy_trainer
+from VinePPO.vineppo_trainer import VinePPOConfig
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +136,9 @@ def test_the_last_preset_on_the_command_line_counts_like_the_last_of_any_setting
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_hold_known_settings_and_those_for_gpus_change_no_result(path):
     preset = yaml.safe_load(path.read_text())
+    of_some = preset.pop("of_some_algorithms", {})
     assert set(preset) <= {field.name for field in fields(RLConfig)}
+    assert all(any(hasattr(config, name) for config in (PPOConfig, VinePPOConfig)) for name in of_some)
     GRPOConfig(**{name: value for name, (_, value) in preset.items()})
     if path.stem.startswith("gpu"):
         assert set(preset) <= set(MEMORY_SETTINGS)
@@ -204,6 +208,26 @@ def test_what_the_embedded_policy_learns_with_never_reaches_another_model(write_
 def test_another_embedded_policy_learns_with_them():
     config = edited("--model", "tiny-r1")
     assert (config.model, config.task, config.num_steps) == ("tiny-r1", "countdown", 60)
+
+
+def test_settings_for_pretrained_models_reach_no_embedded_one_and_the_other_way_round():
+    pretrained = edited("--preset", "cpu-small")
+    assert (pretrained.model, pretrained.task) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "instructions")
+    assert (pretrained.dtype, pretrained.max_completion_length, pretrained.num_steps) == ("fast", 48, 40)
+    assert edited("--preset", "cpu-small", "--model", "/a/folder").num_steps == 40
+    tiny = edited("--preset", "cpu-small", "--model", "tiny")
+    assert tiny.num_steps == SETTINGS.num_steps
+    assert tiny.notes[0].startswith("warning: preset cpu-small is for pretrained models")
+    other = edited("--preset", "cpu", "--model", "/a/folder")
+    assert other.num_steps == SETTINGS.num_steps
+    assert "--preset cpu-small has settings" in other.notes[0]
+
+
+def test_a_preset_may_know_settings_that_only_some_algorithms_have():
+    from PPO.ppo import SETTINGS as OF_PPO
+
+    assert parse_config(OF_PPO, args=["--preset", "cpu-small"]).value_init_prompts == 64
+    assert not hasattr(edited("--preset", "cpu-small"), "value_init_prompts")
 
 
 def test_an_edited_line_wins_over_a_preset_for_a_gpu_too():
@@ -277,7 +301,10 @@ def test_a_literal_with_a_misspelt_setting_names_it():
 
 def test_a_preset_that_is_not_there_is_answered_with_those_that_are():
     message = refused("--preset", "gpu-99gb")
-    assert "preset='gpu-99gb'" in message and "cpu, gpu-12gb, gpu-16gb, gpu-24gb, gpu-40gb, gpu-80gb, none" in message
+    assert (
+        "preset='gpu-99gb'" in message
+        and "cpu, cpu-small, gpu-12gb, gpu-16gb, gpu-24gb, gpu-40gb, gpu-80gb, none" in message
+    )
 
 
 # Ways to write a setting

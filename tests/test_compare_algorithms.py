@@ -17,8 +17,10 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from common.runs.plots import PALETTE
-from examples.compare_algorithms.compare_algorithms import compare, find_algorithms, run_environment
-from examples.compare_algorithms.report import mean_with_interval, write_report
+from examples.compare_algorithms.compare_algorithms import compare, find_algorithms
+from examples.compare_algorithms.intervals import mean_with_interval
+from examples.compare_algorithms.processes import run_environment
+from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import comparable_runs
 
 ROOT = Path(__file__).parent.parent

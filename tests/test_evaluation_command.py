@@ -714,6 +714,8 @@ def test_a_file_that_cannot_be_used(tiny_folder, loads, content, message):
         ({"task": "gsm8k", "dataset": "no.jsonl"}, r"dataset=no.jsonl: there is no such file"),
         ({"num_problems": 0}, r"num_problems=0: need at least 1 problem"),
         ({"num_problems": 257}, r"num_problems=257: there are 256 problems.*--num_problems 256"),
+        ({"num_held_out": 0}, r"^num_held_out=0: need at least 1 row"),
+        ({"num_held_out": 2, "task": "math500"}, r"^task='math500': there is no such task.*math"),
         ({"temperature": 0}, r"^num_samples=2 with temperature=0.*Pass --temperature 1.0 or --num_samples 1"),
         ({"temperature": 3}, r"^temperature=3.0: need 0"),
         ({"top_p": 0}, r"^top_p=0.0: .*--top_p"),

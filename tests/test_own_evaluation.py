@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from common.cli import parse_settings
+from common.config import RLConfig
 from common.embedded.policy import build_tokenizer, save_untrained
 from common.evaluation import command, identity
 from common.evaluation.command import Evaluation, evaluate
@@ -18,7 +19,8 @@ from common.evaluation.identity import reward_digest, reward_files
 from common.evaluation.results import table
 from common.evaluation.settings import EvaluationSettings
 from common.runs.measures import mean_interval
-from tests.test_evaluation_command import CHAT_TEMPLATE, result_of, sampled, settings, write  # noqa: F401
+from common.tasks import load_task
+from tests.test_evaluation_command import CHAT_TEMPLATE, loads, result_of, sampled, settings, write  # noqa: F401
 from tests.test_reward_model import save_pair_encoder
 from tests.toy import ROOT
 
@@ -334,3 +336,30 @@ def test_corrected_columns_take_the_completions_of_the_same_prompts(tiny_folder,
     write(Path("mine.jsonl"), [row | {"word": "0"} for row in ROWS])
     evaluate(own(tiny_folder, "fails"))
     assert sampled == [6]
+
+
+def test_kept_completions_are_scored_by_other_rewards_without_the_model(tiny_folder, sampled, loads):  # noqa: F811
+    (first,) = evaluate(own(tiny_folder, "says", num_samples=2, keep_completions=True))
+    (kept,) = Path("evaluations").glob("*.unfinished.jsonl")
+    (second,) = evaluate(own(tiny_folder, "length", num_samples=2, keep_completions=True))
+    assert sampled == [6] and len(loads) == 1 and kept.is_file()
+    (again,) = evaluate(own(tiny_folder, "length", num_samples=2, output_dir="again"))  # not kept: sampled and removed
+    assert sampled == [6, 6] and len(loads) == 2
+    both = [result_of(folder)[1] for folder in Path("evaluations").iterdir() if folder.is_dir()]
+    texts = [[[c["text"], c["length"], c["truncated"]] for c in row["completions"]] for rows in both for row in rows]
+    assert texts[:6] == texts[6:]
+    means = ("score", "length", "truncated")
+    assert [second[name] for name in means] == [again[name] for name in means] != [first[name] for name in means]
+
+
+def test_the_rows_that_training_holds_out_are_evaluated_with_the_rewards_of_its_task(tiny_folder):
+    Path("pairs").mkdir()
+    texts = [f"\n\nHuman: {word} one\n\nAssistant: yes" for word in ("make", "two", "four", "five", "six")]
+    write(Path("pairs/train.jsonl"), [{"chosen": text, "rejected": text} for text in texts])
+    config = RLConfig(task="hh_rlhf", dataset="pairs/train.jsonl", num_eval_prompts=2)
+    held_out = [row["prompt"] for row in load_task(config, build_tokenizer()).eval]
+    changes = {"task": "hh_rlhf", "dataset": "pairs/train.jsonl", "rewards": ["mine.py:length"]}
+    evaluate(own(tiny_folder, **changes, num_held_out=2, output_dir="out"))
+    assert [row["prompt"] for row in result_of(Path("out"))[1]] == held_out
+    (score,) = evaluate(settings(tiny_folder, num_held_out=4, num_problems=None))
+    assert score["num_problems"] == 4 and score["rewards"].keys() == {"format", "equation"}

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from common.embedded.policy import EOS, build_tokenizer
+from common.models.chat import render_chat
 from common.models.pool import ModelPool
 from common.rewards.reward_model import RewardModel, as_messages
 
@@ -126,6 +127,17 @@ def loaded(folder: Path, offload: str = "never", **settings) -> RewardModel:
     return judge
 
 
+@pytest.mark.parametrize(("dtype", "weights"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_precision_on_a_cpu_is_that_of_the_run(folders, dtype, weights):
+    models = ModelPool(CPU, "never")
+    judge = RewardModel(str(folders["decoder"]), dtype=dtype)
+    judge.load(models)
+    score = judge(["a question"], ["an answer"])[0]
+    with models.use(f"reward/{judge.name}") as module:
+        assert {weight.dtype for weight in module.parameters()} == {weights}
+    assert score == pytest.approx(loaded(folders["decoder"])(["a question"], ["an answer"])[0], abs=0.02)
+
+
 @torch.no_grad()
 def alone(folder: Path, *texts: str, **options) -> float:
     """The score by transformers alone, of one text or one pair."""
@@ -184,10 +196,86 @@ def test_the_first_special_token_is_there_once(folders, tmp_path):
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "hello", "[SEP]", "four", "[SEP]"]
 
 
+def test_a_decoder_without_a_template_reads_one_text_as_it_was_trained_on(folders, tmp_path):
+    """Text goes on as it is; messages, which have no text of their own, are written as hh-rlhf writes them."""
+    shutil.copytree(folders["decoder"], tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    prompts = ["TL;DR:", "\n\nHuman: hello\n\nAssistant:", DIALOGUE, PREFILLED, QUESTION]
+    completions = [" four", " four", "four", "four", "a<eos>b"]
+    texts = [
+        "TL;DR: four",
+        "\n\nHuman: hello\n\nAssistant: four",
+        "\n\nbe kind\n\nHuman: hello\n\nAssistant: good day\n\nHuman: what is two and two\n\nAssistant: four",
+        "\n\nHuman: what is two and two\n\nAssistant: it is four",
+    ]
+    expected = [alone(tmp_path / "plain", text) for text in texts]
+    judge = loaded(tmp_path / "plain")
+    assert judge(prompts, completions)[:4] == pytest.approx(expected, abs=1e-5)
+    assert EOS not in judge.tokenizer.convert_ids_to_tokens(judge._encode(prompts, completions)[4]["input_ids"])
+    judge.max_length = 6
+    ids = judge._encode(prompts[:1], completions[:1])[0]["input_ids"]
+    assert judge.tokenizer.convert_ids_to_tokens(ids)[:1] == ["T"] and len(ids) == 6
+
+
+def test_a_template_that_leaves_out_a_turn_of_a_longer_conversation_is_refused(folders, tmp_path):
+    shutil.copytree(folders["decoder"], tmp_path / "short")
+    template = "{{ messages[0]['content'] }}<eos>{{ messages[1]['content'] }}<eos>"
+    (tmp_path / "short" / "chat_template.jinja").write_text(template)
+    judge = loaded(tmp_path / "short")
+    assert len(judge([QUESTION, "hello"], ["four", "five"])) == 2
+    with pytest.raises(ValueError, match=r"reward model '.*short': the chat template leaves out the text of .*user"):
+        judge([DIALOGUE[1:]], ["four"])
+
+
+# The tokenizer and the model
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_unless_they_are_never_written(folders, tmp_path):
+    def changed(name: str, **more: object) -> RewardModel:
+        shutil.copytree(folders["decoder"], tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        tokenizer.add_tokens(more.get("words", []))
+        tokenizer.add_special_tokens({"additional_special_tokens": more.get("special", [])})
+        tokenizer.chat_template = more.get("start", "") + TEMPLATE
+        tokenizer.save_pretrained(tmp_path / name)
+        return RewardModel(str(tmp_path / name))
+
+    size = len(build_tokenizer())
+    refused = rf"reward model '.*': its tokenizer has tokens up to number {size}, and the model knows {size}.*files"
+    for more in ({"words": ["zebra"]}, {"special": ["<|x|>"], "start": "<|x|>"}):
+        with pytest.raises(ValueError, match=refused):
+            changed("-".join(more), **more)
+    assert changed("unused", special=["<|x|>"]).max_length
+
+
+def test_a_tokenizer_of_a_much_smaller_vocabulary_may_be_that_of_another_model(folders, tmp_path, caplog):
+    shutil.copytree(folders["decoder"], tmp_path / "other")
+    RewardModel(str(tmp_path / "other"))
+    assert not caplog.records
+    change_config(tmp_path / "other", vocab_size=3 * len(build_tokenizer()))
+    RewardModel(str(tmp_path / "other"))
+    assert "may be that of another model" in caplog.text
+
+
+def test_its_own_tokenizer_and_template_are_used_whatever_the_policy_has(folders):
+    """The default system message of a template is written where the conversation has none."""
+    judge = RewardModel(str(folders["decoder"]))
+    judge.tokenizer.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<system>be kind<eos>{% endif %}" + TEMPLATE
+    )
+    rows = judge._encode([QUESTION, [DIALOGUE[0], *QUESTION]], ["four", "four"])
+    assert rows[0] == rows[1] and judge.tokenizer.decode(rows[0]["input_ids"]).startswith("<system>be kind<eos><user>")
+
+
 # What a policy spells
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def chat_judge(model: Path, folder: Path, *special: str) -> RewardModel:
@@ -197,6 +285,7 @@ def chat_judge(model: Path, folder: Path, *special: str) -> RewardModel:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", *special]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder / "chat")
+    change_config(folder / "chat", vocab_size=len(tokenizer))
     judge = RewardModel(str(folder / "chat"))
     judge.max_length = 9999
     return judge
@@ -215,7 +304,8 @@ def test_a_marker_of_turns_that_a_completion_spells_is_text_and_begins_no_turn(f
     judge = chat_judge(folders["decoder"], tmp_path)
     [row, plain] = judge._encode(["q", "q"], [completion, "bad"])
     ids, tokenizer = row["input_ids"], judge.tokenizer
-    assert tokenizer.decode(ids) == judge._render([{"role": "user", "content": "q"}], completion)
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": completion}]
+    assert tokenizer.decode(ids) == render_chat(tokenizer, said)
     for marker in tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]):
         assert ids.count(marker) == plain["input_ids"].count(marker) == 2
     assert row.keys() == plain.keys() and {len(values) for values in row.values()} == {len(ids)}
@@ -360,21 +450,13 @@ def test_of_a_pair_that_is_too_long_the_beginning_of_the_prompt_goes_first(folde
 def test_of_a_conversation_that_is_too_long_the_beginning_goes_first(folders):
     whole = ids_of(folders["decoder"], "hello", "four", 400)[0]
     text = ids_of(folders["decoder"], "hello", "four", len(whole) - 8)[0]
-    assert text == whole[8:]
+    assert text == whole[:1] + whole[9:]
     num_answer = len("four") + 1  # bytes, and the end token
-    text = ids_of(folders["decoder"], "hello", "four", num_answer)[0]
-    assert text == [*"four", EOS]
+    text = ids_of(folders["decoder"], "hello", "four", 1 + num_answer)[0]
+    assert text == ["<", *"four", EOS]
     text = ids_of(folders["decoder"], "hello", "four", 3)[0]
-    assert text == [*"fou"]
-
-
-def test_a_first_special_token_stays_in_a_shortened_conversation(folders):
-    judge = RewardModel(str(folders["decoder"]))
-    judge.tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
-    judge.tokenizer.bos_token = "<pad>"
-    judge.max_length = 8
-    ids = judge._encode(["hello"], ["four"])[0]["input_ids"]
-    assert judge.tokenizer.convert_ids_to_tokens(ids) == ["<pad>", "t", ">", *"four", EOS]
+    assert text == ["<", "r", EOS]  # the score is read at the end token
+    assert ids_of(folders["decoder"], "hello", "four", 1)[0] == ["<"]
 
 
 def test_long_texts_score_and_are_told_of_once_and_counted(folders, caplog):

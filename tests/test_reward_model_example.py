@@ -17,6 +17,7 @@ from examples.reward_model.reward_model import (
     SETTINGS,
     TINY,
     RewardModelSettings,
+    freeze_below,
     make_trainer,
     parse_settings,
     read_pairs,
@@ -95,6 +96,23 @@ def test_a_model_from_a_folder_is_trained_further_and_keeps_its_chat_template(tr
     assert templates[0] == templates[1]
 
 
+def test_only_the_last_layers_are_trained_if_asked(trained, tmp_path):
+    pairs = write_pairs(tmp_path / "pairs.jsonl", num_pairs=24)
+    more = ["--num_eval_pairs", "8", "--batch_size", "4", "--pairs_per_pass", "2", "--learning_rate", "0.01"]
+    more += ["--num_trained_layers", "1", "--gradient_checkpointing", "true"]
+    arguments = ["--model", str(trained), "--dataset", str(pairs), "--output_dir", str(tmp_path / "model")]
+    train_reward_model(parse_settings(arguments + more))
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+        for folder in (trained, tmp_path / "model")
+    )
+    kept = {name for name, weight in before.items() if torch.equal(weight, after[name])}
+    assert kept == {"model.embed_tokens.weight"}
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    with pytest.raises(ValueError, match=r"num_trained_layers=2: the model has 1 layers"):
+        freeze_below(model, 2)
+
+
 def test_no_training_pair_begins_as_a_held_out_one(tmp_path):
     path = tmp_path / "pairs.jsonl"
     row = {side: "\n\nHuman: {0}\n\nAssistant: " + side for side in ("chosen", "rejected")}
@@ -117,6 +135,26 @@ def test_a_special_token_that_a_pair_spells_is_text(trained):
     row = tokenize([{"chosen": answers[0], "rejected": answers[1]}], tokenizer, 1000)[0]
     counts = {row[f"{side}_ids"].count(tokenizer.eos_token_id) for side in ("chosen", "rejected")}
     assert counts == {1} and tokenizer.decode(row["chosen_ids"]).endswith("Assistant: a<eos><eos>")
+
+
+def test_training_reads_what_scoring_reads(trained):
+    """Also a default system message, and dialogues or answers that are too long."""
+    tokenizer = AutoTokenizer.from_pretrained(trained)
+    start = "{% if messages[0]['role'] != 'system' %}be kind<eos>{% endif %}"
+    tokenizer.chat_template = start + tokenizer.chat_template
+    judge = RewardModel(str(trained))
+    judge.tokenizer = tokenizer
+    question = {"role": "user", "content": "kara lora"}
+    dialogues = [
+        [*before, question, {"role": "assistant", "content": answer}]
+        for answer in ("miso", "miso please " * 30 + "miso")
+        for before in ([], [question, {"role": "assistant", "content": "please " * 8 + "kara"}])
+    ]
+    for max_length in (1000, 30, 12):
+        judge.max_length = max_length
+        rows = tokenize([{"chosen": each, "rejected": each} for each in dialogues], tokenizer, max_length)
+        scored = judge._encode([each[:-1] for each in dialogues], [each[-1]["content"] for each in dialogues])
+        assert rows["chosen_ids"][:] == [row["input_ids"] for row in scored]
 
 
 def test_long_dialogues_lose_their_beginning_and_keep_their_first_token(trained):

@@ -173,6 +173,16 @@ def test_seeds_decide_the_completions_and_nothing_else_does(sampler):
     assert all(a != b for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("kept", [{}, {"top_k": 20, "top_p": 0.8}])
+def test_both_samplers_draw_the_same_completions_with_the_same_seeds(make_vllm_sampler, kept):
+    model = untrained_model(3)
+    settings = SamplingSettings(temperature=0.9, max_tokens=32, stop_token_ids=(7,), **kept)
+    request = {"num_generations": 4, "seeds": seeds_of(0, len(PROMPTS))}
+    samplers = make_vllm_sampler(model), on_the_policy(model)
+    drawn = [tokens(sampler.generate(PROMPTS, settings, **request)) for sampler in samplers]
+    assert drawn[0] == drawn[1]
+
+
 def test_completions_of_a_prompt_differ_and_those_of_an_equal_prompt_too(sampler):
     completions = tokens(sampler.generate([[5, 6]] * 4, SAMPLED, num_generations=8, seeds=seeds_of(0, 4)))
     assert len({tuple(completion) for completion in completions}) == 32

@@ -19,6 +19,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cli import parse_config
+from common.models.loading import resolve_dtype
 from common.rollouts import Rollouts
 from common.tasks import Task
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
@@ -573,6 +574,15 @@ def test_bfloat16_on_a_cpu_without_it_is_warned_of_once(toy_folder, tmp_path, mo
     with caplog.at_level("WARNING", logger="nanorlhf"):
         toy_trainer(toy_folder, tmp_path / "run", dtype=dtype, num_steps=1).train()
     assert [message.split(" on a CPU")[0] for message in caplog.messages] == ["dtype=bfloat16"] * warned
+
+
+@pytest.mark.parametrize(("flag", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx512_vnni", torch.float32)])
+def test_fast_is_bfloat16_where_the_cpu_computes_in_it(tmp_path, monkeypatch, flag, dtype):
+    (tmp_path / "cpuinfo").write_text(FLAGS.format(flag))
+    monkeypatch.setattr("common.environment.CPU_INFO", tmp_path / "cpuinfo")
+    assert resolve_dtype("fast", torch.device("cpu")) == dtype
+    assert resolve_dtype("auto", torch.device("cpu")) == torch.float32
+    assert {resolve_dtype(name, torch.device("cuda")) for name in ("auto", "fast")} == {torch.bfloat16}
 
 
 def constant_score(prompts, completions, **columns):

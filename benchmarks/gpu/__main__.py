@@ -4,6 +4,10 @@ A step of GRPO with LoRA at Qwen2.5-1.5B's sizes (random weights, so completions
 prompt, the share of pushes and moves, and the memory of each phase against the plan. Then the same training by TRL,
 with vLLM in its process too. What there is no time for is left out and named. Without a GPU it runs as well, to try:
 `--shape mini --prompts 4 --length 16 --trl-prompts 2`.
+
+With `--recipe NAME` it runs some steps of a recipe of docs/recipes.md instead, in `--minutes`, and keeps what they
+took for that page. To try it without a GPU: `--recipe countdown-3b --weights random --shape mini --sampler
+transformers --prompts 2 --length 16 --minutes 3`.
 """
 
 import argparse
@@ -17,6 +21,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.estimates import row
+from benchmarks.gpu import recipe
+from benchmarks.recipes import RECIPES
 from benchmarks.shapes import SHAPES, save_shape
 from benchmarks.timing import machine
 
@@ -29,6 +36,8 @@ PROMPT_LENGTH = 16
 def main() -> None:
     """Measure, write the numbers, print them."""
     options = _options()
+    if options.recipe:
+        sys.exit(_recipe(options))
     ends = time.monotonic() + options.seconds
     report: dict[str, Any] = {"command": " ".join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])}
     report |= {"machine": machine(), "shape": options.shape, "left_out": {}}
@@ -49,6 +58,35 @@ def main() -> None:
             out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(text(report))
     print(f"all numbers: {out}")
+
+
+def _recipe(options: argparse.Namespace) -> int:
+    """Measure a recipe, keep it if it was on a GPU or a file is named, and print it; gives the status."""
+    with TemporaryDirectory() as folder:
+        try:
+            found = recipe.measure(options, Path(folder))
+        except ValueError as error:
+            return _say(f"error: {error}")
+        except subprocess.TimeoutExpired:
+            return _say(f"no step ended within {options.minutes:g} minutes; pass more --minutes or fewer --prompts")
+        except subprocess.CalledProcessError as error:
+            return _say(f"the script ended with status {error.returncode}:\n{error.stderr}")
+    print(recipe.text(found))
+    if not found["gpu"]:
+        print("\nno line for docs/recipes.md: there was no GPU")
+    elif found["rates"]:
+        print(f"\nthe line of docs/recipes.md:\n{row(found['recipe'], found['gigabytes'], found['rates'], [found])}")
+    else:
+        print("\nno line for docs/recipes.md: how fast this card could be is not known; name one like it with --card")
+    if path := options.out or (found["gpu"] and recipe.MEASURED):
+        recipe.keep(found, path)
+        print(f"kept in {path}; python -m tools.recipes writes the page")
+    return 0
+
+
+def _say(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 1
 
 
 def settings(options: argparse.Namespace, model: Path, prompts: int) -> list[str]:
@@ -131,18 +169,29 @@ def text(report: dict[str, Any]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="1.5b", help="sizes of the model (default: 1.5b)")
-    parser.add_argument("--prompts", type=int, default=512, help="prompts of a step (default: 512)")
+    parser.add_argument("--shape", choices=SHAPES, help="sizes of the model (default: 1.5b, or the recipe's)")
+    parser.add_argument("--prompts", type=int, help="prompts of a step (default: 512, or the recipe's)")
     parser.add_argument("--generations", type=int, default=4, help="completions of a prompt (default: 4)")
-    parser.add_argument("--length", type=int, default=1500, help="longest completion (default: 1500)")
+    parser.add_argument("--length", type=int, help="longest completion (default: 1500, or what the recipe assumes)")
     parser.add_argument("--steps", type=int, default=1, help="steps (default: 1)")
     parser.add_argument("--trl-prompts", type=int, default=64, help="prompts of a step beside TRL; 0: without it")
     parser.add_argument("--trl-steps", type=int, default=2, help="steps beside TRL (default: 2)")
     parser.add_argument("--trl-batch", type=int, default=16, help="rows of a forward pass of TRL (default: 16)")
-    parser.add_argument("--sampler", choices=("vllm", "transformers"), default="vllm", help="of both (default: vllm)")
+    parser.add_argument("--sampler", choices=("vllm", "transformers"), help="of both (default: vllm)")
     parser.add_argument("--seconds", type=float, default=530, help="time limit for everything (default: 530)")
     parser.add_argument("--out", type=Path, help=f"JSON file for all numbers (default: {RESULTS}/gpu-SHAPE.json)")
-    return parser.parse_args()
+    only = parser.add_argument_group("a recipe", "instead of all that: some steps of its script")
+    only.add_argument("--recipe", choices=RECIPES, help="of docs/recipes.md")
+    only.add_argument("--minutes", type=float, default=10, help="for all of it, downloads too (default: 10)")
+    only.add_argument("--weights", choices=("hub", "random"), default="hub", help="of the model (default: hub)")
+    only.add_argument("--card", help="whose rates are computed with, such as h100 (default: the one that is there)")
+    options = parser.parse_args()
+    if options.recipe and options.weights == "hub" and (options.shape or options.length):
+        parser.error("--shape and --length are for random weights: with a recipe, pass --weights random too")
+    if not options.recipe:
+        options.shape, options.sampler = options.shape or "1.5b", options.sampler or "vllm"
+        options.prompts, options.length = options.prompts or 512, options.length or 1500
+    return options
 
 
 if __name__ == "__main__":

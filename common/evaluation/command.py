@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -68,7 +69,7 @@ DEFAULT_PARENT = Path("evaluations")
 MOST_TOKENS = 4096
 
 # Settings that do not change a result. A date acts through the prompts, which are compared themselves.
-_NO_EFFECT = ("output_dir", "trust_remote_code", "vllm_memory_share", "vllm_max_num_seqs", "date")
+_NO_EFFECT = ("output_dir", "trust_remote_code", "vllm_memory_share", "vllm_max_num_seqs", "date", "keep_completions")
 
 
 class Evaluation:
@@ -93,7 +94,8 @@ class Evaluation:
         check_sampler(config)
         self.tokenizer = _load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
         is_chat = self.tokenizer.chat_template is not None
-        found = find_set(settings.task, settings.dataset, settings.dataset_split, is_chat=is_chat)
+        which = {"is_chat": is_chat, "num_held_out": settings.num_held_out}
+        found = find_set(settings.task, settings.dataset, settings.dataset_split, **which)
         self.source = replace(source, base=resolve_model(source.base))
         context = _context_length(self.source.base)
         if settings.max_completion_length is None:
@@ -109,7 +111,8 @@ class Evaluation:
         longest = int(self.prompts.encoded.lengths.max())
         self.config = replace(config, max_prompt_length=longest, vllm_sleep_level=level)
         self._check_room(context)
-        self.settings = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT} | {
+        self._keeps_completions = settings.keep_completions
+        self.settings = _with_effect(settings) | {
             "model": self.model,
             "max_completion_length": config.max_completion_length,
             "weights": weights_digest(self.source),
@@ -130,8 +133,8 @@ class Evaluation:
         sampled = sampling_identity(self.settings, self.prompts.ids)
         self.unfinished = Unfinished(self.folder.with_name(f"{called}-{digest(sampled)}.unfinished.jsonl"), sampled)
         if is_new:
-            self.unfinished.check()
-            if not is_embedded(source.base):  # after the rest: it may import vLLM, which a stored result never needs
+            has_all = self.unfinished.check() == len(self.prompts)
+            if not has_all and not is_embedded(source.base):  # after the rest: it may import vLLM
                 self._check_memory([each.model for each in functions.values() if isinstance(each, RewardModel)])
                 check_sampling(self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -164,18 +167,20 @@ class Evaluation:
                     count = f"{len(kept.completions)} of {len(self.prompts)} problems"
                     logger.info("\n%s: the completions of %s are kept in %s", self.model, count, kept.path)
                 raise
-            kept.remove()
+            if not self._keeps_completions:
+                kept.remove()
 
     def _run(self) -> None:
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         stopwatch = Stopwatch(accelerator.device)
         # First, because a scorer forks, which is cheap while no model is loaded.
         scorer, leniently = task_scorer(self.task, self.config), lenient_scorer(self.task, self.config)
+        has_all = len(self.unfinished.completions) == len(self.prompts)
         with stopwatch("load"):
-            generation = self._load(accelerator.device, stopwatch)
+            generation = None if has_all else self._load(accelerator.device, stopwatch)
             scorer.load(ModelPool(accelerator.device, "never", stopwatch), self.now)
         num_samples = self.config.eval_num_samples
-        rollouts = self._sample(generation)
+        rollouts = self._kept() if generation is None else self._sample(generation)
         with stopwatch("score"):
             rollouts.scores = self._judge(rollouts, scorer)
             lenient = judge_leniently(rollouts, leniently)
@@ -249,6 +254,16 @@ class Evaluation:
             return generation.sample_for_evaluation(
                 self.prompts.share(), finished=finished, have=dict(kept.completions)
             )
+
+    def _kept(self) -> Rollouts:
+        """Completions that are all there: neither the model nor a sampler is needed for them."""
+        num_samples, kept = self.config.eval_num_samples, self.unfinished
+        logger.info("%s: all %d completions are there", self.model, len(self.prompts) * num_samples)
+        completions, texts = (
+            [each for problem in range(len(self.prompts)) for each in by_problem[problem]]
+            for by_problem in (kept.completions, kept.texts)
+        )
+        return Rollouts.from_completions(self.prompts.share(), completions, texts, num_generations=num_samples)
 
     def _check_sampled(self, completions: list[Completion]) -> None:
         """Refuse completions whose log-probs are not finite, before they are kept: they are not the model's."""
@@ -428,6 +443,14 @@ def _first(rows: list[dict], count: int | None) -> list[dict]:
             f"{len(rows)} or fewer, or leave it out for all."
         )
     return rows[:count]
+
+
+def _with_effect(settings: EvaluationSettings) -> dict[str, Any]:
+    """The settings that a result depends on."""
+    named = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT}
+    if settings.num_held_out is None:  # results of whole sets keep the names that they have
+        del named["num_held_out"]
+    return named
 
 
 def _task_name(task: str) -> str:

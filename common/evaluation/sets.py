@@ -12,7 +12,7 @@ import transformers
 from common.config import RLConfig
 from common.data.files import READABLE, is_data_file
 from common.data.rows import read_rows
-from common.tasks import Task, load_task
+from common.tasks import Task, check_task, load_task
 from common.tasks.countdown import GENERATED, problems
 from common.tasks.math import ANSWER_COLUMNS, QUESTION_COLUMNS
 
@@ -47,7 +47,9 @@ COUNTDOWN_HELD_OUT = EvaluationSet(
 )
 
 
-def find_set(name: str, dataset: str | None, split: str | None = None, *, is_chat: bool) -> EvaluationSet:
+def find_set(
+    name: str, dataset: str | None, split: str | None = None, *, is_chat: bool, num_held_out: int | None = None
+) -> EvaluationSet:
     """The set that the settings `task`, `dataset` and `dataset_split` mean.
 
     Args:
@@ -55,10 +57,15 @@ def find_set(name: str, dataset: str | None, split: str | None = None, *, is_cha
         dataset: a local file, or another hub id, in place of the named set's data; the data of "prompts".
         split: of `dataset` on the hub; None: the named set's.
         is_chat: the model has a chat template; without one, Countdown problems are generated.
+        num_held_out: the set is what training holds out with this num_eval_prompts, and `name` is that of a task of
+            training; None: all rows.
 
     Raises:
         ValueError: there is no such set or file, the file cannot be read, or no task has its columns.
     """
+    if num_held_out is not None:
+        check_task(name)
+        return EvaluationSet(task=name, dataset=dataset, split=split or "train", num_held_out=num_held_out)
     if name == OWN_PROMPTS:
         return EvaluationSet(task=OWN_PROMPTS, dataset=dataset, split=split or "train")
     if name not in NAMED_SETS:
@@ -99,7 +106,9 @@ def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformer
 
 def num_left_out(found: EvaluationSet, task: Task) -> int:
     """How many rows of a set the task leaves out: math does with answers to guess, and with those nobody can match."""
-    return 0 if found.task != "math" else len(read_rows(found.dataset, found.split, None)) - len(task.eval)
+    if found.task != "math" or found.num_held_out:
+        return 0
+    return len(read_rows(found.dataset, found.split, None)) - len(task.eval)
 
 
 def _task_of_file(path: str, dataset: str | None) -> str:

@@ -35,6 +35,9 @@ class EvaluationSettings:
     """Local file, or another hub id, in place of the data of a named task; the data of the task prompts."""
     dataset_split: str | None = None
     """Split or slice of a hub data set; None: that of the named task, else train."""
+    num_held_out: int | None = None
+    """Evaluate the rows that training with this num_eval_prompts holds out; then the task may be any task of training,
+    such as hh_rlhf. None: all rows of a set."""
     num_problems: int | None = None
     """Evaluate only the first num_problems; None: all."""
     prompt_file: str | None = None
@@ -82,6 +85,8 @@ class EvaluationSettings:
     vllm_max_num_seqs: int = 256
     """Completions that vLLM samples at the same time."""
 
+    keep_completions: bool = False
+    """Keep the completions beside the result, so that the same command with other rewards scores them again."""
     output_dir: str | None = None
     """Folder of the result; None: evaluations/<model>-<task>-<hash of the settings>. With several models the parent
     of their folders."""
@@ -109,6 +114,11 @@ class EvaluationSettings:
             raise ValueError(
                 f"num_problems={self.num_problems}: need at least 1 problem, or there is nothing to measure. Pass "
                 "--num_problems 1 or more, or leave it out for all."
+            )
+        if self.num_held_out is not None and self.num_held_out < 1:
+            raise ValueError(
+                f"num_held_out={self.num_held_out}: need at least 1 row, or there is nothing to measure. Pass the "
+                "num_eval_prompts of the training run, or leave it out for all rows of a set."
             )
         if self.date is not None and not _is_date(self.date):
             raise ValueError(f"date={self.date}: need a day in the form of 2026-11-27. Pass --date with one.")

@@ -31,24 +31,31 @@ class Unfinished:
     Attributes:
         path: of the file.
         completions: what was sampled, by the number of the problem.
+        texts: of these completions, as rewards see them.
         seconds: how long sampling them took.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         self.completions: dict[int, list[Completion]] = {}
+        self.texts: dict[int, list[str]] = {}
         self.seconds = 0.0
         self._identity = json.loads(json_line(identity))  # as it comes back from a file
         self._file: BinaryIO | None = None
         self._last = 0.0
 
-    def check(self) -> None:
+    def check(self) -> int:
         """Refuse to go on with other completions.
+
+        Returns:
+            How many problems have their completions.
 
         Raises:
             ValueError: those in the file were sampled with other settings.
         """
-        self._check(_lines(self.path.read_bytes())[0] if self.path.is_file() else [])
+        lines = _lines(self.path.read_bytes())[0] if self.path.is_file() else []
+        self._check(lines)
+        return len(lines[1:])
 
     def _check(self, lines: list[dict[str, Any]]) -> None:
         stored = lines[0] if lines else self._identity
@@ -84,6 +91,7 @@ class Unfinished:
         written(self.path, lambda: self._file.truncate(size))
         for line in lines[1:]:
             self.completions[line["problem"]] = [_completion(each) for each in line["completions"]]
+            self.texts[line["problem"]] = [each["text"] for each in line["completions"]]
             self.seconds += line["seconds"]
         if not lines:
             self._append(self._identity)
@@ -109,12 +117,12 @@ class Unfinished:
         Args:
             problem: its number.
             completions: all of them.
-            texts: of each, for a reader of the file.
+            texts: of each, as rewards see it.
         """
         now = time.perf_counter()
         rows = [vars(each) | {"text": text} for each, text in zip(completions, texts, strict=True)]
         self._append({"problem": problem, "seconds": now - self._last, "completions": rows})
-        self.completions[problem] = list(completions)
+        self.completions[problem], self.texts[problem] = list(completions), list(texts)
         self._last = now
 
     def remove(self) -> None:

@@ -1,8 +1,8 @@
-"""GPUs by name: how much memory torch finds on them, and whether they compute in bfloat16.
+"""GPUs by name: how much memory torch finds on them, whether they compute in bfloat16, and how fast they are.
 
-For `--plan --device`, which plans for a card that is not there. Sizes are what torch.cuda reports for such a card as
-far as its users have published it, rounded down; nothing here was measured. A size such as 24gb is 24 x 10^9 bytes,
-which is a little less than any card that is sold under it has.
+For `--plan --device`, which plans for a card that is not there, and for docs/recipes.md. Sizes are what torch.cuda
+reports for such a card as far as its users have published it, rounded down; nothing here was measured. A size such as
+24gb is 24 x 10^9 bytes, which is a little less than any card that is sold under it has.
 """
 
 import re
@@ -36,6 +36,25 @@ class Card:
         return self.capability is None or self.capability >= BFLOAT16_FROM
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a card does at most; what of it a run reaches is assumed in constants.py.
+
+    Attributes:
+        bandwidth: bytes/s of its memory.
+        flops: operations/s of matrix products in bfloat16, without sparsity.
+        flops_float32: in float32, as torch computes it by default.
+        link: bytes/s between main memory and the card, one way, of pinned memory.
+        source: where the numbers are from.
+    """
+
+    bandwidth: float
+    flops: float
+    flops_float32: float
+    link: float
+    source: str
+
+
 # name: GiB that torch finds, capability
 _KNOWN = {
     "t4": (14.5, (7, 5)),
@@ -66,6 +85,25 @@ _KNOWN = {
     "h200": (139.7, (9, 0)),
     "b200": (178.0, (10, 0)),
 }
+# A PCIe link of generation 4 with 16 lanes gives 25 of its 32 GB/s: github.com/ZaidQureshi/bam/issues/54, and between
+# two 4090s github.com/tinygrad/open-gpu-kernel-modules/issues/6. Generation 5 is assumed to give the same share of 64.
+_LINK_4, _LINK_5 = 25, 50
+# name: GB/s of memory, TFLOPS in bfloat16 and in float32, GB/s of the link, source
+_RATES = {
+    "4090": (
+        1008,
+        165,
+        82,
+        _LINK_4,
+        "the maker; bfloat16: github.com/mli/transformers-benchmarks/issues/4",
+    ),
+    "l4": (300, 121, 30, _LINK_4, "NVIDIA's data sheet"),
+    "a100-40gb": (1555, 312, 19.5, _LINK_4, "NVIDIA's data sheet, SXM"),
+    "a100-80gb": (2039, 312, 19.5, _LINK_4, "NVIDIA's data sheet, SXM"),
+    "h100": (3350, 989, 67, _LINK_5, "NVIDIA's data sheet, SXM; half of the 1979 with sparsity"),
+    "h200": (4800, 989, 67, _LINK_5, "NVIDIA's data sheet; half of the 1979 with sparsity"),
+}
+_RATES["a100"] = _RATES["a100-80gb"]
 
 
 def card(name: str) -> Card:
@@ -77,8 +115,7 @@ def card(name: str) -> Card:
     Raises:
         ValueError: nobody knows it.
     """
-    plain = re.sub(r"^(nvidia|geforce|tesla|rtx(?=-?[2345]0)|rtx(?=-?a\d))-?", "", _plain(name))
-    plain = re.sub(r"^(geforce|rtx(?=-?[2345]0))-?", "", plain)
+    plain = _short(name)
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)-?(gb|gib|g)", plain):
         total = int(float(size[1]) * (GIB if size[2] == "gib" else GB))
         if 1 <= float(size[1]) <= 4096:
@@ -92,6 +129,33 @@ def card(name: str) -> Card:
     )
 
 
-def _plain(name: str) -> str:
-    """Lower case, with one - in place of spaces and the like."""
-    return re.sub(r"[\s_-]+", "-", name.strip().lower())
+def rates(name: str) -> Rates:
+    """How fast a card is.
+
+    Args:
+        name: as `card` takes it, but no size; or as its driver calls it, such as "NVIDIA A100-SXM4-80GB".
+
+    Raises:
+        ValueError: nothing is known of it.
+    """
+    plain = re.sub(r"-(sxm\d?|hbm\d?e?)(?=-|$)", "", _short(name))
+    plain = plain if plain in _RATES else re.sub(r"-\d+gb$", "", plain)
+    if plain not in _RATES:
+        raise ValueError(
+            f"card {name}: its memory bandwidth and FLOPS are not known here, and a time cannot be computed without "
+            f"them. Name one of {', '.join(_RATES)}."
+        )
+    bandwidth, flops, flops_float32, link, source = _RATES[plain]
+    return Rates(
+        bandwidth=bandwidth * GB,
+        flops=flops * 1e12,
+        flops_float32=flops_float32 * 1e12,
+        link=link * GB,
+        source=source,
+    )
+
+
+def _short(name: str) -> str:
+    """Lower case, with one - in place of spaces and the like, and without the maker's words."""
+    plain = re.sub(r"[\s_-]+", "-", name.strip().lower())
+    return re.sub(r"^((nvidia|geforce|tesla|rtx(?=-?[2345]0)|rtx(?=-?a\d))-?)+", "", plain)

@@ -2,7 +2,8 @@
 
 The rest of the plan is counted: parameters from a model's modules, activations from the project's own passes. Each
 number below is from the documentation of its library or from experience, on the safe side, and
-`pytest -m gpu tests/gpu/test_memory_cuda.py` measures it.
+`pytest -m gpu tests/gpu/test_memory_cuda.py` measures it. The shares of a card's speed at the end are for times, which
+`python -m benchmarks.gpu --recipe NAME` measures.
 """
 
 GIB = 2**30
@@ -19,7 +20,7 @@ FRAGMENTATION = 0.05
 # and `hidden` that are alive at the same time in it.
 VLLM_BATCHED_TOKENS = 8192
 VLLM_INTERMEDIATES, VLLM_HIDDENS = 3, 6
-# The same on a CPU: common/sampling/vllm_startup.py.
+# The same on a CPU; more gains nothing and needs more memory for activations.
 VLLM_BATCHED_TOKENS_ON_CPU = 16384
 # Tensors of (sequences, vocabulary) in float32 that its sampler has at once: logits, log-probs, sorted, noise.
 VLLM_LOGITS = 4
@@ -49,3 +50,11 @@ ASSUMED = {
     "vLLM's graphs": f"{VLLM_GRAPHS / 1e9:.2f} GB",
     "vLLM's activations": f"of {VLLM_BATCHED_TOKENS:,} tokens",
 }
+
+# What of a card's rates (cards.py) a run reaches: of memory bandwidth while vLLM decodes, of FLOPS while it reads
+# prompts and decodes, and of FLOPS in our own passes (model FLOPs utilisation; recomputed layers count as work).
+DECODING_BANDWIDTH, SAMPLING_FLOPS, PASS_FLOPS = 0.6, 0.4, 0.35
+# Seconds of Python, scheduling and sampling in each round of decoding, in which every running completion gets a token.
+DECODING_ROUND = 0.003
+# Bytes/s of main memory for an optimizer there, on the processors of one rented GPU.
+HOST_BANDWIDTH = 40e9

@@ -6,6 +6,7 @@ score of a text does not depend on the rest of the batch. Reward models are not 
 
 import itertools
 import logging
+from collections.abc import Iterable
 from copy import deepcopy
 from datetime import datetime
 from functools import partial
@@ -35,6 +36,7 @@ _REMEDY = (
 )
 # How dialogues are written without a chat template: in the form of hh-rlhf, which most pair encoders have seen.
 _SPEAKERS = {"user": "Human: ", "assistant": "Assistant: "}
+_JUDGED = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
 # verbose=False: the tokenizer would warn about long texts, which are cut here.
 _OPTIONS = {"return_attention_mask": True, "verbose": False}
 
@@ -58,13 +60,13 @@ class RewardModel:
 
     Attributes:
         name: the last part of the hub id or folder.
-        max_length: longest text in tokens. A longer text loses the beginning of its prompt; only if the completion
-            alone is too long, it loses its end too.
+        max_length: longest text in tokens. A longer one loses its beginning, as `without_beginning` says; a pair that
+            a pair encoder reads loses that of its prompt, and the end of its completion if that alone is too long.
         num_truncated: number of texts cut so far.
 
     Raises:
-        ValueError: if the model cannot be loaded, is not a sequence classifier or has several labels, or if its chat
-            template leaves out what it should judge.
+        ValueError: if the model cannot be loaded, is not a sequence classifier or has several labels, if its chat
+            template leaves out what it should judge, or if its tokenizer has tokens that the model does not have.
     """
 
     def __init__(self, model: str, *, max_tokens_per_microbatch: int = 16384, dtype: str = "auto") -> None:
@@ -110,12 +112,17 @@ class RewardModel:
         self._models: ModelPool | None = None
         self._now: datetime | None = None
         if self.tokenizer.chat_template is not None:
-            judged = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
             try:
-                check_keeps(lambda messages: render_chat(self.tokenizer, messages), judged)
+                check_keeps(lambda messages: render_chat(self.tokenizer, messages), _JUDGED)
             except ValueError as error:
                 raise ValueError(f"reward model {model!r}: {error}") from error
         self._spellings = Spellings(self.tokenizer)  # it runs the template, so after its check
+        self._kept: set[tuple[str, ...]] = set()  # roles of conversations that the template writes whole
+        # Tokenizers of pair encoders have a token that divides texts, or one that begins them.
+        names = (self.tokenizer.sep_token, self.tokenizer.cls_token)
+        self._reads_pairs = self.tokenizer.chat_template is None and any(name is not None for name in names)
+        if (num_tokens := settings.get("vocab_size")) is not None:
+            self._check_tokens(num_tokens)
 
     def load(self, models: ModelPool, now: datetime | None = None) -> None:
         """Load the weights on the CPU and add them to the pool; in `dtype`, or as saved if the device is CUDA.
@@ -155,8 +162,9 @@ class RewardModel:
     def __call__(self, prompts: list[str | list[dict]], completions: list[str], **columns: list) -> list[float]:
         """Score completions.
 
-        With a chat template, the model reads the conversation with the completion as its last turn. Without one, it
-        reads the pair of prompt and completion; a prompt of several turns is written as a dialogue.
+        With a chat template, the model reads the conversation with the completion as its last turn. Without one, a
+        pair encoder reads the pair of prompt and completion, a prompt of several turns as a dialogue. Any other model
+        reads one text: a prompt that is text with the completion behind it, messages in the form of hh-rlhf.
 
         Args:
             prompts: B prompts, text or chat messages; a last message by the assistant is the completion's start.
@@ -200,12 +208,13 @@ class RewardModel:
 
     def _encode(self, prompts: list[str | list[dict]], completions: list[str]) -> list[dict[str, list[int]]]:
         """The model's inputs for each text, of at most max_length tokens."""
-        pairs = [_split(as_messages(prompt), text) for prompt, text in zip(prompts, completions, strict=True)]
-        is_chat = self.tokenizer.chat_template is not None
-        if is_chat:
-            rows, parts = self._encode_chats(pairs), []
+        parts: list[list[int | None]] = []
+        if self.tokenizer.chat_template is not None:
+            rows = self._encode_chats(_pairs(prompts, completions))
+        elif self._reads_pairs:
+            rows, parts = self._encode_pairs(_pairs(prompts, completions))
         else:
-            rows, parts = self._encode_pairs(pairs)
+            rows = self._encode_texts(list(map(_continued, prompts, completions)))
         too_long = [row for row, inputs in enumerate(rows) if len(inputs["input_ids"]) > self.max_length]
         if too_long and not self.num_truncated:
             logger.warning(
@@ -215,11 +224,11 @@ class RewardModel:
             )
         self.num_truncated += len(too_long)
         for row in too_long:
-            if is_chat:
-                cut_order = self._cut_order(rows[row]["input_ids"], pairs[row][0])
-            else:
-                cut_order = [i for i, part in enumerate(parts[row]) if part == 0]
-                cut_order += [i for i, part in enumerate(parts[row]) if part == 1][::-1]
+            if not self._reads_pairs:
+                rows[row] = {key: without_beginning(values, self.max_length) for key, values in rows[row].items()}
+                continue
+            cut_order = [i for i, part in enumerate(parts[row]) if part == 0]
+            cut_order += [i for i, part in enumerate(parts[row]) if part == 1][::-1]
             cut = set(cut_order[: len(rows[row]["input_ids"]) - self.max_length])
             rows[row] = {key: [v for i, v in enumerate(values) if i not in cut] for key, values in rows[row].items()}
         return rows
@@ -228,6 +237,7 @@ class RewardModel:
         """Conversations. A policy, or the data, must not write a turn into a text: special tokens stay text there."""
         spellings, render = self._spellings, partial(render_chat, self.tokenizer, now=self._now)
         chats = [[*messages, {"role": "assistant", "content": completion}] for messages, completion in pairs]
+        self._check_keeps(chats)
         written = [spellings.written(chat, render) for chat in chats]
         encoded = self.tokenizer([each.text for each in written], add_special_tokens=False, **_OPTIONS)
         rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
@@ -256,18 +266,58 @@ class RewardModel:
                 rows[row], parts[row] = {key: values[0] for key, values in alone.items()}, alone.sequence_ids(0)
         return rows, parts
 
-    def _render(self, messages: list[dict], completion: str) -> str:
-        answer = {"role": "assistant", "content": completion}
-        return render_chat(self.tokenizer, [*messages, answer], now=self._now)
+    def _encode_texts(self, texts: list[str]) -> list[dict[str, list[int]]]:
+        """Texts that no template writes; special tokens that they spell stay text."""
+        encoded = self.tokenizer(texts, **_OPTIONS)
+        rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(texts))]
+        for row, text in enumerate(texts):
+            if self._spellings.in_text(text):
+                alone = self.tokenizer([text], split_special_tokens=True, **_OPTIONS)
+                rows[row] = {key: values[0] for key, values in alone.items()}
+        return rows
 
-    def _cut_order(self, ids: list[int], messages: list[dict]) -> list[int]:
-        """Positions of the tokens in the order they are cut: the prompt from its start, then the rest from its end."""
-        empty = self.tokenizer(self._render(messages, ""), add_special_tokens=False, verbose=False)["input_ids"]
-        differs = (i for i, (a, b) in enumerate(zip(empty, ids, strict=False)) if a != b)
-        num_before = next(differs, min(len(empty), len(ids)))
-        # Keep the first special token: models have never seen a text without it.
-        first = int(ids[0] == self.tokenizer.bos_token_id)
-        return [*range(first, num_before), *reversed(range(num_before, len(ids)))]
+    def _check_keeps(self, chats: Iterable[list[dict]]) -> None:
+        """Refuse a template that leaves out a turn; conversations with the same roles are tried once."""
+        for chat in chats:
+            roles = tuple(message["role"] for message in chat)
+            if roles in self._kept:
+                continue
+            try:
+                check_keeps(lambda messages: render_chat(self.tokenizer, messages, now=self._now), chat)
+            except ValueError as error:
+                raise ValueError(f"reward model {self.model!r}: {error}") from error
+            self._kept.add(roles)
+
+    def _check_tokens(self, num_tokens: int) -> None:
+        """Refuse a tokenizer with tokens that the model has no embedding for; special ones may be unused."""
+        special = set(self.tokenizer.all_special_ids)
+        ordinary = {token for token in self.tokenizer.get_vocab().values() if token not in special}
+        is_chat = self.tokenizer.chat_template is not None
+        text = render_chat(self.tokenizer, _JUDGED) if is_chat else "question"
+        written = self.tokenizer(text, add_special_tokens=not is_chat, verbose=False)["input_ids"]
+        if (last := max(ordinary | {*written})) >= num_tokens:
+            raise ValueError(
+                f"reward model {self.model!r}: its tokenizer has tokens up to number {last}, and the model knows "
+                f"{num_tokens}, from 0 to {num_tokens - 1}, so many texts could not be scored: the tokenizer is not "
+                "that of the model. Put the tokenizer's files that it was trained with into its folder."
+            )
+        if len(ordinary) < num_tokens / 2:
+            logger.warning(
+                "reward model %s: its tokenizer has %d tokens, and the model knows %d, so it may be that of another "
+                "model, and scores would mean nothing. Compare its files with those of the model's backbone.",
+                *(self.name, len(ordinary), num_tokens),
+            )
+
+
+def without_beginning(ids: list[int], max_length: int) -> list[int]:
+    """At most max_length of the numbers: the first one and the last ones.
+
+    Args:
+        ids: token ids, or another number for each token. Some models read the score from the first token, the others
+            from the last, which ends the answer.
+        max_length: at least 1.
+    """
+    return ids if len(ids) <= max_length else ids[:1] + ids[len(ids) - max_length + 1 :]
 
 
 def _load_tokenizer(model: str, label: str) -> transformers.PreTrainedTokenizerBase:
@@ -296,6 +346,20 @@ def _num_positions(config: transformers.PreTrainedConfig) -> list[int]:
         table for name, table in module.named_modules() if isinstance(table, nn.Embedding) and "position" in name
     ]
     return [table.num_embeddings - table.padding_idx - 1 for table in tables if table.padding_idx is not None]
+
+
+def _pairs(prompts: list[str | list[dict]], completions: list[str]) -> list[tuple[list[dict], str]]:
+    """The messages before each answer, and the answer."""
+    return [_split(as_messages(prompt), text) for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def _continued(prompt: str | list[dict], completion: str) -> str:
+    """One text for a model without a chat template that reads no pairs: text goes on as it is, as in training."""
+    if isinstance(prompt, str):
+        return prompt + completion
+    messages, answer = _split(prompt, completion)
+    turns = "".join(f"\n\n{_SPEAKERS.get(message['role'], '')}{message['content']}" for message in messages)
+    return f"{turns}\n\n{_SPEAKERS['assistant']}{answer}"
 
 
 def _split(messages: list[dict], completion: str) -> tuple[list[dict], str]:

@@ -184,7 +184,7 @@ class PolicySampler:
             drawn = dict(have)
             request = {"num_generations": num_generations, "seeds": seeds and [seeds[i] for i in missing]}
             if finished is not None:
-                request["finished"] = lambda i, completions: finished(missing[i], completions)
+                request["finished"] = lambda i, completions: finished(missing[i], self._as_cut_off(completions))
             if missing:
                 new = self.sampler.generate([prompt_ids[i] for i in missing], settings, **request)
                 parts = (new[at : at + num_generations] for at in range(0, len(new), num_generations))
@@ -220,7 +220,7 @@ class PolicySampler:
                     prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
                 )
             self.sampler.sleep()
-            completions = [replace(c, truncated=c.truncated or self._ends_with_unused_id(c)) for c in completions]
+            completions = self._as_cut_off(completions)
             return Rollouts.from_completions(
                 prompts, completions, self.texts(completions), num_generations=num_generations
             )
@@ -228,6 +228,10 @@ class PolicySampler:
     def texts(self, completions: list[Completion]) -> list[str]:
         """The text of each completion, as rewards see it."""
         return completion_texts(self.tokenizer, [each.token_ids for each in completions], self.end_token_ids)
+
+    def _as_cut_off(self, completions: list[Completion]) -> list[Completion]:
+        """The completions; those that end with an id beyond the vocabulary count as truncated."""
+        return [replace(c, truncated=c.truncated or self._ends_with_unused_id(c)) for c in completions]
 
     def _ends_with_unused_id(self, completion: Completion) -> bool:
         return bool(completion.token_ids) and completion.token_ids[-1] in self._unused_token_ids

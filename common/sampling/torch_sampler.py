@@ -1,8 +1,7 @@
 """The sampler without vLLM: a decoding loop on the policy itself.
 
 Each pass adds one token; the state of earlier tokens is cached in the model's own way, and finished rows are removed.
-Tokens are drawn by inverting the cumulative distribution with one random number per token, so that a row does not
-depend on the other rows.
+How tokens are drawn says drawing.py.
 """
 
 import logging
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from common.logprobs import without_adapter
 from common.models.decoding_support import Decoding, decoding_of, new_cache
 from common.rollouts import Completion
+from common.sampling.drawing import draw, uniform
 from common.sampling.protocol import Finished, SamplingSettings, check_request
 
 logger = logging.getLogger("nanorlhf")
@@ -70,7 +70,8 @@ class TransformersSampler:
                 noise = None
                 if seeds is not None:
                     row_seeds = [seed + i for seed in seeds[start : start + at_once] for i in range(num_generations)]
-                    noise = torch.stack([_uniform(seed, settings.max_tokens) for seed in row_seeds])
+                    generators = [torch.Generator().manual_seed(seed) for seed in row_seeds]
+                    noise = torch.stack([uniform((settings.max_tokens,), each) for each in generators])
                     noise = noise.to(self._device)  # (rows, C)
                 drawn = decode(policy, prompts, settings, num_generations, noise)
                 completions += drawn
@@ -153,8 +154,11 @@ def _decode(
     logprobs = torch.zeros(rows, settings.max_tokens, device=device)
     lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # 0: not finished
     for step in range(settings.max_tokens):
-        distribution = _log_distribution(logits, settings)
-        chosen = distribution.argmax(-1) if noise is None else _draw(distribution, noise[active, step])
+        if noise is None:
+            chosen, distribution = logits.argmax(-1), logits.log_softmax(-1)
+        else:
+            distribution = _cut(logits, settings)
+            chosen = draw(distribution, noise[active, step])  # which makes them log-probs
         token_ids[active, step] = chosen
         logprobs[active, step] = distribution.gather(1, chosen[:, None]).squeeze(1)
         lengths[active[torch.isin(chosen, stops) & (lengths[active] == 0)]] = step + 1
@@ -246,26 +250,18 @@ class _Recomputed:
         return self.first()
 
 
-def _log_distribution(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """(rows, V) log-probabilities to draw from: temperature first, then top_k, then top_p of the rest."""
-    if settings.temperature > 0:
-        logits = logits / settings.temperature
-        if 0 < settings.top_k < logits.shape[1]:
-            least = logits.topk(settings.top_k).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if settings.top_p < 1:
-            ordered, order = logits.sort(descending=True)
-            probabilities = ordered.softmax(-1)
-            above = probabilities.cumsum(-1) - probabilities  # probability of the more likely ones
-            logits = logits.masked_fill((above >= settings.top_p).gather(1, order.argsort(1)), -torch.inf)
-    return logits.log_softmax(-1)
-
-
-def _draw(distribution: Tensor, noise: Tensor) -> Tensor:
-    """(rows,) tokens: where the cumulative distribution first exceeds the noise, (rows,) in [0, 1)."""
-    cumulative = distribution.double().exp().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, noise[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-    return drawn.clamp(max=distribution.shape[1] - 1)
+def _cut(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """(rows, V) logits of the distribution to draw from: temperature first, then top_k, then top_p of the rest."""
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[1]:
+        least = logits.topk(settings.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if settings.top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        above = probabilities.cumsum(-1) - probabilities  # probability of the more likely ones
+        logits = logits.masked_fill((above >= settings.top_p).gather(1, order.argsort(1)), -torch.inf)
+    return logits
 
 
 @contextmanager
@@ -278,8 +274,3 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _uniform(seed: int, length: int) -> Tensor:
-    """(length,) float64 in [0, 1), a function of the seed alone."""
-    return torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

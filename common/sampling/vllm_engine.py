@@ -25,7 +25,15 @@ from common.mistakes import WrongNumbers
 from common.models.configs import read_config
 from common.models.weights import checkpoint_shapes, complete_weights
 from common.rollouts import Completion
-from common.sampling import vllm_corrections, vllm_memory, vllm_reload, vllm_startup, vllm_support, vllm_trial
+from common.sampling import (
+    vllm_corrections,
+    vllm_drawing,
+    vllm_memory,
+    vllm_reload,
+    vllm_startup,
+    vllm_support,
+    vllm_trial,
+)
 from common.sampling.protocol import Finished, SamplingSettings
 from common.sampling.vllm_startup import EngineSettings
 from common.sampling.vllm_trial import Refused
@@ -188,7 +196,7 @@ def generate(
             num_threads(1 if small else None),
             _reporting(engine, finished),
             vllm_corrections.kernels_for(engine.dtype),
-            vllm_startup.counted_without_compiling(),
+            vllm_drawing.quick_drawing(),
         ):
             outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:

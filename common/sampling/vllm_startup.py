@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedConfig
 
 from common.host import host_memory
+from common.memory.constants import VLLM_BATCHED_TOKENS_ON_CPU
 from common.sampling.vllm_corrections import model_arguments, replaced
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
 # vLLM's default of 128, shorter prompts would be computed once per completion.
 _CPU_BLOCK = 32
-# Prompt tokens per forward pass on the CPU; more gains nothing and needs more memory for activations.
-_CPU_BATCHED_TOKENS = 16384
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -93,7 +91,7 @@ def engine_arguments(settings: EngineSettings, config: PreTrainedConfig) -> dict
         # For a prompt cut in two, vLLM resets the offset of the request's random generator. The CPU's has none:
         # "CPU Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py, still so in 0.32).
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, settings.max_model_len),
+        "max_num_batched_tokens": max(VLLM_BATCHED_TOKENS_ON_CPU, settings.max_model_len),
     }
 
 
@@ -170,25 +168,8 @@ def keeping_groups() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def counted_without_compiling() -> Iterator[None]:
-    """Let the CPU run a one-line function as it is, which delays the first sampled token by 14 s if compiled."""
-    import vllm.v1.sample.sampler as sampler
-    from vllm.platforms import current_platform
-
-    with ExitStack() as stack:
-        if current_platform.is_cpu():
-            stack.enter_context(replaced(sampler, "batched_count_greater_than", _count_at_least))
-        yield
-
-
 def do_nothing(*args: Any, **kwargs: Any) -> None:
     """Takes the place of functions that must not act."""
-
-
-def _count_at_least(x: Tensor, values: Tensor) -> Tensor:
-    """(rows,) int64: how many of the columns of x, (rows, columns), are not below values, (rows, 1)."""
-    return (x >= values).sum(-1)
 
 
 def add_expert_group() -> None:

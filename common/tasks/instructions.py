@@ -1,12 +1,11 @@
 """Instructions: write a few sentences about a topic and follow one instruction that a program can check.
 
 The instructions are in the style of IFEval (huggingface.co/papers/2311.07911): capital letters, quotation marks, a
-number of sentences, a given end. Prompts are generated from topics, and held-out prompts are about topics of their own.
-Two rules score a completion. `on_topic` is what keeps it a text: an instruction followed by nonsense earns nothing.
+number of sentences, a given end. Prompts are generated from topics; those held out are about other topics. Two rules
+score a completion. `on_topic` is what keeps it a text: an instruction followed by nonsense earns nothing.
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
@@ -19,188 +18,32 @@ from common.data.rows import SPLIT_SEED, read_rows
 from common.rewards.rules import rule
 from common.tasks import Task
 
-TOPICS = [
-    "apples",
-    "autumn",
-    "baking bread",
-    "bees",
-    "bicycles",
-    "birds",
-    "boats",
-    "books",
-    "bridges",
-    "butterflies",
-    "camping",
-    "candles",
-    "cats",
-    "cheese",
-    "chess",
-    "children",
-    "chocolate",
-    "cities",
-    "clocks",
-    "clouds",
-    "coffee",
-    "cooking",
-    "courage",
-    "cows",
-    "dancing",
-    "deserts",
-    "dogs",
-    "dolphins",
-    "dreams",
-    "drums",
-    "elephants",
-    "exercise",
-    "families",
-    "farms",
-    "fire",
-    "fishing",
-    "flowers",
-    "flying",
-    "football",
-    "forests",
-    "friends",
-    "frogs",
-    "gardens",
-    "glass",
-    "gold",
-    "grandparents",
-    "guitars",
-    "hats",
-    "hiking",
-    "history",
-    "holidays",
-    "honesty",
-    "honey",
-    "horses",
-    "hospitals",
-    "houses",
-    "ice",
-    "insects",
-    "islands",
-    "jokes",
-    "juice",
-    "kindness",
-    "kites",
-    "lakes",
-    "languages",
-    "laughter",
-    "lemons",
-    "letters",
-    "libraries",
-    "lions",
-    "luck",
-    "maps",
-    "markets",
-    "mathematics",
-    "medicine",
-    "memory",
-    "milk",
-    "mirrors",
-    "money",
-    "monkeys",
-    "moonlight",
-    "mornings",
-    "mountains",
-    "movies",
-    "museums",
-    "music",
-    "neighbors",
-    "newspapers",
-    "night",
-    "oceans",
-    "onions",
-    "oranges",
-    "owls",
-    "painting",
-    "paper",
-    "parents",
-    "parks",
-    "patience",
-    "penguins",
-    "photos",
-    "pianos",
-    "pizza",
-    "planets",
-    "plants",
-    "poems",
-    "potatoes",
-    "rabbits",
-    "radios",
-    "rain",
-    "reading",
-    "rice",
-    "rivers",
-    "roads",
-    "robots",
-    "running",
-    "sailing",
-    "salt",
-    "schools",
-    "science",
-    "seasons",
-    "shadows",
-    "sheep",
-    "shoes",
-    "silence",
-    "singing",
-    "sleep",
-    "snow",
-    "soap",
-    "soup",
-    "spiders",
-    "spring",
-    "stars",
-    "stories",
-    "storms",
-    "strangers",
-    "students",
-    "sugar",
-    "summer",
-    "sunlight",
-    "swimming",
-    "teachers",
-    "tea",
-    "telephones",
-    "tennis",
-    "tigers",
-    "time",
-    "tomatoes",
-    "towns",
-    "toys",
-    "trains",
-    "travel",
-    "trees",
-    "trust",
-    "turtles",
-    "umbrellas",
-    "vegetables",
-    "villages",
-    "volcanoes",
-    "walking",
-    "water",
-    "weather",
-    "whales",
-    "wheels",
-    "wind",
-    "windows",
-    "winter",
-    "wisdom",
-    "wolves",
-    "wood",
-    "work",
-]
+_TOPICS = """\
+apples, autumn, baking bread, bees, bicycles, birds, boats, books, bridges, butterflies, camping, candles, cats,
+cheese, chess, children, chocolate, cities, clocks, clouds, coffee, cooking, courage, cows, dancing, deserts, dogs,
+dolphins, dreams, drums, elephants, exercise, families, farms, fire, fishing, flowers, flying, football, forests,
+friends, frogs, gardens, glass, gold, grandparents, guitars, hats, hiking, history, holidays, honesty, honey, horses,
+hospitals, houses, ice, insects, islands, jokes, juice, kindness, kites, lakes, languages, laughter, lemons, letters,
+libraries, lions, luck, maps, markets, mathematics, medicine, memory, milk, mirrors, money, monkeys, moonlight,
+mornings, mountains, movies, museums, music, neighbors, newspapers, night, oceans, onions, oranges, owls, painting,
+paper, parents, parks, patience, penguins, photos, pianos, pizza, planets, plants, poems, potatoes, rabbits, radios,
+rain, reading, rice, rivers, roads, robots, running, sailing, salt, schools, science, seasons, shadows, sheep, shoes,
+silence, singing, sleep, snow, soap, soup, spiders, spring, stars, stories, storms, strangers, students, sugar,
+summer, sunlight, swimming, teachers, tea, telephones, tennis, tigers, time, tomatoes, towns, toys, trains, travel,
+trees, trust, turtles, umbrellas, vegetables, villages, volcanoes, walking, water, weather, whales, wheels, wind,
+windows, winter, wisdom, wolves, wood, work"""
+TOPICS = tuple(_TOPICS.replace("\n", " ").split(", "))
 
-USER_TEXT = "Write a short text about {topic}. {instruction}"
+USER_TEXT = "Write one or two sentences about {topic}. {instruction}"
 
 MIN_WORDS = 5
-MAX_REPEATED = 0.5  # of a text's words: with more, it says the same again and again
+MAX_REPEATED = 0.5  # of a text's words: with so many, it says the same again and again
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)*]*(?=\s|$)")
-_QUOTES = '"“”'
-_LAST = re.compile(r"[.!?][\"'”’)*]*$")
+_WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
+_CLOSING = r"[\"'\u201d\u2019)*]*"
+_SENTENCE_END = re.compile(rf"[.!?]+{_CLOSING}(?=\s|$)")
+_LAST = re.compile(rf"[.!?]{_CLOSING}$")
+_QUOTES = '"\u201c\u201d'
 
 
 class Instruction(NamedTuple):
@@ -233,7 +76,7 @@ def _points(text: str) -> list[str]:
 
 
 def _sentences(text: str, value: str) -> bool:
-    return num_sentences(text) == int(value)
+    return num_sentences(text) == (1 if value == "one sentence" else 2)
 
 
 def _bullets(text: str, value: str) -> bool:
@@ -262,7 +105,7 @@ INSTRUCTIONS = {
     "no_word": Instruction(
         'Do not use the word "{value}".', lambda text, value: value not in words(text), ("the", "and", "of")
     ),
-    "sentences": Instruction("Write exactly {value} sentences.", _sentences, ("2", "3")),
+    "sentences": Instruction("Write exactly {value}.", _sentences, ("one sentence", "two sentences")),
     "at_most": Instruction(
         "Use at most {value} words.", lambda text, value: len(words(text)) <= int(value), ("10", "15")
     ),
@@ -429,7 +272,7 @@ def is_on_topic(text: str, topic: str) -> bool:
     said = words(text)
     if len(said) < MIN_WORDS or not _LAST.search(text):
         return False
-    if len(set(said)) < (1 - MAX_REPEATED) * len(said) or Counter(said).most_common(1)[0][1] > len(said) / 3:
+    if len(set(said)) <= (1 - MAX_REPEATED) * len(said):
         return False
     about = words(topic)
     stems = {_stem(word) for word in about if len(word) > 3} or {_stem(word) for word in about}

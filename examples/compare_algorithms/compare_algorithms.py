@@ -2,34 +2,54 @@
 
 An algorithm is a folder `Name` in the repository's root with `name.py` and `name_trainer.py`. Its script runs as a
 user would start it, one run after another, or N at a time with --at_once N, each on its own CPUs. Arguments after `--`
-go to every run: `-- --num_steps 20 --task hh_rlhf`.
+go to every run: `-- --num_steps 20 --task hh_rlhf`. With --judge REWARD, as often as needed, rewards that no run was
+trained on score the untrained policy and each final model; if the runs are finished, only that is done.
 """
 
 import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run_script
-from common.host import num_cpus
 from common.mistakes import ROOT
 from common.runs.writable import make_folder
+from examples.compare_algorithms.processes import Processes, last_line
 from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import FinishedRun, check_equal, has_finished, read_run, run_folder
+
+if TYPE_CHECKING:
+    from examples.compare_algorithms.judging import Judging
 
 ARGUMENTS_FILE = "arguments.json"
 # Settings that this script sets for each run, or that would make the runs differ.
 RESERVED = ("seed", "output_dir", "preset", "resume")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a planned run.
+
+    Attributes:
+        summary: a line.
+        run: None if it failed.
+        has_failed: the run, or its judging.
+    """
+
+    summary: str
+    run: FinishedRun | None = None
+    has_failed: bool = False
 
 
 def find_algorithms(root: Path) -> dict[str, Path]:
@@ -50,7 +70,7 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
         root: where the algorithms' folders are.
 
     Returns:
-        Exit status: 1 if a run failed.
+        Exit status: 1 if a run, or judging one, failed.
 
     Raises:
         ValueError: for an unknown algorithm, a setting that must not be passed on, a folder of another comparison, and
@@ -64,14 +84,13 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
     settings = ["--preset", options.preset, "--eval_kl", "true", *passed_on]
     planned = [] if options.report_only else [(seed, name) for seed in options.seeds for name in chosen]
     finished, num_failed = [], 0
-    with closing(_run_all([(found[name], seed) for seed, name in planned], options, settings)) as runs:
-        for number, (summary, run) in enumerate(runs, start=1):
-            print(f"[{number}/{len(planned)}] {summary}", flush=True)
-            if run is not None:
-                finished.append(run)
+    with closing(_run_all([(found[name], seed) for seed, name in planned], options, settings)) as outcomes:
+        for number, outcome in enumerate(outcomes, start=1):
+            print(f"[{number}/{len(planned)}] {outcome.summary}", flush=True)
+            num_failed += outcome.has_failed
+            if outcome.run is not None:
+                finished.append(outcome.run)
                 check_equal(finished)  # now, rather than after hours
-            else:
-                num_failed += 1
             if number % len(chosen) == 0 and not num_failed:
                 write_report(options.output_dir, chosen, known=list(found))
     if finished or options.report_only:
@@ -80,30 +99,24 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
     return 1 if num_failed else 0
 
 
-def run_environment() -> dict[str, str]:
-    """The environment of a run, which lets torch use all CPUs of the calling thread that a quota allows.
-
-    The run inherits these CPUs. Variables that the user has set are kept.
-    """
-    threads = {"OMP_NUM_THREADS": str(num_cpus()), "OMP_WAIT_POLICY": "PASSIVE"}
-    return threads | os.environ
-
-
-def _run_all(
-    planned: list[tuple[Path, int]], options: argparse.Namespace, settings: list[str]
-) -> Iterator[tuple[str, FinishedRun | None]]:
+def _run_all(planned: list[tuple[Path, int]], options: argparse.Namespace, settings: list[str]) -> Iterator[Outcome]:
     """Do the planned runs; each worker uses its own part of the CPUs.
 
     Yields:
-        In the order of the plan, a summary line and the run, None if it failed.
+        In the order of the plan.
     """
     cpus, cpu_sets = sorted(os.sched_getaffinity(0)), SimpleQueue()
     for worker in range(options.at_once):
         cpu_sets.put(cpus[worker :: options.at_once])
-    running: set[subprocess.Popen] = set()
+    processes, judging = Processes(), _judging(options)
 
-    def run(script: Path, seed: int) -> tuple[str, FinishedRun | None]:
-        return _run(script, seed, options.output_dir, settings, running)
+    def run(script: Path, seed: int) -> Outcome:
+        outcome = _run(script, seed, options.output_dir, settings, processes)
+        if judging is None or outcome.run is None:
+            return outcome
+        # Here, so that no other run uses the CPUs of this worker meanwhile.
+        said, has_all = judging.judge(outcome.run, processes)
+        return Outcome(summary=f"{outcome.summary}; {said}", run=outcome.run, has_failed=not has_all)
 
     # CPU affinity belongs to a thread, and the processes that it starts inherit it.
     pool = ThreadPoolExecutor(options.at_once, initializer=lambda: os.sched_setaffinity(0, cpu_sets.get()))
@@ -112,13 +125,19 @@ def _run_all(
     finally:
         # After an interruption no other run may start, and running ones end with this script.
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.terminate()
+        processes.end()
 
 
-def _run(
-    script: Path, seed: int, output_dir: Path, settings: list[str], running: set[subprocess.Popen]
-) -> tuple[str, FinishedRun | None]:
+def _judging(options: argparse.Namespace) -> "Judging | None":
+    """The judges, which can be called; None without any."""
+    if not options.judge:
+        return None
+    from examples.compare_algorithms.judging import Judging
+
+    return Judging(options.output_dir, options.judge)
+
+
+def _run(script: Path, seed: int, output_dir: Path, settings: list[str], processes: Processes) -> Outcome:
     """Start or continue one run; a finished run is only read."""
     name = script.parent.name
     folder = run_folder(output_dir, name, seed)
@@ -127,20 +146,14 @@ def _run(
     if not has_finished(folder):
         command = [sys.executable, script, "--seed", seed, "--output_dir", folder, "--resume", "auto", *settings]
         start = time.monotonic()
-        with open(log, "ab") as file:
-            process = subprocess.Popen(
-                list(map(str, command)), env=run_environment(), stdout=file, stderr=subprocess.STDOUT
-            )
-            running.add(process)
-            status = process.wait()
-            running.discard(process)
+        status = processes.run(command, log)
         how = f"{time.monotonic() - start:.0f} s"
         if status or not has_finished(folder):
-            last = (log.read_text(errors="replace", encoding="utf-8").splitlines() or ["it wrote nothing"])[-1]
-            return f"{name}, seed {seed}: FAILED with status {status} after {how}, see {log}: {last}", None
+            reason = f"FAILED with status {status} after {how}, see {log}: {last_line(log)}"
+            return Outcome(summary=f"{name}, seed {seed}: {reason}", has_failed=True)
     run = read_run(folder, name, seed)
     metric, before, after = run.progress()
-    return f"{name}, seed {seed}: {how}, {metric} {before:.3f} -> {after:.3f}", run
+    return Outcome(summary=f"{name}, seed {seed}: {how}, {metric} {before:.3f} -> {after:.3f}", run=run)
 
 
 def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -151,9 +164,22 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare_algorithms"))
     parser.add_argument("--preset", default="auto", help="of every run; auto: cpu without a CUDA GPU, else none")
     parser.add_argument("--at_once", type=int, default=1, help="runs at a time, each on its part of the CPUs")
+    parser.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="REWARD",
+        help="a reward that no run was trained on: a reward model's folder or hub id, or file.py:function; may be "
+        "given several times",
+    )
     parser.add_argument("--report_only", action="store_true", help="redraw table and figure from finished runs")
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, passed_on = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    if options.judge and options.report_only:
+        raise ValueError(
+            f"judge={options.judge[0]} with report_only: a report shows what was judged before and judges nothing. "
+            "Leave out --report_only to judge finished runs, which are not repeated, or --judge to see what is there."
+        )
     num_cpus = len(os.sched_getaffinity(0))
     if not 1 <= options.at_once <= num_cpus:
         raise ValueError(

@@ -1,20 +1,18 @@
 """Compares the algorithms of finished runs: results.json, table.md and comparison.png."""
 
 import json
-import math
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from common.runs.checkpoints import write_file
 from common.runs.folder import MAY_CHANGE
 from examples.compare_algorithms.figure import picture
+from examples.compare_algorithms.intervals import mean_with_interval
+from examples.compare_algorithms.judged import TRAINING, compare_with_untrained
 from examples.compare_algorithms.runs import FinishedRun, check_equal, comparable_runs, must_be_equal
 
 RESULTS_FILE, TABLE_FILE, FIGURE_FILE = "results.json", "table.md", "comparison.png"
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is also used for more, a little too wide.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # Columns of the table: title and format. A column without any value is left out.
 COLUMNS = {
     "accuracy_before": ("accuracy before", ".3f"),
@@ -22,6 +20,9 @@ COLUMNS = {
     "score_before": ("score before", ".3f"),
     "score": ("score after", ".3f"),
     "kl": ("KL, nats/token", ".4f"),
+    "kl_per_completion": ("KL, nats/completion", ".2f"),
+    "length_before": ("length before", ".1f"),
+    "length": ("length after", ".1f"),
     "seconds_per_episode": ("s/episode", ".4f"),
     "tokens_sampled": ("tokens sampled", ",.0f"),
     "tokens_trained": ("tokens trained on", ",.0f"),
@@ -45,31 +46,13 @@ def write_report(output_dir: Path, algorithms: list[str], *, known: list[str]) -
     """
     runs, left_out = comparable_runs(output_dir, algorithms)
     check_equal(runs)
-    results = summarize(runs) | {"left_out": left_out}
+    judged = compare_with_untrained(output_dir, runs)
+    results = summarize(runs) | {"judged": judged, "left_out": left_out}
     table = table_of(results)
     write_file(output_dir / RESULTS_FILE, (json.dumps(results, indent=1) + "\n").encode())
     write_file(output_dir / TABLE_FILE, table.encode())
-    write_file(output_dir / FIGURE_FILE, picture(runs, sorted(known)))
+    write_file(output_dir / FIGURE_FILE, picture(runs, sorted(known), judged))
     return table
-
-
-def mean_with_interval(values: list[float | None]) -> dict[str, Any]:
-    """The mean over seeds and the half width of its 95 % confidence interval by Student's t.
-
-    Each seed gives one value, its mean over held-out prompts; the seeds are the independent draws.
-
-    Args:
-        values: one per seed; None if it was not measured.
-
-    Returns:
-        mean, ci95 (None for a single seed) and per_seed; mean and ci95 are None if a value is missing.
-    """
-    count = len(values)
-    if None in values:
-        return {"mean": None, "ci95": None, "per_seed": values}
-    quantile = STUDENT_T[min(count - 1, len(STUDENT_T)) - 1]
-    interval = quantile * stdev(values) / math.sqrt(count) if count > 1 else None
-    return {"mean": mean(values), "ci95": interval, "per_seed": values}
 
 
 def summarize(runs: list[FinishedRun]) -> dict[str, Any]:
@@ -105,7 +88,7 @@ def table_of(results: dict[str, Any]) -> str:
     """The results in Markdown.
 
     Args:
-        results: from `summarize`, and left_out.
+        results: from `summarize`, with judged (from `compare_with_untrained`) and left_out.
     """
     algorithms, seeds = results["algorithms"], results["seeds"]
     columns = {
@@ -133,18 +116,48 @@ def table_of(results: dict[str, Any]) -> str:
     if results["different"]:
         lines.append("\nSettings that differ; an algorithm that is not named has no such setting:\n")
         lines += [_difference(name, values) for name, values in results["different"].items()]
+    if results["judged"]:
+        lines += _judged(results["judged"], seeds)
     if results["left_out"]:
         lines.append(f"\nLeft out, because not all algorithms have finished it: {'; '.join(results['left_out'])}.")
     return "\n".join(lines) + "\n"
 
 
+def _judged(judged: dict[str, Any], seeds: list[int]) -> list[str]:
+    """What the judges say, in Markdown."""
+    judges, prompts = judged["judges"], judged["prompts"]
+    columns, untrained, means, singles = {}, {}, {}, {}
+    for judge, own in judges.items():
+        who = "by the reward of training" if judge == TRAINING else f"by {judge}"
+        columns |= {(judge, "score"): (f"score {who}", ".3f"), (judge, "gain"): ("gain", "+.3f")}
+        columns |= {(judge, "wins"): ("wins", ".3f")}
+        untrained[judge, "score"] = (own["untrained"], own["untrained_ci95"])
+        for name, numbers in own["algorithms"].items():
+            for key in ("score", "gain", "wins"):
+                interval = None if key == "score" else numbers[key]["ci95"]
+                means.setdefault(name, {})[judge, key] = (numbers[key]["mean"], interval)
+                intervals = numbers[key].get("per_seed_ci95", [None] * len(seeds))
+                for seed, value, interval in zip(seeds, numbers[key]["per_seed"], intervals, strict=True):
+                    singles.setdefault(f"{name}, seed {seed}", {})[judge, key] = (value, interval)
+    return [
+        f"\n**Judged**: the untrained policy and the final models answer the same {prompts} held-out prompts, "
+        f"{judged['samples']} completions each, and every judge scores these completions. gain: score above that of "
+        "the untrained policy. wins: share of pairs, an answer of the trained and one of the untrained policy to the "
+        "same prompt, in which the first scores higher; 0.5 is no difference. ± is the 95 % confidence interval over "
+        "prompts, of their means over the seeds:\n",
+        *_markdown([("untrained", untrained), *means.items()], columns),
+        "\nEach seed:\n",
+        *_markdown(list(singles.items()), columns),
+    ]
+
+
 def _markdown(
-    rows: list[tuple[str, dict[str, tuple[float | None, float | None]]]], columns: dict[str, tuple[str, str]]
+    rows: list[tuple[str, dict[Any, tuple[float | None, float | None]]]], columns: dict[Any, tuple[str, str]]
 ) -> list[str]:
     titles = [title for title, _ in columns.values()]
     lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, cells in rows:
-        shown = [_cell(*cells[key], form) for key, (_, form) in columns.items()]
+        shown = [_cell(*cells[key], form) if key in cells else "" for key, (_, form) in columns.items()]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return lines
 
@@ -152,7 +165,7 @@ def _markdown(
 def _cell(value: float | None, interval: float | None, form: str) -> str:
     if value is None:
         return "-"
-    return format(value, form) + (f" ± {format(interval, form)}" if interval is not None else "")
+    return format(value, form) + (f" ± {format(interval, form.lstrip('+'))}" if interval is not None else "")
 
 
 def _difference(name: str, values: dict[str, Any]) -> str:

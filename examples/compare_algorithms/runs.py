@@ -18,6 +18,7 @@ from common.yaml_files import read_yaml_file
 EQUAL = (
     *("task", "model", "seed", "num_steps", "prompts_per_step", "num_generations", "num_eval_prompts"),
     *("temperature", "max_prompt_length", "max_completion_length", "early_stopping_patience"),
+    *("prompt_file", "enable_thinking"),
 )
 EQUAL_PREFIXES = ("dataset", "reward", "eval_")
 ABSENT = "no such setting"
@@ -66,13 +67,17 @@ class FinishedRun:
     def numbers(self) -> dict[str, float | None]:
         """The columns of the table, and accuracy_ci95 over prompts; None for values that the run did not measure."""
         first, *_, last = self.evaluations()
+        kl, length = last.get("eval/kl"), last.get("eval/length")
         return {
             "accuracy_before": first.get("eval/accuracy"),
             "accuracy": last.get("eval/accuracy"),
             "accuracy_ci95": last.get("eval/accuracy_ci95"),
             "score_before": first["eval/score"],
             "score": last["eval/score"],
-            "kl": last.get("eval/kl"),
+            "kl": kl,
+            "kl_per_completion": None if kl is None or length is None else kl * length,
+            "length_before": first.get("eval/length"),
+            "length": length,
             "seconds_per_episode": last["seconds"] / last["episodes"],
             "tokens_sampled": last["tokens"],
             "tokens_trained": sum(row.get("policy/tokens", 0) for row in self.rows),

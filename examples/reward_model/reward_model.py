@@ -40,6 +40,7 @@ from common.models.chat import render_chat
 from common.models.configs import read_config
 from common.models.spellings import Spellings
 from common.models.system_role import fit_system
+from common.rewards.reward_model import without_beginning
 from common.runs.writable import check_folder
 
 RESULT_FILE = "accuracy.json"
@@ -72,7 +73,7 @@ class RewardModelSettings:
     pairs_per_pass: int
     """Pairs per forward pass and process, a divisor of batch_size; memory only."""
     num_trained_layers: int | None
-    """Train only the last so many layers, the last norm and the head: much faster, for few pairs or a CPU. None: all."""
+    """Train only so many layers, the last ones, and the head: much faster, for few pairs or a CPU. None: all."""
     gradient_checkpointing: bool
     """Recompute activations in the backward pass: slower, much less memory."""
     learning_rate: float
@@ -192,8 +193,7 @@ def tokenize(pairs: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: 
         for row, each in enumerate(messages):
             if spellings.may_occur(each):  # a text that spells special tokens begins no turn
                 rows[row] = spellings.encode(spellings.written(each, partial(render_chat, tokenizer)))
-        # The first token stays: some models read the score from it.
-        return [row if len(row) <= max_length else row[:1] + row[1 - max_length :] for row in rows]
+        return [without_beginning(row, max_length) for row in rows]
 
     return Dataset.from_dict({f"{side}_ids": ids([pair[side] for pair in pairs]) for side in ("chosen", "rejected")})
 
