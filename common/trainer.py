@@ -26,6 +26,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
+from common.host import give_back_memory
 from common.logprobs import token_logprobs
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
@@ -761,6 +762,8 @@ class OnPolicyTrainer(ABC):
         """Reduce and write the step's metrics, and save what is due."""
         step = self.current_step
         self._lost_rows.end_step(step)
+        if self.accelerator.device.type == "cpu":
+            give_back_memory()
         metrics = with_confidence_interval(self.metrics.reduce(self.accelerator), len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
             self._soundness.warn(metrics, step=step, same_passes=not self.batches.lowered_midway)

@@ -1,6 +1,7 @@
 """The tightest limit counts, whichever version and level of cgroup has it, and what is left of it is what is free."""
 
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
-from common.host import host_memory, num_cpus, oom_kills
+from common.host import give_back_memory, host_memory, num_cpus, oom_kills
 from tests.cgroup import enter, limited_cgroup, one_cpu_cgroup
 from tests.toy import ROOT
 
@@ -158,3 +160,16 @@ def test_torch_gets_as_many_threads_as_the_quota_unless_the_user_says_otherwise(
     with one_cpu_cgroup() as folder:
         assert seen(THREADS, lambda: enter(folder), OMP_NUM_THREADS="") == ["1", "1"]
         assert seen(THREADS, lambda: enter(folder), OMP_NUM_THREADS="2") == ["2", "0"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked")
+def test_memory_that_nothing_uses_is_given_back_whatever_lies_above_it():
+    large = torch.ones(8 * 2**20)  # once freed, smaller tensors come from the heap
+    del large
+    holes = [torch.ones(2**18) for _ in range(200)]  # 1 MiB each
+    pins = holes[::2]
+    del holes
+    before = psutil.Process().memory_info().rss
+    give_back_memory()
+    assert before - psutil.Process().memory_info().rss > 80 * 2**20
+    assert all(each.sum() == 2**18 for each in pins)
