@@ -109,13 +109,15 @@ class Model:
             device: where models are used.
         """
         from common.models.attention import check_attention
+        from common.models.facts import check_memory
         from common.sampling.checks import check_policy
         from common.sampling.policy_sampler import check_sampler
 
         try:
             check_sampler(config)
             check_attention(self.skeleton.config, config.attn_implementation)
-            check_policy(config, self.skeleton, device)
+            check_policy(config, self.skeleton)
+            check_memory(self.skeleton, config, device)
         except ValueError as error:
             return str(error)
         return None if self.is_known else self._refusal_of_sampler(config, device)

@@ -589,7 +589,7 @@ class OnPolicyTrainer(ABC):
 
     def _check_policy(self, policy: nn.Module) -> None:
         """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
-        check_policy(self.config, policy, self.accelerator.device)
+        check_policy(self.config, policy)
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 

@@ -18,6 +18,7 @@ from common.config import RLConfig
 from common.embedded.policy import build_tokenizer
 from common.evaluation.command import Evaluation
 from common.evaluation.settings import EvaluationSettings
+from common.host import HostMemory
 from common.models.facts import Memory, Size, check_memory
 from common.models.positions import check_room
 from common.sampling.comparison import Difference
@@ -208,14 +209,15 @@ def test_a_kind_that_cannot_be_trained_ends_with_status_2_in_eight_lines(tmp_pat
 
 def test_a_run_refuses_a_model_before_it_reads_data(tmp_path, monkeypatch):
     folder = save(tmp_path / "model", "qwen2")
-    monkeypatch.setattr("common.models.facts.memory_there", lambda device: (0, 1000))
+    small = HostMemory(total=1000, available=0, source="this machine")
+    monkeypatch.setattr("common.memory.start.host_memory", lambda: small)
     monkeypatch.setattr("common.trainer.load_task", lambda *_: pytest.fail("data were read"))
     algorithm = algorithms()["GRPO"]
     settings = {"model": str(folder), "output_dir": str(tmp_path / "run"), "sampler": "transformers"}
-    with pytest.raises(ValueError, match="so it cannot be loaded"):
+    with pytest.raises(ValueError, match="main memory, and this process may use"):
         algorithm.trainer(algorithm.config(task="countdown", **settings))
     task = Task(train=[{"prompt": "1"}], rewards={"none": lambda **_: [0.0]})
-    with pytest.raises(ValueError, match="so it cannot be loaded"):
+    with pytest.raises(ValueError, match="main memory, and this process may use"):
         algorithm.trainer(algorithm.config(**settings), task=task)
 
 

@@ -13,8 +13,9 @@ import transformers
 from transformers import LlamaConfig, Qwen2Config
 
 from common import start
-from common.cli import take_plan
+from common.cli import parse_settings, take_plan
 from common.config import RLConfig
+from common.host import HostMemory
 from common.memory import show
 from common.memory.cards import GB, Card, card
 from common.memory.cast import Casting
@@ -261,6 +262,113 @@ def test_silly_budgets_and_shares_are_refused(name, value):
         GRPOConfig(**{name: value})
 
 
+# On a CPU, where main memory is all that there is
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A function that has this machine, or the cgroup of this process, so many GB, and a CPU with bfloat16 or none."""
+
+    def have(gigabytes: float, *, bfloat16: bool = True) -> None:
+        there = HostMemory(total=int(gigabytes * GB), available=int(gigabytes * GB), source="the cgroup x")
+        monkeypatch.setattr("common.memory.start.host_memory", lambda: there)
+        monkeypatch.setattr("common.memory.remedies.cpu_computes_bfloat16", lambda: bfloat16)
+
+    return have
+
+
+@pytest.mark.parametrize(
+    ("size", "gigabytes", "settings", "bfloat16", "flags"),
+    [
+        ("7B", 40, {"use_lora": True, "sampler": "transformers"}, True, "--dtype bfloat16"),
+        ("7B", 48, {"use_lora": True}, True, "--dtype bfloat16"),
+        ("7B", 64, {"use_lora": True, "prompts_per_step": 4}, False, "--sampler transformers"),
+        ("7B", 25, {}, True, "--dtype bfloat16 --use_lora true --sampler transformers"),
+        ("1.5B", 25, {}, True, "--use_lora true"),
+        ("0.5B", 25, {"max_tokens_per_microbatch": 500_000}, True, "--max_tokens_per_microbatch 2048"),
+        ("0.5B", 14, {"use_lora": True, "vllm_memory_share": 0.9}, True, "--vllm_memory_share 0."),
+    ],
+)
+def test_a_refusal_on_a_cpu_names_changes_that_act_there_and_are_enough(
+    quick, host, size, gigabytes, settings, bfloat16, flags
+):
+    host(gigabytes, bfloat16=bfloat16)
+    config = GRPOConfig(model="x", **{**AUTO, **settings})
+    with pytest.raises(ValueError, match=r"main memory, and this process may use") as refused:
+        plan_of(config, qwen(size), with_passes=False)
+    message = str(refused.value)
+    assert f"Pass {flags}" in message and "GB of main memory" in message
+    given = message.split(" Pass ")[1].rsplit(":", 1)[0].split()
+    changed = dict(zip(given[::2], given[1::2], strict=True))
+    assert not changed.keys() & {"--offload", "--vllm_sleep_level"}
+    again = parse_settings(GRPOConfig, ["--model", "x", *words(AUTO | settings), *given])
+    assert plan_of(again, qwen(size), with_passes=False).fits
+
+
+def words(settings: dict) -> list[str]:
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value).lower())]
+
+
+def test_a_model_that_no_memory_of_this_machine_holds_is_refused_with_no_card_to_buy(quick, host):
+    host(8)
+    with pytest.raises(ValueError, match=r"8\.0: .*No setting.*a smaller --model, or use a machine with more memory"):
+        plan_of(GRPOConfig(model="x", **AUTO), qwen("14B"), with_passes=False)
+
+
+def test_vllms_copy_and_its_cache_take_main_memory_from_the_start_to_the_end(quick, host):
+    host(25)
+    config = GRPOConfig(model="x", use_lora=True, kl_coef=0.1, **AUTO)
+    plan = plan_of(config, qwen("0.5B"))
+    rows = 128  # of a step, and no more in an evaluation
+    for each in plan.phases:
+        assert each.host["vLLM"] == 4 * 494032768
+        assert each.host["vLLM's cache"] == plan.sequences * 4 * 6144 * 1536
+    assert plan.sequences == rows or plan.host_peak.on_host <= 25 * GB
+    without = plan_of(dataclasses.replace(config, sampler="transformers"), qwen("0.5B"))
+    assert not any(name.startswith("vLLM") for each in without.phases for name in each.host)
+
+
+def test_vllms_cache_gets_no_more_than_its_share_and_what_the_phases_leave(quick, host):
+    config = GRPOConfig(model="x", use_lora=True, **AUTO)
+    shares = []
+    for gigabytes in (8, 10, 12, 16, 32, 64, 128):
+        host(gigabytes)
+        plan = plan_of(config, qwen("0.5B"))
+        assert plan.host_peak.on_host <= gigabytes * GB
+        shares.append(plan.choices.vllm_memory_share)
+        assert plan.phases[0].host["vLLM's cache"] <= shares[-1] * gigabytes * GB
+    assert shares == sorted(shares) and shares[0] < shares[-1] == 0.4
+    assert plan.sequences == 256  # of the evaluation
+
+
+def test_a_cache_without_room_for_one_completion_is_refused(quick, host):
+    host(25)
+    config = GRPOConfig(model="x", use_lora=True, **AUTO | {"vllm_memory_share": 0.001})
+    with pytest.raises(ValueError, match=r"cache gets 0\.001 of the memory.*1,536 tokens.*--vllm_memory_share 0\."):
+        plan_of(config, qwen("0.5B"))
+
+
+def test_passes_are_predicted_at_a_start_only_where_much_of_the_memory_is_needed(quick, host):
+    config = GRPOConfig(model="x", use_lora=True, sampler="transformers", **AUTO)
+    host(100)
+    assert not plan_of(config, qwen("0.5B"), with_passes=False).sources
+    host(20)
+    assert plan_of(config, qwen("0.5B"), with_passes=False).sources
+
+
+def test_an_evaluation_is_planned_without_what_training_needs(quick, host):
+    host(25)
+    config = RLConfig(model="x", num_eval_prompts=64, max_tokens_per_microbatch=16384, vllm_memory_share=0.4)
+    plan = plan_of(config, qwen("0.5B"), is_trained=False, with_passes=False)
+    assert [each.name for each in plan.phases] == ["load", "sample"]
+    assert plan.phases[0].host["policy"] == plan.phases[0].host["vLLM"] == 4 * 494032768
+    host(40)
+    with pytest.raises(
+        ValueError, match=r"model=x: the phase `sample` needs .* Pass --vllm_memory_share 0\.\d+ --dtype bfloat16: "
+    ):
+        plan_of(config, qwen("7B"), is_trained=False, with_passes=False)
+
+
 # Cards
 
 
@@ -360,7 +468,7 @@ def test_a_run_says_its_plan_and_goes_on_with_the_chosen_budget(toy_folder, tmp_
     assert again.batches.max_tokens_per_microbatch == 2048
 
 
-def test_on_a_cpu_only_what_is_larger_than_all_memory_is_refused(monkeypatch):
+def test_on_a_cpu_only_what_is_larger_than_all_memory_is_refused(quick):
     config = GRPOConfig(model="x", sampler="transformers")
     small = skeleton(Qwen2Config(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300))
     plan = plan_of(config, small, with_passes=False)

@@ -387,6 +387,14 @@ def test_settings_reach_the_training():
     assert make_config(replace(SFTSettings(), num_steps=None), "<|im_end|>").max_steps == -1
 
 
+def test_the_precision_of_passes_is_that_of_the_setting(monkeypatch):
+    monkeypatch.setattr("common.models.loading.cpu_computes_bfloat16", lambda: True)
+    on_cpu = {"auto": False, "float32": False, "bfloat16": True, "fast": True}
+    found = {name: make_config(replace(SFTSettings(), dtype=name), "<|im_end|>") for name in on_cpu}
+    assert {name: args.bf16 for name, args in found.items()} == on_cpu
+    assert {args.model_init_kwargs["dtype"] for args in found.values()} == {"float32"}
+
+
 # Bad input
 
 
@@ -421,6 +429,7 @@ def test_data_that_cannot_be_used_is_refused_and_nothing_written(tmp_path, rows,
         (["--form", "poem"], "form='poem': there is no such form"),
         (["--batch_size", "0"], "batch_size=0: at least 1"),
         (["--num_epochs", "0"], "num_epochs=0: at least 1"),
+        (["--dtype", "half"], "dtype='half': there is no such precision"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, options, message):

@@ -28,12 +28,13 @@ from common.cli import as_arguments, parse_settings
 from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
-from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model
+from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
+from common.memory.start import plan_of
 from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
 from common.mistakes import CannotWrite, WrongNumbers, first_line, is_ours
 from common.models.attention import attention_for
@@ -134,7 +135,15 @@ class Evaluation:
         if is_new:
             has_all = self.unfinished.check() == len(self.prompts)
             if not has_all and not is_embedded(source.base):  # after the rest: it may import vLLM
+                self._check_memory([each.model for each in functions.values() if isinstance(each, RewardModel)])
                 check_sampling(self.config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def _check_memory(self, reward_models: list[str]) -> None:
+        """Refuse a model without room in main memory; on a GPU, vLLM says so itself."""
+        if not torch.cuda.is_available():
+            sampled = {"num_eval_prompts": len(self.prompts), "eval_every": 1, "kl_coef": 0.0}
+            options = {"rewards": reward_models, "with_passes": False, "is_trained": False}
+            plan_of(replace(self.config, **sampled), skeleton(self.source.base), **options)
 
     def _seen_by_rewards(self) -> list:
         """The prompts that rewards see beside token ids, which need not say the same."""

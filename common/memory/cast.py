@@ -3,7 +3,7 @@
 from __future__ import annotations  # for type hints whose import would take seconds
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -53,6 +53,7 @@ class Casting:
         card: the device.
         rewards: hub ids or folders of reward models.
         processes: that train together.
+        is_trained: False for an evaluation, which only samples.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Casting:
         *,
         rewards: Sequence[str] = (),
         processes: int = 1,
+        is_trained: bool = True,
     ) -> None:
-        self.policy, self.card, self.processes = policy, card, processes
+        self.policy, self.card, self.processes, self.is_trained = policy, card, processes, is_trained
         self.sizes = Sizes.of(policy, config)
         self._of_paths: dict[str, Sizes] = {}
         self._rewards: list[Tenant] = []
@@ -84,6 +86,8 @@ class Casting:
         is_fused = self.card.kind == "cuda"
         numbers = Numbers(dtype=dtype, processes=self.processes, attention=attention, is_fused=is_fused)
         policy = learner("policy", self.sizes, config, numbers)
+        if not self.is_trained:
+            policy = frozen("policy", self.sizes, replace(policy.passes, method="full", weights=dtype))
         others = [self._reference(policy)] if config.kl_coef or config.eval_kl else []
         for other in config.other_models:
             sizes = self._sizes_of(other.path, config) if other.path else self.sizes
@@ -92,7 +96,7 @@ class Casting:
         return Cast(
             policy=policy,
             others=(*others, *self._rewards),
-            engine=engine(self.sizes, config, dtype),
+            engine=engine(self.sizes, config, dtype, on_cpu=device.type == "cpu"),
             sizes=self.sizes,
             not_counted=tuple(self.not_counted),
         )

@@ -20,12 +20,16 @@ FRAGMENTATION = 0.05
 # and `hidden` that are alive at the same time in it.
 VLLM_BATCHED_TOKENS = 8192
 VLLM_INTERMEDIATES, VLLM_HIDDENS = 3, 6
+# The same on a CPU; more gains nothing and needs more memory for activations.
+VLLM_BATCHED_TOKENS_ON_CPU = 16384
 # Tensors of (sequences, vocabulary) in float32 that its sampler has at once: logits, log-probs, sorted, noise.
 VLLM_LOGITS = 4
 # CUDA graphs of all batch sizes; they stay while the engine sleeps.
 VLLM_GRAPHS = int(0.5 * GIB)
 # What stays free beside an engine whose share is chosen, as a share of the GPU: the numbers above may be wrong.
 SPARE = 0.03
+# The same beside a cache in main memory, which other processes use too.
+SPARE_ON_CPU = 0.05
 # The most of a GPU that an engine is given: it starts when the context is there already.
 VLLM_LARGEST_SHARE = 0.9
 # Completions at full length that an engine must have room for where its share is chosen: with fewer, most of a group

@@ -24,7 +24,7 @@ GB = 1e9
 LARGEST_BUDGET, SMALL_BUDGET = 32768, 8192
 # On the CPU, cores are busy with fewer tokens, and small micro-batches have less padding.
 BUDGET_ON_CPU = 2048
-# vLLM's share on a CPU: of the free memory, and never more than the completions of the largest request need.
+# vLLM's cache on a CPU: at most this share of the free memory, and never more than the largest request needs.
 SHARE_ON_CPU = 0.4
 
 
@@ -186,7 +186,11 @@ def _plan_with(choices: Choices, config: RLConfig, cast: Cast, machine: Machine,
     scored = [_score(room, each, work) for each in cast.models if each.passes.kind == "score"]
     forward = list(_forward_phases(room, config, cast, work))
     passes = [*scored, *forward, *trained]
-    share, sequences = _share(room, config, machine, passes)
+    if room.on_cpu and config.sampler == "vllm":
+        share, sequences = _share_on_cpu(room, config, machine, passes)
+        passes = [replace(each, host=each.host | room.cache) for each in passes]
+    else:
+        share, sequences = _share(room, config, machine, passes)
     room.share = share
     engine_is_there = config.sampler == "vllm" and machine.card.kind == "cuda"
     phases = [_load(room), *([_push(room)] if engine_is_there else []), _sample(room, config, sequences)]
@@ -210,6 +214,7 @@ class _Room:
     def __init__(self, config: RLConfig, cast: Cast, machine: Machine, choices: Choices) -> None:
         self.config, self.cast, self.machine, self.choices = config, cast, machine, choices
         self.share = 0.0  # vLLM's, known once all passes are
+        self.cache: dict[str, int] = {}  # of vLLM on a CPU, which keeps it for the whole run; known then too
         self.moves = choices.offload == "always"
         self.on_cpu = machine.card.kind == "cpu"
         self.has_engine = config.sampler == "vllm" and not self.on_cpu
@@ -259,7 +264,7 @@ class _Room:
         found |= {f"optimizer of {each.name}": each.host for each in self.cast.models if each.host}
         if self.config.sampler == "vllm":
             found["vLLM"] = self.cast.engine.weights
-        return found
+        return found | self.cache
 
     def _host(self, name: str) -> dict[str, int]:
         """Main memory beside a GPU; all models are loaded there first."""
@@ -300,7 +305,7 @@ def _sample(room: _Room, config: RLConfig, sequences: int) -> Phase:
     if room.has_engine:
         return room.phase("sample", device={}, engine=room.engine_bytes)
     if config.sampler == "vllm":
-        return room.phase("sample", "policy", device={"cache": sequences * room.cast.engine.sequence})
+        return room.phase("sample", "policy", device={"vLLM's passes": room.cast.engine.work})
     cache = sequences * room.cast.engine.sequence
     return room.phase("sample", "policy", device={"cache": cache, "logits": room.cast.engine.work})
 
@@ -340,7 +345,7 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
     wanted = min(config.vllm_max_num_seqs, rows)
     share = room.choices.vllm_memory_share
     if not room.has_engine:
-        return (SHARE_ON_CPU if share == AUTO else share), min(256, rows) if config.sampler != "vllm" else wanted
+        return (SHARE_ON_CPU if share == AUTO else share), min(256, rows)
     if share == AUTO:
         # The first push finds the whole engine awake.
         beside = max(room.phase("", device=each, engine=0).on_device for each in ({}, {"": engine.push}))
@@ -355,10 +360,32 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
     return share, max(0, min(sequences, wanted))
 
 
+def _share_on_cpu(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase]) -> tuple[float, int]:
+    """VLLM's share of the memory that is free before models are loaded, and the completions that its cache holds.
+
+    The cache is allocated at once and stays, so where the share is chosen, it is what all phases leave. It is noted in
+    the room.
+    """
+    engine = room.cast.engine
+    evaluated = config.num_eval_prompts * config.eval_num_samples if config.eval_every else 0
+    rows = max(config.completions_at_once, evaluated)
+    sequences = min(config.vllm_max_num_seqs, math.ceil(rows / machine.processes))
+    share = room.choices.vllm_memory_share
+    if machine.host is not None:
+        free = max(machine.host - constants.HOST_PROCESS_CPU, 1)
+        if config.vllm_memory_share == AUTO:
+            most = max(phase.on_host for phase in [_load(room), _sample(room, config, 0), *passes])
+            left = (1 - constants.SPARE_ON_CPU) * machine.host - most
+            share = min(share, max(math.floor(1000 * left / free) / 1000, 0.001))
+        sequences = min(sequences, int(share * free) // max(engine.sequence, 1))
+    room.cache = {"vLLM's cache": sequences * engine.sequence}
+    return share, sequences
+
+
 def _problem(plan: Plan, room: _Room, config: RLConfig) -> str:
     """Why a plan does not fit; empty if it does."""
     if room.on_cpu:
-        return _problem_of_host(plan)
+        return _problem_of_host(plan) or _problem_of_cache(plan, room, config)
     card, peak = plan.card, plan.peak
     if room.has_engine:
         wanted = min(config.vllm_max_num_seqs, config.completions_at_once, constants.FEWEST_SEQUENCES)
@@ -379,6 +406,17 @@ def _problem(plan: Plan, room: _Room, config: RLConfig) -> str:
             f"{card.total / GB:.1f}: {named}"
         )
     return _problem_of_host(plan)
+
+
+def _problem_of_cache(plan: Plan, room: _Room, config: RLConfig) -> str:
+    """On a CPU, that vLLM's cache does not even hold one completion."""
+    if config.sampler != "vllm" or plan.sequences:
+        return ""
+    return (
+        f"vLLM's cache gets {plan.choices.vllm_memory_share:g} of the memory that is free before models are loaded, "
+        f"and one completion of {config.max_prompt_length + config.max_completion_length:,} tokens needs "
+        f"{room.cast.engine.sequence / GB:.2f} GB of it"
+    )
 
 
 def _problem_of_host(plan: Plan) -> str:

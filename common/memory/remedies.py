@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from common.config import AUTO, RLConfig
+from common.environment import cpu_computes_bfloat16
 from common.memory.cast import Casting
 from common.memory.plan import GB, Machine, Plan, make_plan
 from common.memory.work import Work
@@ -14,16 +15,52 @@ from common.memory.work import Work
 Changes = dict[str, Any]
 
 
-def changes(config: RLConfig) -> Iterator[Changes]:
+def changes(config: RLConfig, *, on_cpu: bool = False, is_trained: bool = True) -> Iterator[Changes]:
     """Changes of settings that need less memory, from the one that costs least.
 
     Args:
         config: of the run that does not fit.
+        on_cpu: main memory is all that there is, so that nothing gains by moving.
+        is_trained: False for an evaluation.
     """
-    if config.max_tokens_per_microbatch != AUTO:
+    if config.max_tokens_per_microbatch != AUTO and is_trained:
         yield {"max_tokens_per_microbatch": AUTO}
     if config.sampler == "vllm" and config.vllm_memory_share != AUTO:
         yield {"vllm_memory_share": AUTO}
+    if on_cpu:
+        yield from _on_cpu(config, is_trained=is_trained)
+    else:
+        yield from _on_gpu(config)
+    length = config.max_completion_length
+    while length >= 128:
+        length //= 2
+        yield {"max_completion_length": length}
+
+
+def _on_cpu(config: RLConfig, *, is_trained: bool) -> Iterator[Changes]:
+    narrow = {"dtype": "bfloat16"}
+    if is_trained and not config.gradient_checkpointing:
+        yield {"gradient_checkpointing": True}
+    if cpu_computes_bfloat16():  # faster too
+        yield narrow
+    if is_trained and not config.use_lora:
+        yield {"use_lora": True, "optimizer": "adamw"}
+    if config.sampler == "vllm":
+        yield {"sampler": "transformers"}  # which has no copy of the weights, and is slower
+    if not cpu_computes_bfloat16():
+        yield narrow
+    if is_trained:
+        yield from _shared_base(config)
+
+
+def _shared_base(config: RLConfig) -> Iterator[Changes]:
+    if "value_backbone" in vars(config) and vars(config)["value_backbone"] == "own":
+        yield {"use_lora": True, "optimizer": "adamw", "value_backbone": "shared"}
+    if not config.load_in_4bit:
+        yield {"use_lora": True, "optimizer": "adamw", "load_in_4bit": True}
+
+
+def _on_gpu(config: RLConfig) -> Iterator[Changes]:
     if config.offload == "never":
         yield {"offload": AUTO}
     if config.sampler == "vllm" and config.vllm_sleep_level == 0:
@@ -36,14 +73,7 @@ def changes(config: RLConfig) -> Iterator[Changes]:
         yield {"optimizer": "adamw_host"}
     if not config.use_lora:
         yield {"use_lora": True, "optimizer": "adamw"}
-    if "value_backbone" in vars(config) and vars(config)["value_backbone"] == "own":
-        yield {"use_lora": True, "optimizer": "adamw", "value_backbone": "shared"}
-    if not config.load_in_4bit:
-        yield {"use_lora": True, "optimizer": "adamw", "load_in_4bit": True}
-    length = config.max_completion_length
-    while length >= 128:
-        length //= 2
-        yield {"max_completion_length": length}
+    yield from _shared_base(config)
 
 
 def remedy(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> tuple[Changes, Plan] | None:
@@ -58,7 +88,7 @@ def remedy(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> 
     Returns:
         Settings to change, with the plan; None if nothing of this helps.
     """
-    found = list(changes(config))
+    found = list(changes(config, on_cpu=machine.card.kind == "cpu", is_trained=casting.is_trained))
     for each in found:
         if plan := _fitting(config, each, casting, machine, work):
             return each, plan
@@ -89,7 +119,10 @@ def _fitting(config: RLConfig, change: Changes, casting: Casting, machine: Machi
         changed = replace(config, **{name: value for name, value in change.items() if name in known})
     except ValueError:  # these settings do not go together
         return None
-    plan = make_plan(changed, casting.cast(changed), machine, work=work.of_settings(changed))
+    cast = casting.cast(changed)
+    if work.is_counted and not make_plan(changed, cast, machine, work=Work(changed, is_counted=False)).fits:
+        return None  # without its passes already, which may take seconds to predict
+    plan = make_plan(changed, cast, machine, work=work.of_settings(changed))
     return plan if plan.fits else None
 
 
@@ -104,14 +137,17 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine, wo
         work: what the plan was made with.
     """
     row = config.max_prompt_length + config.max_completion_length
-    settings = f"model={config.model}, max_tokens_per_microbatch={config.max_tokens_per_microbatch}"
+    settings = f"model={config.model}"
+    if casting.is_trained:
+        settings += f", max_tokens_per_microbatch={config.max_tokens_per_microbatch}"
+    phase = plan.peak if machine.card.kind == "cuda" else plan.host_peak
     is_alone = plan.choices.max_tokens_per_microbatch <= max(row, 1024 * -(-row // 1024))
-    alone = (
-        f" A micro-batch is one row of {row:,} tokens already." if is_alone and "passes" in plan.peak.device else ""
-    )
+    is_of_passes = "passes" in phase.device | phase.host
+    alone = f" A micro-batch is one row of {row:,} tokens already." if is_alone and is_of_passes else ""
     found = remedy(config, casting, machine, work)
     if found is None:
-        todo = "No setting that changes memory is enough: pass a smaller --model, or use a larger card."
+        larger = "a machine with more memory" if machine.card.kind == "cpu" else "a larger card"
+        todo = f"No setting that changes memory is enough: pass a smaller --model, or use {larger}."
         return f"{settings}: {plan.problem}.{alone} {todo}"
     change, fitting = found
     change = {name: value for name, value in change.items() if vars(config)[name] != value}

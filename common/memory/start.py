@@ -16,6 +16,9 @@ from common.memory.remedies import refusal
 from common.memory.work import Work
 from common.models.loading import compute_dtype
 
+# Of main memory: a run that needs more than this without its passes might not fit with them.
+MUCH = 0.5
+
 
 def this_card() -> Card:
     """The device of this process: a GPU, or the CPU."""
@@ -33,6 +36,7 @@ def plan_of(
     device: str | None = None,
     processes: int = 1,
     with_passes: bool = True,
+    is_trained: bool = True,
 ) -> Plan:
     """The memory plan of a run.
 
@@ -42,7 +46,9 @@ def plan_of(
         rewards: hub ids or folders of its reward models.
         device: a card that is not there, as --device names it; None: that of this process.
         processes: that train together, each on a card of its own.
-        with_passes: on a CPU, predict activations too, which takes seconds for some models.
+        with_passes: on a CPU, predict activations whatever they are. That takes seconds for some models, so without it
+            this is done only for a run that needs much of the memory without them.
+        is_trained: False for an evaluation, which only samples: num_eval_prompts prompts at once.
 
     Raises:
         ValueError: the card is unknown, it has no bfloat16, or the run does not fit: with the first change of its
@@ -51,9 +57,13 @@ def plan_of(
     there = card(device) if device else this_card()
     _check_bfloat16(config, there)
     machine = Machine(card=there, host=None if device else host_memory().total, processes=processes)
-    casting = Casting(config, policy, there, rewards=rewards, processes=processes)
-    work = Work(config, processes, is_counted=with_passes or there.kind == "cuda")
-    plan = make_plan(config, casting.cast(config), machine, work=work)
+    casting = Casting(config, policy, there, rewards=rewards, processes=processes, is_trained=is_trained)
+    cast, work = casting.cast(config), Work(config, processes)
+    plan = make_plan(config, cast, machine, work=Work(config, processes, is_counted=False))
+    if there.kind == "cpu" and not with_passes and plan.host_peak.on_host < MUCH * machine.host:
+        return plan
+    if plan.fits:
+        plan = make_plan(config, cast, machine, work=work)
     if not plan.fits:
         raise ValueError(refusal(config, plan, casting, machine, work))
     return plan

@@ -223,11 +223,11 @@ def pinned(sizes: Iterable[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """The sampler's memory on a GPU.
+    """The sampler's memory.
 
     Attributes:
         weights: bytes of its own copy of the policy.
-        work: bytes of activations and CUDA graphs.
+        work: bytes of activations, and of CUDA graphs on a GPU.
         asleep: bytes that stay while it sleeps.
         sequence: bytes of the cache for one completion at full length.
         push: bytes of the one tensor that is on its way.
@@ -244,13 +244,14 @@ class Engine:
         return self.weights + self.work + sequences * self.sequence
 
 
-def engine(sizes: Sizes, config: RLConfig, dtype: torch.dtype) -> Engine:
-    """The memory of vLLM on a GPU, or of a sampler in transformers, which has no weights of its own.
+def engine(sizes: Sizes, config: RLConfig, dtype: torch.dtype, *, on_cpu: bool = False) -> Engine:
+    """The memory of vLLM, or of a sampler in transformers, which has no weights of its own.
 
     Args:
         sizes: of the policy.
         config: the run's; lengths and vllm_* are read.
         dtype: of forward passes.
+        on_cpu: where it samples.
     """
     text, width = sizes.config.get_text_config(), dtype.itemsize
     length = config.max_prompt_length + config.max_completion_length
@@ -261,8 +262,11 @@ def engine(sizes: Sizes, config: RLConfig, dtype: torch.dtype) -> Engine:
     hidden = setting(text, "hidden_size") or sizes.width
     inner = _largest(setting(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff") or 4 * hidden)
     tokens = max(constants.VLLM_BATCHED_TOKENS, length)
+    if on_cpu:  # where no pass is made but of what is asked for
+        of_prompts = config.completions_at_once * config.max_prompt_length
+        tokens = min(max(constants.VLLM_BATCHED_TOKENS_ON_CPU, length), of_prompts)
     activations = tokens * width * (constants.VLLM_INTERMEDIATES * inner + constants.VLLM_HIDDENS * hidden)
-    graphs = 0 if config.vllm_enforce_eager else constants.VLLM_GRAPHS
+    graphs = 0 if config.vllm_enforce_eager or on_cpu else constants.VLLM_GRAPHS
     # A tensor as the trainer has it, and as the engine takes it; an adapter is merged in float32.
     source = width if config.use_lora else trained_dtype(config, dtype).itemsize
     push = (source + width) * max(sizes.weights)

@@ -332,5 +332,5 @@ def check_memory(model: nn.Module, config: RLConfig, device: torch.device) -> No
             f"model={config.model}: its {count:,} parameters take {weights / GB:.1f} GB "
             f"{'frozen' if config.use_lora else 'in float32, which training needs'}, and {where} has "
             f"{total / GB:.1f} GB in total, so it cannot be loaded. Pass --model with a smaller one"
-            + ("." if config.load_in_4bit else ", or --use_lora true --load_in_4bit true on a GPU.")
+            + ("." if config.load_in_4bit else ", or --use_lora true --load_in_4bit true.")
         )

@@ -10,26 +10,22 @@ import torch
 import transformers
 
 from common.config import RLConfig
-from common.models.facts import check_memory
 from common.models.loading import compute_dtype
 from common.models.lora import check_targets
 from common.models.positions import check_room
 
 
-def check_policy(config: RLConfig, model: transformers.PreTrainedModel, device: torch.device) -> None:
+def check_policy(config: RLConfig, model: transformers.PreTrainedModel) -> None:
     """Refuse a policy that cannot be loaded or trained as the settings say.
 
     Args:
         config: the run's.
         model: the policy, without storage.
-        device: where models are used.
 
     Raises:
-        ValueError: for lengths beyond the model's context, weights without room, or names of modules that LoRA cannot
-            adapt.
+        ValueError: for lengths beyond the model's context, or names of modules that LoRA cannot adapt.
     """
     check_room(model, config)
-    check_memory(model, config, device)
     if config.use_lora:
         check_targets(model, config)
 

@@ -10,13 +10,12 @@ import torch
 from transformers import PreTrainedConfig
 
 from common.host import host_memory
+from common.memory.constants import VLLM_BATCHED_TOKENS_ON_CPU
 from common.sampling.vllm_corrections import model_arguments, replaced
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
 # vLLM's default of 128, shorter prompts would be computed once per completion.
 _CPU_BLOCK = 32
-# Prompt tokens per forward pass on the CPU; more gains nothing and needs more memory for activations.
-_CPU_BATCHED_TOKENS = 16384
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -92,7 +91,7 @@ def engine_arguments(settings: EngineSettings, config: PreTrainedConfig) -> dict
         # For a prompt cut in two, vLLM resets the offset of the request's random generator. The CPU's has none:
         # "CPU Generator does not use offset" (vllm/v1/worker/gpu_model_runner.py, still so in 0.32).
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(_CPU_BATCHED_TOKENS, settings.max_model_len),
+        "max_num_batched_tokens": max(VLLM_BATCHED_TOKENS_ON_CPU, settings.max_model_len),
     }
 
 

@@ -28,11 +28,13 @@ from common.runs.manifest import write_manifest
 from common.runs.writable import check_folder
 from common.runs.prompt_record import Record, check_record, describe_examples, start_time
 from common.cli import parse_settings, run_script
+from common.config import DTYPES
 from common.data.prompts import PromptStyle
 from common.runs.log import METRICS_FILE
 from common.embedded import check_model
 from common.models.bases import forget_origin, name_base_from_folder
 from common.models.configs import ADAPTER_CONFIG, read_config
+from common.models.loading import resolve_dtype
 from common.data.rows import read_rows
 from common.data.rows import split_held_out
 from examples.sft.conversations import FORMS, encode, end_of_turn, example_key, read_examples
@@ -79,6 +81,9 @@ class SFTSettings:
     """Recompute activations in the backward pass: slower, much less memory."""
     attn_implementation: str = "sdpa"
     """Attention of transformers; "flash_attention_2" saves the mask of a long pack."""
+    dtype: str = "auto"
+    """Precision of forward passes; weights are float32 in any case. "auto": bfloat16 on a GPU; "fast": also on a CPU
+    that computes in it."""
     save_every: int = 200
     """Optimizer steps between checkpoints."""
     output_dir: str = "runs/sft"
@@ -123,6 +128,10 @@ def check_settings(settings: SFTSettings) -> None:
     for name in ("num_eval_prompts", "num_epochs", "batch_size", "save_every", "max_length"):
         if vars(settings)[name] < 1:
             raise ValueError(f"{name}={vars(settings)[name]}: at least 1 is needed. Pass a larger --{name}.")
+    if settings.dtype not in DTYPES:
+        raise ValueError(
+            f"dtype={settings.dtype!r}: there is no such precision. Pass --dtype with one of {', '.join(DTYPES)}."
+        )
     num_processes = PartialState().num_processes
     if settings.batch_size % num_processes:
         raise ValueError(
@@ -173,6 +182,7 @@ def read_data(
 
 def make_config(settings: SFTSettings, end_token: str) -> SFTConfig:
     """The settings under trl's names."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return SFTConfig(
         output_dir=settings.output_dir,
         model_init_kwargs={"dtype": "float32", "attn_implementation": settings.attn_implementation},
@@ -193,7 +203,8 @@ def make_config(settings: SFTSettings, end_token: str) -> SFTConfig:
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
-        bf16=torch.cuda.is_available(),
+        bf16=resolve_dtype(settings.dtype, device) == torch.bfloat16,
+        use_cpu=device.type == "cpu",  # else bf16 is refused
         dataloader_pin_memory=torch.cuda.is_available(),
         eval_on_start=True,
         eval_strategy="epoch",
