@@ -139,6 +139,8 @@ def _arguments(options: argparse.Namespace, model: str) -> list[str]:
     settings = {
         "preset": "cpu",
         "model": model,
+        "task": "countdown",  # made on the spot
+        "kl_coef": 0,  # the bare loop has no reference
         "dtype": options.dtype,
         "max_completion_length": options.completion_length,
         "max_tokens_per_microbatch": options.tokens,
