@@ -186,7 +186,7 @@ def test_long_dialogues_lose_their_beginning_and_keep_their_first_token(trained)
 @pytest.mark.parametrize("name", [name for name in SETTINGS.__dataclass_fields__ if name != "model"])
 def test_every_setting_can_be_given(name):
     value = vars(SETTINGS)[name]
-    other = {str: "x", int: 3, float: 0.5, bool: False}[type(value)]
+    other = {str: "x", int: 3, float: 0.5, bool: False, type(None): 3}[type(value)]
     assert vars(parse_settings([f"--{name}", str(other)]))[name] == other
     tiny = vars(parse_settings(["--model", "tiny", f"--{name}", str(other)]))
     assert tiny == vars(SETTINGS) | TINY | {"model": "tiny", name: other}

@@ -47,10 +47,10 @@ def save_smollm2(folder: Path) -> None:
     if file is None:
         raise ValueError(f"{PACKAGES}: not installed, and the model comes from there. {INSTALL}")
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = START, END, END
     tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False  # a GGUF file has no such setting
-    read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    read = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     settings = {name: value for name, value in read.config.to_dict().items() if name not in _OF_GGUF}
     # transformers refuses to save what it has read from GGUF.
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))

@@ -19,7 +19,7 @@ import yaml
 from common.cli import as_arguments
 from common.mistakes import ROOT
 from common.runs.checkpoints import write_file
-from examples.compare_algorithms.compare_algorithms import run_environment
+from examples.compare_algorithms.processes import run_environment
 
 DIGITS = 6  # of a hash in a folder's name
 LINES_OF_LOG = 5
