@@ -14,13 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import transformers
 
 from common.cli import as_arguments, parse_config
 from common.memory.cards import GB, Card
 from common.memory.cast import Casting
-from common.memory.fit import configuration
+from common.memory.fit import without_storage
 from common.memory.plan import Machine, Plan, make_plan
 from common.memory.remedies import refusal, remedy
 from common.memory.seconds import Tokens
@@ -187,15 +186,6 @@ def _script(path: Path) -> Any:
 
 
 @cache
-def skeleton(shape: str) -> transformers.PreTrainedModel:
-    """A model of Qwen2.5 without storage."""
-    config = configuration(shape)
-    config.dtype = torch.bfloat16
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-@cache
 def _temporary() -> TemporaryDirectory:
     """Lives as long as the process."""
     return TemporaryDirectory(prefix="recipes-")
@@ -226,7 +216,7 @@ def planned(name: str, gigabytes: int) -> Planned:
     recipe, config = RECIPES[name], settings(name)
     card = Card(name=f"{gigabytes}gb", total=gigabytes * GB)
     rewards = [_reward_model(each) for each in reward_models(config)]
-    casting = Casting(config, skeleton(recipe.shape), card, rewards=rewards)
+    casting = Casting(config, without_storage(recipe.shape), card, rewards=rewards)
     machine, work = Machine(card=card), _work(name)
     plan = make_plan(config, casting.cast(config), machine, work=work)
     if plan.fits:

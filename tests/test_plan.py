@@ -19,6 +19,7 @@ from common.host import HostMemory
 from common.memory import show
 from common.memory.cards import GB, Card, card
 from common.memory.cast import Casting
+from common.memory.fit import without_storage as qwen
 from common.memory.passes import PassBytes
 from common.memory.plan import Machine, Plan, make_plan
 from common.memory.remedies import refusal
@@ -30,7 +31,6 @@ from PPO.ppo_trainer import PPOConfig
 from tests.imports import ROOT
 from tests.toy import algorithms, toy_trainer, train_until
 from tools import memory_table
-from tools.memory_table import model as qwen
 
 AUTO = {"max_tokens_per_microbatch": "auto", "vllm_memory_share": "auto", "gradient_checkpointing": True}
 

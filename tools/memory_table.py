@@ -12,12 +12,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import torch
-import transformers
-
 from common.memory.cards import GB, Card
 from common.memory.cast import Casting
-from common.memory.fit import configuration
+from common.memory.fit import without_storage
 from common.memory.plan import Machine, Plan, make_plan
 from common.memory.work import Work
 from PPO.ppo_trainer import PPOConfig
@@ -48,18 +45,9 @@ class WithoutValues(PPOConfig):
 
 
 @cache
-def model(size: str) -> transformers.PreTrainedModel:
-    """A model of Qwen2.5 without storage."""
-    config = configuration(size)
-    config.dtype = torch.bfloat16
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-@cache
 def casting(size: str) -> Casting:
     """Counts the parameters of a model once for all cards, which differ in their bytes alone."""
-    return Casting(PPOConfig(use_lora=True), model(size), Card(name="a GPU", total=0))
+    return Casting(PPOConfig(use_lora=True), without_storage(size), Card(name="a GPU", total=0))
 
 
 @cache

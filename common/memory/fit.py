@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import transformers
@@ -80,6 +81,15 @@ def configuration(name: str) -> transformers.PreTrainedConfig:
         tie_word_embeddings=tied,
         max_position_embeddings=32768,
     )
+
+
+@cache
+def without_storage(name: str) -> transformers.PreTrainedModel:
+    """A Qwen2.5 model by its size, in bfloat16, whose weights have a shape only."""
+    config = configuration(name)
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def fitted_settings() -> Iterator[PassSettings]:
