@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from benchmarks.timing import comparison, seconds_in_turns
 from common.sampling.protocol import SamplingSettings, sampling_seed
+from common.sampling.vllm_engine import sampling_params
 from common.sampling.vllm_sampler import VLLMSampler
 from common.trainer import OnPolicyTrainer
 
@@ -66,24 +67,7 @@ def bare_vllm(
     Returns:
         Token ids of each completion.
     """
-    from vllm import SamplingParams  # not at the top: its import changes the process, which the engine undoes
-
-    params = [
-        SamplingParams(
-            n=num_generations,
-            seed=seed,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            max_tokens=settings.max_tokens,
-            stop_token_ids=list(settings.stop_token_ids),
-            ignore_eos=True,
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-        )
-        for seed in (seeds or [None] * len(prompt_ids))
-    ]
+    params = [sampling_params(settings, num_generations, seed) for seed in seeds or [None] * len(prompt_ids)]
     # The engine is private to the sampler: only this comparison bypasses it.
     requests = [{"prompt_token_ids": ids} for ids in prompt_ids]
     outputs = sampler._engine.llm.generate(requests, params, use_tqdm=False)

@@ -168,25 +168,8 @@ def generate(
     Returns:
         len(prompt_ids) x num_generations completions, rows of one prompt adjacent.
     """
-    from vllm import SamplingParams
-
     prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-    params = [
-        SamplingParams(
-            n=num_generations,
-            seed=seed,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            max_tokens=settings.max_tokens,
-            stop_token_ids=list(settings.stop_token_ids),
-            ignore_eos=True,  # stop_token_ids is the one list of end tokens
-            logprobs=0,  # of the sampled token only
-            flat_logprobs=True,
-            detokenize=False,
-        )
-        for seed in seeds
-    ]
+    params = [sampling_params(settings, num_generations, seed) for seed in seeds]
     weights = sum(math.prod(shape) for shape in engine.shapes.values())
     small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
     try:
@@ -203,6 +186,34 @@ def generate(
         abort_requests(engine)
         raise
     return [completion for output in outputs for completion in _completions(output)]
+
+
+def sampling_params(settings: SamplingSettings, num_generations: int, seed: int | None) -> Any:
+    """What vLLM is asked for with one prompt.
+
+    Args:
+        settings: how tokens are drawn.
+        num_generations: completions of the prompt.
+        seed: of the first of them; None: greedy.
+
+    Returns:
+        vllm.SamplingParams.
+    """
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        n=num_generations,
+        seed=seed,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_tokens=settings.max_tokens,
+        stop_token_ids=list(settings.stop_token_ids),
+        ignore_eos=True,  # stop_token_ids is the one list of end tokens
+        logprobs=0,  # of the sampled token only
+        flat_logprobs=True,
+        detokenize=False,
+    )
 
 
 def _completions(output: Any) -> list[Completion]:
