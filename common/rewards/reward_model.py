@@ -6,7 +6,6 @@ score of a text does not depend on the rest of the batch. Reward models are not 
 
 import itertools
 import logging
-from collections.abc import Iterable
 from copy import deepcopy
 from datetime import datetime
 from functools import partial
@@ -112,12 +111,9 @@ class RewardModel:
         self._models: ModelPool | None = None
         self._now: datetime | None = None
         if self.tokenizer.chat_template is not None:
-            try:
-                check_keeps(lambda messages: render_chat(self.tokenizer, messages), _JUDGED)
-            except ValueError as error:
-                raise ValueError(f"reward model {model!r}: {error}") from error
+            self._check_keeps(_JUDGED)
         self._spellings = Spellings(self.tokenizer)  # it runs the template, so after its check
-        self._kept: set[tuple[str, ...]] = set()  # roles of conversations that the template writes whole
+        self._kept: set[tuple[str, ...]] = set()  # roles of conversations that the template was seen to write whole
         # Tokenizers of pair encoders have a token that divides texts, or one that begins them.
         names = (self.tokenizer.sep_token, self.tokenizer.cls_token)
         self._reads_pairs = self.tokenizer.chat_template is None and any(name is not None for name in names)
@@ -237,7 +233,11 @@ class RewardModel:
         """Conversations. A policy, or the data, must not write a turn into a text: special tokens stay text there."""
         spellings, render = self._spellings, partial(render_chat, self.tokenizer, now=self._now)
         chats = [[*messages, {"role": "assistant", "content": completion}] for messages, completion in pairs]
-        self._check_keeps(chats)
+        for chat in chats:
+            roles = tuple(message["role"] for message in chat)
+            if roles not in self._kept:
+                self._check_keeps(chat)
+                self._kept.add(roles)
         written = [spellings.written(chat, render) for chat in chats]
         encoded = self.tokenizer([each.text for each in written], add_special_tokens=False, **_OPTIONS)
         rows = [{key: values[row] for key, values in encoded.items()} for row in range(len(pairs))]
@@ -276,17 +276,12 @@ class RewardModel:
                 rows[row] = {key: values[0] for key, values in alone.items()}
         return rows
 
-    def _check_keeps(self, chats: Iterable[list[dict]]) -> None:
-        """Refuse a template that leaves out a turn; conversations with the same roles are tried once."""
-        for chat in chats:
-            roles = tuple(message["role"] for message in chat)
-            if roles in self._kept:
-                continue
-            try:
-                check_keeps(lambda messages: render_chat(self.tokenizer, messages, now=self._now), chat)
-            except ValueError as error:
-                raise ValueError(f"reward model {self.model!r}: {error}") from error
-            self._kept.add(roles)
+    def _check_keeps(self, chat: list[dict]) -> None:
+        """Refuse a template that leaves out a turn of a conversation."""
+        try:
+            check_keeps(lambda messages: render_chat(self.tokenizer, messages, now=self._now), chat)
+        except ValueError as error:
+            raise ValueError(f"reward model {self.model!r}: {error}") from error
 
     def _check_tokens(self, num_tokens: int) -> None:
         """Refuse a tokenizer with tokens that the model has no embedding for; special ones may be unused."""
