@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from benchmarks.gpu.stand_in import write_prompts
 from benchmarks.recipes import MEASURED, RECIPES, ROOT, Planned, measured, planned
 from benchmarks.shapes import save_shape
 from common.cli import as_arguments
-from common.memory.cards import GB, card, rates
+from common.memory.cards import GB, card, rated_name, rates
 from common.memory.seconds import Part, Tokens, step_seconds
 from common.runs.log import METRICS_FILE
 
@@ -47,7 +48,7 @@ class Place:
 
     Attributes:
         gpu: its name; None without one.
-        rated: the card whose rates are computed with; None if they are not known.
+        rated: the card whose rates are computed with, as `rated_name` gives it; None if they are not known.
         gigabytes: of the page's sizes, the one that it stands for.
     """
 
@@ -65,18 +66,15 @@ class Place:
         Raises:
             ValueError: the card that was named is not known.
         """
-        if name is not None:
-            rates(name)
+        rated = name and rated_name(name)
         if not torch.cuda.is_available():
-            return cls(gpu=None, rated=name, gigabytes=_size(card(name).total) if name else SIZES[0])
+            return cls(gpu=None, rated=rated, gigabytes=_size(card(rated).total) if rated else SIZES[0])
         # In a process of its own: asking makes a context, which would take memory that the recipe is planned with.
         code = "import torch; found = torch.cuda.get_device_properties(0); print(found.total_memory, found.name)"
         asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         total, _, gpu = asked.stdout.strip().partition(" ")
-        try:
-            rated = name or (rates(gpu) and gpu)
-        except ValueError:  # a card without known rates is measured all the same
-            rated = None
+        with suppress(ValueError):  # a card without known rates is measured all the same
+            rated = rated or rated_name(gpu)
         return cls(gpu=gpu, rated=rated, gigabytes=_size(int(total)))
 
 
@@ -112,7 +110,7 @@ def measure(options: Namespace, folder: Path) -> dict[str, Any]:
     return {
         "recipe": options.recipe,
         "gpu": place.gpu,
-        "rates": place.rated and _short(place.rated),
+        "rates": place.rated,
         "gigabytes": place.gigabytes,
         "weights": options.weights,
         "shape": options.shape or found.recipe.shape,
@@ -126,12 +124,6 @@ def measure(options: Namespace, folder: Path) -> dict[str, Any]:
         "planned_gb": found.plan.peak.on_device / GB,
         "computed": {name: part.seconds for name, part in _computed(found, place, tokens).items()},
     }
-
-
-def _short(name: str) -> str:
-    """The name in the page's table of a card with these rates."""
-    same = [each for each in ("4090", "l4", "a100-40gb", "a100-80gb", "h100", "h200") if rates(each) == rates(name)]
-    return same[0]
 
 
 def _computed(found: Planned, place: Place, tokens: Tokens) -> dict[str, Part]:

@@ -103,7 +103,7 @@ _RATES = {
     "h100": (3350, 989, 67, _LINK_5, "NVIDIA's data sheet, SXM; half of the 1979 with sparsity"),
     "h200": (4800, 989, 67, _LINK_5, "NVIDIA's data sheet; half of the 1979 with sparsity"),
 }
-_RATES["a100"] = _RATES["a100-80gb"]
+_WITHOUT_SIZE = {"a100": "a100-80gb"}
 
 
 def card(name: str) -> Card:
@@ -129,8 +129,8 @@ def card(name: str) -> Card:
     )
 
 
-def rates(name: str) -> Rates:
-    """How fast a card is.
+def rated_name(name: str) -> str:
+    """The name that a card has in the table of rates.
 
     Args:
         name: as `card` takes it, but no size; or as its driver calls it, such as "NVIDIA A100-SXM4-80GB".
@@ -140,12 +140,25 @@ def rates(name: str) -> Rates:
     """
     plain = re.sub(r"-(sxm\d?|hbm\d?e?)(?=-|$)", "", _short(name))
     plain = plain if plain in _RATES else re.sub(r"-\d+gb$", "", plain)
+    plain = _WITHOUT_SIZE.get(plain, plain)
     if plain not in _RATES:
         raise ValueError(
             f"card {name}: its memory bandwidth and FLOPS are not known here, and a time cannot be computed without "
-            f"them. Name one of {', '.join(_RATES)}."
+            f"them. Name one of {', '.join([*_RATES, *_WITHOUT_SIZE])}."
         )
-    bandwidth, flops, flops_float32, link, source = _RATES[plain]
+    return plain
+
+
+def rates(name: str) -> Rates:
+    """How fast a card is.
+
+    Args:
+        name: as `rated_name` takes it.
+
+    Raises:
+        ValueError: nothing is known of it.
+    """
+    bandwidth, flops, flops_float32, link, source = _RATES[rated_name(name)]
     return Rates(
         bandwidth=bandwidth * GB,
         flops=flops * 1e12,
