@@ -87,6 +87,12 @@ SETTINGS = PPOConfig(
     vllm_sleep_level=1,
     vllm_enforce_eager=False,
     vllm_max_num_seqs=256,
+    # Several GPUs: see docs/several-gpus.md. The number of processes changes no result.
+    shard="none",  # "full": policy, reference and value model are spread over all processes
+    vllm_tensor_parallel=1,  # processes that share one engine, for a model that does not fit on one GPU
+    sampler_url=None,  # of a server of sampler="vllm_server", such as "http://127.0.0.1:8000"
+    sampling_lag=0,  # 1: the next step's completions are sampled while this one trains
+    process_timeout=10.0,  # minutes for which processes wait for one that hangs
     # Evaluation on the held-out prompts
     eval_every=25,  # cpu: 10
     eval_temperature=1.0,

@@ -14,6 +14,8 @@ AVERAGES = ("tokens", "rows", "constant")
 SCHEDULERS = ("constant", "linear", "cosine")
 OFFLOADS = ("auto", "always", "never")
 DTYPES = ("auto", "float32", "bfloat16", "fast")
+SAMPLERS = ("vllm", "vllm_server", "transformers")
+SHARDS = ("none", "full")
 OPTIMIZERS = ("adamw", "adamw_host", "adamw_8bit")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 CORRECTIONS = ("auto", "none", "truncate", "mask")
@@ -114,7 +116,8 @@ class RLConfig:
     # Sampling. Training samples from the policy itself (temperature only): with top-p or top-k, the policy's log-probs
     # would not match the distribution that was sampled from.
     sampler: str = "vllm"
-    """"vllm", or "transformers" for machines without vLLM."""
+    """"vllm"; "vllm_server": a server of vLLM with GPUs of its own, at sampler_url; or "transformers" for machines
+    without vLLM."""
     temperature: float = 1.0
     """Above 0; log-probs are taken at the same temperature."""
     max_prompt_length: int = 512
@@ -189,6 +192,21 @@ class RLConfig:
     """Do not capture CUDA graphs: starts faster, samples slower."""
     vllm_max_num_seqs: int = 256
     """Completions that vLLM samples at the same time."""
+
+    # Several GPUs: the number of processes changes no result
+    shard: str = "none"
+    """"none": every process has whole models; "full": the tensors of policy, reference and value model are spread over
+    all processes (FSDP2), so that more GPUs allow a larger model. Several processes only."""
+    vllm_tensor_parallel: int = 1
+    """So many processes share one engine of vLLM, each with a part of every weight, for a model that does not fit on
+    one GPU."""
+    sampler_url: str | None = None
+    """Address of the server of sampler=vllm_server, such as http://127.0.0.1:8000."""
+    sampling_lag: int = 0
+    """1: the next step's completions are sampled while this step trains, from the policy of one step earlier; the
+    ratio is then to the sampler's log-probs. 0: every step samples from the policy it trains."""
+    process_timeout: float = 10.0
+    """Minutes for which a process waits for another one that hangs before the run ends with a message; at least 1."""
 
     # Evaluation on the held-out prompts
     eval_every: int = 25
@@ -297,6 +315,8 @@ class RLConfig:
         idle = {}
         if not self.use_lora:
             idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_target_modules"), "use_lora is false")
+        if self.sampler != "vllm_server":
+            idle["sampler_url"] = f"sampler is {self.sampler}"
         if self.sampler != "vllm":
             names = [field.name for field in fields(self) if field.name.startswith("vllm_")]
             idle |= dict.fromkeys(names, f"sampler is {self.sampler}")
@@ -325,7 +345,7 @@ class RLConfig:
         at_least_one = (
             "num_steps prompts_per_step num_generations num_minibatches num_update_epochs max_prompt_length "
             "max_completion_length lora_r lora_alpha save_total_limit eval_num_samples "
-            "vllm_max_num_seqs"
+            "vllm_max_num_seqs vllm_tensor_parallel"
         )
         not_negative = (
             "num_eval_prompts reward_time_limit kl_coef missing_eos_penalty warmup_steps min_lr_ratio weight_decay "
@@ -369,6 +389,11 @@ class RLConfig:
                 f"min_lr_ratio={self.min_lr_ratio}: it is the share of learning_rate that is left at the end, so it "
                 "must be in [0, 1]. Pass --min_lr_ratio 0.1."
             )
+        if not 1 <= self.process_timeout < math.inf:
+            raise ValueError(
+                f"process_timeout={self.process_timeout}: need minutes, at least 1, since one process saves and loads "
+                "while the others wait. Pass --process_timeout 10."
+            )
         if not 0 < self.eval_top_p <= 1:
             raise ValueError(f"eval_top_p={self.eval_top_p}: need a share in (0, 1]. Pass --eval_top_p 0.9.")
         budget, share = self.max_tokens_per_microbatch, self.vllm_memory_share
@@ -385,7 +410,9 @@ class RLConfig:
 
     def _check_choices(self) -> None:
         choices = {
-            "sampler": ("vllm", "transformers"),
+            "sampler": SAMPLERS,
+            "shard": SHARDS,
+            "sampling_lag": (0, 1),
             "optimizer": OPTIMIZERS,
             "lr_scheduler": SCHEDULERS,
             "average_over": AVERAGES,

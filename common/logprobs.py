@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from common.packing import packing_of
 from common.rollouts import Rollouts
 from common.sequences import Sequences
+from common.sharding import as_forward
 
 logger = logging.getLogger("nanorlhf")
 
@@ -232,30 +233,28 @@ def _fused(
     # Imported here: it takes a second, and small models on the CPU do not need it.
     from trl.kernels import ChunkedLogProbFunction
 
-    hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
-    outputs = ("entropy",) if with_entropy else ()
-    logprobs, entropy, *_ = ChunkedLogProbFunction.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        sequences.targets,
-        temperature,
-        FUSED_CHUNK,
-        cap,
-        scale,
-        outputs,
-    )
-    return logprobs, entropy
+    def of_states(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
+        outputs = ("entropy",) if with_entropy else ()
+        found = (hidden, head.weight, head.bias, sequences.targets, temperature, FUSED_CHUNK, cap, scale, outputs)
+        logprobs, entropy, *_ = ChunkedLogProbFunction.apply(*found)
+        return logprobs, entropy
+
+    return as_forward(model, of_states)
 
 
 def _plain(
     model: nn.Module, sequences: Sequences, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Compute logits of completion tokens only, one chunk at a time. Returns both (completion tokens,)."""
-    hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
-    return _in_chunks(
-        head, hidden, sequences.targets, temperature, vocabulary=head.weight.shape[0], entropy=with_entropy
-    )
+
+    def of_states(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
+        return _in_chunks(
+            head, hidden, sequences.targets, temperature, vocabulary=head.weight.shape[0], entropy=with_entropy
+        )
+
+    return as_forward(model, of_states)
 
 
 def _own(

@@ -27,7 +27,7 @@ from common.data.vocabulary import check_vocabulary, describe_spelled, describe_
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
 from common.host import FreedMemory
-from common.logprobs import token_logprobs
+from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
 from common.memory.start import plan_of
@@ -65,6 +65,7 @@ from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
 from common.sampling.checks import check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
+from common.sharding import shard
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
@@ -544,6 +545,7 @@ class OnPolicyTrainer(ABC):
         Returns:
             What `update` takes.
         """
+        self._share_out(module)
         with in_pool.get("context", nullcontext)():  # it decides what requires a gradient
             learner = Learner(name, module, config)
         self.models.add(name, module, optimizer=learner.optimizer, **in_pool)
@@ -644,12 +646,19 @@ class OnPolicyTrainer(ABC):
         if needs_reference and config.use_lora:
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
         elif needs_reference:
-            self.models.add("ref", load_reference(path, config, dtype=self.dtype))
+            self.models.add("ref", self._share_out(load_reference(path, config, dtype=self.dtype)))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
         self.policy_sampler = PolicySampler(
             config, path, sampler, models=self.models, stopwatch=self.stopwatch, **tokens
         )
+
+    def _share_out(self, module: nn.Module) -> nn.Module:
+        """The model, with shard=full spread over all processes."""
+        is_shared = self.config.shard == "full" and self.accelerator.num_processes > 1
+        if is_shared:
+            shard(without_adapter(module).to(self.accelerator.device), self.accelerator.device)
+        return module
 
     def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:
         """(B,) float32: the weighted sum of the rewards; each reward is kept in rollouts.parts.

@@ -40,6 +40,7 @@ FIXED = {
     ),
     *("enable_thinking", "sampler", "load_in_4bit", "preset", "output_dir", "resume", "push_to_hub", "report_to"),
     *("progress", "save_drop_oldest_first", "stop_grace"),
+    *("shard", "vllm_tensor_parallel", "sampler_url", "sampling_lag", "process_timeout"),
 }
 # The first value is the one of toy runs.
 SHARED = {

@@ -18,7 +18,7 @@ ORDER = [
     "common.presets",
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.memory", "common.data", "common.update", "common.models", "common.refill"),
-    *("common.logprobs", "common.packing", "common.sequences", "common.packed_attention"),
+    *("common.logprobs", "common.packing", "common.sequences", "common.packed_attention", "common.sharding"),
     *("common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
     *("common.values", "common.mistakes", "common.moved", "common.environment", "common.caches", "common.host"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from common.logprobs import has_adapter, without_adapter
 from common.models.layout import in_checkpoint_layout, use_layout_of
 from common.models.quantization import in_floating_point, scales_of
+from common.sharding import whole
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -167,7 +168,7 @@ class _Weight:
     @torch.no_grad()
     def value(self) -> Tensor:
         """W + sum of scaling x B A over the active adapters, summed in float32 and rounded once; else W itself."""
-        weight = in_floating_point(self.tensor)
+        weight = in_floating_point(whole(self.tensor))
         if not self.layers:
             return weight.detach()
         if not weight.is_floating_point():
@@ -179,7 +180,7 @@ class _Weight:
                     raise _cannot_merge(self.name, type(layer.lora_variant[adapter]).__name__)
                 if layer.lora_bias[adapter]:
                     raise _cannot_merge(self.name, "lora_bias")
-                merged += layer.get_delta_weight(adapter)
+                merged += whole(layer.get_delta_weight(adapter))
         return merged.to(weight.dtype)
 
 

@@ -42,8 +42,9 @@ _REPORTING = ("output_dir", "preset", "report_to", "resume", "progress", "sample
 _SAVING = ("save_every", "save_total_limit", "save_drop_oldest_first", "stop_grace")
 _MEMORY = ("max_tokens_per_microbatch", "gradient_checkpointing", "offload")
 _VLLM = ("vllm_memory_share", "vllm_sleep_level", "vllm_enforce_eager", "vllm_max_num_seqs")
+_SEVERAL = ("shard", "vllm_tensor_parallel", "sampler_url", "process_timeout")
 _CHECKS = ("max_logprob_diff",)  # it only says when a run stops
-MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_MEMORY, *_VLLM, *_CHECKS))
+MAY_CHANGE = frozenset((*_REPORTING, *_SAVING, *_MEMORY, *_VLLM, *_SEVERAL, *_CHECKS))
 # What it may increase, since it only says when the run ends: a run can be made longer, not shorter.
 MAY_GROW = frozenset(("num_steps", "early_stopping_patience"))
 
@@ -58,6 +59,7 @@ _MOST_NAMED = 4
 _BEFORE_THEY_WERE_SETTINGS = {"kl_place": "reward", "kl_estimator": None, "optimizer": "adamw"}
 # Nothing was corrected then, which "auto" is in float32.
 _BEFORE_THEY_WERE_SETTINGS |= {"importance_correction": "auto", "importance_cap": 2.0, "refill_rounds": 0}
+_BEFORE_THEY_WERE_SETTINGS |= {"sampling_lag": 0}
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
 

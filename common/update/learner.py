@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common.config import RLConfig
 from common.mistakes import WrongNumbers, where_to_go_on
 from common.rollouts import Rollouts
+from common.sharding import is_part
 from common.update.batches import Batches
 from common.update.optimizers import HostAdamW, make_optimizer
 
@@ -212,7 +213,7 @@ def _sum_over_processes(holders: list[Tensor], accelerator: Accelerator, device:
     for holder in holders:
         if holder.grad is None:
             holder.grad = torch.zeros_like(holder)
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or is_part(holders[0]):  # summed while they were spread again
         return
     for gradients in _parts([holder.grad for holder in holders]):
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).to(device)
