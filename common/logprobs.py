@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from common.packing import packing_of
 from common.rollouts import Rollouts
 from common.sequences import Sequences
-from common.sharding import as_forward
+from common.sharding import as_forward, gathered_dtype, whole
 
 logger = logging.getLogger("nanorlhf")
 
@@ -147,10 +147,14 @@ def _without_autocast(model: nn.Module, device: torch.device) -> AbstractContext
 def _head_in_float32(model: nn.Module) -> Iterator[None]:
     """A copy of the head in float32 in its place: with one in bfloat16, a scale of 1.05 would pass as rounding."""
     head = model.get_output_embeddings()
-    if head is None or head.weight.dtype == torch.float32:
+    if head is None or gathered_dtype(model, head.weight) == torch.float32:
         yield
         return
-    model.set_output_embeddings(deepcopy(head).float())
+    copied = deepcopy(head)
+    for module in copied.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(whole(parameter).float(), requires_grad=False))
+    model.set_output_embeddings(copied)
     try:
         yield
     finally:
@@ -209,7 +213,8 @@ def _check_causal(model: nn.Module, ids: Tensor) -> None:
     moved = (logits - others).abs().amax(-1) > 0.02 * logits.abs().max()  # (1, half)
     # Rounding differs a little with the other rows of a matrix. In 16 bits that can send a few tokens to another
     # expert, which is no look ahead; a model that looks ahead does so at most tokens.
-    if moved.float().mean() > (0.0 if model.dtype == torch.float32 and not _has_flash(model) else 0.5):
+    is_exact = gathered_dtype(model, next(model.parameters())) == torch.float32 and not _has_flash(model)
+    if moved.float().mean() > (0.0 if is_exact else 0.5):
         raise ValueError(
             f"{type(model).__name__} is not causal: the logits before a token depend on the token, so a log-prob "
             "would be that of a token which the model has seen. Training needs a decoder. Pass another --model."
@@ -233,7 +238,7 @@ def _fused(
     # Imported here: it takes a second, and small models on the CPU do not need it.
     from trl.kernels import ChunkedLogProbFunction
 
-    def of_states(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def of_states() -> tuple[Tensor, Tensor | None]:
         hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
         outputs = ("entropy",) if with_entropy else ()
         found = (hidden, head.weight, head.bias, sequences.targets, temperature, FUSED_CHUNK, cap, scale, outputs)
@@ -248,7 +253,7 @@ def _plain(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute logits of completion tokens only, one chunk at a time. Returns both (completion tokens,)."""
 
-    def of_states(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def of_states() -> tuple[Tensor, Tensor | None]:
         hidden, head = sequences.states(model.base_model), model.get_output_embeddings()
         return _in_chunks(
             head, hidden, sequences.targets, temperature, vocabulary=head.weight.shape[0], entropy=with_entropy

@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from common.packed_attention import SIXTEEN_BITS, attention, has_varlen
 from common.rollouts import Rollouts
 from common.sequences import Packing, Sequences
+from common.sharding import as_forward, gathered_dtype
 
 logger = logging.getLogger("nanorlhf")
 
@@ -56,17 +57,17 @@ def packing_of(model: nn.Module) -> Packing | None:
     if first.device.type == "cuda" and not _has_varlen_here(first):
         return None
     if backbone not in _packings:
-        _packings[backbone] = _packing(backbone)
+        _packings[backbone] = _packing(backbone, model)
     return _packings[backbone]
 
 
-def _packing(backbone: nn.Module) -> Packing | None:
+def _packing(backbone: nn.Module, model: nn.Module) -> Packing | None:
     first, settings = next(backbone.parameters()), backbone.config.get_text_config().to_dict()
     if isinstance(first, FakeTensor) or first.device.type not in ("cpu", "cuda"):
         return None
     if backbone._is_stateful or any(f"'{kind}'" in str(settings) for kind in _ROPE_OF_LENGTH):
         return None
-    if not _is_same(backbone):
+    if not _is_same(backbone, model):
         return None
     if settings.get("use_sliding_window") is False:
         settings.pop("sliding_window", None)
@@ -96,24 +97,33 @@ def _say_that_rows_are_padded() -> None:
 
 
 @torch.no_grad()
-def _is_same(backbone: nn.Module) -> bool:
-    """Give a model the attention for packed rows, if its states before completion tokens are then the same."""
+def _is_same(backbone: nn.Module, model: nn.Module) -> bool:
+    """Give a model the attention for packed rows, if its states before completion tokens are then the same.
+
+    Args:
+        backbone: what is compared.
+        model: has it in it, and is called as a whole if it is sharded.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     rows, first = _compared_rows(backbone.config.get_text_config().vocab_size), next(backbone.parameters())
-    tolerance = _TOLERANCE.get(first.dtype, _IN_16_BITS)
+    tolerance = _TOLERANCE.get(gathered_dtype(model, first), _IN_16_BITS)
     packed, padded = Sequences.packed(rows, first.device), Sequences.of(rows.to(first.device))
     same = False
+
+    def states(sequences: Sequences) -> torch.Tensor:
+        return as_forward(model, lambda: sequences.states(backbone))
+
     try:
         with torch.autocast(first.device.type, enabled=False):
-            expected = padded.states(backbone)
+            expected = states(padded)
             _set_attention(backbone, ATTENTION)
-            same = all(_is_close(each.states(backbone), expected, tolerance) for each in (padded, packed))
+            same = all(_is_close(states(each), expected, tolerance) for each in (padded, packed))
         if first.device.type == "cuda" and same:  # once more as it is trained, in flash attention
-            same = _is_close(packed.states(backbone), expected, _IN_16_BITS)
+            same = _is_close(states(packed), expected, _IN_16_BITS)
     # A model that knows no position ids, or has another attention, raises whatever its code does.
     except Exception as error:
         logger.debug("%s takes no packed rows: %s", type(backbone).__name__, error)

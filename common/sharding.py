@@ -8,74 +8,253 @@ and its parameters are DTensors. Whatever needs a whole tensor is a collective: 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from types import MethodType
-from typing import Any
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from common.config import RLConfig
+
+Result = TypeVar("Result")
+
 # Name of the method by which a function runs as the forward pass of a sharded model.
 _AS_FORWARD = "run_as_forward"
 
+# The sharded models, each with the precision in which its weights are gathered.
+_sharded: WeakKeyDictionary[nn.Module, torch.dtype] = WeakKeyDictionary()
 
-def shard(model: nn.Module, device: torch.device) -> nn.Module:
+
+def check_sharding(config: RLConfig, num_processes: int) -> None:
+    """Refuse settings that cannot work on shards, before anything is loaded.
+
+    Args:
+        config: the run's.
+        num_processes: of the run; alone, a process keeps its models whole.
+
+    Raises:
+        ValueError: which setting it is, why, and what to pass.
+    """
+    if config.shard != "full" or num_processes == 1:
+        return
+    given = f"shard=full on {num_processes} processes"
+    if config.sampler == "transformers":
+        raise ValueError(
+            f"{given}, sampler=transformers: it runs the policy once per token, and each pass gathers the policy from "
+            "all processes, which end their completions at different tokens and would wait for each other forever. "
+            "Pass --sampler vllm, or --shard none."
+        )
+    if config.load_in_4bit:
+        raise ValueError(
+            f"{given}, load_in_4bit=true: packed weights and their scales cannot be spread row by row. Pass "
+            f"--load_in_4bit false, with which each process holds one part in {num_processes} of the base, or "
+            "--shard none."
+        )
+    if config.optimizer == "adamw_8bit":
+        raise ValueError(
+            f"{given}, optimizer=adamw_8bit: 256 moments in a row have one scale, and the parts of a tensor cut those "
+            "rows elsewhere, so the number of processes would change the result. Pass --optimizer adamw, which needs "
+            f"{8 / num_processes:.3g} bytes per weight for its moments here, or --shard none."
+        )
+    if shared := [model.name for model in config.other_models if model.shares_base]:
+        raise ValueError(
+            f"{given}, the {shared[0]} model on the policy's base: its adapter would come into layers that are spread "
+            f"already. Pass --{shared[0]}_backbone own, which takes one part in {num_processes} of the base more, or "
+            "--shard none."
+        )
+
+
+def describe_sharding(config: RLConfig, num_processes: int) -> list[str]:
+    """What a run says at its start if shard=full finds nobody to share with."""
+    if config.shard != "full" or num_processes > 1:
+        return []
+    return [
+        "shard=full on one process: there is nobody to share with, so models stay whole, and nothing else changes; "
+        "`torchrun --nproc_per_node 2` starts two processes"
+    ]
+
+
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Spread a model's tensors over all processes, in place.
 
     Args:
-        model: a transformers model, that inside peft and not peft's own, since hooks hang on what is called; or any
-            module that is called as a whole and has its layers in lists. Its gradient checkpointing is on already, if
-            it is to be.
+        model: a transformers model, that inside peft and not peft's own, since hooks hang on what is called; or a
+            module that has one in it, and is called as a whole. Its gradient checkpointing is on already, if it is to
+            be. Its parameters are on the device.
         device: where its passes run.
+        dtype: precision in which a transformers model's weights are gathered. Parts are kept as they are, and
+            gradients are summed in float32. Below float32, autocast alone would keep a rounded copy of every gathered
+            layer for the backward pass, a whole model in each process.
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: if tensors of the model cannot be spread.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    for part in (*blocks(model), model):
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    parts = [*((part, exact) for part in _heads(model)), *((part, rounded) for part in (*blocks(model), model))]
+    for part, precision in parts:
         if not isinstance(part, FSDPModule):
+            _check_tensors(part, model)
             # The root too: left whole after a pass without gradient, it would miss the next optimizer step.
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         part.set_gradient_divide_factor(1.0)  # token weights have made the mean already
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
+    if _knows_unused(model):
+        # Experts without a token on one process only: its part of the sum is 0.
+        model.set_reduce_scatter_unused_params(True)
     setattr(model, _AS_FORWARD, MethodType(_run, model))
     register_fsdp_forward_method(model, _AS_FORWARD)
+    _sharded[model] = dtype
     return model
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers that are gathered one at a time: what is in the outermost lists of modules, each once."""
+    """The layers that are gathered one at a time: what is in the outermost lists of modules, each once.
+
+    A layer that has a parameter together with something outside of it is left out: it is gathered with the model's
+    other tensors.
+    """
+    uses = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[nn.Module, None] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not (inside and name.startswith(inside)):
             inside += (f"{name}.",)
-            found |= dict.fromkeys(each for each in module if any(True for _ in each.parameters()))
+            for layer in _called(module):
+                own = Counter(parameter for _, parameter in layer.named_parameters(remove_duplicate=False))
+                if own and all(count == uses[parameter] for parameter, count in own.items()):
+                    found[layer] = None
     return list(found)
 
 
+def _called(modules: nn.ModuleList) -> Iterator[nn.Module]:
+    """The modules in a list, also in lists and dicts in it, which are never called themselves."""
+    for module in modules:
+        if isinstance(module, nn.ModuleList):
+            yield from _called(module)
+        elif isinstance(module, nn.ModuleDict):
+            yield from _called(nn.ModuleList(module.values()))
+        else:
+            yield module
+
+
+def _heads(model: nn.Module) -> list[nn.Module]:
+    """What a module adds to the transformers model in it, such as a value head: it computes in its own precision."""
+    from transformers import PreTrainedModel  # importing it takes seconds
+
+    def is_within(module: nn.Module) -> bool:
+        return any(isinstance(each, PreTrainedModel) for each in module.modules())
+
+    if isinstance(model, PreTrainedModel) or not is_within(model):
+        return []
+    return [child for child in model.children() if not is_within(child) and any(True for _ in child.parameters())]
+
+
+def _check_tensors(part: nn.Module, model: nn.Module) -> None:
+    """Refuse tensors that FSDP2 cannot spread or gather, by their names.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    trained = {}
+    for name, parameter in part.named_parameters():
+        if is_part(parameter):
+            continue
+        if parameter.ndim == 0:
+            raise ValueError(
+                f"shard=full: {type(model).__name__} has the parameter {name}, a single number without a dimension, "
+                "which cannot be spread. Pass --shard none."
+            )
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+        if parameter.requires_grad:
+            trained.setdefault(parameter.dtype, name)
+    if len(trained) > 1:
+        (one, first), (other, second) = [*trained.items()][:2]
+        raise ValueError(
+            f"shard=full: {type(model).__name__} trains {first} in {one} and {second} in {other}, and gradients of "
+            "one layer are summed in one type. Pass --optimizer adamw, which trains all weights in float32, or "
+            "--shard none."
+        )
+
+
+def _knows_unused(model: nn.Module) -> bool:
+    """Whether this torch can sum gradients that not all processes have: from 2.13 on."""
+    return "set_reduce_scatter_unused_params" in dir(model)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model, without peft, is spread over processes."""
-    return _AS_FORWARD in vars(model)
+    """Whether a model, or one inside it such as inside peft, is spread over processes."""
+    return _root(model) is not None
 
 
-def as_forward(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """`function(model, *args)`; of a sharded model it runs as its forward pass, so that its own tensors are whole.
+def gathered_dtype(model: nn.Module, parameter: Tensor) -> torch.dtype:
+    """The precision that a parameter of a model has in passes, before autocast.
 
     Args:
-        model: what `shard` was given, without peft; any other model is just passed on.
-        function: uses parts of the model without calling the whole of it.
-        args: its other arguments.
+        model: a transformers model, sharded or not.
+        parameter: of it.
     """
-    run = vars(model).get(_AS_FORWARD)
-    return function(model, *args) if run is None else run(function, *args)
+    root = _root(model) if is_part(parameter) else None
+    return parameter.dtype if root is None else min(parameter.dtype, _sharded[root], key=lambda each: each.itemsize)
 
 
-def _run(model: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    return function(model, *args)
+def as_forward(model: nn.Module, function: Callable[[], Result]) -> Result:
+    """What a function gives that uses parts of a model without calling the whole of it.
+
+    Of a sharded model it runs as its forward pass, so that the model's own tensors are whole. If it raises, all
+    processes must go on alike: what was gathered is let go.
+
+    Args:
+        model: in peft or not; one that is not sharded plays no part.
+        function: calls layers, or the model below its head.
+    """
+    root = _root(model)
+    if root is None:
+        return function()
+    try:
+        return getattr(root, _AS_FORWARD)(function)
+    except Exception:
+        let_go(root)
+        raise
+
+
+def _run(model: nn.Module, function: Callable[[], Result]) -> Result:
+    return function()
+
+
+def let_go(model: nn.Module) -> None:
+    """Spread again what a sharded model has gathered in a pass that ended in an error."""
+    root = _root(model)
+    if root is None:
+        return
+    for part in _parts(root):
+        part.reshard()
+    if "reset_iter_state" in dir(root):  # from torch 2.13 on; before, a next pass does the rest
+        root.reset_iter_state()
+
+
+def _root(model: nn.Module) -> nn.Module | None:
+    """The sharded model that a module is, or has in it."""
+    if not _sharded:
+        return None
+    return next((module for module in model.modules() if module in _sharded), None)
+
+
+def _parts(root: nn.Module) -> Iterator[nn.Module]:
+    from torch.distributed.fsdp import FSDPModule
+
+    return (module for module in root.modules() if isinstance(module, FSDPModule))
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -87,3 +266,9 @@ def is_part(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or gathered from all processes, which must all ask for it."""
     return tensor.full_tensor() if is_part(tensor) else tensor
+
+
+@torch.no_grad()
+def own_part(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what this process has of it, in the same memory and without gradient."""
+    return tensor.to_local() if is_part(tensor) else tensor

@@ -65,7 +65,7 @@ from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
 from common.sampling.checks import check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
-from common.sharding import shard
+from common.sharding import check_sharding, describe_sharding, shard
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
@@ -132,6 +132,7 @@ class OnPolicyTrainer(ABC):
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
         check_processes(config, self.accelerator)
+        check_sharding(config, self.accelerator.num_processes)
         algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
@@ -155,6 +156,7 @@ class OnPolicyTrainer(ABC):
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
             said = [*config.notes, *(self._remarks() if self.run.checkpoint is None else ())]
+            said += describe_sharding(config, self.accelerator.num_processes)
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
             said += describe_unknown(self.prompts.encoded) + describe_spelled(self.prompts.encoded)
             said += short(self.plan, config)
@@ -657,7 +659,8 @@ class OnPolicyTrainer(ABC):
         """The model, with shard=full spread over all processes."""
         is_shared = self.config.shard == "full" and self.accelerator.num_processes > 1
         if is_shared:
-            shard(without_adapter(module).to(self.accelerator.device), self.accelerator.device)
+            device = self.accelerator.device
+            shard(without_adapter(module).to(device), device, self.dtype)
         return module
 
     def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:

@@ -64,9 +64,9 @@ def not_finite(model: nn.Module) -> list[str]:
     """Names of weights with NaN or infinite numbers, as the model's own state_dict has them; adapters by their own.
 
     Args:
-        model: a transformers model, or one inside peft.
+        model: a transformers model, or one inside peft; of a sharded one, all processes must ask.
     """
-    bad = (name for name, weight in model.named_parameters() if not weight.isfinite().all())
+    bad = (name for name, weight in model.named_parameters() if not whole(weight.detach().isfinite()).all())
     if not has_adapter(model):
         return list(bad)
     return [name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in bad]
