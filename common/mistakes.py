@@ -31,8 +31,12 @@ class TooLargeRow(ValueError):
     """A row does not fit into memory although it is alone in its forward pass; all processes raise it."""
 
 
+class TooLargePass(ValueError):
+    """A pass does not fit into the memory of one process, and the others cannot do it again with less."""
+
+
 # Of these, an error of ours is a message.
-_MESSAGES = (ValueError, TypeError, WrongNumbers, CannotWrite, TooLargeRow)
+_MESSAGES = (ValueError, TypeError, WrongNumbers, CannotWrite, TooLargeRow, TooLargePass)
 
 
 def first_line(error: BaseException) -> str:

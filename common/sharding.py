@@ -106,6 +106,7 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.flo
         if not isinstance(part, FSDPModule):
             _check_tensors(part, model)
             # The root too: left whole after a pass without gradient, it would miss the next optimizer step.
+            part.register_forward_hook(lambda *called: _without_views(called[-1]))
             fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         part.set_gradient_divide_factor(1.0)  # token weights have made the mean already
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it sums
@@ -230,7 +231,17 @@ def as_forward(model: nn.Module, function: Callable[[], Result]) -> Result:
 
 
 def _run(model: nn.Module, function: Callable[[], Result]) -> Result:
-    return function()
+    return _without_views(function())
+
+
+def _without_views(outputs: Result) -> Result:
+    """The outputs of a model, views copied: FSDP2 warns of those, since nothing may change them in place."""
+    from torch.utils._pytree import tree_map_only
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor
+
+    return tree_map_only(Tensor, copied, outputs)
 
 
 def let_go(model: nn.Module) -> None:

@@ -5,6 +5,9 @@ is used, so using the same one twice costs one move. Frozen tensors are not copi
 and the one on the device is dropped. Optimizer state moves with its model, only for training. A move copies bits, so
 results do not depend on `offload`.
 
+A model that is spread over processes moves in the same turns, but by plain copies: FSDP2 reads its parts by views of
+its own, which it makes anew when the whole module moves.
+
 mover.py makes the copies. `use` has the device wait for those to it, and a model that leaves is at home when it has
 left, so that its memory on the device can go to somebody else.
 """
@@ -21,6 +24,7 @@ from torch.optim import Optimizer
 from common.models.mover import Mover, mover_for
 from common.models.quantization import scales
 from common.models.weights import OnDevice
+from common.sharding import is_part
 
 
 @dataclass(kw_only=True)
@@ -35,6 +39,7 @@ class _Entry:
         context: entered while the model is in use; for a reference that is the policy with its adapter off.
         homes: by tensor that is on the device, its copy on the host.
         trains: it is on the device for training, with its optimizer's moments.
+        is_spread: its parameters are parts of tensors that are spread over processes.
     """
 
     module: nn.Module
@@ -44,6 +49,7 @@ class _Entry:
     context: Callable[[], AbstractContextManager] = nullcontext
     homes: dict[Tensor, Tensor] = field(default_factory=dict)
     trains: bool = False
+    is_spread: bool = False
 
     @property
     def trained(self) -> list[Tensor]:
@@ -86,7 +92,7 @@ class ModelPool:
         needs: str | None = None,
         context: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        """Add a model that is on the CPU; it replaces a model of the same name.
+        """Add a model that is on the CPU, or on the device if it is sharded; it replaces a model of the same name.
 
         Args:
             name: its name in the pool.
@@ -100,7 +106,12 @@ class ModelPool:
         self.resident -= {name}
         others = set(self._models[needs].tensors) if needs else set()
         own = [t for t in [*module.parameters(), *module.buffers(), *scales(module)] if t not in others]
-        self._models[name] = _Entry(module=module, tensors=own, optimizer=optimizer, needs=needs, context=context)
+        is_spread = any(map(is_part, own))
+        self._models[name] = _Entry(
+            module=module, tensors=own, optimizer=optimizer, needs=needs, context=context, is_spread=is_spread
+        )
+        if is_spread and self.offload == "always":
+            _move_parts(module, torch.device("cpu"))
 
     def add_view(self, name: str, of: str, context: Callable[[], AbstractContextManager]) -> None:
         """Give a model a second name under which it is used inside `context`, such as a policy without its adapter."""
@@ -147,9 +158,10 @@ class ModelPool:
             name: which model; it does not change meanwhile.
 
         Yields:
-            The model, and what has its tensors on the device within a context; None without offload: they are there.
+            The model, and what has its tensors on the device within a context; None without offload, or if the model
+            is sharded: they are there.
         """
-        if self.offload != "always":
+        if self.offload != "always" or self._models[name].is_spread:
             with self.use(name) as module:
                 yield module, None
             return
@@ -181,6 +193,11 @@ class ModelPool:
     def _to_device(self, name: str, *, train: bool) -> None:
         """Move what is not there yet; moments made there while training are."""
         entry = self._models[name]
+        if self.offload == "always" and entry.is_spread:
+            self._move_spread(name, self.device, weights=name not in self.resident, moments=train and not entry.trains)
+            self.resident.add(name)
+            entry.trains |= train
+            return
         arriving = [] if name in self.resident else list(entry.tensors)
         arriving += entry.moments if train and not entry.trains else ()
         self.resident.add(name)
@@ -194,6 +211,11 @@ class ModelPool:
     def _to_cpu(self, name: str) -> None:
         """Move a model home, and wait until it is there."""
         entry = self._models[name]
+        if entry.is_spread:
+            self._move_spread(name, torch.device("cpu"), weights=True, moments=entry.trains)
+            entry.trains = False
+            self.resident.discard(name)
+            return
         changed = {*entry.trained, *entry.moments} if entry.trains else set()
         leaving = [*entry.tensors, *(entry.moments if entry.trains else ())]
         for tensor in leaving:
@@ -209,6 +231,14 @@ class ModelPool:
         entry.trains = False
         self.resident.discard(name)
 
+    def _move_spread(self, name: str, device: torch.device, *, weights: bool, moments: bool) -> None:
+        """Move a sharded model's own parts, and those of its optimizer's moments."""
+        entry = self._models[name]
+        if weights:
+            _move_parts(entry.module, device)
+        for state in entry.optimizer.state.values() if moments and entry.optimizer is not None else ():
+            state |= {key: each.to(device, copy=True) for key, each in state.items() if is_part(each)}
+
     def _start(self, tensor: Tensor) -> Tensor:
         """Start moving a tensor to the device, by a real copy even if that is the CPU; gives its home."""
         home = self._home_of(tensor)
@@ -223,3 +253,8 @@ class ModelPool:
         if data.device.type == "cpu" and not self.mover.would_pin(data):
             return data
         return self.mover.home(data).copy_(data)
+
+
+def _move_parts(module: nn.Module, device: torch.device) -> None:
+    """Move all tensors of a sharded model, by a real copy even if they are there; FSDP2 is told by `_apply`."""
+    module._apply(lambda tensor: tensor.to(device, copy=True))

@@ -18,7 +18,16 @@ from common.losses import token_weights
 from common.packing import packing_of
 from common.rollouts import Rollouts, filler
 from common.sequences import Packing
-from common.update.out_of_memory import StepAgain, free_memory, is_out_of_memory, let_go, smaller_budget, too_large_row
+from common.sharding import is_sharded
+from common.update.out_of_memory import (
+    StepAgain,
+    free_memory,
+    is_out_of_memory,
+    let_go,
+    smaller_budget,
+    too_large_pass,
+    too_large_row,
+)
 from common.update.rows import minibatch_rows
 from common.update.shared_prompts import pass_rows, tokens_of_pass
 
@@ -48,6 +57,7 @@ class Batches:
         self.device = accelerator.device
         self.dtype = dtype
         self.packing: Packing | None = None
+        self._is_spread = False  # the model of the passes
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum of the tensor over all processes, on its own device."""
@@ -154,6 +164,7 @@ class Batches:
 
         Raises:
             TooLargeRow: on all processes, if a row does not fit alone.
+            TooLargePass: on the processes where a pass of a sharded model does not fit; or TooLargeRow there.
         """
         lengths, failed = minibatch.total_lengths, None
         for rows in self._passes(minibatch):
@@ -166,6 +177,12 @@ class Batches:
                 widths = lengths[rows].tolist() if rows is not None else [2]  # a filler has two tokens
                 tokens = max(widths) if rows is None else tokens_of_pass(minibatch[rows], self.packing)
                 failed = tokens, max(widths) if len(widths) == 1 else 0
+                if self._is_spread:  # the others wait for this process in the middle of the pass
+                    is_alone = rows is not None and len(widths) == 1
+                    budget = self.max_tokens_per_microbatch
+                    raise (
+                        too_large_row(tokens, self.config) if is_alone else too_large_pass(budget, tokens)
+                    ) from None
                 break  # and meet the others, which know nothing of it
         everyone = self.of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
         if not everyone.any():
@@ -271,12 +288,13 @@ class Batches:
 
         All passes of a model need it, or none: with other micro-batches its first ratio would not be exactly 1.
         """
+        self._is_spread = is_sharded(model)
         with self.forward_context():
             self.packing = packing_of(model)
         try:
             yield
         finally:
-            self.packing = None
+            self.packing, self._is_spread = None, False
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast if forward passes are below float32."""

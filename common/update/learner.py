@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from common.config import RLConfig
 from common.mistakes import WrongNumbers, where_to_go_on
 from common.rollouts import Rollouts
-from common.sharding import is_part
+from common.sharding import is_part, own_part
 from common.update.batches import Batches
 from common.update.optimizers import HostAdamW, make_optimizer
 
@@ -29,8 +29,8 @@ MAX_REDUCED = 2**26
 class Learner:
     """Trains one model of the pool.
 
-    Gradients are summed over processes once per optimizer step, without a wrapper around the model. This is exact for
-    any number of rows on each process, even none.
+    Gradients are summed over processes once per optimizer step, without a wrapper around the model; those of a sharded
+    model in each backward pass. This is exact for any number of rows on each process, even none.
 
     Args:
         name: the model's name in the pool, and the prefix of its metrics.
@@ -145,10 +145,17 @@ class Learner:
         Raises:
             WrongNumbers: if the gradient is not finite.
         """
-        holders = self._holders_of_gradients()
-        _sum_over_processes(holders, accelerator, self.parameters[0].device)
+        holders, device = self._holders_of_gradients(), self.parameters[0].device
         limit = self.config.max_grad_norm or math.inf
-        norm = float(nn.utils.clip_grad_norm_(holders, limit))
+        # Also on one process: AdamW skips a parameter without gradient, but decays one whose gradient is 0.
+        for holder in holders:
+            if holder.grad is None:
+                holder.grad = torch.zeros_like(holder)
+        if is_part(self.parameters[0]):  # summed while they were spread again
+            norm = _clip_parts([own_part(holder.grad) for holder in holders], limit, accelerator, device)
+        else:
+            _sum_over_processes(holders, accelerator, device)
+            norm = float(nn.utils.clip_grad_norm_(holders, limit))
         if not math.isfinite(norm):
             raise WrongNumbers(
                 f"step {step}: the gradient of {self.name} is {norm}; one more step would spoil its weights. A run "
@@ -209,17 +216,23 @@ def metric_part(values: Metric, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_over_processes(holders: list[Tensor], accelerator: Accelerator, device: torch.device) -> None:
-    # Also on one process: AdamW skips a parameter without gradient, but decays one whose gradient is 0.
-    for holder in holders:
-        if holder.grad is None:
-            holder.grad = torch.zeros_like(holder)
-    if accelerator.num_processes == 1 or is_part(holders[0]):  # summed while they were spread again
+    if accelerator.num_processes == 1:
         return
     for gradients in _parts([holder.grad for holder in holders]):
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).to(device)
         flat = accelerator.reduce(flat, "sum")
         for gradient, total in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
+
+
+def _clip_parts(parts: list[Tensor], limit: float, accelerator: Accelerator, device: torch.device) -> float:
+    """Scale a gradient that is spread over processes to a norm of at most `limit`; gives its norm before."""
+    squared = nn.utils.get_total_norm(parts).double().square()
+    norm = accelerator.reduce(squared.to(device), "sum").sqrt().item()
+    if norm > limit:
+        for part in parts:
+            part.mul_(limit / (norm + 1e-6))  # as clip_grad_norm_ does
+    return norm
 
 
 def _parts(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from common.config import RLConfig
+from common.sharding import own_part
 from common.update.staging import Staging, on_side_stream
 
 # bitsandbytes has a scale in float32 for each block of this many numbers in 8 bits.
@@ -166,7 +167,8 @@ class HostAdamW(Optimizer):
     step the weights are the masters, rounded. Gradients are added up in float32, also those of several micro-batches:
     in bfloat16 a sum of hundreds no longer changes.
 
-    Its `param_groups` are those of the weights, its `state` is empty: nothing of it is ever on the device.
+    Its `param_groups` are those of the weights, its `state` is empty: nothing of it is ever on the device. Of weights
+    that are spread over processes, each process has the masters and moments of its own parts.
 
     Args:
         groups: parameter groups of weights.
@@ -207,7 +209,7 @@ class HostAdamW(Optimizer):
     @torch.no_grad()
     def _receive(self, weight: nn.Parameter) -> None:
         """Take a weight's gradient off the device, and add it to what has come before."""
-        gradient, weight.grad, master = weight.grad, None, self.masters[weight]
+        gradient, weight.grad, master = own_part(weight.grad), None, self.masters[weight]
         is_first = master.grad is None
         if weight not in self._sums:
             self._sums[weight] = torch.empty_like(master)
@@ -239,10 +241,11 @@ class HostAdamW(Optimizer):
         for weight, master in self.masters.items():
             if master.grad is None:
                 continue
-            if self._staging is not None and weight.is_contiguous():
-                self._staging.to_device(master, weight.data)
+            own = own_part(weight)
+            if self._staging is not None and own.is_contiguous():
+                self._staging.to_device(master, own.data)
             else:
-                weight.copy_(master)
+                own.copy_(master)
         if self._staging is not None:
             self._staging.finish()
 
@@ -260,4 +263,4 @@ class HostAdamW(Optimizer):
 
 
 def _master(weight: nn.Parameter) -> Tensor:
-    return weight.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return own_part(weight).detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)

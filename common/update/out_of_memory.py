@@ -9,7 +9,7 @@ import traceback
 import torch
 
 from common.config import RLConfig
-from common.mistakes import TooLargeRow
+from common.mistakes import TooLargePass, TooLargeRow
 
 # What errors say that are no torch.OutOfMemoryError: of the host's allocator, and of CUDA's libraries, which allocate
 # for themselves.
@@ -59,6 +59,22 @@ def smaller_budget(budget: int, failed: int) -> int:
     while budget >= failed:
         budget //= 2
     return budget
+
+
+def too_large_pass(budget: int, failed: int) -> TooLargePass:
+    """The error for a pass of a sharded model: its layers are gathered by all processes together.
+
+    Args:
+        budget: padded tokens per pass.
+        failed: padded tokens of the pass, which has several rows.
+    """
+    smaller = smaller_budget(budget, failed)
+    return TooLargePass(
+        f"out of memory in a pass of {failed} tokens, padding included, and max_tokens_per_microbatch={budget}. With "
+        "shard=full all processes go through the layers together, so the others, in the middle of theirs, cannot do "
+        f"this pass again in parts, and the run ends. Pass --max_tokens_per_microbatch {smaller} and start the same "
+        "command again: it goes on from the last checkpoint, and no result changes but for rounding."
+    )
 
 
 def too_large_row(num_tokens: int, config: RLConfig) -> TooLargeRow:
