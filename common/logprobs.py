@@ -154,6 +154,8 @@ def _head_in_float32(model: nn.Module) -> Iterator[None]:
     for module in copied.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(whole(parameter).float(), requires_grad=False))
+    # Some models call no backbone whose outputs could be float32 already.
+    copied.register_forward_pre_hook(lambda _, inputs: tuple(each.float() for each in inputs))
     model.set_output_embeddings(copied)
     try:
         yield

@@ -101,8 +101,9 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.flo
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    parts = [*((part, exact) for part in _heads(model)), *((part, rounded) for part in (*blocks(model), model))]
-    for part, precision in parts:
+    heads = _heads(model)
+    for part in (*heads, *blocks(model), model):
+        precision = exact if part in heads or _is_kept_in_float32(part, model) else rounded
         if not isinstance(part, FSDPModule):
             _check_tensors(part, model)
             # The root too: left whole after a pass without gradient, it would miss the next optimizer step.
@@ -159,6 +160,17 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, PreTrainedModel) or not is_within(model):
         return []
     return [child for child in model.children() if not is_within(child) and any(True for _ in child.parameters())]
+
+
+def _is_kept_in_float32(part: nn.Module, model: nn.Module) -> bool:
+    """Whether a part holds weights that a transformers model asks to have in float32 whatever the others are."""
+    from transformers import PreTrainedModel
+
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    names = {name for each in models for name in each._keep_in_fp32_modules or ()}
+    names |= {name for each in models for name in each._keep_in_fp32_modules_strict or ()}
+    own = (name for name, parameter in part.named_parameters() if not is_part(parameter))
+    return any(f".{wanted}." in f".{name}." for name in own for wanted in names)
 
 
 def _check_tensors(part: nn.Module, model: nn.Module) -> None:

@@ -178,11 +178,9 @@ class Batches:
                 tokens = max(widths) if rows is None else tokens_of_pass(minibatch[rows], self.packing)
                 failed = tokens, max(widths) if len(widths) == 1 else 0
                 if self._is_spread:  # the others wait for this process in the middle of the pass
-                    is_alone = rows is not None and len(widths) == 1
-                    budget = self.max_tokens_per_microbatch
-                    raise (
-                        too_large_row(tokens, self.config) if is_alone else too_large_pass(budget, tokens)
-                    ) from None
+                    if rows is not None and len(widths) == 1:
+                        raise too_large_row(tokens, self.config) from None
+                    raise too_large_pass(self.max_tokens_per_microbatch, tokens) from None
                 break  # and meet the others, which know nothing of it
         everyone = self.of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
         if not everyone.any():
