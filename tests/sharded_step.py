@@ -68,13 +68,17 @@ class CopySampler(TransformersSampler):
         self.has_weights = True
 
 
+def sample_from_copies() -> None:
+    """Have trainers sample without engines, which have tests of their own."""
+    common.trainer.make_sampler = lambda config, path, *, pool, **_: CopySampler(config, path, pool.device)
+    common.trainer.check_sampler = common.trainer.check_sampling = lambda *_: None
+
+
 def main() -> None:
     """Take the steps of every case, and find the facts."""
     model, folder, *cases = sys.argv[1:]
     warnings.filterwarnings("error", message="FSDP2")
-    # Sampling has tests of its own; this sampler needs no engine.
-    common.trainer.make_sampler = lambda config, path, *, pool, **_: CopySampler(config, path, pool.device)
-    common.trainer.check_sampler = common.trainer.check_sampling = lambda *_: None
+    sample_from_copies()
     for case in cases:
         trainer = take_steps(Path(model), Path(folder), case)
     if trainer.accelerator.num_processes > 1:
