@@ -32,27 +32,20 @@ STEPS = [
 CASES = [*ONE_STEP, *ALONE, *STEPS, "GRPO,bfloat16"]
 
 
-def run(model: Path, folder: Path, num_processes: int, *cases: str, **environment: str) -> subprocess.CompletedProcess:
-    """Take the steps of these cases."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    return subprocess.run(
-        [*command, "-m", "tests.sharded_step", str(model), str(folder), *cases],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
 @pytest.fixture(scope="module")
 def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """By number of processes, the folder with the results of all cases."""
-    found = {}
-    for num_processes in (1, 2):
-        found[num_processes] = tmp_path_factory.mktemp(f"{num_processes} processes")
-        done = run(tiny_folder, found[num_processes], num_processes, *CASES)
-        assert done.returncode == 0, done.stderr[-3000:]
+    found = {number: tmp_path_factory.mktemp(f"{number} processes") for number in (1, 2)}
+    started = []
+    for number, folder in found.items():
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+        command += ["-m", "tests.sharded_step", str(tiny_folder), str(folder), *CASES]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started.append(subprocess.Popen(command, text=True, **options))
+    for process in started:
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said[-3000:]
     return found
 
 
