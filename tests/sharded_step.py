@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offload_steps": SEVERAL | {"offload": "always"},
     "checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
-    "fitted": FITTED | {"value_init_learning_rate": 1e-3},
+    "fitted": FITTED | {"value_init_learning_rate": 1e-3, "offload": "always"},
 }
 
 
