@@ -245,6 +245,17 @@ def rows_that_share_a_prompt(model: Path, folder: Path) -> dict:
     return {"packs": packing is not None, "difference": float((padded - packed).abs().max())}
 
 
+def passes_without_a_backward_pass(model: Path, folder: Path) -> dict:
+    """How many layers FSDP2 has noted of the reference's passes."""
+    trainer = make_trainer(model, folder / "noted", "GRPO")
+    with trainer.models.use("ref") as reference:
+        pass
+    for _ in range(2):
+        trainer.logprobs("ref", rows_of(process()))
+    state = reference._get_fsdp_state()
+    return {"noted": len(state._comm_ctx.post_forward_order)}
+
+
 class Shared(nn.Module):
     """Layers in lists, of which two share a weight, and a head beside them."""
 
@@ -328,6 +339,7 @@ FACTS = (
     an_error_in_a_pass,
     a_weight_that_is_not_finite_elsewhere,
     rows_that_share_a_prompt,
+    passes_without_a_backward_pass,
     layers_that_share_a_weight,
     an_expert_that_one_process_does_not_use,
     the_host_keeps_parts,

@@ -148,6 +148,12 @@ def test_sharded_models_are_given_packed_rows(folders):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="this torch has no way to drop its notes")
+def test_passes_without_a_backward_pass_leave_nothing_behind(folders):
+    assert fact(folders, "passes_without_a_backward_pass") == [{"noted": 0}] * 2
+
+
+@pytest.mark.slow
 def test_layers_that_share_a_weight_are_gathered_with_the_whole(folders):
     for found in fact(folders, "layers_that_share_a_weight"):
         assert found["blocks"] == ["layers.0", "layers.2"] and found["difference"] < 1e-6

@@ -19,7 +19,7 @@ from common.mistakes import TooLargePass
 from common.packing import packing_of
 from common.rollouts import Rollouts, filler
 from common.sequences import Packing
-from common.sharding import is_sharded
+from common.sharding import is_sharded, reset
 from common.update.out_of_memory import (
     StepAgain,
     free_memory,
@@ -294,6 +294,7 @@ class Batches:
             yield
         finally:
             self.packing, self._is_spread = None, False
+            reset(model)
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast if forward passes are below float32."""
