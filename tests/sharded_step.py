@@ -222,7 +222,9 @@ def an_error_in_a_pass(model: Path, folder: Path) -> dict:
 def a_weight_that_is_not_finite_elsewhere(model: Path, folder: Path) -> dict:
     """What each process says if a number in the last process's part is NaN."""
     trainer = make_trainer(model, folder / "not finite", "GRPO")
-    policy, rollouts = without_adapter(trainer.models._models["policy"].module), rows_of(process())
+    with trainer.models.use("policy") as policy:
+        pass
+    rollouts = rows_of(process())
     weight = policy.base_model.layers[1].mlp.down_proj.weight
     if process() == 1:
         with torch.no_grad():
