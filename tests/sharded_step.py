@@ -43,7 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Only the first process has rows. Norms are summed in another order, so clipping would round.
     "alone": {"max_grad_norm": 0.0, "kl_coef": 0.0, "sparse": True},
     "steps": SEVERAL,
-    "host_steps": SEVERAL | {"optimizer": "adamw_host"},
+    "host_steps": SEVERAL | {"optimizer": "adamw_host", "num_steps": 3},
     "offload_steps": SEVERAL | {"offload": "always"},
     "checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
@@ -107,7 +107,8 @@ def take_steps(model: Path, folder: Path, case: str) -> OnPolicyTrainer:
     if not any(name.endswith("steps") for name in variants):
         for learner in learners_of(trainer):
             learner.optimizer = torch.optim.SGD(learner.parameters, lr=1.0)
-            learner.rate = lambda _: 1.0 if trainer.config.use_lora else RATE
+            is_small = trainer.config.use_lora or trainer.config.dtype == "bfloat16"
+            learner.rate = lambda _, rate=1.0 if is_small else RATE: rate
     if "alone" in variants:
         score = trainer.score
         trainer.score = lambda rollouts: torch.where(rollouts.rows >= 8, 0.5, score(rollouts))
