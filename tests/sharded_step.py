@@ -108,7 +108,7 @@ def take_steps(model: Path, folder: Path, case: str) -> OnPolicyTrainer:
         for learner in learners_of(trainer):
             learner.optimizer = torch.optim.SGD(learner.parameters, lr=1.0)
             is_small = trainer.config.use_lora or trainer.config.dtype == "bfloat16"
-            learner.rate = lambda _, rate=1.0 if is_small else RATE: rate
+            learner.rate = lambda _, rate=(1.0 if is_small else RATE): rate
     if "alone" in variants:
         score = trainer.score
         trainer.score = lambda rollouts: torch.where(rollouts.rows >= 8, 0.5, score(rollouts))
