@@ -37,9 +37,13 @@ def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(subprocess.Popen(command, text=True, **options))
-    for process in started:
-        said, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, said[-3000:]
+    try:
+        for process in started:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in started:
+            process.terminate()
     return found
 
 
