@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch.distributed.tensor import DTensor
 
+# Bytes of a tensor that are gathered at once: gloo and NCCL take as much again meanwhile.
+GATHERED_AT_ONCE = 2**25
+
 # Has the tensors that it is called with on the device within its context.
 OnDevice = Callable[[Sequence[Tensor]], AbstractContextManager]
 
@@ -202,7 +205,9 @@ class _Weight:
 
 
 def gathered(rows: Tensor, like: DTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A whole tensor from the rows of all processes, which must all call this; beside the result it takes one part.
+    """A whole tensor from the rows of all processes, which must all call this.
+
+    Beside the result it takes this process's part and GATHERED_AT_ONCE bytes.
 
     Args:
         rows: of this process, as FSDP2 splits a tensor: the last processes may have fewer, or none.
@@ -222,9 +227,12 @@ def gathered(rows: Tensor, like: DTensor, dtype: torch.dtype | None = None) -> T
     if part is None:
         part = torch.empty((most, *like.shape[1:]), dtype=dtype, device=rows.device)
         part[: len(rows)].copy_(rows)
-    full = part.new_empty((most * mesh.size(), *like.shape[1:]))
-    torch.distributed.all_gather_into_tensor(full, part, group=mesh.get_group())
-    return full[: len(like)]
+    full = part.new_empty((mesh.size(), *part.shape))
+    at_once = max(1, GATHERED_AT_ONCE * most // max(1, full.nbytes))  # rows of each process
+    for first in range(0, most, at_once):
+        piece = slice(first, first + at_once)
+        torch.distributed.all_gather([each[piece] for each in full], part[piece], group=mesh.get_group())
+    return full.flatten(0, 1)[: len(like)]
 
 
 def _product(layer: LoraLayer, adapter: str, _: Tensor) -> Tensor:
