@@ -40,6 +40,7 @@ from common.models.loading import (
     warn_of_slow_dtype,
 )
 from common.models.lora import describe_adapter
+from common.models.parts import spread
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.refill import Places
@@ -65,7 +66,7 @@ from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
 from common.sampling.checks import check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
-from common.sharding import check_sharding, describe_sharding, shard
+from common.sharding import check_sharding, describe_sharding
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
@@ -659,8 +660,7 @@ class OnPolicyTrainer(ABC):
         """The model, with shard=full spread over all processes."""
         is_shared = self.config.shard == "full" and self.accelerator.num_processes > 1
         if is_shared:
-            device = self.accelerator.device
-            shard(without_adapter(module).to(device), device, self.dtype)
+            spread(without_adapter(module), self.accelerator.device, self.dtype)
         return module
 
     def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:

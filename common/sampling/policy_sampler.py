@@ -18,11 +18,11 @@ from common.config import RLConfig
 from common.data.texts import completion_texts
 from common.models.loading import unused_token_ids
 from common.models.pool import ModelPool
-from common.models.weights import policy_weights
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.sampling import vllm_engine
 from common.sampling.prefixes import PrefixSampler, states
 from common.sampling.protocol import Finished, Sampler, SamplingSettings, sampling_seed
+from common.sampling.pushing import push_policy
 from common.sampling.torch_sampler import TransformersSampler
 from common.sampling.vllm_sampler import VLLMSampler
 
@@ -244,7 +244,7 @@ class PolicySampler:
         """
         if self.sampler.needs_push and (self._is_stale or not self.sampler.has_weights):
             with self.stopwatch("push"), self.models.stream("policy") as (model, on_device):
-                self.sampler.push(policy_weights(model, on_device))
+                push_policy(self.sampler, model, on_device)
         self._is_stale = False
         if self.sampler.needs_push:  # a sampler with weights of its own needs the device for itself
             self.models.evict()

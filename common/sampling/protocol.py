@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from common.rollouts import Completion
@@ -75,11 +76,13 @@ class Sampler(Protocol):
         needs_push: it has weights of its own, which `push` replaces.
         has_weights: False until the first push, and after a sleep that dropped them.
         resident_bytes: device memory it keeps while it sleeps.
+        weights_dtype: what all its matrices are rounded to when they are pushed; None: not all to one type.
     """
 
     needs_push: bool
     has_weights: bool
     resident_bytes: int
+    weights_dtype: torch.dtype | None
 
     def generate(
         self,

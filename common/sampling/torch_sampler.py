@@ -34,6 +34,7 @@ class TransformersSampler:
     needs_push = False
     has_weights = True
     resident_bytes = 0
+    weights_dtype = None
 
     def __init__(
         self,

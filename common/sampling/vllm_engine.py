@@ -137,6 +137,14 @@ def _try_out(engine: Engine, model: str) -> None:
         _drop_cache(engine)
 
 
+def matrix_dtype(engine: Engine) -> torch.dtype | None:
+    """The type in which vLLM keeps every matrix of its model; None if some are in another, such as float32 routers."""
+    [dtypes] = engine.llm.apply_model(
+        lambda model: {each.dtype for each in model.parameters() if each.dim() > 1 and each.is_floating_point()}
+    )
+    return next(iter(dtypes)) if len(dtypes) == 1 else None
+
+
 def check_installed() -> None:
     """Raise a ValueError if vLLM is not installed; imports nothing."""
     if importlib.util.find_spec("vllm") is None:

@@ -30,6 +30,7 @@ class VLLMSampler:
             model=model_path, can_sleep=self._sleep_level > 0, **engine_settings
         )
         self._engine = vllm_engine.create_engine(self._settings)
+        self.weights_dtype = vllm_engine.matrix_dtype(self._engine)
         self._asleep: set[str] = set()
         self._is_small = self._settings.num_seqs_on_cpu < self._settings.max_num_seqs
         self.has_weights = False
