@@ -197,7 +197,7 @@ with found.watched(lambda: False):
             child.wait()
             said = process.communicate(timeout=60)[1]
     assert process.returncode == LOST_PROCESS
-    assert "process 0 has been at <string>, line 14, in <module> for 0.0" in said
+    assert "process 0 has been at <string>, line 13, in <module> for 0.0" in said
     assert f"error: process 1 of 2 (pid {child.pid} on " in said and "run: " in said
 
 

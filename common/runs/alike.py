@@ -75,19 +75,19 @@ def check_folder_is_shared(folder: Path, accelerator: Accelerator) -> None:
     token = folder / f".tmp-{secrets.token_hex(8)}"
     if accelerator.is_main_process:
         write_new(token, token.name.encode())
-    [name] = broadcast_object_list([token.name])
+    name, of_main = broadcast_object_list([token.name, str(folder.resolve())])
     everyone = gather_object([(socket.gethostname(), _sees(folder / name))])
     if accelerator.is_main_process:
         with suppress(OSError):
             token.unlink()
     blind = [f"{process} (on {host})" for process, (host, sees) in enumerate(everyone) if not sees]
     if blind:
-        others = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
+        more = f" and {len(blind) - 1} more" if len(blind) > 1 else ""
         raise UnlikeProcesses(
-            f"output_dir={folder}: process {blind[0]}{others} does not find there what process 0 (on "
-            f"{everyone[0][0]}) has written, within {_PATIENCE:g} s. Every process reads the run's checkpoints, so its "
-            "folder must be the same for all. Pass --output_dir with a folder that all machines and containers share; "
-            f"that of process 0 is {folder.resolve()}."
+            f"output_dir={folder}: process {blind[0]}{more} does not find there what process 0 (on {everyone[0][0]}) "
+            f"has written, within {_PATIENCE:g} s. Every process reads the run's checkpoints, so its folder must be "
+            "the same for all. Pass --output_dir with a folder that all machines and containers share; that of "
+            f"process 0 is {of_main}."
         )
 
 

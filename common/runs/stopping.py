@@ -101,6 +101,8 @@ class Stopping:
         """Bring the former handlers back."""
         self._window = False
         self._over.set()
+        if not self.is_leaving:  # else an exchange may be under way
+            self._group = None  # so that its threads end with the other groups, and not while Python ends
         for number, handler in self._before.items():
             if not self.is_lost:  # else the launcher's signal comes in what is said of it
                 signal.signal(number, handler if self.number is None else after_a_stop(handler))
