@@ -19,10 +19,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common import others
 from common.config import RLConfig
 from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, TooLargeRow, WrongNumbers, is_ours, name_of_script
+from common.mistakes import OF_ALL_PROCESSES, ROOT, WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 from common.signals import Stopped, end_without_a_word, ignore_while_python_ends, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
@@ -299,8 +300,8 @@ def run_script(
         interrupted: what to say of the work so far after Ctrl-C or another signal, or what finds out.
 
     Raises:
-        SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 130 after
-            Ctrl-C, 128 and its number after another signal.
+        SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 4 after
+            the loss of another process, 130 after Ctrl-C, 128 and its number after another signal.
     """
     print_what_has_no_bytes()
     if "transformers" in sys.modules:
@@ -323,18 +324,25 @@ def run_script(
     except ValueError as error:
         if not is_ours(error.__traceback__):
             raise
-        if is_main or not isinstance(error, (CannotWrite, TooLargeRow)):  # which all processes raise
+        if is_main or not isinstance(error, OF_ALL_PROCESSES):
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except WrongNumbers as error:
         if is_main:  # all processes raise the same
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS)
+    except RuntimeError as error:
+        if sys.flags.dev_mode or not others.means_lost(error):
+            raise
+        others.end_program(error)
     except (KeyboardInterrupt, Stopped) as error:
+        if others.means_lost(error):  # and the launcher stops the rest
+            others.end_program(error)
         end_without_a_word()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        if is_main:  # a launcher sends the signal to all
+        if is_main or others.speaks_for_main():  # a launcher sends the signal to all
             name = "\ninterrupted" if stopped.number == signal.SIGINT else name_of(stopped.number)
+            name += others.named_gone() if stopped.number == signal.SIGTERM else ""
             print(f"{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         sys.exit(stopped.code)
     finally:

@@ -42,6 +42,9 @@ ON_POLICY = "num_minibatches x num_update_epochs is 1: no step is taken from rol
 LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
 
+# Minutes: processes wait for each other while one saves or loads.
+_SHORTEST_TIMEOUT = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class OtherModel:
@@ -389,7 +392,7 @@ class RLConfig:
                 f"min_lr_ratio={self.min_lr_ratio}: it is the share of learning_rate that is left at the end, so it "
                 "must be in [0, 1]. Pass --min_lr_ratio 0.1."
             )
-        if not 1 <= self.process_timeout < math.inf:
+        if not _SHORTEST_TIMEOUT <= self.process_timeout < math.inf:
             raise ValueError(
                 f"process_timeout={self.process_timeout}: need minutes, at least 1, since one process saves and loads "
                 "while the others wait. Pass --process_timeout 10."

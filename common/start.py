@@ -9,6 +9,7 @@ from common.config import RLConfig
 from common.embedded import is_embedded, skeleton
 from common.memory import show
 from common.memory.start import plan_of
+from common.mistakes import UnlikeProcesses
 from common.models.configs import read_config
 from common.runs.outcome import how_to_continue
 from common.runs.run import algorithm_name, run_folder
@@ -29,7 +30,8 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
         reading: other arguments of parse_config: `script`, and `embedded` if the preset cpu needs more.
 
     Raises:
-        SystemExit: with status 2 after a message about a user's mistake, 3 if the run stopped because of its numbers.
+        SystemExit: with status 2 after a message about a user's mistake, 3 if the run stopped because of its numbers,
+            4 if another process of it is lost.
     """
 
     def main() -> None:
@@ -78,7 +80,8 @@ def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer
         origins = origins_in(str(error), config.origins)
         if not origins:
             raise
-        raise ValueError(f"{error}{origins}") from error
+        kind = UnlikeProcesses if isinstance(error, UnlikeProcesses) else ValueError
+        raise kind(f"{error}{origins}") from error
 
 
 def how_to_go_on(trainer: type[OnPolicyTrainer], config: RLConfig) -> str:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,14 +19,16 @@ from typing import Any, Self, TypeVar, final
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
+from common import others
 from common.advantages import inverse_deviation, per_token_rewards, rows_with_signal, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
-from common.environment import check_launch
+from common.environment import check_launch, why_restarts_fail
 from common.host import FreedMemory
 from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
@@ -47,6 +50,7 @@ from common.refill import Places
 from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
+from common.runs.alike import check_alike, check_folder_is_shared
 from common.runs.lost_rows import LostRows
 from common.runs.measures import (
     evaluation_means,
@@ -57,6 +61,7 @@ from common.runs.measures import (
     with_confidence_interval,
 )
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, warn_of_unused_settings
+from common.runs.outcome import how_to_continue
 from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.replay import Replay
@@ -129,15 +134,22 @@ class OnPolicyTrainer(ABC):
         if task is None:
             check_task(config.task)
         check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
-        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
-        on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
-        self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
-        check_processes(config, self.accelerator)
-        check_sharding(config, self.accelerator.num_processes)
         algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
+        processes = others.expect(config.process_timeout, folder, partial(how_to_continue, folder.absolute(), config))
+        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
+        on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
+        wait = InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout))
+        self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs", kwargs_handlers=[wait])
+        if processes:
+            processes.meet(gather_object([others.own_place()]), self.accelerator.process_index)
+        check_alike(config, type(self), self.accelerator)
+        check_processes(config, self.accelerator)
+        check_sharding(config, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             check_folder(folder)
+            if said := why_restarts_fail():
+                logger.warning("%s", said)
         policy = skeleton(config.model)
         self._check_policy(policy)
         self.plan = plan_of(
@@ -153,6 +165,7 @@ class OnPolicyTrainer(ABC):
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer), settled)
         self.run = Run(config, self.accelerator, algorithm=algorithm, plan=whole(self.plan, config))
+        check_folder_is_shared(self.run.folder, self.accelerator)
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
@@ -211,7 +224,7 @@ class OnPolicyTrainer(ABC):
         """Run all remaining steps, and return the metrics of the last one."""
         metrics = {}
         self.stopwatch.start_first_step()  # loading is no part of it
-        with self.run as run, run.stopping as stopping:
+        with self.run as run, run.stopping as stopping, others.watched(lambda: stopping.is_leaving):
             try:
                 metrics = self._finish_step_of_checkpoint()
                 while self.current_step < self.config.num_steps and not run.stopped_early:

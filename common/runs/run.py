@@ -106,7 +106,8 @@ class Run:
         self._samples: list[tuple[str, list[dict]]] = []  # of the step
         # The token budget that was found to fit, and the one that it replaces: another one is tried out anew.
         self._budget: dict | None = state.get("token_budget")
-        self.stopping = Stopping(config.stop_grace, accelerator, keeps_checkpoint=bool(config.save_every))
+        options = {"keeps_checkpoint": bool(config.save_every), "process_timeout": config.process_timeout}
+        self.stopping = Stopping(config.stop_grace, accelerator, **options)
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
@@ -362,16 +363,20 @@ class Run:
 
         Raises:
             Stopped: or KeyboardInterrupt after Ctrl-C.
+            LostProcess: if the step was left because another process is gone.
             CannotWrite: in the main process, if the disk does not take the checkpoint.
         """
         self.stopping.tell_others()
+        is_lost = self.stopping.is_lost
         try:
             if self.accelerator.is_main_process:
                 step, name = self._saved_as, name_of(self.stopping.number)
-                if self.config.save_every and step >= self.first_step:  # older ones are there
+                has_all = self.config.shard == "none" or not is_lost  # else a part of each tensor is gone
+                if self.config.save_every and step >= self.first_step and has_all:  # older ones are there
                     reached(self.folder, lambda: self._save(tokenizer))
                 latest = checkpoints.latest_checkpoint(self.folder) or "no checkpoint yet"
-                logger.info("%s: left after step %d of %d; %s", name, step, self.config.num_steps, latest)
+                if not is_lost:  # of that there is more to say
+                    logger.info("%s: left after step %d of %d; %s", name, step, self.config.num_steps, latest)
         finally:
             self.stopping.wait_for_main()
         raise self.stopping.reason()
@@ -394,9 +399,9 @@ class Run:
             checkpoints.save_final(self.folder, step, fill=fill, **state)
 
         self._on_main(save)
-        if self._repository is not None:
-            upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
         self.accelerator.wait_for_everyone()
+        if self._repository is not None:  # which may take longer than processes wait for each other
+            upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
 
     def _on_main(self, write: Callable[[], None]) -> None:
         """Have the main process write. All raise what it raises, so that none waits for one that has ended."""
