@@ -2,6 +2,7 @@
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import os
 from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import distributed, nn
 
 from common.logprobs import has_adapter, without_adapter
 from common.models.bases import name_base_from_folder
+from common.models.files import without_report
 from common.models.lora import gathered_adapter, save_adapter
 from common.models.outputs import restore_outputs
 from common.models.streaming import write_weights
@@ -104,7 +106,22 @@ def stream_weights(
         num_processes=num_processes,
     )
     if process == 0:
-        plain.save_pretrained(folder, state_dict={}, save_original_format=False)  # all but the weights
+        save_all_but_weights(plain, folder)
+
+
+def save_all_but_weights(plain: transformers.PreTrainedModel, folder: Path) -> None:
+    """Write what save_pretrained writes beside the weights of a model.
+
+    Args:
+        plain: any weights that it has are left alone.
+        folder: exists. In a folder that it writes to, save_pretrained deletes other files of weights.
+    """
+    apart = folder / "all but weights"
+    with without_report():
+        plain.save_pretrained(apart, state_dict={}, save_original_format=False)
+    for path in apart.iterdir():
+        os.replace(path, folder / path.name)
+    apart.rmdir()
 
 
 def is_first(model: nn.Module) -> bool:
