@@ -60,13 +60,14 @@ def whole(model: Path, folder: Path, run: str) -> OnPolicyTrainer:
 def again(model: Path, folder: Path, run: str) -> OnPolicyTrainer:
     """The rest of a run, from its checkpoint of STEP, as all these processes do it."""
     num_processes = int(os.environ["WORLD_SIZE"])
-    copy = folder / f"{run} on {num_processes}"
     if os.environ["RANK"] == "0":
-        copy_until(folder / run, copy)
-        (folder / f"{copy.name}.copied").touch()
-    while not (folder / f"{copy.name}.copied").exists():
-        pass
-    trainer = trainer_of(model, copy, run)
+        copy_until(folder / run, folder / f"{run} on {num_processes}")
+    return rest(model, folder, f"{run} on {num_processes}")
+
+
+def rest(model: Path, folder: Path, copy: str) -> OnPolicyTrainer:
+    """The rest of a run whose folder, which begins with its name, was copied by the first process or before."""
+    trainer = trainer_of(model, folder / copy, copy.split()[0])
     trainer.train()
     return trainer
 

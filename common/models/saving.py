@@ -14,10 +14,11 @@ from torch import distributed, nn
 from common.logprobs import has_adapter, without_adapter
 from common.models.bases import name_base_from_folder
 from common.models.files import without_report
+from common.models.layout import in_checkpoint_layout
 from common.models.lora import gathered_adapter, save_adapter
 from common.models.outputs import restore_outputs
 from common.models.streaming import write_weights
-from common.models.weights import policy_weights, weights_layout
+from common.models.weights import merged_layout, merged_weights, policy_weights, weights_layout
 from common.sharding import is_part
 
 
@@ -71,6 +72,33 @@ def save_parts(model: nn.Module, tokenizer: transformers.PreTrainedTokenizerBase
             restore_outputs(model, folder)
     if is_first(model):
         tokenizer.save_pretrained(folder)
+
+
+def save_merged(plain: transformers.PreTrainedModel, parts: dict[str, nn.Module], folder: Path) -> None:
+    """Write a model that is put together of modules, their adapters merged.
+
+    Args:
+        plain: without storage; only its configurations are used.
+        parts: each with the beginning of its weights' names in that model; on the CPU or the device, or spread over
+            processes, which all call this.
+        folder: created if it does not exist.
+    """
+    if not any(is_part(parameter) for module in parts.values() for parameter in module.parameters()):
+        return plain.save_pretrained(folder, state_dict=copied_parts(parts))
+    layout = {name: each for prefix, module in parts.items() for name, each in merged_layout(module, prefix).items()}
+    weights = (pair for prefix, module in parts.items() for pair in merged_weights(module, prefix))
+    names = [*layout]
+    layout = dict(in_checkpoint_layout(plain, names, layout.items()))
+    stream_weights(plain, in_checkpoint_layout(plain, names, weights), layout, folder)
+
+
+def copied_parts(parts: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of the weights of modules by prefix, adapters merged; gathered if they are spread."""
+    return {
+        name: tensor.detach().cpu().clone()
+        for prefix, module in parts.items()
+        for name, tensor in merged_weights(module, prefix)
+    }
 
 
 def stream_weights(

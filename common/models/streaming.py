@@ -70,6 +70,8 @@ def write_weights(
     Raises:
         OSError: the disk does not take it.
     """
+    # Of tensors that are views of one storage, its size would count for each.
+    layout = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in layout.items()}
     split = split_torch_state_dict_into_shards(
         layout, filename_pattern="model{suffix}.safetensors", max_shard_size=max_file_size
     )

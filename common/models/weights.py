@@ -66,8 +66,7 @@ def weights_layout(model: nn.Module) -> dict[str, Tensor]:
     base = without_adapter(model)
     weights = _without_tied(base)
     values = ((weight.name, _empty(weight.tensor)) for weight in weights)
-    found = in_checkpoint_layout(base, [weight.name for weight in weights], values)
-    return {name: _empty(tensor) for name, tensor in found}  # parts of one tensor become tensors of their own
+    return dict(in_checkpoint_layout(base, [weight.name for weight in weights], values))
 
 
 def weights_in_memory(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
