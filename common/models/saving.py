@@ -121,7 +121,8 @@ def stream_weights(
     Raises:
         OSError: the disk does not take what this process writes.
     """
-    process, num_processes = distributed.get_rank(), distributed.get_world_size()
+    is_alone = not distributed.is_initialized()
+    process, num_processes = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
     ignored = set(plain._keys_to_ignore_on_save or ()) & layout.keys()
     kept = {name: tensor for name, tensor in layout.items() if name not in ignored}
     folder.mkdir(parents=True, exist_ok=True)

@@ -519,6 +519,7 @@ class Run:
         [folder] = broadcast_object_list(begun)
         if folder is None:
             return
+        target = folder.with_name(folder.name.partition(".")[0])
         process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         digests: dict[str, str] = {}
 
@@ -526,10 +527,10 @@ class Run:
             digests.update(digests_of(folder, names_of_files(folder)[process::num_processes]))
 
         try:
-            self._in_all(lambda: fill(folder))
+            self._in_all(lambda: written(target, lambda: fill(folder), tries_again=False))
             self._in_all(digest)
             known = {name: each for of_one in gather_object([digests]) for name, each in of_one.items()}
-            self._on_main(lambda: complete(folder, known))
+            self._on_main(lambda: written(target, lambda: complete(folder, known), tries_again=False))
         except BaseException:  # a full disk or Ctrl-C
             if self.accelerator.is_main_process:
                 remove_folder(folder)
