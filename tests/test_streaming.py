@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from common.embedded.policy import build_tokenizer
@@ -40,13 +41,14 @@ def test_a_file_has_the_bytes_of_safetensors_in_whatever_order_tensors_come(tmp_
     assert (tmp_path / WEIGHTS).read_bytes() == (tmp_path / "x").read_bytes()
 
 
-def test_two_processes_write_the_files_that_one_would(tiny_model, tmp_path):
-    layout = weights_layout(tiny_model)
-    tiny_model.save_pretrained(tmp_path / "one", max_shard_size=40_000)
+def test_two_processes_write_the_files_that_one_would(tiny_folder, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder)
+    layout = weights_layout(model)
+    model.save_pretrained(tmp_path / "one", max_shard_size=40_000)
     (tmp_path / "two").mkdir()
     for process in (1, 0):
         options = {"max_file_size": 40_000, "process": process, "num_processes": 2}
-        write_weights(policy_weights(tiny_model), layout, tmp_path / "two", **options)
+        write_weights(policy_weights(model), layout, tmp_path / "two", **options)
         written = len([*(tmp_path / "two").glob("*.safetensors")])
     files = {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
     assert written > 2 and "model.safetensors.index.json" in files
