@@ -166,6 +166,7 @@ class OnPolicyTrainer(ABC):
         self._load_data(task or load_task(config, self.tokenizer), settled)
         self.run = Run(config, self.accelerator, algorithm=algorithm, plan=whole(self.plan, config))
         check_folder_is_shared(self.run.folder, self.accelerator)
+        self.run.check_model(policy)
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on

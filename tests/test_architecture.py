@@ -36,7 +36,8 @@ FOR_ALGORITHMS = {
         "common.sampling.protocol",
         "common.tasks",
     ),
-    *("common.models.loading", "common.models.weights", "common.models.configs", "common.models.files"),
+    *("common.models.loading", "common.models.weights", "common.models.saving"),
+    *("common.models.configs", "common.models.files"),
 }
 # Packages that take a second or more to import, and are needed by some runs or commands only.
 HEAVY = {"peft", "trl", "vllm", "datasets", "pyarrow", "matplotlib", "bitsandbytes", "wandb"}

@@ -65,6 +65,21 @@ def policy_weights(
     yield from in_checkpoint_layout(base, [weight.name for weight in weights], values)
 
 
+def weights_layout(model: nn.Module) -> dict[str, Tensor]:
+    """What policy_weights will yield, without gathering or merging anything: tensors of that shape and type.
+
+    Args:
+        model: as in policy_weights.
+
+    Returns:
+        Names, each with a tensor without storage, in that order.
+    """
+    base = without_adapter(model)
+    weights = _without_tied(base)
+    values = ((weight.name, _empty(weight.tensor)) for weight in weights)
+    return dict(in_checkpoint_layout(base, [weight.name for weight in weights], values))
+
+
 def weights_in_memory(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """What policy_weights yields, under the names that the model's own state_dict has, for load_state_dict."""
     for weight in _without_tied(without_adapter(model)):
@@ -140,6 +155,15 @@ def merged_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, T
     """
     for weight in _weights(module, prefix):
         yield weight.name, weight.value()
+
+
+def merged_layout(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """What merged_weights will yield, as weights_layout says it of policy_weights."""
+    return {weight.name: _empty(weight.tensor) for weight in _weights(module, prefix)}
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

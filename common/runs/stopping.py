@@ -30,7 +30,7 @@ _SAME_REQUEST, _SAME_FROM_LAUNCHER = 1.0, 5.0
 # torchrun kills its processes 30 s after it has passed a signal on; a checkpoint must be written by then.
 _LONGEST_UNDER_TORCHRUN = 20.0
 # How long a process that leaves waits for others, which may be busy or gone.
-_TELL, _WAIT_FOR_CHECKPOINT = 5.0, 60.0
+_TELL, _WAIT_FOR_OTHERS, _WAIT_FOR_CHECKPOINT = 5.0, 10.0, 60.0
 _LEAVE = 100  # added to a signal's number where processes agree: the step is left
 
 
@@ -50,6 +50,8 @@ class Stopping:
     Attributes:
         is_lost: another process is gone, so that this one cannot finish anything that all take part in.
         number: of the signal that came, here or in another process; None: nothing has to stop.
+        together: a step is left only where processes meet, since they write their checkpoint together. In between,
+            one that left could leave another in an exchange of the step.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Stopping:
         self._before: dict[int, object] = {}
         self._group: distributed.ProcessGroup | None = None
         self._update_seconds = 0.0  # of the last step; an unknown one is begun
+        self.together = False
         self._reset()
 
     def _reset(self) -> None:
@@ -189,6 +192,17 @@ class Stopping:
         if self._group is not None:  # the launcher ends all when one has ended: the checkpoint must be written by then
             self._ignore_signals()
 
+    def all_are_here(self) -> bool:
+        """Wait until all processes have left, which then can write together; False: one is busy or gone."""
+        if self._group is None:
+            return True
+        here = torch.tensor([1])
+        try:
+            distributed.all_reduce(here, group=self._group, async_op=True).wait(timedelta(seconds=_WAIT_FOR_OTHERS))
+        except RuntimeError:
+            return False
+        return True
+
     def wait_for_main(self) -> None:
         """Wait until the main process, which calls it too, has saved what there is to save."""
         if not self.is_lost:
@@ -295,7 +309,7 @@ class Stopping:
 
     def _leave_if_due(self) -> None:
         """Raise StepLeft if the grace is over; again if it was swallowed, but not while it is on its way."""
-        if not self._window or self.number is None or time.monotonic() < self._deadline:
+        if not self._window or self.together or self.number is None or time.monotonic() < self._deadline:
             return
         handled = sys.exception()
         while handled is not None:
