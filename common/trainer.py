@@ -63,7 +63,7 @@ from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
 from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
-from common.sampling.checks import check_policy, check_sampling
+from common.sampling.checks import check_engines, check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
 from common.sharding import shard
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
@@ -592,6 +592,7 @@ class OnPolicyTrainer(ABC):
     def _check_policy(self, policy: nn.Module) -> None:
         """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
         check_policy(self.config, policy)
+        check_engines(self.config, policy, self.accelerator.num_processes)
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 

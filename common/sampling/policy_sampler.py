@@ -65,10 +65,12 @@ def make_sampler(
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=config.max_prompt_length + config.max_completion_length,
         max_num_seqs=config.vllm_max_num_seqs,
-        most_rows=most_rows,
+        most_rows=most_rows and most_rows * config.vllm_tensor_parallel,
         memory_share=config.vllm_memory_share,
         enforce_eager=config.vllm_enforce_eager,
         trust_remote_code=config.trust_remote_code,
+        tensor_parallel=config.vllm_tensor_parallel,
+        timeout=config.process_timeout,
     )
 
 
