@@ -637,7 +637,8 @@ class OnPolicyTrainer(ABC):
         config, path = self.config, self.model_path
         num_held_out = len(self.eval_prompts) if self._evaluates else 0
         most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
-        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
+        options = {"most_rows": most_rows, "leaving": self.run.stopping}
+        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, **options)
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:

@@ -50,7 +50,10 @@ def sampled(model: str, process: int, size: int) -> dict[str, list]:
     sampler = VLLMSampler(model, most_rows=16 * size, tensor_parallel=size, **limits)
     weights = dict(policy_weights(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)))
     sampler.push(weights.items())
-    prompts, seeds = [PROMPTS[i] for i in OF_PROCESS[process]], [sampling_seed(0, 1, i, "a") for i in OF_PROCESS[process]]
+    prompts, seeds = (
+        [PROMPTS[i] for i in OF_PROCESS[process]],
+        [sampling_seed(0, 1, i, "a") for i in OF_PROCESS[process]],
+    )
     greedy, drawn = SamplingSettings(temperature=0.0, **LIMITS), SamplingSettings(temperature=1.0, **LIMITS)
     found: dict[str, list] = {}
 
@@ -72,8 +75,11 @@ def sampled(model: str, process: int, size: int) -> dict[str, list]:
         limit = SamplingSettings(temperature=0.7, max_tokens=4 + round_ + process, stop_token_ids=())
         ask(f"round {round_}", limit, num_generations=2, seeds=seeds)
     all_sleep()
-    ask("mixed", *((greedy,) if process % 2 else (SamplingSettings(temperature=1.3, top_p=0.8, top_k=9, **LIMITS),)),
-        **({} if process % 2 else {"seeds": seeds}))
+    ask(
+        "mixed",
+        *((greedy,) if process % 2 else (SamplingSettings(temperature=1.3, top_p=0.8, top_k=9, **LIMITS),)),
+        **({} if process % 2 else {"seeds": seeds}),
+    )
     all_sleep()
     sampler.push(changed(weights).items())
     ask("pushed", drawn, num_generations=2, seeds=seeds)

@@ -49,7 +49,9 @@ def four(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "process", "size"), [(n, i, size) for n, size in ((2, 2), (4, 2), (4, 4)) for i in range(n)])
+@pytest.mark.parametrize(
+    ("processes", "process", "size"), [(n, i, size) for n, size in ((2, 2), (4, 2), (4, 4)) for i in range(n)]
+)
 def test_a_shared_engine_gives_each_process_what_its_own_would(processes, process, size, request):
     folder = request.getfixturevalue("pair" if processes == 2 else "four")
     found = torch.load(folder / f"sampled-{process}.pt", weights_only=False)

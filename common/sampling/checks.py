@@ -79,8 +79,8 @@ def check_engines(config: RLConfig, model: transformers.PreTrainedModel, num_pro
     remedy = "--vllm_tensor_parallel " + " or ".join(map(str, [1, *possible]))
     if num_processes == 1:
         raise ValueError(
-            f"{given} with one process: {size} processes would share an engine, each on a GPU of its own. Start "
-            f"{size} of them, or a multiple, with `torchrun --nproc_per_node {size}`, or pass --vllm_tensor_parallel 1."
+            f"{given} with one process: {size} processes share an engine, each on a GPU of its own. Start {size} of "
+            f"them, or a multiple, with `torchrun --nproc_per_node {size}`, or pass --vllm_tensor_parallel 1."
         )
     if num_processes % size:
         raise ValueError(

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -222,17 +222,21 @@ def _completions(output: Any) -> list[Completion]:
 
 @contextmanager
 def _reporting(engine: Engine, finished: Finished | None) -> Iterator[None]:
-    """Call `finished` for each request of LLM.generate, which itself returns only when all have ended."""
-    if finished is None:
+    """Call `finished` for each request of LLM.generate, which itself returns only when all have ended.
+
+    After each step, processes that share the engine may leave.
+    """
+    if finished is None and engine.group.size == 1:
         yield
         return
     core, first = engine.llm.llm_engine, engine.llm.request_counter.counter  # requests are numbered one by one
 
     def step() -> list[Any]:
         outputs = type(core).step(core)
-        for output in outputs:
+        for output in outputs if finished is not None else ():
             if output.finished:
                 finished(int(output.request_id) - first, _completions(output))
+        engine.group.after_step()
         return outputs
 
     core.step = step

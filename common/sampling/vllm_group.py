@@ -1,8 +1,8 @@
 """Processes that share one engine of vLLM, each with a part of every weight (tensor parallel).
 
-There is no process that gives orders: each runs vLLM's scheduler itself, and the passes of all are one. So all must ask
-for the same prompts in the same order, and draw the same tokens. The prompts of all are gathered here, and each process
-takes the completions of its own. With a single process per engine, nothing is exchanged.
+No process gives orders: each runs vLLM's scheduler itself, and the passes of all are one. So all must ask for the same
+prompts in the same order, and draw the same tokens. The prompts of all are gathered here, and each process takes the
+completions of its own. With a single process per engine, nothing is exchanged.
 """
 
 import inspect
@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from common.rollouts import Completion
-from common.sampling.protocol import SamplingSettings
+from common.sampling.protocol import Leaving, SamplingSettings
 from common.sampling.vllm_corrections import replaced
 
 Something = TypeVar("Something")
+
+# Steps of the engine between two moments at which its processes ask each other whether one has to leave.
+_STEPS_BETWEEN = 8
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -57,22 +60,56 @@ class Group:
     """
 
     def __init__(self, size: int) -> None:
-        self.size, self.place, self._processes = size, 0, None
+        self.size, self.place, self._processes, self._leaving = size, 0, None, None
+        self._steps = 0  # of the engine, the same number in all processes
         if size > 1:
             from vllm.distributed.parallel_state import get_tp_group
 
             self.place, self._processes = get_tp_group().rank_in_group, get_tp_group().cpu_group
+
+    @contextmanager
+    def together(self, leaving: Leaving | None) -> Iterator[None]:
+        """Work of all processes of the group, which none of them leaves alone inside.
+
+        Args:
+            leaving: how they leave; None: they do not.
+        """
+        if self._processes is None or leaving is None:
+            yield
+            return
+        with leaving.held() as says:
+            self._leaving = leaving, says
+            try:
+                yield
+            finally:
+                self._leaving = None
 
     def gather(self, mine: Something) -> list[Something]:
         """What each process of the group gives, in their order. All must call it; it waits for the last one."""
         if self._processes is None:
             return [mine]
         given: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(given, mine, group=self._processes)
-        return given
+        torch.distributed.all_gather_object(given, (self._says(), mine), group=self._processes)
+        self._leave_if_said(max(said for said, _ in given))
+        return [each for _, each in given]
+
+    def after_step(self) -> None:
+        """Where all processes are after a step of the engine: now and then they ask whether one has to leave."""
+        self._steps += 1
+        if self._leaving is not None and self._steps % _STEPS_BETWEEN == 0:
+            said = torch.tensor([self._says()])
+            torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._processes)
+            self._leave_if_said(int(said))
+
+    def _says(self) -> int:
+        return 0 if self._leaving is None else self._leaving[1]()
+
+    def _leave_if_said(self, said: int) -> None:
+        if said and self._leaving is not None:
+            self._leaving[0].leave_together(said)
 
     def check_same(self, completions: list[Completion]) -> None:
-        """Stop where processes have drawn different tokens: from there on their parts of a pass did not belong together.
+        """Stop where processes have drawn different tokens: from there on, their parts of a pass do not belong together.
 
         Raises:
             RuntimeError: in all of them.
@@ -84,9 +121,9 @@ class Group:
             digest = zlib.crc32(array("q", [len(completion.token_ids), *completion.token_ids]), digest)
         if len(set(self.gather(digest))) > 1:
             raise RuntimeError(
-                f"the {self.size} processes that share an engine of vLLM drew different tokens for the same prompts, so "
-                "their completions are not the policy's: their sums of a layer's parts differ. Start again with "
-                "--vllm_tensor_parallel 1, or report it with the versions of vLLM, torch and NCCL."
+                f"the {self.size} processes that share an engine of vLLM drew different tokens for the same prompts: "
+                "their sums of a layer's parts differ, so the completions are not the policy's. Start again with "
+                "--vllm_tensor_parallel 1, and report it with the versions of vLLM, torch and NCCL."
             )
 
 
@@ -160,8 +197,8 @@ class _Gloo:
 def without_compiling(size: int) -> Iterator[None]:
     """Run what vLLM has compiled at its first use as it is written, on the CPU, inside.
 
-    Only the embeddings of an engine with several processes are: for a saving of microseconds, the first pass would wait
-    half a minute for a C++ compiler (get_masked_input_and_mask of vocab_parallel_embedding.py).
+    Only the embeddings of an engine with several processes are (get_masked_input_and_mask of
+    vocab_parallel_embedding.py): the first pass would wait 10 to 30 s for a C++ compiler, to save microseconds.
     """
     from vllm.platforms import current_platform
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.rollouts import Completion
 from common.sampling import vllm_engine
-from common.sampling.protocol import Finished, SamplingSettings, check_request
+from common.sampling.protocol import Finished, Leaving, SamplingSettings, check_request
 from common.sampling.vllm_group import Request
 
 logger = logging.getLogger("nanorlhf")
@@ -23,12 +23,16 @@ class VLLMSampler:
     Args:
         model_path: hub id or folder; its weights are not read.
         sleep_level: what `sleep` frees on CUDA: 0 nothing, 1 the cache (weights move to the host), 2 weights too.
+        leaving: how processes that share the engine leave it when the run has to end; None: they do not.
         engine_settings: the other fields of EngineSettings.
     """
 
     needs_push = True
 
-    def __init__(self, model_path: str, *, sleep_level: int = 0, **engine_settings: str | float) -> None:
+    def __init__(
+        self, model_path: str, *, sleep_level: int = 0, leaving: Leaving | None = None, **engine_settings: str | float
+    ) -> None:
+        self._leaving = leaving
         self._sleep_level = sleep_level if torch.cuda.is_available() else 0
         self._settings = vllm_engine.EngineSettings(
             model=model_path, can_sleep=self._sleep_level > 0, **engine_settings
@@ -69,7 +73,8 @@ class VLLMSampler:
             raise RuntimeError("generate before push: vLLM has no weights of the policy. Call push(weights) first.")
         seeds = [None] * len(prompt_ids) if seeds is None else seeds
         request = Request(prompt_ids=prompt_ids, settings=settings, num_generations=num_generations, seeds=seeds)
-        return self._take_part(self._engine.group.gather(request), finished)
+        with self._engine.group.together(self._leaving):
+            return self._take_part(self._engine.group.gather(request), finished)
 
     def _take_part(self, requests: list[Request | None], finished: Finished | None = None) -> list[Completion]:
         """The completions of this process; those of others are computed with them.
@@ -111,8 +116,8 @@ class VLLMSampler:
 
     def sleep(self) -> None:
         """See Sampler. Other processes of the engine may still ask for something."""
-        if not self._asleep:
-            while any(requests := self._engine.group.gather(None)):
+        with self._engine.group.together(self._leaving):
+            while not self._asleep and any(requests := self._engine.group.gather(None)):
                 self._take_part(requests)
         if self._sleep_level > 0 and not self._asleep:
             vllm_engine.sleep(self._engine, self._sleep_level)
