@@ -75,11 +75,10 @@ def sampled(model: str, process: int, size: int) -> dict[str, list]:
         limit = SamplingSettings(temperature=0.7, max_tokens=4 + round_ + process, stop_token_ids=())
         ask(f"round {round_}", limit, num_generations=2, seeds=seeds)
     all_sleep()
-    ask(
-        "mixed",
-        *((greedy,) if process % 2 else (SamplingSettings(temperature=1.3, top_p=0.8, top_k=9, **LIMITS),)),
-        **({} if process % 2 else {"seeds": seeds}),
-    )
+    if process % 2:
+        ask("mixed", greedy)
+    else:
+        ask("mixed", SamplingSettings(temperature=1.3, top_p=0.8, top_k=9, **LIMITS), seeds=seeds)
     all_sleep()
     sampler.push(changed(weights).items())
     ask("pushed", drawn, num_generations=2, seeds=seeds)

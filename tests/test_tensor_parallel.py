@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-from tests.toy import metrics_of, save_toy_policy
+from common.sampling.checks import check_engines
+from tests.toy import metrics_of, save_toy_policy, toy_config
 
 ROOT = Path(__file__).parent.parent
 RUNS = ["GRPO", "ReMax", "VinePPO"]
@@ -78,3 +80,48 @@ def test_a_run_with_a_shared_engine_and_shards_has_the_metrics_of_one_without(al
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def skeleton(**sizes: int) -> torch.nn.Module:
+    sizes = {
+        "vocab_size": 192 * 4,
+        "hidden_size": 384,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 96,
+    } | sizes
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(Qwen2Config(num_hidden_layers=1, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "sizes", "said"),
+    [
+        (2, 1, {}, "vllm_tensor_parallel=2 with one process: 2 processes share an engine"),
+        (4, 6, {}, "vllm_tensor_parallel=4 with 6 processes: each engine needs 4 of them, and none may be left over."),
+        (8, 8, {}, "has 12 attention heads, no multiple of 8"),
+        (3, 6, {}, "has 4 heads of keys and values, neither a multiple nor a divisor of 3"),
+        (4, 4, {"intermediate_size": 98}, "has intermediate_size 98, no multiple of 4"),
+        (3, 3, {"num_key_value_heads": 12, "vocab_size": 200}, "has a vocabulary of 200, which vLLM fills up to 256"),
+    ],
+)
+def test_what_cannot_be_divided_into_parts_is_refused_before_loading(tmp_path, size, processes, sizes, said):
+    config = toy_config(tmp_path, tmp_path / "run", sampler="vllm", vllm_tensor_parallel=size)
+    with pytest.raises(ValueError) as caught:
+        check_engines(config, skeleton(**sizes), processes)
+    assert said in str(caught.value) and "--vllm_tensor_parallel 1" in str(caught.value)
+
+
+def test_the_refusal_names_the_sizes_that_are_possible(tmp_path):
+    config = toy_config(tmp_path, tmp_path / "run", sampler="vllm", vllm_tensor_parallel=8)
+    with pytest.raises(ValueError, match="Pass --vllm_tensor_parallel 1 or 2 or 4 or 12, or start a multiple of 8"):
+        check_engines(config, skeleton(), 12)
+
+
+def test_engines_across_nodes_are_said_and_other_samplers_have_none(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="nanorlhf")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings = {"vllm_tensor_parallel": 4, "sampler": "vllm"}
+    check_engines(toy_config(tmp_path, tmp_path / "run", **settings), skeleton(), 4)
+    assert "2 processes on a node: some engines are on two nodes" in caplog.text
+    check_engines(toy_config(tmp_path, tmp_path / "run", **settings | {"sampler": "transformers"}), skeleton(), 1)

@@ -109,7 +109,7 @@ class Group:
             self._leaving[0].leave_together(said)
 
     def check_same(self, completions: list[Completion]) -> None:
-        """Stop where processes have drawn different tokens: from there on, their parts of a pass do not belong together.
+        """Stop where processes have drawn different tokens: from there on their parts of a pass do not fit together.
 
         Raises:
             RuntimeError: in all of them.
