@@ -104,6 +104,7 @@ def skeleton(**sizes: int) -> torch.nn.Module:
         (4, 4, {"intermediate_size": 98}, "has intermediate_size 98, no multiple of 4"),
         (3, 3, {"num_key_value_heads": 12, "vocab_size": 200}, "has a vocabulary of 200, which vLLM fills up to 256"),
     ],
+    ids=["one process", "processes", "heads", "keys", "width", "vocabulary"],
 )
 def test_what_cannot_be_divided_into_parts_is_refused_before_loading(tmp_path, size, processes, sizes, said):
     config = toy_config(tmp_path, tmp_path / "run", sampler="vllm", vllm_tensor_parallel=size)
