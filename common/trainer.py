@@ -69,7 +69,7 @@ from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
 from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
-from common.sampling.checks import check_policy, check_sampling
+from common.sampling.checks import check_engines, check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
 from common.sharding import check_sharding, describe_sharding
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
@@ -609,6 +609,7 @@ class OnPolicyTrainer(ABC):
     def _check_policy(self, policy: nn.Module) -> None:
         """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
         check_policy(self.config, policy)
+        check_engines(self.config, policy, self.accelerator.num_processes)
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 
@@ -653,7 +654,8 @@ class OnPolicyTrainer(ABC):
         config, path = self.config, self.model_path
         num_held_out = len(self.eval_prompts) if self._evaluates else 0
         most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
-        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
+        options = {"most_rows": most_rows, "leaving": self.run.stopping}
+        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, **options)
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:

@@ -10,10 +10,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -171,6 +172,38 @@ class Stopping:
     def is_leaving(self) -> bool:
         """Whether the main thread knows that it has to leave."""
         return self.number is not None or self.is_lost
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], int]]:
+        """Work that several processes can only leave together: nothing is raised inside.
+
+        Yields:
+            What this process says when they ask each other: 0, or more if it has to leave now. Where one of them says
+            more, all call `leave_together` with the largest.
+        """
+        window, self._window = self._window, False
+
+        def says() -> int:
+            is_due = window and self.number is not None and time.monotonic() >= self._deadline
+            return _LEAVE + self.number if is_due else 0
+
+        try:
+            yield says
+        finally:
+            self._window = window
+
+    def leave_together(self, said: int) -> NoReturn:
+        """Leave the step in all processes that share the work; they may know of no signal yet.
+
+        Args:
+            said: the largest of what they said.
+
+        Raises:
+            StepLeft: always.
+        """
+        if self.number is None:
+            self._note(said % _LEAVE)
+        raise StepLeft
 
     def caused(self, error: BaseException) -> bool:
         """Whether an error means that the step is left: StepLeft, or another process has left and is gone."""

@@ -21,7 +21,7 @@ from common.models.pool import ModelPool
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.sampling import vllm_engine
 from common.sampling.prefixes import PrefixSampler, states
-from common.sampling.protocol import Finished, Sampler, SamplingSettings, sampling_seed
+from common.sampling.protocol import Finished, Leaving, Sampler, SamplingSettings, sampling_seed
 from common.sampling.pushing import push_policy
 from common.sampling.torch_sampler import TransformersSampler
 from common.sampling.vllm_sampler import VLLMSampler
@@ -44,6 +44,7 @@ def make_sampler(
     dtype: torch.dtype,
     pool: ModelPool,
     most_rows: int | None = None,
+    leaving: Leaving | None = None,
 ) -> Sampler:
     """The sampler the settings name. Made before the policy is loaded: vLLM finds here whether it runs the model.
 
@@ -53,6 +54,7 @@ def make_sampler(
         dtype: of forward passes.
         pool: lends the model "policy", once it has it, to a sampler without weights of its own.
         most_rows: completions of the largest request on this process; None: not known.
+        leaving: how processes that share an engine leave it when the run has to end.
 
     Raises:
         ValueError: if vLLM does not run the model, or not rightly.
@@ -62,13 +64,16 @@ def make_sampler(
     return VLLMSampler(
         path,
         sleep_level=config.vllm_sleep_level,
+        leaving=leaving,
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=config.max_prompt_length + config.max_completion_length,
         max_num_seqs=config.vllm_max_num_seqs,
-        most_rows=most_rows,
+        most_rows=most_rows and most_rows * config.vllm_tensor_parallel,
         memory_share=config.vllm_memory_share,
         enforce_eager=config.vllm_enforce_eager,
         trust_remote_code=config.trust_remote_code,
+        tensor_parallel=config.vllm_tensor_parallel,
+        timeout=config.process_timeout,
     )
 
 

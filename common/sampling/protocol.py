@@ -6,9 +6,10 @@ makes their completions begin with given tokens, policy_sampler.py gives a sampl
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -121,6 +122,18 @@ class Sampler(Protocol):
 
     def wake(self) -> None:
         """Allocate the memory again."""
+        ...
+
+
+class Leaving(Protocol):
+    """How processes leave work that is one for all of them, when a run has to end: Stopping of common/runs."""
+
+    def held(self) -> AbstractContextManager[Callable[[], int]]:
+        """A context in which no process leaves alone; it gives what this process says when they ask each other."""
+        ...
+
+    def leave_together(self, said: int) -> NoReturn:
+        """Leave, in all processes, after one of them said more than 0."""
         ...
 
 
