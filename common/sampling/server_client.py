@@ -179,7 +179,9 @@ class ServerClient:
         try:
             return json.loads(text) if text else None
         except ValueError:
-            raise ServerFailed(f"sampler_url={self.url}: {path} gives no JSON, so no vLLM is there. {HOW_TO_START}.")
+            raise ServerFailed(
+                f"sampler_url={self.url}: {path} gives no JSON, so no vLLM is there. {HOW_TO_START}."
+            ) from None
 
     def no_answer(self, error: Exception, path: str, *, timeout: float, is_connected: bool) -> ServerFailed:
         """The error for a call that was not answered.
@@ -266,9 +268,9 @@ class ServerClient:
             except ServerRefused:
                 raise ServerFailed(f"sampler_url={self.url}: there is no {path}: {why}. {HOW_TO_START}.") from None
         try:
-            self.call("/inference/v1/generate", {})  # without a prompt: an error of the request, if there is a route
+            self.call("/inference/v1/generate")
         except ServerRefused as error:
-            if error.status == 404:
+            if error.status == 404:  # with the route, GET is not allowed
                 raise ServerFailed(
                     f"sampler_url={self.url}: there is no /inference/v1/generate, which takes and gives token ids: "
                     f"this vLLM was started without --enable-scale-out. {HOW_TO_START}."

@@ -5,35 +5,44 @@ from the same seed as in an own engine. Each push gives the weights a version th
 are taken only from the version that was pushed last.
 """
 
-import asyncio
-import json
 import logging
-import queue
-import threading
-import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from contextlib import closing, suppress
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from common.config import RLConfig
 from common.rollouts import Completion
-from common.sampling import vllm_transfer
 from common.sampling.protocol import Finished, SamplingSettings, check_request
-from common.sampling.server_client import About, ServerClient, ServerFailed
-from common.sampling.server_transfer import connect
+from common.sampling.server_client import About, ServerClient, ServerFailed, check_model, check_server
+from common.sampling.server_push import Transfer, connect, start
+from common.sampling.server_requests import answers, requests
 from common.sampling.vllm_engine import without_nan
 
 logger = logging.getLogger("nanorlhf")
 
-# Requests that are open at a time: more than any server samples at once, and fewer than files that may be open.
-_MOST_REQUESTS = 256
-# Seconds between looks at whether the server still makes tokens.
-_LOOK_EVERY = 10.0
+Answer = TypeVar("Answer")
+
+
+def server_sampler(config: RLConfig, path: str, *, dtype: torch.dtype) -> "ServerSampler":
+    """The sampler on the server at sampler_url.
+
+    Args:
+        config: sampler_url, lengths and process_timeout are read.
+        path: folder or hub id of the policy.
+        dtype: of forward passes.
+
+    Raises:
+        ValueError: no server that samples for runs is there, or it has another model.
+    """
+    client = check_server(config.sampler_url, timeout=60 * config.process_timeout)
+    length = config.max_prompt_length + config.max_completion_length
+    needed = {"max_model_len": length, "dtype": str(dtype).removeprefix("torch.")}
+    about = check_model(client, path, trust_remote_code=config.trust_remote_code, **needed)
+    return ServerSampler(client, about)
 
 
 class ServerSampler:
@@ -55,7 +64,7 @@ class ServerSampler:
         self._client, self._about = client, about
         self._run, self._number = uuid.uuid4().hex[:12], 0
         self._version: str | None = None  # that every process pushed last
-        self._transfer: Any = None
+        self._transfer: Transfer | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -119,24 +128,16 @@ class ServerSampler:
         if self._version is None:
             raise RuntimeError("generate before push: the server has no weights of the policy. Call push first.")
         self._check_version()
-        at_once = min(num_generations, self._about.max_num_seqs)
-        parts = [
-            _Part(prompt=i, first=first, count=min(at_once, num_generations - first))
-            for i in range(len(prompt_ids))
-            for first in range(0, num_generations, at_once)
-        ]
-        bodies = {
-            part: _body(prompt_ids[part.prompt], settings, None if seeds is None else seeds[part.prompt], part)
-            for part in parts
-        }
-        drawn: dict[int, dict[int, Completion]] = {i: {} for i in range(len(prompt_ids))}
-        for part, answer in _answers(self._client, bodies):
-            of_prompt = drawn[part.prompt]
-            of_prompt |= {part.first + i: each for i, each in enumerate(self._completions(answer))}
-            if finished is not None and len(of_prompt) == num_generations:
-                finished(part.prompt, [of_prompt[i] for i in range(num_generations)])
+        drawn: list[dict[int, Completion]] = [{} for _ in prompt_ids]
+        shared = {"num_generations": num_generations, "seeds": seeds, "most": self._about.max_num_seqs}
+        with closing(answers(self._client, requests(prompt_ids, settings, **shared))) as come:
+            for request, answer in come:
+                of_prompt = drawn[request.prompt]
+                of_prompt |= enumerate(self._completions(answer), start=request.first)
+                if finished is not None and len(of_prompt) == num_generations:
+                    finished(request.prompt, [of_prompt[i] for i in range(num_generations)])
         self._check_version()
-        return [drawn[prompt][i] for prompt in range(len(prompt_ids)) for i in range(num_generations)]
+        return [of_prompt[i] for of_prompt in drawn for i in range(num_generations)]
 
     def _check_version(self) -> None:
         if self._client.version() != self._version:
@@ -185,17 +186,20 @@ class ServerSampler:
     def _push(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
         client, slow = self._client, self._client.timeout
         if self._transfer is None:
-            self._transfer = connect_transfer(client, self._about)
+            self._transfer = connect(client, self._about)
         client.call("/pause?mode=wait", {}, timeout=slow)
         try:
-            client.call("/start_weight_update", {}, timeout=slow)
+            start(client)
             self._transfer.send(weights)
             client.call("/finish_weight_update", {"weight_version": version}, timeout=slow)
             # Cache blocks are found by their tokens: without this, prompts would reuse blocks of the old weights.
             if not client.call("/reset_prefix_cache", {}, timeout=slow)["success"]:
-                raise ServerFailed(f"sampler_url={client.url}: the server's cache could not be reset: it has requests.")
-        finally:
-            client.call("/resume", {}, timeout=slow)
+                raise ServerFailed(f"sampler_url={client.url}: the server's cache cannot be emptied: requests run.")
+        except BaseException:
+            with suppress(ServerFailed):  # which would hide what went wrong
+                client.call("/resume", {})
+            raise
+        client.call("/resume", {}, timeout=slow)
         self._check_new(version)
 
     def _check_new(self, version: str) -> None:
@@ -211,3 +215,28 @@ class ServerSampler:
 
     def wake(self) -> None:
         """See Sampler. It never sleeps."""
+
+
+def _num_processes() -> int:
+    is_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_group else 1
+
+
+def _is_main_process() -> bool:
+    return _num_processes() == 1 or torch.distributed.get_rank() == 0
+
+
+def _of_main_process(ask: Callable[[], Answer]) -> Answer:
+    """What the main process finds, on all processes; a ServerFailed of it is raised by all."""
+    if _num_processes() == 1:
+        return ask()
+    found: list[Any] = [None, None]
+    if _is_main_process():
+        try:
+            found[0] = ask()
+        except ServerFailed as error:
+            found[1] = str(error)
+    torch.distributed.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise ServerFailed(found[1])
+    return found[0]

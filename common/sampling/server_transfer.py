@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.mistakes import first_line
+
 # Bytes of a header: a name, a dtype and a shape, as JSON.
 _HEADER = 2048
 _END, _FAILED = {"end": True}, {"failed": True}
@@ -19,6 +21,10 @@ _END, _FAILED = {"end": True}, {"failed": True}
 
 class SenderFailed(ValueError):
     """The trainer could not make all weights, and says why itself."""
+
+
+class PeerLeft(RuntimeError):
+    """The other end closed its connections, or did nothing for the time limit."""
 
 
 def join(address: str, port: int, *, rank: int, world_size: int, timeout: float) -> Any:
@@ -46,18 +52,32 @@ def send(group: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
     Args:
         group: from `join`.
-        weights: (checkpoint name, tensor), on any device.
+        weights: (checkpoint name, tensor), on any device; whatever it raises passes.
+
+    Raises:
+        PeerLeft: the workers take no more.
     """
-    try:
-        for name, tensor in weights:
-            values = tensor.detach().to("cpu").contiguous()
-            _header(group, {"name": name, "dtype": str(values.dtype)[6:], "shape": list(values.shape)})
-            if values.numel():
-                _broadcast(group, values.reshape(-1).view(torch.uint8))
-    except BaseException:
-        _header(group, _FAILED)
-        raise
+    for name, tensor in _or_say_so(group, weights):
+        values = tensor.detach().to("cpu").contiguous()
+        _header(group, {"name": name, "dtype": str(values.dtype)[6:], "shape": list(values.shape)})
+        if values.numel():
+            _broadcast(group, values.reshape(-1).view(torch.uint8))
     _header(group, _END)
+
+
+def _or_say_so(group: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights; if they raise, the workers are told."""
+    stream = iter(weights)
+    while True:
+        try:
+            named = next(stream, None)
+        except BaseException:
+            _header(group, _FAILED)
+            raise
+        if named is None:
+            return
+        yield named
+        del named  # before the next one is made
 
 
 def receive(group: Any) -> Iterator[tuple[str, Tensor]]:
@@ -68,6 +88,7 @@ def receive(group: Any) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         SenderFailed: the trainer has no more weights, but has not sent all.
+        PeerLeft: the trainer ended.
     """
     while True:
         content = torch.empty(_HEADER, dtype=torch.uint8)
@@ -95,4 +116,7 @@ def _broadcast(group: Any, values: Tensor) -> None:
 
     options = BroadcastOptions()
     options.rootRank = 0
-    group.broadcast([values], options).wait()
+    try:
+        group.broadcast([values], options).wait()
+    except RuntimeError as error:
+        raise PeerLeft(first_line(error)) from error

@@ -159,7 +159,7 @@ async def _sample_once(client: Any) -> None:
 
 
 def _launcher() -> Any:
-    """vLLM's module with the parts of its API server; up to 0.28 it is another one."""
+    """VLLM's module with the parts of its API server; up to 0.28 it is another one."""
     try:
         import vllm.entrypoints.launchers.api_server.entry as launcher
     except ImportError:

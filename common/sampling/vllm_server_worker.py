@@ -85,13 +85,13 @@ def register_gloo() -> None:
 
 def _gloo_engine() -> type:
     """The class of the backend; it cannot be defined before vllm is imported."""
+    from dataclasses import dataclass
+
     from vllm.distributed.weight_transfer.base import (
         WeightTransferEngine,
         WeightTransferInitInfo,
         WeightTransferUpdateInfo,
     )
-
-    from dataclasses import dataclass
 
     @dataclass
     class InitInfo(WeightTransferInitInfo):
