@@ -15,7 +15,7 @@ from tests.toy import algorithms
 ORDER = [
     *("examples", "benchmarks", "ALGORITHMS"),
     *("common.evaluation", "common.merge", "common.check_model", "common.samples", "common.start", "common.cli"),
-    "common.presets",
+    *("common.presets", "common.serve"),
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.memory", "common.data", "common.update", "common.models", "common.refill"),
     *("common.logprobs", "common.packing", "common.sequences", "common.packed_attention", "common.sharding"),
@@ -91,6 +91,7 @@ def test_only_the_engine_imports_vllm():
     core = {
         f"common.sampling.vllm_{name}" for name in ("engine", "startup", "reload", "support", "corrections", "drawing")
     }
+    core |= {f"common.sampling.vllm_{name}" for name in ("server", "server_worker", "transfer")}
     assert core <= found <= core | {"benchmarks.generation", "examples.pipeline.pipeline"}
 
 
