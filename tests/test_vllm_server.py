@@ -87,6 +87,7 @@ def test_the_server_samples_what_an_own_engine_samples_after_each_push(vllm_serv
     for _ in range(2):
         for sampler in (own, server):
             sampler.push(policy_weights(server_policy))
+            sampler.wake()
         as_own_engine(server, own)
         greedy = [each.token_ids for each in server.generate(PROMPTS, GREEDY)]
         assert greedy != before
