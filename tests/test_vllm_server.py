@@ -177,8 +177,9 @@ def test_weights_of_somebody_else_are_not_sampled_from(vllm_server, server_polic
         server.generate(PROMPTS, GREEDY)
     with pytest.raises(ServerFailed, match="A server belongs to one run"):
         server.has_weights  # noqa: B018
-    server.push(policy_weights(server_policy))
-    server.generate(PROMPTS[:1], GREEDY)
+    with pytest.raises(ServerFailed, match="A server belongs to one run"):
+        server.push(policy_weights(server_policy))
+    assert other.has_weights and len(other.generate(PROMPTS, GREEDY)) == len(PROMPTS)
 
 
 @pytest.mark.slow

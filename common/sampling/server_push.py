@@ -16,7 +16,7 @@ from torch import Tensor
 
 from common.mistakes import first_line
 from common.sampling import server_transfer
-from common.sampling.server_client import About, ServerClient, ServerFailed, ServerRefused
+from common.sampling.server_client import QUICK, About, ServerClient, ServerFailed, ServerRefused
 
 # Bytes of weights that are announced to NCCL's end together: one request for each would take longer than most of them,
 # and they are all in memory at once. A larger tensor goes alone.
@@ -181,7 +181,7 @@ def start(client: ServerClient) -> None:
 def _finish(client: ServerClient, answer: "Future[Any]", problem: BaseException | None) -> None:
     """Wait until the server has taken what was sent; its own words say most of what went wrong."""
     try:
-        answer.result(timeout=client.timeout)
+        answer.result(timeout=client.timeout if problem is None else QUICK)
     except TimeoutError:
         problem = problem or TimeoutError(f"no answer for {client.timeout:.0f} s")
     if problem is not None:

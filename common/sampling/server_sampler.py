@@ -76,12 +76,11 @@ class ServerSampler:
         Raises:
             ServerFailed: somebody else pushed weights.
         """
-        if self._version is None:
-            return False
-        return _of_main_process(self._still_has_weights)
+        return self._version is not None and _of_main_process(self._still_has_weights)
 
     def _still_has_weights(self) -> bool:
-        if self._client.version() == self._version:
+        """Whether the server has what was pushed last; a new one is noted."""
+        if self._client.version() == f"{self._run}-{self._number}":
             return True
         about = self._client.about()
         if about.started == self._about.started:
@@ -167,24 +166,26 @@ class ServerSampler:
             ServerFailed: on all processes, if the server did not take all weights.
             WrongNumbers: a weight is NaN.
         """
-        self._version, self._number = None, self._number + 1
-        version = f"{self._run}-{self._number}"
-        stream, problem = iter(without_nan(weights)), None
-        if _is_main_process():
-            try:
-                self._push(stream, version)
-            except ServerFailed as error:
-                problem = str(error)
-        for _ in stream:  # what is made of all processes' parts, all must make
-            pass
-        problem = _of_main_process(lambda: problem)
-        if problem is not None:
-            self._transfer = None
-            raise ServerFailed(problem)
-        self._version = version
+        self._version, version = None, f"{self._run}-{self._number + 1}"
+        stream, problem = without_nan(weights), None
+        try:
+            if _is_main_process():
+                try:
+                    self._push(stream, version)
+                except ServerFailed as error:
+                    problem = str(error)
+            for _ in stream:  # what is made of all processes' parts, all must make
+                pass
+            _of_main_process(lambda: _raise(problem))
+        except BaseException:
+            self._transfer = None  # the server's end is closed
+            raise
+        self._version, self._number = version, self._number + 1
 
     def _push(self, weights: Iterator[tuple[str, Tensor]], version: str) -> None:
         client, slow = self._client, self._client.timeout
+        if self._transfer is not None:
+            self._still_has_weights()
         if self._transfer is None:
             self._transfer = connect(client, self._about)
         client.call("/pause?mode=wait", {}, timeout=slow)
@@ -215,6 +216,11 @@ class ServerSampler:
 
     def wake(self) -> None:
         """See Sampler. It never sleeps."""
+
+
+def _raise(problem: str | None) -> None:
+    if problem is not None:
+        raise ServerFailed(problem)
 
 
 def _num_processes() -> int:
