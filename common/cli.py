@@ -94,6 +94,27 @@ def take_plan(args: list[str]) -> tuple[PlanRequest | None, list[str]]:
     return (PlanRequest(device) if is_asked else None), others
 
 
+def take_serve(args: list[str]) -> tuple[bool, list[str]]:
+    """Whether --serve is on a script's command line, and the other arguments.
+
+    Args:
+        args: command line without the program's name.
+
+    Raises:
+        ValueError: a value after --serve.
+    """
+    if "--serve" not in args:
+        return False, args
+    at = args.index("--serve")
+    after = args[at + 1 : at + 2]
+    if after and not after[0].startswith("--"):
+        raise ValueError(
+            f"--serve {after[0]}: it takes no value; it starts the server that the run with the same settings samples "
+            "from. Pass --serve alone, and its address as --sampler_url."
+        )
+    return True, args[:at] + args[at + 1 :]
+
+
 def parse_config(
     settings: Config,
     *,

@@ -4,7 +4,7 @@ import sys
 from functools import partial
 from typing import Any
 
-from common.cli import PlanRequest, origins_in, parse_config, run_script, take_plan
+from common.cli import PlanRequest, origins_in, parse_config, run_script, take_plan, take_serve
 from common.config import RLConfig
 from common.embedded import is_embedded, skeleton
 from common.memory import show
@@ -13,6 +13,7 @@ from common.mistakes import UnlikeProcesses
 from common.models.configs import read_config
 from common.runs.outcome import how_to_continue
 from common.runs.run import algorithm_name, run_folder
+from common.serve import serve
 from common.signals import command_line
 from common.tasks import check_task, reward_models
 from common.terminal import printable
@@ -22,7 +23,8 @@ from common.trainer import OnPolicyTrainer
 def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) -> None:
     """Train with the settings of the script and the command line; a mistake in them ends in one message.
 
-    With --plan the memory plan is printed, and nothing is loaded.
+    With --plan the memory plan is printed, and nothing is loaded. With --serve it is the server that samples for the
+    run with these settings.
 
     Args:
         trainer: the algorithm.
@@ -36,7 +38,10 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
 
     def main() -> None:
         request, args = take_plan(sys.argv[1:])
-        if request is not None:
+        is_server, args = take_serve(args)
+        if is_server:
+            serve(parse_config(settings, args=args, **reading))
+        elif request is not None:
             has_gpu = True if request.device else None
             print_plan(parse_config(settings, args=args, has_gpu=has_gpu, **reading), request)
         else:

@@ -15,7 +15,7 @@ from tests.toy import algorithms
 ORDER = [
     *("examples", "benchmarks", "ALGORITHMS"),
     *("common.evaluation", "common.merge", "common.check_model", "common.samples", "common.start", "common.cli"),
-    "common.presets",
+    *("common.presets", "common.serve"),
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.memory", "common.data", "common.update", "common.models", "common.refill"),
     *("common.logprobs", "common.packing", "common.sequences", "common.packed_attention", "common.sharding"),
@@ -90,6 +90,7 @@ def imported_packages(module: str, *, at_the_top: bool) -> set[str]:
 def test_only_the_engine_imports_vllm():
     found = {module for module in modules() if "vllm" in imported_packages(module, at_the_top=False)}
     files = ("engine", "startup", "reload", "support", "corrections", "drawing", "group")
+    files += ("server", "server_worker", "transfer")
     core = {f"common.sampling.vllm_{name}" for name in files}
     assert core <= found <= core | {"benchmarks.generation", "examples.pipeline.pipeline"}
 

@@ -23,18 +23,22 @@ from common.sampling import vllm_engine
 from common.sampling.prefixes import PrefixSampler, states
 from common.sampling.protocol import Finished, Leaving, Sampler, SamplingSettings, sampling_seed
 from common.sampling.pushing import push_policy
+from common.sampling.server_client import check_server
+from common.sampling.server_sampler import server_sampler
 from common.sampling.torch_sampler import TransformersSampler
 from common.sampling.vllm_sampler import VLLMSampler
 
 
 def check_sampler(config: RLConfig) -> None:
-    """Refuse a sampler that is not installed.
+    """Refuse a sampler that is not installed, or a server that is not there.
 
     Raises:
-        ValueError: saying how to install it.
+        ValueError: saying how to install or start it.
     """
     if config.sampler == "vllm":
         vllm_engine.check_installed()
+    if config.sampler == "vllm_server":
+        check_server(config.sampler_url, timeout=60 * config.process_timeout)
 
 
 def make_sampler(
@@ -57,10 +61,12 @@ def make_sampler(
         leaving: how processes that share an engine leave it when the run has to end.
 
     Raises:
-        ValueError: if vLLM does not run the model, or not rightly.
+        ValueError: if vLLM does not run the model, or not rightly, or the server has another one.
     """
     if config.sampler == "transformers":
         return TransformersSampler(lambda: pool.use("policy"), device=pool.device, dtype=dtype)
+    if config.sampler == "vllm_server":
+        return server_sampler(config, path, dtype=dtype)
     return VLLMSampler(
         path,
         sleep_level=config.vllm_sleep_level,

@@ -170,8 +170,7 @@ def generate(engine: Engine, requests: list[Request], finished: Finished | None 
     """
     prompts = [{"prompt_token_ids": ids} for request in requests for ids in request.prompt_ids]
     params = [sampling_params(each.settings, each.num_generations, seed) for each in requests for seed in each.seeds]
-    weights = sum(math.prod(shape) for shape in engine.shapes.values())
-    small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
+    small = few_weights(map(math.prod, engine.shapes.values())) and not torch.cuda.is_available()
     try:
         with (
             vllm_memory.explained("sample"),
@@ -190,6 +189,11 @@ def generate(engine: Engine, requests: list[Request], finished: Finished | None 
     engine.group.check_same(completions)
     rows = iter(completions)
     return [list(islice(rows, request.num_rows)) for request in requests]
+
+
+def few_weights(sizes: Iterable[int]) -> bool:
+    """Whether a model with weights of these sizes is sampled from faster by one thread of the CPU than by several."""
+    return sum(sizes) < _MIN_WEIGHTS_FOR_THREADS
 
 
 def sampling_params(settings: SamplingSettings, num_generations: int, seed: int | None) -> Any:
@@ -268,11 +272,11 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
             succeeds.
     """
     with vllm_memory.explained("take the new weights"):
-        _reload(engine, _numbers(complete_weights(weights, engine.shapes)))
+        _reload(engine, without_nan(complete_weights(weights, engine.shapes)))
     _drop_cache(engine)
 
 
-def _numbers(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def without_nan(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights; NaN, which would only show in the completions, ends the run as other wrong numbers do."""
     for name, tensor in weights:
         # The sum is quick to compute, and NaN if any number is.
