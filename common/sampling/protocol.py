@@ -75,11 +75,14 @@ class Sampler(Protocol):
         needs_push: it has weights of its own, which `push` replaces.
         has_weights: False until the first push, and after a sleep that dropped them.
         resident_bytes: device memory it keeps while it sleeps.
+        samples_apart: it draws elsewhere, as a server does: `generate` may run in a thread while models train, and
+            beside another `generate`, and it needs no device of this process.
     """
 
     needs_push: bool
     has_weights: bool
     resident_bytes: int
+    samples_apart: bool
 
     def generate(
         self,

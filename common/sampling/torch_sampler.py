@@ -34,6 +34,7 @@ class TransformersSampler:
     needs_push = False
     has_weights = True
     resident_bytes = 0
+    samples_apart = False
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class VLLMSampler:
     """
 
     needs_push = True
+    samples_apart = False
 
     def __init__(self, model_path: str, *, sleep_level: int = 0, **engine_settings: str | float) -> None:
         self._sleep_level = sleep_level if torch.cuda.is_available() else 0
