@@ -30,8 +30,8 @@ DIFFERENCE, RATIO = "sampler/logprob_diff", "policy/first_ratio"
 SUSPICIOUS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # larger than rounding should be: a warning
 IMPOSSIBLE = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # no rounding of any model: the run stops
 
-# Of completions of the policy of one step earlier, the difference holds what that step has changed, too. In a run that
-# learns it was 0.006 on average and 0.02 at most; with this much, nearly every token's probability is another one.
+# Of completions of the policy of one step earlier, the difference holds what that step has changed, too. In runs that
+# learn it was 0.006 on average and 0.026 at most; with this much, nearly every token's probability is another one.
 LAGGED = 0.5
 
 # A warning comes again when what it is about has grown by this factor.
