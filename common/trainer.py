@@ -69,6 +69,7 @@ from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
 from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
+from common.sampling.ahead import Ahead
 from common.sampling.checks import check_engines, check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
 from common.sharding import check_sharding, describe_sharding
@@ -261,8 +262,9 @@ class OnPolicyTrainer(ABC):
     ) -> Rollouts:
         """Complete each prompt with the current policy: B = len(prompts) x G rows, those of one prompt adjacent.
 
-        Completions of the step's own prompts count as `episodes`; all others under a name of their own:
-        greedy/completions, refill/completions or <purpose>/completions.
+        With sampling_lag=1, those of the step's own prompts come from the policy of one step earlier, and others from
+        the current one. Completions of the step's own prompts count as `episodes`; all others under a name of their
+        own: greedy/completions, refill/completions or <purpose>/completions.
 
         Args:
             prompts: this process's prompts of the step.
@@ -280,7 +282,10 @@ class OnPolicyTrainer(ABC):
 
     def _sampled(self, prompts: PromptBatch, kind: str, settings: dict[str, Any]) -> Rollouts:
         """Completions of the prompts, numbered, checked and counted."""
-        rollouts = self.policy_sampler.sample(prompts, **settings)
+        if self._ahead and kind == "train":
+            rollouts = self._ahead.sample(prompts, num_generations=settings["num_generations"])
+        else:
+            rollouts = self.policy_sampler.sample(prompts, **settings)
         self.run.stopping.meet()
         if self.config.mask_truncated:
             rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]  # (B, C)
@@ -375,7 +380,8 @@ class OnPolicyTrainer(ABC):
     ) -> Tensor:
         """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
-        With kl_coef above 0 and with_kl, it sets rollouts.old_logprobs and ref_logprobs.
+        With kl_coef above 0 and with_kl, it sets rollouts.old_logprobs and ref_logprobs. The KL is that of the policy
+        that the step trains: with sampling_lag=1 the ratio makes of it, too, a mean over what that policy samples.
 
         Args:
             rollouts: B rows.
@@ -386,7 +392,7 @@ class OnPolicyTrainer(ABC):
         """
         mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
         if with_kl and self.config.kl_coef:
-            kl = self._kl(rollouts, apart=keep and not self.config.trains_on_policy)
+            kl = self._kl(rollouts, apart=keep and self.config.makes_old_logprobs)
         rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
         return rewards * self.reward_scale(rewards, rollouts) if whitened else rewards
 
@@ -459,8 +465,11 @@ class OnPolicyTrainer(ABC):
         """(B, C) float32, 0 at padding: log-probs under the policy that sampled; not recomputed if already set.
 
         None if each rollout makes one optimizer step: the policy that sampled is then the one being updated, and this
-        forward pass would only repeat the update's own.
+        forward pass would only repeat the update's own. With sampling_lag=1 they are the sampler's: the policy that
+        sampled is gone. The ratio then corrects for the lag and for the sampler's rounding, both at once.
         """
+        if self.config.sampling_lag:
+            return rollouts.sampling_logprobs
         if rollouts.old_logprobs is not None or self.config.trains_on_policy:
             return rollouts.old_logprobs
         return self.logprobs("policy", rollouts)
@@ -506,7 +515,8 @@ class OnPolicyTrainer(ABC):
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
         in_use = self.models.use(learner.name, train=True)
         with self.stopwatch("update"), in_use as model, self.batches.passes_of(model):
-            check = partial(self._soundness.check_first_minibatch, model=model, step=self.current_step)
+            of_step = {"step": self.current_step, "lagged": self._is_lagged}
+            check = partial(self._soundness.check_first_minibatch, model=model, **of_step)
             settings["check"] = check if learner is self.policy else None
             for epoch in range(num_epochs):
                 for name, value, count in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
@@ -530,7 +540,8 @@ class OnPolicyTrainer(ABC):
     ) -> tuple[Tensor, dict[str, Metric]]:
         """A policy loss weighed as importance_correction says, and its metrics with those of the weights.
 
-        It needs the settings of a ClippedConfig.
+        It needs the settings of a ClippedConfig. With sampling_lag=1 the loss stays as it is: its ratio is to the
+        sampler's log-probs, so the weights would all be 1.
 
         Args:
             loss: (b, C) float32, all terms that are means over what the policy samples.
@@ -539,6 +550,8 @@ class OnPolicyTrainer(ABC):
             minibatch: b rows.
             of_completions: one weight for each completion, for a loss with the ratio of completions.
         """
+        if self.config.sampling_lag:
+            return loss, metrics
         correction = chosen_correction(self.config.importance_correction, self.dtype, logprobs.device)
         options = {"cap": self.config.importance_cap, "of_completions": of_completions}
         weights, of_weights = importance_weights(logprobs, minibatch, correction=correction, **options)
@@ -671,6 +684,15 @@ class OnPolicyTrainer(ABC):
         self.policy_sampler = PolicySampler(
             config, path, sampler, models=self.models, stopwatch=self.stopwatch, **tokens
         )
+        self._ahead = None
+        if config.sampling_lag:
+            self._ahead = Ahead(
+                self.policy_sampler,
+                self.training_prompts,
+                num_steps=config.num_steps,
+                gather=lambda own: gather_object([own]) if self.accelerator.num_processes > 1 else [own],
+                waiting=self.run.waiting,
+            )
 
     def _share_out(self, module: nn.Module) -> nn.Module:
         """The model, with shard=full spread over all processes."""
@@ -715,7 +737,9 @@ class OnPolicyTrainer(ABC):
         return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
 
     def _kl(self, rollouts: Rollouts, *, apart: bool = False) -> Tensor:
-        """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts.
+        """(B, C) float32: k1 of the policy's KL to the reference; keeps log-probs of both in the rollouts.
+
+        With sampling_lag=1 it keeps the sampler's in place of the policy's, which are those of another policy.
 
         Args:
             rollouts: B rows.
@@ -727,11 +751,12 @@ class OnPolicyTrainer(ABC):
             old_logprobs = torch.zeros(rollouts.completion_mask.shape)
             old_logprobs[is_kept] = self.logprobs("policy", self.keep_one_per_group(rollouts))
             old_logprobs[~is_kept] = self.logprobs("policy", rollouts.only(~is_kept).renumbered())
-            rollouts.old_logprobs, self._passed_apart = old_logprobs, rollouts
+            self._passed_apart = rollouts
         else:
-            rollouts.old_logprobs = self.logprobs("policy", rollouts)
+            old_logprobs = self.logprobs("policy", rollouts)
+        rollouts.old_logprobs = rollouts.sampling_logprobs if self.config.sampling_lag else old_logprobs
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
-        return kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
+        return kl_estimate(old_logprobs, rollouts.ref_logprobs, "k1")
 
     def _is_kept(self, rollouts: Rollouts) -> Tensor:
         """(B,) bool: rows that `keep_one_per_group` keeps."""
@@ -753,6 +778,9 @@ class OnPolicyTrainer(ABC):
         self._used_settings.clear()
         stopping.begin_step(step)
         self._do_step(self.training_prompts(step))
+        if self._ahead:  # a part of the update, which is over or left within the same grace
+            with self.stopwatch("sample"):
+                self.run.waiting = self._ahead.finish()
         stopping.end_update()
         self._freed_memory.give_back()
         if step == self.run.first_step and self.accelerator.is_main_process:
@@ -785,6 +813,11 @@ class OnPolicyTrainer(ABC):
             at_start = self.batches.config.max_tokens_per_microbatch
             self.run.note_budget(self.batches.max_tokens_per_microbatch, at_start)
 
+    @property
+    def _is_lagged(self) -> bool:
+        """Whether the step's completions are of the policy of one step earlier."""
+        return self._ahead is not None and self._ahead.is_lagged
+
     def _evaluates_at(self, step: int) -> bool:
         return self._evaluates and (step % self.config.eval_every == 0 or step == self.config.num_steps)
 
@@ -794,7 +827,8 @@ class OnPolicyTrainer(ABC):
         self._lost_rows.end_step(step)
         metrics = with_confidence_interval(self.metrics.reduce(self.accelerator), len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
-            self._soundness.warn(metrics, step=step, same_passes=not self.batches.lowered_midway)
+            same_passes = not self.batches.lowered_midway
+            self._soundness.warn(metrics, step=step, same_passes=same_passes, lagged=self._is_lagged)
             self._signal.see(metrics, step=step)
         timings = self.stopwatch.read_and_reset()
         timings["memory/max_tokens_per_microbatch"] = self.batches.max_tokens_per_microbatch

@@ -319,7 +319,7 @@ def _forward_phases(room: _Room, config: RLConfig, cast: Cast, work: Work) -> It
     """Passes without gradients: log-probs of policy and reference, and values."""
     budget = room.choices.max_tokens_per_microbatch
     for model in cast.models:
-        is_asked = model.name != "policy" or config.kl_coef or config.eval_kl or not config.trains_on_policy
+        is_asked = model.name != "policy" or config.kl_coef or config.eval_kl or config.makes_old_logprobs
         if model.passes.kind == "score" or not is_asked:
             continue
         what = "log-probs" if model.passes.kind == "policy" else "values"

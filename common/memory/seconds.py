@@ -185,7 +185,7 @@ def _unpacking(plan: Plan, rates: Rates, passes: float) -> float:
 
 def _logprobs(config: RLConfig, plan: Plan, rates: Rates, tokens: Tokens) -> Part:
     asked = [each for each in plan.cast.models if each.name == "ref" and config.kl_coef]
-    if not config.trains_on_policy or (config.kl_coef and vars(config).get("kl_place") == "reward"):
+    if config.makes_old_logprobs or (config.kl_coef and vars(config).get("kl_place") == "reward"):
         asked.append(plan.cast.policy)
     through, forward, batches = _passes(plan, tokens)
     speed = rates.flops * constants.PASS_FLOPS

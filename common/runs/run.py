@@ -46,6 +46,9 @@ from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
 
+# Of a checkpoint with completions that wait for the next step.
+WAITING_FILE = "waiting.pt"
+
 # Rows of each entry in samples.jsonl: enough to read, few enough to store every few steps.
 NUM_SAMPLES = 8
 
@@ -79,6 +82,7 @@ class Run:
         unfinished: what the step of the checkpoint has measured, if its evaluation and its line are still to be done.
         stopping: what signals ask for.
         stopped_early: early stopping has ended the run.
+        waiting: completions that wait for the next step, of all processes; every checkpoint keeps them. None: none do.
 
     Raises:
         ValueError: if the folder is another run's, or a finished one, or the hub does not take its final model.
@@ -107,6 +111,8 @@ class Run:
         self._saved_as, self._state = state["step"], state
         self.unfinished: Unfinished | None = state.get("unfinished")
         self._samples: list[tuple[str, list[dict]]] = []  # of the step
+        kept = self.checkpoint and self.checkpoint / WAITING_FILE
+        self.waiting: dict | None = checkpoints.load_tensors(kept) if kept and kept.is_file() else None
         # The token budget that was found to fit, and the one that it replaces: another one is tried out anew.
         self._budget: dict | None = state.get("token_budget")
         options = {"keeps_checkpoint": bool(config.save_every), "process_timeout": config.process_timeout}
@@ -564,6 +570,8 @@ class Run:
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
         writers = {METRICS_FILE: self._log.copy_metrics}
+        if self.waiting is not None:
+            writers[WAITING_FILE] = lambda path: checkpoints.save_tensors(self.waiting, path)
         for name, (learner, module) in self._learners.items():
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path

@@ -78,12 +78,15 @@ class Sampler(Protocol):
         has_weights: False until the first push, and after a sleep that dropped them.
         resident_bytes: device memory it keeps while it sleeps.
         weights_dtype: what all its matrices are rounded to when they are pushed; None: not all to one type.
+        samples_apart: it draws elsewhere, as a server does: `generate` may run in a thread while models train, and
+            beside another `generate`, and it needs no device of this process.
     """
 
     needs_push: bool
     has_weights: bool
     resident_bytes: int
     weights_dtype: torch.dtype | None
+    samples_apart: bool
 
     def generate(
         self,

@@ -35,6 +35,7 @@ class TransformersSampler:
     has_weights = True
     resident_bytes = 0
     weights_dtype = None
+    samples_apart = False
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ class VLLMSampler:
     """
 
     needs_push = True
+    samples_apart = False
 
     def __init__(
         self, model_path: str, *, sleep_level: int = 0, leaving: Leaving | None = None, **engine_settings: str | float
