@@ -26,7 +26,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
-from common.host import FreedMemory
+from common.host import FreedMemory, processes_here
 from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
@@ -131,7 +131,7 @@ class OnPolicyTrainer(ABC):
         # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
         on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
         self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
-        check_processes(config, self.accelerator)
+        check_processes(config, self.accelerator.num_processes)
         algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
         if self.accelerator.is_main_process:
@@ -143,6 +143,7 @@ class OnPolicyTrainer(ABC):
             policy,
             rewards=reward_models(config, task),
             processes=self.accelerator.num_processes,
+            nodes=max(1, self.accelerator.num_processes // processes_here()),
             with_passes=False,
         )
         settled = self.plan.settled(config)
