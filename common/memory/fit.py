@@ -97,6 +97,8 @@ def fitted_settings() -> Iterator[PassSettings]:
     kinds = [("lora", torch.bfloat16), ("qlora", torch.bfloat16), ("full", torch.bfloat16), ("full", torch.float32)]
     for kind, (method, weights) in itertools.product(("policy", "value"), kinds):
         yield PassSettings(kind=kind, method=method, weights=weights)
+    for kind in ("policy", "value"):
+        yield PassSettings(kind=kind, method="full", spread=True)
 
 
 def standing(config: transformers.PreTrainedConfig, settings: PassSettings) -> int:

@@ -133,8 +133,8 @@ class Gathered:
     Attributes:
         start: when a pass begins, before it has activations.
         forward: in a layer of a pass without gradient.
-        training: in a layer of a backward pass: with its gradient, that of the layer before on its way to its parts,
-            and that of embedding and head, which waits for the end.
+        training: when a backward pass begins, or in its layers: with the gradients of one, and those of the one before
+            on their way to their parts. Gradients of embedding and head wait for the end; they count as the pass's.
     """
 
     start: int = 0
@@ -240,6 +240,7 @@ def learner(name: str, sizes: Sizes, config: RLConfig, numbers: Numbers, **optio
         lora_r=config.lora_r,
         lora_target_modules=config.lora_target_modules,
         attention=numbers.attention,
+        spread=numbers.spread > 1 and method == "full",
     )
     return Tenant(
         name=name,
@@ -256,9 +257,9 @@ def _gathered(sizes: Sizes, dtype: torch.dtype, *, has_adapter: bool, has_head: 
     root = (sizes.root[0] - (0 if has_head else sizes.head), sizes.root[1])
     gathered = [sum(each) if has_adapter else each[0] for each in (sizes.block, root)]
     block, outside = (dtype.itemsize * each for each in gathered)
-    trained, trained_outside = (each[1] if has_adapter else each[0] for each in (sizes.block, root))
-    gradients = dtype.itemsize * (trained_outside + trained) + FLOAT32 * trained
-    return Gathered(start=2 * outside + block, forward=outside + 2 * block, training=outside + 2 * block + gradients)
+    gradients = (dtype.itemsize + FLOAT32) * sizes.block[1 if has_adapter else 0]
+    start, layers = 2 * outside + block, outside + 2 * block
+    return Gathered(start=start, forward=layers, training=max(start, layers + gradients))
 
 
 def _training(
