@@ -165,11 +165,10 @@ def _candidates(config: RLConfig, machine: Machine, work: Work) -> Iterator[Choi
     share = SHARE_ON_CPU if on_cpu and config.vllm_memory_share == AUTO else config.vllm_memory_share
     budgets = budgets_of(config, on_cpu=on_cpu)
     is_auto = config.max_tokens_per_microbatch == AUTO
-    may_move = config.offload == AUTO and not on_cpu and spread_over(config, machine.processes) == 1
-    for offload in ("never", "always") if may_move else (config.offload,):
+    for offload in ("never", "always") if config.offload == AUTO and not on_cpu else (config.offload,):
         offload = "never" if offload == AUTO else offload
         for budget in budgets:
-            if is_auto and offload == "never" and may_move and budget < min(SMALL_BUDGET, budgets[0]):
+            if is_auto and offload == "never" and config.offload == AUTO and budget < min(SMALL_BUDGET, budgets[0]):
                 continue
             for pins in (True, False) if offload == "always" and not on_cpu else (False,):
                 yield Choices(offload=offload, max_tokens_per_microbatch=budget, vllm_memory_share=share, pins=pins)
@@ -236,6 +235,8 @@ class _Room:
         self.pins = host is None or pinned(homes) <= host // 2  # see PinnedMemory in models/mover.py
         if not self.pins:
             self.rounding = min(self.rounding, host // 4)
+        if self.is_spread:  # what is spread moves by plain copies
+            self.pins, self.rounding = True, 0
 
     @property
     def engine_bytes(self) -> int:
@@ -306,9 +307,10 @@ def _load(room: _Room) -> Phase:
 def _push(room: _Room) -> Phase:
     """The policy's weights go to the engine one by one, from wherever they are."""
     engine, moves = room.cast.engine, {"one tensor": room.cast.engine.push}
-    later = room.phase("push", device=moves, engine=engine.weights + engine.asleep)
+    used = ("policy",) if room.is_spread else ()  # all parts of a tensor have to be there
+    later = room.phase("push", *used, device=moves, engine=engine.weights + engine.asleep)
     # The first push finds an engine that has never slept, and an optimizer without moments.
-    first = room.phase("push", device=moves, engine=room.engine_bytes)
+    first = room.phase("push", *used, device=moves, engine=room.engine_bytes)
     kept = {name: size for name, size in first.device.items() if not name.startswith("optimizer of")}
     return max(later, replace(first, device=kept), key=lambda phase: phase.on_device)
 

@@ -88,7 +88,7 @@ def _spread(config: RLConfig, processes: int, engines: tuple[int, ...]) -> Itera
 
 
 def _on_gpu(config: RLConfig, processes: int, engines: tuple[int, ...]) -> Iterator[Changes]:
-    if config.offload == "never" and config.shard != "full":
+    if config.offload == "never":
         yield {"offload": AUTO}
     if config.sampler == "vllm" and config.vllm_sleep_level == 0:
         yield {"vllm_sleep_level": 1}
@@ -188,6 +188,8 @@ def _fitting(config: RLConfig, change: Changes, casting: Casting, machine: Machi
         changed = replace(config, **{name: value for name, value in change.items() if name in known})
     except ValueError:  # these settings do not go together
         return None
+    if changed.shard == "full" and machine.processes > 1 and not _may_spread(changed):
+        return None
     cast = casting.cast(changed)
     if work.is_counted and not make_plan(changed, cast, machine, work=Work(changed, is_counted=False)).fits:
         return None  # without its passes already, which may take seconds to predict
@@ -238,9 +240,15 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine, wo
 
 
 def _spread_over_all(config: RLConfig) -> Changes:
-    """What to change so that models are spread over all processes, which moves none of them off the device."""
-    moving = {"offload": AUTO} if config.offload == "always" else {}
-    return {} if config.shard == "full" else {"shard": "full"} | moving
+    """What to change so that models are spread over all processes."""
+    return {} if config.shard == "full" else {"shard": "full"}
+
+
+def _may_spread(config: RLConfig) -> bool:
+    """Whether the other settings let models be spread over processes."""
+    shares_base = any(each.shares_base for each in config.other_models)
+    is_refused = config.sampler == "transformers" or config.load_in_4bit or config.optimizer == "adamw_8bit"
+    return not (is_refused or shares_base)
 
 
 def _more_devices(config: RLConfig, casting: Casting, machine: Machine, work: Work, *, is_last: bool) -> str:
@@ -254,7 +262,7 @@ def _more_devices(config: RLConfig, casting: Casting, machine: Machine, work: Wo
         is_last: no change of settings is enough.
     """
     is_asked = config.shard == "full" or (is_last and machine.card.kind == "cuda")
-    if not (is_asked and casting.is_trained) or config.sampler == "transformers" or config.load_in_4bit:
+    if not (is_asked and casting.is_trained and _may_spread(config)):
         return ""
     plan = enough_processes(replace(config, **_spread_over_all(config)), casting, machine, work)
     if plan is None:
