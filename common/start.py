@@ -1,5 +1,6 @@
 """What a script does: read its settings, train, and report."""
 
+import os
 import sys
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from common.signals import command_line
 from common.tasks import check_task, reward_models
 from common.terminal import printable
 from common.trainer import OnPolicyTrainer
+from common.update.batches import check_processes
 
 
 def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) -> None:
@@ -55,16 +57,19 @@ def print_plan(config: RLConfig, request: PlanRequest) -> None:
 
     Args:
         config: the run's settings.
-        request: for which card.
+        request: for which card, and how many of them.
 
     Raises:
         ValueError: there is no such model or card, or the run does not fit.
     """
     check_task(config.task)
+    check_processes(config, request.processes)
     if not is_embedded(config.model):
         read_config(config.model, trust_remote_code=config.trust_remote_code)  # makes the model's code known
-    plan = plan_of(config, skeleton(config.model), rewards=reward_models(config), device=request.device)
-    print(*map(printable, show.whole(plan, config)), sep="\n", flush=True)
+    devices = {"device": request.device, "processes": request.processes, "nodes": request.nodes}
+    plan = plan_of(config, skeleton(config.model), rewards=reward_models(config), **devices)
+    if os.environ.get("RANK", "0") == "0":  # the others would print the same
+        print(*map(printable, show.whole(plan, config)), sep="\n", flush=True)
 
 
 def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer:

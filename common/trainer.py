@@ -29,7 +29,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch, why_restarts_fail
-from common.host import FreedMemory
+from common.host import FreedMemory, processes_here
 from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
@@ -145,7 +145,7 @@ class OnPolicyTrainer(ABC):
         if processes:
             processes.meet(gather_object([others.own_place()]), self.accelerator.process_index)
         check_alike(config, type(self), self.accelerator)
-        check_processes(config, self.accelerator)
+        check_processes(config, self.accelerator.num_processes)
         check_sharding(config, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             check_folder(folder)
@@ -158,6 +158,7 @@ class OnPolicyTrainer(ABC):
             policy,
             rewards=reward_models(config, task),
             processes=self.accelerator.num_processes,
+            nodes=max(1, self.accelerator.num_processes // processes_here()),
             with_passes=False,
         )
         settled = self.plan.settled(config)

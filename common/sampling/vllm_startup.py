@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from common.host import host_memory
+from common.host import host_memory, processes_here
 from common.memory.constants import VLLM_BATCHED_TOKENS_ON_CPU
 from common.sampling.vllm_corrections import model_arguments, replaced
 from common.sampling.vllm_group import group_arguments, over_gloo, timeouts
@@ -129,7 +129,7 @@ def cache_for(settings: EngineSettings) -> Iterator[None]:
 
 def _free_memory() -> int:
     """Bytes that are free for this process; vLLM itself looks at the memory node that is nearest to it."""
-    free = host_memory().available
+    free = host_memory(processes=processes_here()).available
     if importlib.util.find_spec("vllm.utils.cpu_resource_utils") is None:
         return free  # older versions of vLLM know no nodes
     from vllm.utils import cpu_resource_utils
