@@ -1,6 +1,7 @@
 """Which errors are messages for the user, and a Python program that ends with one of them instead of a traceback."""
 
 import dis
+import io
 import re
 import sys
 import traceback
@@ -106,6 +107,8 @@ def explain_mistakes() -> None:
     former = sys.excepthook
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(sys.stderr, io.StringIO):  # torch's hook for several processes: lost if this ends the program
+            sys.stderr = sys.__stderr__
         frames = traceback.extract_tb(trace)
         is_script = len(frames) > 1 and frames[0].name == "<module>" and Path(frames[0].filename).is_file()
         if limits := is_script and not sys.flags.dev_mode and limit_in_the_way(error):

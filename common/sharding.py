@@ -226,7 +226,7 @@ def as_forward(model: nn.Module, function: Callable[[], Result]) -> Result:
     """What a function gives that uses parts of a model without calling the whole of it.
 
     Of a sharded model it runs as its forward pass, so that the model's own tensors are whole. If it raises, all
-    processes must go on alike: what was gathered is let go.
+    processes must go on alike: nothing stays gathered.
 
     Args:
         model: in peft or not; one that is not sharded plays no part.
@@ -238,7 +238,7 @@ def as_forward(model: nn.Module, function: Callable[[], Result]) -> Result:
     try:
         return getattr(root, _AS_FORWARD)(function)
     except Exception:
-        let_go(root)
+        reset(root)
         raise
 
 
@@ -256,14 +256,20 @@ def _without_views(outputs: Result) -> Result:
     return tree_map_only(Tensor, copied, outputs)
 
 
-def let_go(model: nn.Module) -> None:
-    """Spread again what a sharded model has gathered in a pass that ended in an error."""
+def reset(model: nn.Module) -> None:
+    """Between passes: a sharded model has nothing gathered, also after an error, and nothing noted.
+
+    FSDP2 notes the layers of each forward pass until a backward pass, and so forever if there is none.
+
+    Args:
+        model: in peft or not; one that is not sharded stays as it is.
+    """
     root = _root(model)
     if root is None:
         return
     for part in _parts(root):
         part.reshard()
-    if "reset_iter_state" in dir(root):  # from torch 2.13 on; before, a next pass does the rest
+    if "reset_iter_state" in dir(root):  # from torch 2.13 on; before, the next backward pass does the rest
         root.reset_iter_state()
 
 

@@ -35,7 +35,7 @@ from tests.toy import LORA, learners_of, toy_config, toy_trainer, updates_of
 
 # The toy policy's gradients are small: a change of its weights is to be far above their rounding. Adapters begin at 0.
 RATE = 300.0
-STEP = {"kl_coef": 0.1, "num_minibatches": 2, "max_grad_norm": 0.5, "num_steps": 1}
+STEP = {"dtype": "float32", "kl_coef": 0.1, "num_minibatches": 2, "max_grad_norm": 0.5, "num_steps": 1}
 SEVERAL = STEP | {"num_steps": 6, "learning_rate": 1e-4, "num_minibatches": 1, "num_update_epochs": 2}
 # Settings beside STEP. Without a name that ends in "steps", a step goes down the gradient, to show it.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,11 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Only the first process has rows. Norms are summed in another order, so clipping would round.
     "alone": {"max_grad_norm": 0.0, "kl_coef": 0.0, "sparse": True},
     "steps": SEVERAL,
-    "host_steps": SEVERAL | {"optimizer": "adamw_host"},
+    "host_steps": SEVERAL | {"optimizer": "adamw_host", "num_steps": 3},
     "offload_steps": SEVERAL | {"offload": "always"},
     "checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
-    "fitted": FITTED | {"value_init_learning_rate": 1e-3},
+    "fitted": FITTED | {"value_init_learning_rate": 1e-3, "offload": "always"},
 }
 
 
@@ -107,7 +107,8 @@ def take_steps(model: Path, folder: Path, case: str) -> OnPolicyTrainer:
     if not any(name.endswith("steps") for name in variants):
         for learner in learners_of(trainer):
             learner.optimizer = torch.optim.SGD(learner.parameters, lr=1.0)
-            learner.rate = lambda _: 1.0 if trainer.config.use_lora else RATE
+            is_small = trainer.config.use_lora or trainer.config.dtype == "bfloat16"
+            learner.rate = lambda _, rate=(1.0 if is_small else RATE): rate
     if "alone" in variants:
         score = trainer.score
         trainer.score = lambda rollouts: torch.where(rollouts.rows >= 8, 0.5, score(rollouts))
@@ -147,6 +148,7 @@ def rows_of(process: int | None) -> Rollouts:
 
 def loss_of(model: nn.Module, rows: Rollouts) -> Tensor:
     """The sum of weighted log-probs of rows."""
+    rows = rows.to(device())
     logprobs, _ = token_logprobs(model, rows, 1.0, with_entropy=False)
     return torch.where(rows.loss_mask, logprobs * rows.token_weights, 0.0).sum()
 
@@ -155,10 +157,15 @@ def sharded(model: Path, folder: Path, **settings: object) -> tuple[nn.Module, L
     """A sharded toy policy, and its learner with plain gradient descent."""
     config = toy_config(model, folder / "none", **settings)
     policy = load_policy(str(model), config, dtype=torch.float32)
-    shard(without_adapter(policy), torch.device("cpu"))
+    shard(without_adapter(policy).to(device()), device())
     learner = Learner("policy", policy, config)
     learner.optimizer = torch.optim.SGD(learner.parameters, lr=0.1)
     return policy, learner
+
+
+def device() -> torch.device:
+    """This process's device."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def process() -> int:
@@ -216,7 +223,9 @@ def an_error_in_a_pass(model: Path, folder: Path) -> dict:
 def a_weight_that_is_not_finite_elsewhere(model: Path, folder: Path) -> dict:
     """What each process says if a number in the last process's part is NaN."""
     trainer = make_trainer(model, folder / "not finite", "GRPO")
-    policy, rollouts = without_adapter(trainer.models._models["policy"].module), rows_of(process())
+    with trainer.models.use("policy") as policy:
+        pass
+    rollouts = rows_of(process())
     weight = policy.base_model.layers[1].mlp.down_proj.weight
     if process() == 1:
         with torch.no_grad():
@@ -234,9 +243,20 @@ def rows_that_share_a_prompt(model: Path, folder: Path) -> dict:
     policy, _ = sharded(model, folder)
     rows, packing = rows_of(None), packing_of(policy)
     with torch.no_grad():
-        padded, _ = sequence_logprobs(policy, Sequences.of(rows), 1.0)
-        packed, _ = sequence_logprobs(policy, Sequences.packed(rows, padded.device), 1.0)
+        padded, _ = sequence_logprobs(policy, Sequences.of(rows.to(device())), 1.0)
+        packed, _ = sequence_logprobs(policy, Sequences.packed(rows, device()), 1.0)
     return {"packs": packing is not None, "difference": float((padded - packed).abs().max())}
+
+
+def passes_without_a_backward_pass(model: Path, folder: Path) -> dict:
+    """How many layers FSDP2 has noted of the reference's passes."""
+    trainer = make_trainer(model, folder / "noted", "GRPO")
+    with trainer.models.use("ref") as reference:
+        pass
+    for _ in range(2):
+        trainer.logprobs("ref", rows_of(process()))
+    state = reference._get_fsdp_state()
+    return {"noted": len(state._comm_ctx.post_forward_order)}
 
 
 class Shared(nn.Module):
@@ -262,10 +282,11 @@ def layers_that_share_a_weight(model: Path, folder: Path) -> dict:
     inputs = torch.arange(12.0).view(4, 3) / 10
     one(inputs).sum().backward()
     names = [name for name, module in two.named_modules() if module in blocks(two)]
-    shard(two, torch.device("cpu"))
+    shard(two.to(device()), device())
+    inputs = inputs.to(device())
     two(inputs if process() == 0 else 0 * inputs).mul(1 - process()).sum().backward()
     pairs = zip(one.parameters(), two.parameters(), strict=True)
-    return {"blocks": names, "difference": max(float((a.grad - whole(b.grad)).abs().max()) for a, b in pairs)}
+    return {"blocks": names, "difference": max(float((a.grad - whole(b.grad).cpu()).abs().max()) for a, b in pairs)}
 
 
 class Experts(nn.Module):
@@ -298,10 +319,10 @@ def an_expert_that_one_process_does_not_use(model: Path, folder: Path) -> dict:
     one, two = Routed(), Routed()
     inputs = torch.arange(4.0).view(2, 2)
     (one(inputs, 0) + one(inputs, 1)).sum().backward()
-    shard(two, torch.device("cpu"))
-    two(inputs, process()).sum().backward()
+    shard(two.to(device()), device())
+    two(inputs.to(device()), process()).sum().backward()
     pairs = zip(one.parameters(), two.parameters(), strict=True)
-    return {"difference": max(float((a.grad - whole(b.grad)).abs().max()) for a, b in pairs)}
+    return {"difference": max(float((a.grad - whole(b.grad).cpu()).abs().max()) for a, b in pairs)}
 
 
 def the_host_keeps_parts(model: Path, folder: Path) -> dict:
@@ -321,6 +342,7 @@ FACTS = (
     an_error_in_a_pass,
     a_weight_that_is_not_finite_elsewhere,
     rows_that_share_a_prompt,
+    passes_without_a_backward_pass,
     layers_that_share_a_weight,
     an_expert_that_one_process_does_not_use,
     the_host_keeps_parts,

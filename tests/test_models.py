@@ -41,6 +41,7 @@ from common.models.saving import save_model
 from common.rollouts import Completion, PromptBatch, Rollouts, filler
 from common.sequences import Sequences
 from common.update.batches import forward_context
+from tests.architectures import make
 
 T = 0.7
 
@@ -557,3 +558,13 @@ def test_of_a_model_for_images_the_language_model_is_trained(tmp_path, use_lora)
     policy = load_policy(str(tmp_path), settings, dtype=torch.float32)
     trained = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     assert trained and all("language_model" in name or "lm_head" in name for name in trained)
+
+
+def test_a_model_that_feeds_its_head_without_its_backbone_can_have_weights_in_bfloat16(rollouts, tmp_path):
+    make("opt", tmp_path)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found.append(token_logprobs(model, rollouts, 1.0)[0])
+    assert (found[0] - found[1]).abs().mean() < 0.2

@@ -29,7 +29,8 @@ STEPS = [
     "GRPO,offload_steps",
     "PPO,lora,offload_steps",
 ]
-CASES = [*ONE_STEP, *ALONE, *STEPS, "GRPO,bfloat16"]
+ROUNDED = ["GRPO,bfloat16", "PPO,bfloat16,host_steps"]
+CASES = [*ONE_STEP, *ALONE, *STEPS, *ROUNDED]
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,13 @@ def test_moving_shards_between_device_and_host_changes_no_bit(folders):
 
 
 @pytest.mark.slow
-def test_gathered_in_bfloat16_the_first_ratio_is_1_and_the_step_that_of_rounded_weights(folders):
-    one, two = results(folders, "GRPO,bfloat16")
-    assert two["metrics"][0]["policy/first_ratio"] == 1.0
-    assert 0 < difference(one, two) < 0.1
+@pytest.mark.parametrize("case", ROUNDED)
+def test_gathered_in_bfloat16_the_first_ratio_is_1_and_the_step_that_of_rounded_weights(folders, case):
+    one, two = results(folders, case)
+    assert {metrics["policy/first_ratio"] for metrics in two["metrics"]} == {1.0}
+    assert difference(one, two) > 0
+    for name in ("policy/grad_norm", "policy/loss", "score"):
+        assert two["metrics"][0][name] == pytest.approx(one["metrics"][0][name], rel=0.02, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -144,6 +148,12 @@ def test_sharded_models_are_given_packed_rows(folders):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="this torch has no way to drop its notes")
+def test_passes_without_a_backward_pass_leave_nothing_behind(folders):
+    assert fact(folders, "passes_without_a_backward_pass") == [{"noted": 0}] * 2
+
+
+@pytest.mark.slow
 def test_layers_that_share_a_weight_are_gathered_with_the_whole(folders):
     for found in fact(folders, "layers_that_share_a_weight"):
         assert found["blocks"] == ["layers.0", "layers.2"] and found["difference"] < 1e-6
@@ -175,7 +185,8 @@ sharded_step.sample_from_copies()
 trainer = sharded_step.make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), "GRPO")
 
 def fail(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory.")
+    if torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 if sharded_step.process() == 1:
     with trainer.models.use("policy") as policy:
@@ -198,7 +209,7 @@ def test_a_process_that_is_short_of_memory_ends_the_run_and_says_what_to_pass(ti
         timeout=300,
     )
     assert done.returncode and time.monotonic() - begin < 120  # and not after the ten minutes of a timeout
-    assert "TooLargePass: out of memory in a pass of" in done.stderr
+    assert "line 20: out of memory in a pass of" in done.stderr
     assert "Pass --max_tokens_per_microbatch " in done.stderr and "start the same command again" in done.stderr
 
 

@@ -193,15 +193,14 @@ class ModelPool:
     def _to_device(self, name: str, *, train: bool) -> None:
         """Move what is not there yet; moments made there while training are."""
         entry = self._models[name]
-        if self.offload == "always" and entry.is_spread:
-            self._move_spread(name, self.device, weights=name not in self.resident, moments=train and not entry.trains)
-            self.resident.add(name)
-            entry.trains |= train
-            return
+        is_away, without_moments = name not in self.resident, train and not entry.trains
         arriving = [] if name in self.resident else list(entry.tensors)
         arriving += entry.moments if train and not entry.trains else ()
         self.resident.add(name)
         entry.trains |= train
+        if self.offload == "always" and entry.is_spread:
+            self._move_spread(entry, self.device, weights=is_away, moments=without_moments)
+            return
         for tensor in arriving:
             if self.offload == "always":
                 entry.homes[tensor] = self._start(tensor)
@@ -212,10 +211,14 @@ class ModelPool:
         """Move a model home, and wait until it is there."""
         entry = self._models[name]
         if entry.is_spread:
-            self._move_spread(name, torch.device("cpu"), weights=True, moments=entry.trains)
-            entry.trains = False
-            self.resident.discard(name)
-            return
+            self._move_spread(entry, torch.device("cpu"), weights=True, moments=entry.trains)
+        else:
+            self._bring_home(entry)
+        entry.homes.clear()
+        entry.trains = False
+        self.resident.discard(name)
+
+    def _bring_home(self, entry: _Entry) -> None:
         changed = {*entry.trained, *entry.moments} if entry.trains else set()
         leaving = [*entry.tensors, *(entry.moments if entry.trains else ())]
         for tensor in leaving:
@@ -227,13 +230,9 @@ class ModelPool:
         self.mover.wait(self.mover.record(), host=True)
         for tensor in leaving:
             tensor.data = entry.homes[tensor]
-        entry.homes.clear()
-        entry.trains = False
-        self.resident.discard(name)
 
-    def _move_spread(self, name: str, device: torch.device, *, weights: bool, moments: bool) -> None:
+    def _move_spread(self, entry: _Entry, device: torch.device, *, weights: bool, moments: bool) -> None:
         """Move a sharded model's own parts, and those of its optimizer's moments."""
-        entry = self._models[name]
         if weights:
             _move_parts(entry.module, device)
         for state in entry.optimizer.state.values() if moments and entry.optimizer is not None else ():

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.losses import token_weights
+from common.mistakes import TooLargePass
 from common.packing import packing_of
 from common.rollouts import Rollouts, filler
 from common.sequences import Packing
-from common.sharding import is_sharded
+from common.sharding import is_sharded, reset
 from common.update.out_of_memory import (
     StepAgain,
     free_memory,
@@ -164,7 +165,7 @@ class Batches:
 
         Raises:
             TooLargeRow: on all processes, if a row does not fit alone.
-            TooLargePass: on the processes where a pass of a sharded model does not fit; or TooLargeRow there.
+            TooLargePass: on the processes where a pass of a sharded model does not fit.
         """
         lengths, failed = minibatch.total_lengths, None
         for rows in self._passes(minibatch):
@@ -179,7 +180,7 @@ class Batches:
                 failed = tokens, max(widths) if len(widths) == 1 else 0
                 if self._is_spread:  # the others wait for this process in the middle of the pass
                     if rows is not None and len(widths) == 1:
-                        raise too_large_row(tokens, self.config) from None
+                        raise TooLargePass(str(too_large_row(tokens, self.config))) from None
                     raise too_large_pass(self.max_tokens_per_microbatch, tokens) from None
                 break  # and meet the others, which know nothing of it
         everyone = self.of_each_process([*(failed or (0, 0))])  # padded tokens that failed, and of one row alone
@@ -293,6 +294,7 @@ class Batches:
             yield
         finally:
             self.packing, self._is_spread = None, False
+            reset(model)
 
     def forward_context(self) -> AbstractContextManager[None]:
         """Autocast if forward passes are below float32."""

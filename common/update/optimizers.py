@@ -263,4 +263,5 @@ class HostAdamW(Optimizer):
 
 
 def _master(weight: nn.Parameter) -> Tensor:
-    return own_part(weight).detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+    weight = own_part(weight)
+    return weight.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
