@@ -27,6 +27,10 @@ BAD = {"NaN": "1 weight is NaN or infinite", "missing": "1 weight is missing", "
 BAD |= {"shape": "1 weight has another shape"}
 
 
+# MiB that modules and parameters of a small model take beside their numbers.
+OBJECTS = 2
+
+
 def rewritten(folder: Path, change) -> None:
     """Change the tensors in a folder's file."""
     file = folder / "model.safetensors"
@@ -78,6 +82,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     make_models(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(folder / "hub")}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once, so that peaks are seen
     start = monotonic()
     done = subprocess.run(
         [*command, "-m", "tests.sharded_loading", str(folder), str(folder / "found.json")],
@@ -133,7 +138,7 @@ def test_no_process_has_more_than_its_share_of_a_model_and_two_tensors(found):
         assert memory["model"] > 40 and memory["largest"] < 5
         assert memory["loading"] >= memory["loaded"] > 0.9 * memory["model"] / 2  # it is measured
         assert memory["loading"] <= memory["model"] / 2 + memory["largest"]
-        assert memory["pushing"] <= memory["bound"]
+        assert memory["pushing"] <= memory["bound"] + OBJECTS
 
 
 @pytest.mark.slow
