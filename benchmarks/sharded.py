@@ -83,7 +83,8 @@ def make_model(folder: str, sizes: dict[str, int]) -> None:
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
     config = transformers.Qwen2Config(**sizes)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.save_pretrained(folder)
 
 
 def measure(folder: str, **settings: Any) -> dict[str, float]:

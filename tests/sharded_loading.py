@@ -19,6 +19,7 @@ import common  # noqa: F401
 from benchmarks.sharded import TINY, in_new_process, make_model, measure
 from common.logprobs import without_adapter
 from common.mistakes import WrongNumbers
+from common.models import weights
 from common.models.loading import load_policy, load_reference
 from common.models.parts import rows_of, spread
 from common.models.weights import gathered, policy_weights
@@ -131,9 +132,9 @@ class Counting:
     def __init__(self) -> None:
         self.most_alive = 0
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def push(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         got, last = [], None
-        for _, tensor in weights:
+        for _, tensor in tensors:
             got.append(weakref.ref(tensor))
             self.most_alive = max(self.most_alive, sum(each() is not None for each in got))
             last = tensor  # until the next one is there
@@ -150,8 +151,8 @@ class Failing:
         self.fails = torch.distributed.get_rank() in processes
         self.error = error
 
-    def push(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        for number, _ in enumerate(weights):
+    def push(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        for number, _ in enumerate(tensors):
             if self.fails and number == 2:
                 if self.error is None:
                     return
@@ -183,6 +184,8 @@ def main() -> None:
     plain = str(folder / "kind qwen2")
     note("bfloat16", same(plain, torch.bfloat16, **LORA) + same(plain, torch.bfloat16, optimizer="adamw_host"))
     note("hub id", same("someone/tiny"))
+    weights.GATHERED_AT_ONCE = 1000
+    note("pieces", same(str(folder / "kind odd rows"), **LORA))
     note("value models", value_models(plain, str(folder / "scored")))
     for each in sorted(folder.glob("bad *")):
         config = toy_config(each, each, **SHARD)

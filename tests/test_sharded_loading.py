@@ -22,9 +22,13 @@ from tests.toy import save_toy_policy, toy_config
 ROOT = Path(__file__).parent.parent
 # Names in memory are others than in the checkpoint, tensors are fused or split, parts belong to images, ties.
 KINDS = ["mixtral", "gpt_neox", "hrm_text", "gemma3", "gpt2"]
-VARIANTS = ["qwen2", "several files", "odd rows", "bfloat16 file", "bin", "tied twice"]
+VARIANTS = ["qwen2", "several files", "odd rows", "bfloat16 file", "bin", "bin of torch 1.5", "tied twice"]
 BAD = {"NaN": "1 weight is NaN or infinite", "missing": "1 weight is missing", "more": "holds a weight for which"}
 BAD |= {"shape": "1 weight has another shape"}
+
+
+# MiB that modules and parameters of a small model take beside their numbers.
+OBJECTS = 2
 
 
 def rewritten(folder: Path, change) -> None:
@@ -45,12 +49,14 @@ def make_models(folder: Path) -> None:
     assert len(list((folder / "kind several files").glob("*.safetensors"))) > 2
     model.to(torch.bfloat16).save_pretrained(folder / "kind bfloat16 file")
     save_toy_policy(folder / "kind odd rows", hidden_size=36, intermediate_size=33, num_attention_heads=2)
-    for name in ("bin", "tied twice"):
+    for name in ("bin", "bin of torch 1.5", "tied twice"):
         shutil.copytree(plain, folder / f"kind {name}")
     rewritten(folder / "kind tied twice", lambda tensors: tensors.update({"lm_head.weight": embeddings(tensors)}))
-    tensors = load_file(folder / "kind bin" / "model.safetensors")
-    (folder / "kind bin" / "model.safetensors").unlink()
-    torch.save(tensors, folder / "kind bin" / "pytorch_model.bin")
+    tensors = load_file(plain / "model.safetensors")
+    for name, is_zip in (("bin", True), ("bin of torch 1.5", False)):
+        (folder / f"kind {name}" / "model.safetensors").unlink()
+        file = folder / f"kind {name}" / "pytorch_model.bin"
+        torch.save(tensors, file, _use_new_zipfile_serialization=is_zip)
     cached = folder / "hub" / "models--someone--tiny"
     shutil.copytree(plain, cached / "snapshots" / "1")
     (cached / "refs").mkdir()
@@ -78,6 +84,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     make_models(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_CACHE": str(folder / "hub")}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once, so that peaks are seen
     start = monotonic()
     done = subprocess.run(
         [*command, "-m", "tests.sharded_loading", str(folder), str(folder / "found.json")],
@@ -99,9 +106,15 @@ def test_what_two_processes_read_and_push_in_parts_is_what_one_reads_and_pushes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["bfloat16", "hub id", "value models"])
-def test_so_are_bases_in_bfloat16_models_of_the_hub_value_models_and_references(found, case):
+@pytest.mark.parametrize("case", ["bfloat16", "hub id", "pieces", "value models"])
+def test_so_are_bases_in_bfloat16_models_of_the_hub_large_tensors_value_models_and_references(found, case):
     assert found[case] == [[], []]
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_read_in_parts_is_said_to_be_read_whole(found):
+    said = [line for line in found["ended"]["stderr"].splitlines() if "in the format of torch before 1.6" in line]
+    assert len(said) == 1 and "bin of torch 1.5" in said[0]  # the main process says it
 
 
 @pytest.mark.slow
@@ -133,7 +146,7 @@ def test_no_process_has_more_than_its_share_of_a_model_and_two_tensors(found):
         assert memory["model"] > 40 and memory["largest"] < 5
         assert memory["loading"] >= memory["loaded"] > 0.9 * memory["model"] / 2  # it is measured
         assert memory["loading"] <= memory["model"] / 2 + memory["largest"]
-        assert memory["pushing"] <= memory["bound"]
+        assert memory["pushing"] <= memory["bound"] + OBJECTS
 
 
 @pytest.mark.slow

@@ -184,6 +184,19 @@ def is_converter(conversion: WeightTransform) -> bool:
     return bool(_by_kind([conversion])[1])
 
 
+def stacks_rows(conversion: WeightTransform) -> bool:
+    """Whether row i of what a conversion makes is made of the i-th tensors alone, as experts are stacked.
+
+    Args:
+        conversion: from `from_checkpoint`.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    first, *others = conversion.operations
+    stacks = isinstance(first, MergeModulelist) and first.dim == 0
+    return stacks and all(isinstance(each, Concatenate) and each.dim > 0 for each in others)
+
+
 def _conversions(model: transformers.PreTrainedModel) -> list[WeightTransform]:
     """From checkpoint to memory, in the order of loading, as save_pretrained chooses them."""
     from transformers.conversion_mapping import get_model_conversion_mapping

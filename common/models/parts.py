@@ -3,9 +3,10 @@
 from_pretrained makes the model without storage and checks names and shapes. Here its parameters become DTensors, split
 by rows as FSDP2 splits them, and each process reads its rows from the files. `spread` hands them to FSDP2.
 
-What has fewer rows than there are processes, such as the head of a value model, is whole in each until then. Weights
-that transformers fuses, splits or reorders while it loads (common/models/layout.py) are made one group at a time in
-every process, which keeps its rows. A pytorch_model.bin of torch before 1.6 can only be read whole.
+What has fewer rows than there are processes, such as the head of a value model, is whole in each until then. Of
+experts that transformers stacks while it loads, each process reads its own. Other weights that it fuses, splits or
+reorders (common/models/layout.py) are made one group at a time in every process, which keeps its rows. A
+pytorch_model.bin of torch before 1.6 can only be read whole.
 """
 
 from __future__ import annotations  # for type hints whose import would take seconds
@@ -25,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from common.config import RLConfig
-from common.models.layout import from_checkpoint, is_converter
+from common.models.layout import from_checkpoint, is_converter, stacks_rows
 from common.sharding import is_part, shard
 
 if TYPE_CHECKING:
@@ -236,15 +237,46 @@ def _read(
             [(origin, _)] = origins[:1]
             yield name, part_of(name, tensors[origin])
             continue
-        for origin, pattern in origins:
-            read = partial(_all_of, tensors[origin], own[name].dtype)
-            conversion.add_tensor(name, origin, pattern, read)
+        form = own[name]
+        rows = None if _is_whole(form, num_processes) else rows_of(len(form), process, num_processes)
+        is_part, chosen = False, origins
+        if rows is not None and stacks_rows(conversion):
+            is_part, chosen = _of_rows(origins, len(form), *rows)
+        if not chosen:  # fewer experts than this process would need to have one
+            yield name, torch.empty((0, *form.shape[1:]), dtype=form.dtype)
+            continue
+        for origin, pattern in chosen:
+            conversion.add_tensor(name, origin, pattern, partial(_all_of, tensors[origin], form.dtype))
         converted = conversion.convert(name, model=model, config=model.config)
+        if is_part:
+            [tensor] = converted.values()
+            yield name, torch.empty(tensor.shape, dtype=form.dtype).copy_(tensor)
+            continue
         while converted:
             made = next(iter(converted))
             tensor = converted.pop(made)
             yield made, part_of(made, tensor[0] if isinstance(tensor, list) else tensor)
             del tensor
+
+
+def _of_rows(origins: list[tuple[str, str]], count: int, first: int, end: int) -> tuple[bool, list[tuple[str, str]]]:
+    """Of the tensors that are stacked into `count` rows, those of some rows; all if there is not one for each row.
+
+    Args:
+        origins: (name in the checkpoint, pattern that it stands for).
+        count: rows of the whole.
+        first: of these rows.
+        end: after the last.
+
+    Returns:
+        Whether there is one for each row, and the origins.
+    """
+    by_pattern: dict[str, list[tuple[str, str]]] = {}
+    for origin in origins:
+        by_pattern.setdefault(origin[1], []).append(origin)
+    if any(len(each) != count for each in by_pattern.values()):
+        return False, origins
+    return True, [origin for each in by_pattern.values() for origin in each[first:end]]
 
 
 def _all_of(source: Any, dtype: torch.dtype) -> Tensor:
