@@ -192,9 +192,7 @@ class Others:
             them = "it was" if len(gone) == 1 else "they were"
             return f"{self.named(gone)} gone: {them} killed, or ended with an error that is shown above."
         if stopped:
-            return (
-                f"{self.named(stopped)} stopped by a signal (SIGSTOP), and the others wait no longer than {minutes}."
-            )
+            return f"{self.named(stopped)} stopped by a signal (SIGSTOP); the others wait no longer than {minutes}."
         is_late = error is None or re.search("[Tt]imed? ?out", str(error))
         if not self._places:
             return f"not all {self._count} processes found each other within {minutes}: one has not been started, has "
