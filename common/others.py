@@ -159,15 +159,20 @@ class Others:
         return f"{word} {names} of {self._count} (pid {numbers} on {self._places[self._rank].host}) {verb}"
 
     @contextmanager
-    def watched(self, is_leaving: Callable[[], bool]) -> Iterator[None]:
+    def watched(
+        self, is_leaving: Callable[[], bool], *, leave: Callable[[], None], is_aborted: bool = False
+    ) -> Iterator[None]:
         """Have a thread end this process if another one is lost and the main thread does not notice.
 
         Args:
             is_leaving: whether the main thread has noticed, or leaves for another reason.
+            leave: what is to be done before the thread ends this process.
+            is_aborted: NCCL ends this process at the timeout, so that the thread must speak before.
         """
-        over = threading.Event()
+        over, until_abort = threading.Event(), 60 * self.timeout * (_BEFORE_THE_ABORT if is_aborted else 1)
+        args = (over, is_leaving, leave, threading.get_ident(), until_abort)
         options = {"name": "looks after other processes", "daemon": True}
-        threading.Thread(target=self._watch, args=(over, is_leaving, threading.get_ident()), **options).start()
+        threading.Thread(target=self._watch, args=args, **options).start()
         try:
             yield
         finally:
@@ -192,9 +197,7 @@ class Others:
             them = "it was" if len(gone) == 1 else "they were"
             return f"{self.named(gone)} gone: {them} killed, or ended with an error that is shown above."
         if stopped:
-            return (
-                f"{self.named(stopped)} stopped by a signal (SIGSTOP), and the others wait no longer than {minutes}."
-            )
+            return f"{self.named(stopped)} stopped by a signal (SIGSTOP); the others wait no longer than {minutes}."
         is_late = error is None or re.search("[Tt]imed? ?out", str(error))
         if not self._places:
             return f"not all {self._count} processes found each other within {minutes}: one has not been started, has "
@@ -207,18 +210,27 @@ class Others:
             )
         return f"the connection to a process of {self._count} is lost; {here}."
 
-    def _watch(self, over: threading.Event, is_leaving: Callable[[], bool], main: int) -> None:
-        lost_since = stopped_since = None
+    def _watch(
+        self,
+        over: threading.Event,
+        is_leaving: Callable[[], bool],
+        leave: Callable[[], None],
+        main: int,
+        until_abort: float,
+    ) -> None:
+        gone_since = stopped_since = None
         place, there_since, is_said = None, time.monotonic(), False
         while not over.wait(_EVERY) and not is_leaving():
             now = time.monotonic()
             stopped_since = (stopped_since or now) if self.stopped else None
-            is_lost = self.gone or (stopped_since and now - stopped_since > 60 * self.timeout)
-            lost_since = (lost_since or now) if is_lost else None
-            if lost_since and now - lost_since > _PATIENCE:
+            gone_since = (gone_since or now) if self.gone else None
+            patience = _PATIENCE if until_abort >= 60 * self.timeout else 0.0
+            is_late = stopped_since and now - stopped_since > until_abort + patience
+            if is_late or (gone_since and now - gone_since > _PATIENCE):
                 if self.says():
                     say(f"error: {printable(self.message())}")
                     self.stay()
+                leave()
                 os._exit(LOST_PROCESS)
             frame = sys._current_frames().get(main)
             if frame is None or (id(frame), frame.f_lasti) != place:
@@ -265,12 +277,12 @@ def speaks_for_main() -> bool:
 
 
 @contextmanager
-def watched(is_leaving: Callable[[], bool]) -> Iterator[None]:
+def watched(is_leaving: Callable[[], bool], *, leave: Callable[[], None], is_aborted: bool = False) -> Iterator[None]:
     """See Others.watched; nothing if this process is alone."""
     if _others is None:
         yield
         return
-    with _others.watched(is_leaving):
+    with _others.watched(is_leaving, leave=leave, is_aborted=is_aborted):
         yield
 
 

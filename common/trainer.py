@@ -227,7 +227,8 @@ class OnPolicyTrainer(ABC):
         """Run all remaining steps, and return the metrics of the last one."""
         metrics = {}
         self.stopwatch.start_first_step()  # loading is no part of it
-        with self.run as run, run.stopping as stopping, others.watched(lambda: stopping.is_leaving):
+        watch = {"leave": self.run.is_left, "is_aborted": self.accelerator.device.type == "cuda"}
+        with self.run as run, run.stopping as stopping, others.watched(lambda: stopping.is_leaving, **watch):
             try:
                 metrics = self._finish_step_of_checkpoint()
                 while self.current_step < self.config.num_steps and not run.stopped_early:

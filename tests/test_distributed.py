@@ -1,4 +1,4 @@
-"""Two processes by torchrun with gloo, on two nodes, give the gradient and the metrics of one, with and without rows on each."""
+"""Two processes with gloo, under a torchrun each, give gradient and metrics of one, with and without rows on each."""
 
 import os
 import socket

@@ -184,7 +184,7 @@ found = others.Others(0.01, Path("run"), lambda: "goes on")
 own = others.own_place()
 found.meet([own, own._replace(pid=child, started=process_state(child).started)], 0)
 others._PATIENCE, others._EVERY = 0.5, 0.1
-with found.watched(lambda: False):
+with found.watched(lambda: False, leave=lambda: print("left", flush=True)):
     print("ready", flush=True)
     time.sleep(60)
 """
@@ -195,7 +195,8 @@ with found.watched(lambda: False):
             time.sleep(1.5)  # for longer than the process may be at one place without a word
             child.kill()
             child.wait()
-            said = process.communicate(timeout=60)[1]
+            done, said = process.communicate(timeout=60)
+    assert done == "left\n"
     assert process.returncode == LOST_PROCESS
     assert "process 0 has been at <string>, line 13, in <module> for 0.0" in said
     assert f"error: process 1 of 2 (pid {child.pid} on " in said and "run: " in said
