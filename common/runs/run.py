@@ -401,7 +401,7 @@ class Run:
                 save_parts(policy, tokenizer, folder / checkpoints.POLICY_FOLDER)
 
         def complete(folder: Path, digests: dict[str, str]) -> None:
-            writers = {METRICS_FILE: self._log.copy_metrics, parts.PARTS_FOLDER: self._describe_parts}
+            writers = self._writers(tokenizer) | {parts.PARTS_FOLDER: self._describe_parts}
             for name, (rest, _) in split.items():
                 writers[f"{name}_optimizer.pt"] = lambda path, rest=rest: checkpoints.save_tensors(rest, path)
             state = {"writers": writers, "state": self._state, "digests": digests}
@@ -573,8 +573,11 @@ class Run:
         return describe_outcome(self.folder, self.config, self.best, num_eval_prompts)
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
+        """What the main process writes into a checkpoint alone."""
         writers = {METRICS_FILE: self._log.copy_metrics}
         for name, (learner, module) in self._learners.items():
+            if is_part(learner.parameters[0]):  # all processes write it
+                continue
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path
             )
