@@ -581,7 +581,7 @@ class OnPolicyTrainer(ABC):
         with in_pool.get("context", nullcontext)():  # it decides what requires a gradient
             learner = Learner(name, module, config)
         self.models.add(name, module, optimizer=learner.optimizer, **in_pool)
-        self.run.restore(learner, module, save)
+        self.run.restore(learner, module, save, use=partial(self.models.use, name))
         return learner
 
     @final

@@ -43,11 +43,8 @@ def main() -> None:
 
 def trainer_of(model: Path, folder: Path, run: str, **settings: object) -> OnPolicyTrainer:
     """One of the runs, in that folder, with a checkpoint of each step."""
-    return toy_trainer(
-        model,
-        folder,
-        **({"sampler": "vllm", "shard": "full", "num_steps": NUM_STEPS, "save_every": 1} | RUNS[run] | settings),
-    )
+    defaults = {"sampler": "vllm", "shard": "full", "num_steps": NUM_STEPS, "save_every": 1, "prompts_per_step": 6}
+    return toy_trainer(model, folder, **(defaults | RUNS[run] | settings))
 
 
 def whole(model: Path, folder: Path, run: str) -> OnPolicyTrainer:

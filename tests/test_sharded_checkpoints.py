@@ -34,7 +34,7 @@ def start(num_processes: int, model: Path, folder: Path, *names: str) -> None:
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not done.returncode, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

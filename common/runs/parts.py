@@ -11,13 +11,17 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
 from common.sharding import is_part
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 PARTS_FOLDER = "parts"
 _DESCRIPTION = "parts.json"
@@ -101,22 +105,24 @@ def check_same_model(checkpoint: Path, learner: str, shapes: Mapping[str, Sequen
 # ------------------------------------------------------------------------------------------ the state of an optimizer
 
 
-def split_state(state: Any, parameters: Sequence[str], prefix: str) -> tuple[Any, dict[str, Tensor]]:
+def split_state(state: Any, parameters: Mapping[str, Tensor], prefix: str) -> tuple[Any, dict[str, Tensor]]:
     """A state without the tensors that are spread over processes, and these by name.
 
     Args:
-        state: an optimizer's `state_dict()`: dicts and lists, in which a number says which parameter is meant.
-        parameters: names of the parameters, in the order of the numbers.
+        state: an optimizer's `state_dict()`: dicts and lists, in which a number says which parameter is meant. Its
+            tensors are spread as the parameters are, or plain ones of this process's rows.
+        parameters: by name, in the order of the numbers.
         prefix: of the tensors' names.
 
     Returns:
         The same with names in place of tensors, and the tensors.
     """
     tensors: dict[str, Tensor] = {}
+    names = [*parameters]
 
     def visited(value: Any, path: str, parameter: str = "") -> Any:
-        if isinstance(value, Tensor) and is_part(value):
-            tensors[path] = value
+        if isinstance(value, Tensor) and parameter and value.ndim and is_part(parameters[parameter]):
+            tensors[path] = value if is_part(value) else _as_part(value, parameters[parameter])
             return {_NAME: path, _PARAMETER: parameter}
         if isinstance(value, dict):
             items = value.items()
@@ -126,7 +132,7 @@ def split_state(state: Any, parameters: Sequence[str], prefix: str) -> tuple[Any
             return value
         found = {}
         for key, each in items:
-            of = parameters[key] if isinstance(key, int) else parameter
+            of = names[key] if isinstance(key, int) else parameter
             found[key] = visited(each, f"{path}.{of if isinstance(key, int) else key}", of)
         return found if isinstance(value, dict) else [*found.values()]
 
@@ -150,41 +156,72 @@ def joined_state(rest: Any, tensors: Mapping[str, Tensor]) -> Any:
     return [joined_state(each, tensors) for each in rest] if isinstance(rest, list) else rest
 
 
-def spread_state(state: dict[str, Any], holders: Sequence[Tensor]) -> dict[str, Any]:
+def spread_state(state: dict[str, Any], parameters: Sequence[Tensor], *, plain: bool) -> dict[str, Any]:
     """The part of this process in an optimizer's state that one process has saved.
 
     Args:
         state: an optimizer's `state_dict()` with whole tensors.
-        holders: for each parameter, in the order of the numbers, a tensor that is spread as its moments are to be.
+        parameters: spread over processes, in the order of the numbers.
+        plain: as plain tensors of this process's rows.
     """
+
+    def of(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        return own_rows(value, parameter) if plain else spread_like(value, parameter)
+
     moments = {
-        number: {name: _as(value, holders[number]) for name, value in of_one.items()}
+        number: {name: of(value, parameters[number]) for name, value in of_one.items()}
         for number, of_one in state["state"].items()
     }
     spread = state | {"state": moments}
     if "masters" in state:
-        spread["masters"] = [_as(value, holder) for value, holder in zip(state["masters"], holders, strict=True)]
+        spread["masters"] = [
+            of(value, parameter) for value, parameter in zip(state["masters"], parameters, strict=True)
+        ]
     return spread
 
 
-def _as(value: Any, holder: Tensor) -> Any:
-    """A whole tensor as part of one that is spread as another of the same shape; anything else as it is."""
-    is_whole = isinstance(value, Tensor) and value.shape == holder.shape and value.ndim > 0
-    return spread_like(value, holder) if is_whole and is_part(holder) else value
-
-
-def spread_like(tensor: Tensor, holder: Tensor) -> Tensor:
+def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """This process's part of a whole tensor that all processes have, in memory of its own.
 
     Args:
         tensor: whole, such as from a file.
-        holder: of the same shape, spread over processes.
+        parameter: of the same shape, spread over processes.
     """
-    part = torch.empty_like(holder, dtype=tensor.dtype)
-    [chunk] = part.__create_chunk_list__()  # which rows are here
-    rows = tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True))
-    part.to_local().copy_(tensor[rows])
+    part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+    part.to_local().copy_(tensor[_rows(parameter)])
     return part
+
+
+def own_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """As spread_like, as a plain tensor."""
+    return tensor[_rows(parameter)].clone(memory_format=torch.contiguous_format)
+
+
+def _rows(parameter: Tensor) -> tuple[slice, ...]:
+    """Which part of a parameter this process has."""
+    [chunk] = parameter.__create_chunk_list__()
+    return tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def _as_part(rows: Tensor, parameter: Tensor) -> Tensor:
+    """A plain tensor of this process's rows as part of one that is spread as a parameter is; it stays where it is."""
+    from torch.distributed.tensor import DTensor
+
+    mesh, stride = parameter.device_mesh, torch.empty(parameter.shape, device="meta").stride()
+    if mesh.device_type != rows.device.type:
+        mesh = _mesh_on(rows.device.type, mesh.size())
+    options = {"run_check": False, "shape": parameter.shape, "stride": stride}
+    return DTensor.from_local(rows, mesh, parameter.placements, **options)
+
+
+@cache
+def _mesh_on(device: str, size: int) -> DeviceMesh:
+    """All processes, for tensors that they never exchange: without it, moments on the host would go to the device."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device, (size,))
 
 
 # ------------------------------------------------------------------------------------------------- writing and reading
@@ -236,21 +273,30 @@ def read_parts(folder: Path, into: dict[str, Tensor]) -> None:
         checkpoint.load(into, storage_reader=reader, no_dist=True)
 
 
-def read_state(rest: dict[str, Any], folder: Path, holders: Mapping[str, Tensor]) -> dict[str, Any]:
+def read_state(
+    rest: dict[str, Any], folder: Path, parameters: Mapping[str, Tensor], *, plain: bool = False
+) -> dict[str, Any]:
     """A state from what `split_state` has left of it, and the parts in a folder.
 
     Args:
         rest: with names in place of tensors.
         folder: of the parts.
-        holders: by the parameters' names, tensors that are spread, or whole, as the state is to be.
+        parameters: by name; tensors of the state are spread, or whole, as they are.
+        plain: of what is spread, as plain tensors on the host, of this process's rows.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     names = names_in(rest)
     types = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata if names else {}
     tensors = {}
-    for name, parameter in names.items():
-        options = {"dtype": types[name].properties.dtype, "memory_format": torch.contiguous_format}
-        tensors[name] = torch.empty_like(holders[parameter], requires_grad=False, **options)
+    for name, of in names.items():
+        parameter, dtype = parameters[of], types[name].properties.dtype
+        if plain and is_part(parameter):
+            tensors[name] = _as_part(torch.empty(parameter.to_local().shape, dtype=dtype), parameter)
+        else:
+            options = {"dtype": dtype, "memory_format": torch.contiguous_format}
+            tensors[name] = torch.empty_like(parameter, requires_grad=False, **options)
     read_parts(folder, tensors)
+    if plain:
+        tensors = {name: each.to_local() if is_part(each) else each for name, each in tensors.items()}
     return joined_state(rest, tensors)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -118,6 +119,7 @@ class Run:
         options = {"keeps_checkpoint": bool(config.save_every), "process_timeout": config.process_timeout}
         self.stopping = Stopping(config.stop_grace, accelerator, **options)
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
+        self._uses: dict[str, Callable[[], AbstractContextManager]] = {}
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
         self._progress: Progress | None = None
@@ -246,7 +248,14 @@ class Run:
             ended.end(self.folder)
             self._held.release()
 
-    def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
+    def restore(
+        self,
+        learner: Learner,
+        module: nn.Module,
+        save: Callable[[Path], None] | None = None,
+        *,
+        use: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         """Save a learner in every checkpoint from now on, and load its state from the one to continue from.
 
         The policy's weights are loaded with the policy; the trained weights of every other module are loaded here.
@@ -255,8 +264,10 @@ class Run:
             learner: what is trained.
             module: its model.
             save: writes the model into the folder final/<name>_model; None: it is not part of final/.
+            use: gives a context in which the model is on the device, where processes exchange tensors.
         """
         self._learners[learner.name] = (learner, module)
+        self._uses[learner.name] = use
         if save is not None:
             self._exports[learner.name] = save
         self.stopping.together |= self._is_spread
@@ -398,10 +409,11 @@ class Run:
 
         def fill(folder: Path) -> None:
             parts.write_parts(folder / parts.PARTS_FOLDER, tensors)
-            _save_trainable(policy, tokenizer, folder / checkpoints.POLICY_FOLDER, use_lora=self.config.use_lora)
+            with self._uses[checkpoints.POLICY_FOLDER]():
+                save_parts(policy, tokenizer, folder / checkpoints.POLICY_FOLDER)
 
         def complete(folder: Path, digests: dict[str, str]) -> None:
-            writers = {METRICS_FILE: self._log.copy_metrics, parts.PARTS_FOLDER: self._describe_parts}
+            writers = self._writers(tokenizer) | {parts.PARTS_FOLDER: self._describe_parts}
             for name, (rest, _) in split.items():
                 writers[f"{name}_optimizer.pt"] = lambda path, rest=rest: checkpoints.save_tensors(rest, path)
             state = {"writers": writers, "state": self._state, "digests": digests}
@@ -414,7 +426,8 @@ class Run:
         """What a checkpoint holds of a learner beside the policy: what is small, and tensors that are spread."""
         learner, module = self._learners[name]
         trained = _trained(learner, module)
-        rest, tensors = parts.split_state(learner.optimizer.state_dict(), _in_order(learner, trained), name)
+        in_order = {each: trained[each] for each in _in_order(learner, trained)}
+        rest, tensors = parts.split_state(learner.optimizer.state_dict(), in_order, name)
         if name != checkpoints.POLICY_FOLDER:
             tensors |= {f"{name}.weights.{each}": parameter.detach() for each, parameter in trained.items()}
         return rest, tensors
@@ -465,7 +478,8 @@ class Run:
         policy = self._learners["policy"][1]
 
         def fill(folder: Path) -> None:
-            save_model(policy, tokenizer, folder)
+            with self._uses["policy"]() if self._is_spread else nullcontext():
+                save_model(policy, tokenizer, folder)
             for name, save in self._exports.items():
                 save(folder / f"{name}_model")
 
@@ -574,10 +588,13 @@ class Run:
         return describe_outcome(self.folder, self.config, self.best, num_eval_prompts)
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
+        """What the main process writes into a checkpoint alone."""
         writers = {METRICS_FILE: self._log.copy_metrics}
         if self.waiting is not None:
             writers[WAITING_FILE] = lambda path: checkpoints.save_tensors(self.waiting, path)
         for name, (learner, module) in self._learners.items():
+            if is_part(learner.parameters[0]):  # all processes write it
+                continue
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path
             )
@@ -646,14 +663,14 @@ def _optimizer_state(checkpoint: Path, learner: Learner, module: nn.Module) -> d
     """The state of a learner's optimizer in a checkpoint, spread as the learner's parameters are, or whole."""
     trained = _trained(learner, module)
     is_spread = is_part(learner.parameters[0])
+    plain = not is_part(learner.holder(learner.parameters[0]))  # parts on the host
     state = checkpoints.load_tensors(checkpoint / f"{learner.name}_optimizer.pt", in_place=is_spread)
-    holders = {name: learner.holder(parameter) for name, parameter in trained.items()}
     if parts.names_in(state):
-        return parts.read_state(state, checkpoint / parts.PARTS_FOLDER, holders)
+        return parts.read_state(state, checkpoint / parts.PARTS_FOLDER, trained, plain=plain)
     if not is_spread:
         return state
     in_order = _in_order(learner, trained, in_one_group=len(state["param_groups"]) == 1)
-    return parts.spread_state(state, [holders[name] for name in in_order])
+    return parts.spread_state(state, [trained[name] for name in in_order], plain=plain)
 
 
 def _load_weights(checkpoint: Path, learner: Learner, module: nn.Module) -> None:
@@ -675,8 +692,6 @@ def _save_trainable(
 ) -> None:
     """Write the policy as transformers or peft loads it; with LoRA, only the adapter."""
     with torch.no_grad():
-        if is_part(next(module.parameters())):
-            return save_parts(module, tokenizer, folder)
         if use_lora:
             save_adapter(module, folder)
         else:
