@@ -4,8 +4,8 @@
     python -m tools.several_gpus --check               # say whether it would change
     python -m tools.several_gpus --model 32B --gpus 64 # print the arithmetic of one line
 
-The plan is that of `--plan --device h100 --processes N --nodes N/8`, the rates are those of common/memory/cards.py, and
-what is assumed of them is in common/memory/constants.py. Models are the shapes of Qwen2.5: nothing is read from the hub.
+The plan is that of `--plan --device h100 --processes N --nodes N/8`, the rates are those of common/memory/cards.py,
+and what is assumed of them is in common/memory/constants.py. Models are the shapes of Qwen2.5, read from no hub.
 """
 
 import argparse
@@ -150,17 +150,16 @@ def row(size: str, gpus: int) -> str:
 
 def section() -> list[str]:
     """The table, and what it assumes."""
-    found, links = rates(CARD), (constants.PEERS, constants.NETWORK)
-    peers, network = found.peers / GB, found.network / GB
+    found = rates(CARD)
     heads = ("model", "GPUs", "trained", "`vllm_tensor_parallel`", "state, GB", "most, GB", "host of a machine, GB")
     heads += ("tokens of a micro-batch", "completions at once", "sample s", "update s", "push s", "s a step")
     machines = {size: fewest(size) for size in MODELS}
     least = "; ".join(f"{size}: {gpus}" for size, gpus in machines.items())
     return [
-        "**Computed, not measured.** A step of 512 prompts x 8 completions of 2,000 tokens each; H100 of 80 GB, eight in "
-        "a machine; `shard=full`, gradient checkpointing, no KL. *state* is weights, gradients and moments of the "
-        "policy on each GPU, *most* the plan's largest phase there. The first kind of training that fits is shown, with "
-        "the engines that make its step shortest.",
+        "**Computed, not measured.** A step of 512 prompts x 8 completions of 2,000 tokens each; H100 of 80 GB, eight "
+        "in a machine; `shard=full`, gradient checkpointing, no KL. *state* is weights, gradients and moments of the "
+        "policy on each GPU, *most* the plan's largest phase there. The first kind of training that fits is shown, "
+        "with the engines that make its step shortest.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",
@@ -170,10 +169,11 @@ def section() -> list[str]:
         "",
         f"Rates: {found.flops / 1e12:.0f} TFLOPS in bfloat16, of which passes reach {constants.PASS_FLOPS:.0%} and "
         f"vLLM {constants.SAMPLING_FLOPS:.0%}; {found.bandwidth / GB:,.0f} GB/s of memory at "
-        f"{constants.DECODING_BANDWIDTH:.0%} while decoding, and {1e3 * constants.DECODING_ROUND:.0f} ms for each round "
-        f"besides; {peers:.0f} GB/s between the GPUs of a machine at {links[0]:.0%}, {network:.0f} GB/s of network for "
-        f"each GPU at {links[1]:.0%}, all eight of a machine together (github.com/NVIDIA/nccl/issues/1218 measured 200 "
-        f"GB/s over 256 H100). {1e6 * constants.OPERATION:.0f} µs for each collective operation, and "
+        f"{constants.DECODING_BANDWIDTH:.0%} while decoding, and {1e3 * constants.DECODING_ROUND:.0f} ms for each "
+        f"round besides; {found.peers / GB:.0f} GB/s between the GPUs of a machine at {constants.PEERS:.0%}, "
+        f"{found.network / GB:.0f} GB/s of network for each GPU at {constants.NETWORK:.0%}, all eight of a machine "
+        "together (github.com/NVIDIA/nccl/issues/1218 measured 200 GB/s over 256 H100). "
+        f"{1e6 * constants.OPERATION:.0f} µs for each collective operation, and "
         f"{1e6 * constants.OPERATION_OF_NODE:.0f} for each further machine.",
     ]
 
