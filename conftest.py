@@ -23,8 +23,8 @@ from common.embedded.policy import build_tokenizer, save_untrained
 hypothesis.settings.register_profile("shared machine", deadline=None)
 hypothesis.settings.load_profile("shared machine")
 
-pytest_plugins = ["tests.fixtures_engine"]
-ENGINE_FIXTURES = {"vllm_sampler", "make_vllm_sampler"}
+pytest_plugins = ["tests.fixtures_engine", "tests.fixtures_server"]
+ENGINE_FIXTURES = {"vllm_sampler", "make_vllm_sampler", "vllm_server"}
 
 
 def seed_everything() -> None:

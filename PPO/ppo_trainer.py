@@ -110,7 +110,7 @@ class PPOConfig(PlacedKLConfig):
     def idle_settings(self) -> dict[str, str]:
         """Those of a clip and a KL, the clip of values where it cannot act, and the fit's if there is none."""
         idle = super().idle_settings()
-        if self.trains_on_policy:
+        if self.takes_one_step:
             idle["value_clip_range"] = ON_POLICY
         if self.value_init != "fit":
             names = [field.name for field in fields(self) if field.name.startswith("value_init_")]

@@ -21,7 +21,7 @@ from common.advantages import is_spread, moments
 from common.config import RLConfig
 from common.logprobs import without_adapter
 from common.models.loading import add_adapter, load_without_dropout, lora_config, set_mode, trained_dtype
-from common.models.weights import merged_weights
+from common.models.saving import copied_parts, is_first, save_merged
 from common.packing import packing_of
 from common.rollouts import Rollouts
 from common.seeds import hashed_seed
@@ -156,32 +156,27 @@ def save_value_model(model: ValueModel, tokenizer: transformers.PreTrainedTokeni
     AutoModel loads the backbone, and the head is in a file of its own.
 
     Args:
-        model: on the CPU or the device; one that shares the policy's base needs `value_adapter` around the call.
+        model: on the CPU or the device; one that shares the policy's base needs `value_adapter` around the call. If
+            it is spread over processes, all of them call this.
         tokenizer: saved in the same folder.
         folder: created if it does not exist.
     """
     backbone = without_adapter(model.backbone)
     config = deepcopy(backbone.config)
     config.num_labels = 1
+    head = copied_parts({"": model.head})
     whole = _token_classifier(config, backbone, model.head)
     if whole is not None:
-        parts = {f"{whole.base_model_prefix}.": backbone, f"{head_name(whole)}.": model.head}
-        whole.save_pretrained(folder, state_dict=_weights(parts))
+        save_merged(whole, {f"{whole.base_model_prefix}.": backbone, f"{head_name(whole)}.": model.head}, folder)
     else:
         with torch.device("meta"):
             plain = type(backbone)._from_config(config, dtype=torch.float32)
-        plain.save_pretrained(folder, state_dict=_weights({"": backbone}))
-        save_file(_weights({"": model.head}), folder / HEAD_FILE)
+        save_merged(plain, {"": backbone}, folder)
+    if not is_first(model):
+        return
+    if whole is None:
+        save_file(head, folder / HEAD_FILE)
     tokenizer.save_pretrained(folder)
-
-
-def _weights(parts: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Copies on the CPU of the weights of modules by prefix, adapters merged."""
-    return {
-        name: tensor.detach().cpu().clone()
-        for prefix, module in parts.items()
-        for name, tensor in merged_weights(module, prefix)
-    }
 
 
 def _token_classifier(

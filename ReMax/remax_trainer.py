@@ -33,6 +33,11 @@ class ReMaxConfig(ClippedConfig):
         check_discount(self, "gamma")
         check_whiten_rewards(self, "whiten_advantages")
 
+    @property
+    def why_no_lag(self) -> str:
+        """The baseline is the greedy completion of the policy that samples, and drawn in the step."""
+        return "ReMax compares them with the greedy completion of the policy that drew them, which is gone by then"
+
 
 class ReMaxTrainer(OnPolicyTrainer):
     """Compare sampled completions with the policy's greedy completion; no value model."""

@@ -53,6 +53,11 @@ class VinePPOConfig(PlacedKLConfig):
         chunks = math.ceil(self.max_completion_length / self.chunk_length)
         return super().completions_at_once * max(chunks * self.vine_k, 1)
 
+    @property
+    def why_no_lag(self) -> str:
+        """The continuations are drawn in the step, and value the states of the policy that samples."""
+        return "VinePPO values their states by continuations of the policy that drew them, which is gone by then"
+
     def idle_settings(self) -> dict[str, str]:
         """Those of a clip and a KL, and the continuations and chunks where completions are not cut."""
         idle = super().idle_settings()

@@ -77,6 +77,11 @@ class CheckSettings:
         Raises:
             ValueError: for a value that a run refuses.
         """
+        if self.sampler == "vllm_server":
+            raise ValueError(
+                "sampler=vllm_server: whether a server takes the model it says itself when it starts, by the rules of "
+                "sampler=vllm. Pass --sampler vllm, which checks the same here."
+            )
         given = {name: value for name, value in asdict(self).items() if name != "run"}
         for name in ("max_prompt_length", "max_completion_length"):
             if given[name] is None:

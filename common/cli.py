@@ -19,10 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common import others
 from common.config import RLConfig
 from common.environment import print_what_has_no_bytes
 from common.foreign_names import IN_FILE, ON_COMMAND_LINE, unknown_settings
-from common.mistakes import ROOT, WRONG_NUMBERS, CannotWrite, TooLargeRow, WrongNumbers, is_ours, name_of_script
+from common.host import processes_here
+from common.mistakes import OF_ALL_PROCESSES, ROOT, WRONG_NUMBERS, WrongNumbers, is_ours, name_of_script
 from common.presets.preset import Pairs, Preset
 from common.signals import Stopped, end_without_a_word, ignore_while_python_ends, name_of, raise_in_script
 from common.terminal import PrintableFormatter, printable
@@ -54,9 +56,13 @@ class PlanRequest:
 
     Attributes:
         device: a card that is not there, as the user named it; None: this machine.
+        processes: that train together, each on such a device.
+        nodes: machines that these are on, each with as many.
     """
 
     device: str | None = None
+    processes: int = 1
+    nodes: int = 1
 
 
 def take_plan(args: list[str]) -> tuple[PlanRequest | None, list[str]]:
@@ -66,16 +72,19 @@ def take_plan(args: list[str]) -> tuple[PlanRequest | None, list[str]]:
         args: command line without the program's name.
 
     Raises:
-        ValueError: --device without --plan or without a name, or a value after --plan.
+        ValueError: --device, --processes or --nodes without --plan or without a value that it may have, or a value
+            after --plan.
     """
-    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--device=") else [arg])]
-    is_asked, device, others = False, None, []
+    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith(_OF_PLAN) else [arg])]
+    is_asked, others, given = False, [], {}
     while words:
         word = words.pop(0)
-        if word == "--device":
+        name = word.removeprefix("--")
+        if f"{word}=" in _OF_PLAN:
             if not words or words[0].startswith("--"):
-                raise ValueError("--device without a name: need a card. Pass --device 24gb, or --device h100.")
-            device = words.pop(0)
+                needed = "without a name: need a card" if name == "device" else "without a number"
+                raise ValueError(f"{word} {needed}. Pass {_EXAMPLES[name]}.")
+            given[name] = words.pop(0)
         elif word == "--plan":
             is_asked = True
             if words and not words[0].startswith("--"):
@@ -85,12 +94,67 @@ def take_plan(args: list[str]) -> tuple[PlanRequest | None, list[str]]:
                 )
         else:
             others.append(word)
-    if device is not None and not is_asked:
+    if not is_asked and "device" in given:
         raise ValueError(
-            f"--device {device} without --plan: a run uses the GPU that is there, or the CPU. Pass --plan --device "
-            f"{device} for the memory plan of a run on such a card, or leave out --device."
+            f"--device {given['device']} without --plan: a run uses the GPU that is there, or the CPU. Pass --plan "
+            f"--device {given['device']} for the memory plan of a run on such a card, or leave out --device."
         )
-    return (PlanRequest(device) if is_asked else None), others
+    if not is_asked and given:
+        name, value = next(iter(given.items()))
+        raise ValueError(
+            f"--{name} {value} without --plan: a launcher starts the processes of a run. Start it with `torchrun "
+            f"--nproc_per_node N`, or pass --plan --{name} {value} for the memory plan of such a run."
+        )
+    return (_plan_request(given) if is_asked else None), others
+
+
+# What says for which devices a plan is made.
+_OF_PLAN = ("--device=", "--processes=", "--nodes=")
+_EXAMPLES = {"device": "--device 24gb, or --device h100", "processes": "--processes 8", "nodes": "--nodes 2"}
+
+
+def _plan_request(given: dict[str, str]) -> PlanRequest:
+    """The request with its numbers checked against each other, and against what a launcher has started."""
+    numbers: dict[str, int | None] = {"processes": None, "nodes": None}
+    for name in numbers.keys() & given.keys():
+        if not given[name].isdecimal() or not 1 <= int(given[name]) <= 1_000_000:
+            raise ValueError(f"--{name} {given[name]}: need a number, at least 1. Pass {_EXAMPLES[name]}.")
+        numbers[name] = int(given[name])
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1 and numbers["processes"] not in (None, started):
+        raise ValueError(
+            f"--processes {numbers['processes']} in a run of {started} processes: the plan is that of the processes "
+            "that were started. Leave out --processes, or start the script without torchrun."
+        )
+    processes = numbers["processes"] or started
+    nodes = numbers["nodes"] or (max(1, processes // processes_here()) if started > 1 else 1)
+    if processes % nodes:
+        raise ValueError(
+            f"--nodes {nodes} for {processes} processes: each machine has as many of them. Pass --processes "
+            f"{nodes * -(-processes // nodes)}, or another number of machines."
+        )
+    return PlanRequest(given.get("device"), processes, nodes)
+
+
+def take_serve(args: list[str]) -> tuple[bool, list[str]]:
+    """Whether --serve is on a script's command line, and the other arguments.
+
+    Args:
+        args: command line without the program's name.
+
+    Raises:
+        ValueError: a value after --serve.
+    """
+    if "--serve" not in args:
+        return False, args
+    at = args.index("--serve")
+    after = args[at + 1 : at + 2]
+    if after and not after[0].startswith("--"):
+        raise ValueError(
+            f"--serve {after[0]}: it takes no value; it starts the server that the run with the same settings samples "
+            "from. Pass --serve alone, and its address as --sampler_url."
+        )
+    return True, args[:at] + args[at + 1 :]
 
 
 def parse_config(
@@ -299,8 +363,8 @@ def run_script(
         interrupted: what to say of the work so far after Ctrl-C or another signal, or what finds out.
 
     Raises:
-        SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 130 after
-            Ctrl-C, 128 and its number after another signal.
+        SystemExit: with status 2 after such a message, 3 after that of a run whose numbers cannot be right, 4 after
+            the loss of another process, 130 after Ctrl-C, 128 and its number after another signal.
     """
     print_what_has_no_bytes()
     if "transformers" in sys.modules:
@@ -323,18 +387,25 @@ def run_script(
     except ValueError as error:
         if not is_ours(error.__traceback__):
             raise
-        if is_main or not isinstance(error, (CannotWrite, TooLargeRow)):  # which all processes raise
+        if is_main or not isinstance(error, OF_ALL_PROCESSES):
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except WrongNumbers as error:
         if is_main:  # all processes raise the same
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS)
+    except RuntimeError as error:
+        if sys.flags.dev_mode or not others.means_lost(error):
+            raise
+        others.end_program(error)
     except (KeyboardInterrupt, Stopped) as error:
+        if others.means_lost(error):  # and the launcher stops the rest
+            others.end_program(error)
         end_without_a_word()
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        if is_main:  # a launcher sends the signal to all
+        if is_main or others.speaks_for_main():  # a launcher sends the signal to all
             name = "\ninterrupted" if stopped.number == signal.SIGINT else name_of(stopped.number)
+            name += others.named_gone() if stopped.number == signal.SIGTERM else ""
             print(f"{name}: {interrupted if isinstance(interrupted, str) else interrupted()}", file=sys.stderr)
         sys.exit(stopped.code)
     finally:

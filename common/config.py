@@ -42,6 +42,9 @@ ON_POLICY = "num_minibatches x num_update_epochs is 1: no step is taken from rol
 LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
 
+# Minutes: processes wait for each other while one saves or loads.
+_SHORTEST_TIMEOUT = 1.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class OtherModel:
@@ -293,9 +296,30 @@ class RLConfig:
         return ()
 
     @property
-    def trains_on_policy(self) -> bool:
-        """True when each rollout makes one optimizer step: the ratio is then 1 by definition."""
+    def takes_one_step(self) -> bool:
+        """True when each rollout makes one optimizer step."""
         return self.num_minibatches * self.num_update_epochs == 1
+
+    @property
+    def trains_on_policy(self) -> bool:
+        """True when the one optimizer step of a rollout starts at the policy that sampled: the ratio is then 1."""
+        return self.takes_one_step and not self.sampling_lag
+
+    @property
+    def makes_old_logprobs(self) -> bool:
+        """True when log-probs under the policy that sampled take a forward pass of their own.
+
+        With a lag that policy is gone, and the sampler's log-probs take their place.
+        """
+        return not self.takes_one_step and not self.sampling_lag
+
+    @property
+    def why_no_lag(self) -> str:
+        """Why the completions of a step must come from the policy that the step trains; empty: they need not.
+
+        An algorithm that samples more in its step, and compares it with the completions, says it here.
+        """
+        return ""
 
     def scheduled_rate(self, step: int) -> float:
         """Learning rate of a step, from 1: linear warm-up, then constant, or decay to its minimum at the last step."""
@@ -389,7 +413,7 @@ class RLConfig:
                 f"min_lr_ratio={self.min_lr_ratio}: it is the share of learning_rate that is left at the end, so it "
                 "must be in [0, 1]. Pass --min_lr_ratio 0.1."
             )
-        if not 1 <= self.process_timeout < math.inf:
+        if not _SHORTEST_TIMEOUT <= self.process_timeout < math.inf:
             raise ValueError(
                 f"process_timeout={self.process_timeout}: need minutes, at least 1, since one process saves and loads "
                 "while the others wait. Pass --process_timeout 10."
@@ -426,6 +450,12 @@ class RLConfig:
             if getattr(self, name) not in allowed:
                 shown = ", ".join(map(str, allowed))
                 raise ValueError(f"{name}={getattr(self, name)!r}: need one of {shown}. Pass --{name} {allowed[0]}.")
+        if self.sampling_lag and self.why_no_lag:
+            raise ValueError(
+                f"sampling_lag={self.sampling_lag}: completions would come from the policy of one step earlier, and "
+                f"{self.why_no_lag}. Pass --sampling_lag 0, or use an algorithm that samples once in a step, such as "
+                "GRPO or RLOO."
+            )
         if self.reward_weights is not None and self.rewards is None:
             raise ValueError(
                 f"reward_weights={self.reward_weights} without rewards: each weight belongs to a named reward. "
@@ -540,6 +570,9 @@ class ClippedConfig(RLConfig):
             idle |= dict.fromkeys(("clip_range", "clip_range_high"), ON_POLICY)
         if self.importance_correction == "none":
             idle["importance_cap"] = "importance_correction is none: it only says what the metric weight_cut counts"
+        if self.sampling_lag:
+            reason = "sampling_lag is 1: the ratio is to the sampler's log-probs, which corrects for all of it"
+            idle |= dict.fromkeys(("importance_correction", "importance_cap"), reason)
         return idle
 
 

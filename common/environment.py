@@ -105,6 +105,20 @@ def check_launch() -> None:
         )
 
 
+def why_restarts_fail() -> str | None:
+    """A line, if torchrun is to start processes again that would then look for the dead ones.
+
+    Its own store keeps the addresses under which gloo found the processes, and new ones read them.
+    """
+    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if most == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    return (
+        f"--max-restarts {most} without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: after a "
+        "restart, processes would look for the dead ones, and most restarts fail. Set it before torchrun."
+    )
+
+
 CPU_INFO = Path("/proc/cpuinfo")
 
 

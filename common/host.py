@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SELF = Path("/proc/self")
@@ -52,11 +52,17 @@ class HostMemory:
     source: str
 
 
-def host_memory(proc: Path = SELF) -> HostMemory:
+def processes_here() -> int:
+    """Processes of this run on this machine, which share its memory, as their launcher says."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def host_memory(proc: Path = SELF, *, processes: int = 1) -> HostMemory:
     """The tightest limits on the memory of this process; `total` and `available` may be of two limits.
 
     Args:
         proc: the process's folder in /proc.
+        processes: that share the machine and the cgroup; each has an equal part. A limit of the shell is each one's.
 
     Returns:
         The smallest total with its source, and the smallest rest of any limit.
@@ -66,6 +72,7 @@ def host_memory(proc: Path = SELF) -> HostMemory:
     machine = psutil.virtual_memory()
     found = [HostMemory(total=machine.total, available=machine.available, source="this machine")]
     found += filter(None, map(_memory_of, _folders("memory", proc)))
+    found = [replace(each, total=each.total // processes, available=each.available // processes) for each in found]
     found += _shell_limits(proc)
     tightest = min(found, key=lambda each: each.total)
     available = max(0, min(each.available for each in found))

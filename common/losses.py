@@ -217,6 +217,8 @@ def with_kl(
 ) -> tuple[Tensor, dict[str, Any]]:
     """A policy loss with the KL to the reference as a further term, if the settings place it there.
 
+    With sampling_lag=1 the term is weighed by the ratio, so that its mean, too, is over what the policy samples now.
+
     Args:
         loss: (b, C) float32.
         metrics: of the loss, by name.
@@ -230,6 +232,8 @@ def with_kl(
     if not config.has_kl_in_loss:
         return loss, metrics
     kl = kl_estimate(logprobs, minibatch.ref_logprobs, config.kl_estimator or "k3")
+    if config.sampling_lag:
+        kl = kl * importance_ratio(logprobs.detach(), minibatch.old_logprobs)
     of_kl = {"policy/kl_loss": kl.detach(), "kl": sampling_kl(logprobs, minibatch)}
     return loss + config.kl_coef * kl, metrics | of_kl
 

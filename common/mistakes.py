@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from common import others
 from common.host import limit_in_the_way
 from common.terminal import printable
 
@@ -36,8 +37,14 @@ class TooLargePass(ValueError):
     """A pass does not fit into the memory of one process, and the others cannot do it again with less."""
 
 
+class UnlikeProcesses(ValueError):
+    """Processes of one run differ in what they were given or see; all processes raise it."""
+
+
+# All processes raise the same of these, so the main one prints it.
+OF_ALL_PROCESSES = (WrongNumbers, CannotWrite, TooLargeRow, UnlikeProcesses)
 # Of these, an error of ours is a message.
-_MESSAGES = (ValueError, TypeError, WrongNumbers, CannotWrite, TooLargeRow, TooLargePass)
+_MESSAGES = (ValueError, TypeError, TooLargePass, *OF_ALL_PROCESSES)
 
 
 def first_line(error: BaseException) -> str:
@@ -92,11 +99,12 @@ def name_of_script(script: str | None) -> str:
 def explain_mistakes() -> None:
     """Make an error of ours that ends a program a message with the program's line, and exit status 2 (or 3).
 
-    So is one that a limit of the shell or the queue causes, also while libraries are imported.
+    So is one that a limit of the shell or the queue causes, also while libraries are imported, and, with status 4, one
+    that comes of the loss of another process.
 
     Every other error, and every error at Python's prompt, in a notebook or with `python -X dev`, keeps its traceback.
     """
-    others = sys.excepthook
+    former = sys.excepthook
 
     def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(sys.stderr, io.StringIO):  # torch's hook for several processes: lost if this ends the program
@@ -106,9 +114,11 @@ def explain_mistakes() -> None:
         if limits := is_script and not sys.flags.dev_mode and limit_in_the_way(error):
             print(f"error: {printable(_said_of_limits(error, limits))}", file=sys.stderr)
             sys.exit(2)
+        if is_script and not sys.flags.dev_mode and others.means_lost(error):
+            others.end_program(error)
         is_message = kind in _MESSAGES and is_script and is_ours(trace)
         if not is_message or sys.flags.dev_mode:
-            return others(kind, error, trace)
+            return former(kind, error, trace)
         place = f"{name_of_script(frames[0].filename)}, line {frames[0].lineno}"
         print(f"error: {place}: {printable(str(error))}", file=sys.stderr)
         sys.exit(WRONG_NUMBERS if kind is WrongNumbers else 2)

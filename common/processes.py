@@ -106,6 +106,23 @@ def end_sessions(leaders: Collection[int]) -> None:
         time.sleep(0.001)
 
 
+class State(NamedTuple):
+    """A process as Linux sees it: the letter of its state, see proc(5), and when it began, in ticks."""
+
+    state: str
+    started: int
+
+
+def process_state(pid: int) -> State | None:
+    """The state of any process; None if there is none of this number."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        return State(fields[0].decode(), int(fields[19]))
+    except (OSError, IndexError):
+        return None
+
+
 class _Process(NamedTuple):
     pid: int
     state: str

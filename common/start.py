@@ -1,27 +1,32 @@
 """What a script does: read its settings, train, and report."""
 
+import os
 import sys
 from functools import partial
 from typing import Any
 
-from common.cli import PlanRequest, origins_in, parse_config, run_script, take_plan
+from common.cli import PlanRequest, origins_in, parse_config, run_script, take_plan, take_serve
 from common.config import RLConfig
 from common.embedded import is_embedded, skeleton
 from common.memory import show
 from common.memory.start import plan_of
+from common.mistakes import UnlikeProcesses
 from common.models.configs import read_config
 from common.runs.outcome import how_to_continue
 from common.runs.run import algorithm_name, run_folder
+from common.serve import serve
 from common.signals import command_line
 from common.tasks import check_task, reward_models
 from common.terminal import printable
 from common.trainer import OnPolicyTrainer
+from common.update.batches import check_processes
 
 
 def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) -> None:
     """Train with the settings of the script and the command line; a mistake in them ends in one message.
 
-    With --plan the memory plan is printed, and nothing is loaded.
+    With --plan the memory plan is printed, and nothing is loaded. With --serve it is the server that samples for the
+    run with these settings.
 
     Args:
         trainer: the algorithm.
@@ -29,12 +34,16 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
         reading: other arguments of parse_config: `script`, and `embedded` if the preset cpu needs more.
 
     Raises:
-        SystemExit: with status 2 after a message about a user's mistake, 3 if the run stopped because of its numbers.
+        SystemExit: with status 2 after a message about a user's mistake, 3 if the run stopped because of its numbers,
+            4 if another process of it is lost.
     """
 
     def main() -> None:
         request, args = take_plan(sys.argv[1:])
-        if request is not None:
+        is_server, args = take_serve(args)
+        if is_server:
+            serve(parse_config(settings, args=args, **reading))
+        elif request is not None:
             has_gpu = True if request.device else None
             print_plan(parse_config(settings, args=args, has_gpu=has_gpu, **reading), request)
         else:
@@ -48,16 +57,19 @@ def print_plan(config: RLConfig, request: PlanRequest) -> None:
 
     Args:
         config: the run's settings.
-        request: for which card.
+        request: for which card, and how many of them.
 
     Raises:
         ValueError: there is no such model or card, or the run does not fit.
     """
     check_task(config.task)
+    check_processes(config, request.processes)
     if not is_embedded(config.model):
         read_config(config.model, trust_remote_code=config.trust_remote_code)  # makes the model's code known
-    plan = plan_of(config, skeleton(config.model), rewards=reward_models(config), device=request.device)
-    print(*map(printable, show.whole(plan, config)), sep="\n", flush=True)
+    devices = {"device": request.device, "processes": request.processes, "nodes": request.nodes}
+    plan = plan_of(config, skeleton(config.model), rewards=reward_models(config), **devices)
+    if os.environ.get("RANK", "0") == "0":  # the others would print the same
+        print(*map(printable, show.whole(plan, config)), sep="\n", flush=True)
 
 
 def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer:
@@ -78,7 +90,8 @@ def prepare(trainer: type[OnPolicyTrainer], config: RLConfig) -> OnPolicyTrainer
         origins = origins_in(str(error), config.origins)
         if not origins:
             raise
-        raise ValueError(f"{error}{origins}") from error
+        kind = UnlikeProcesses if isinstance(error, UnlikeProcesses) else ValueError
+        raise kind(f"{error}{origins}") from error
 
 
 def how_to_go_on(trainer: type[OnPolicyTrainer], config: RLConfig) -> str:

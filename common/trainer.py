@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,15 +19,17 @@ from typing import Any, Self, TypeVar, final
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
+from common import others
 from common.advantages import inverse_deviation, per_token_rewards, rows_with_signal, whiten
 from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
-from common.environment import check_launch
-from common.host import FreedMemory
+from common.environment import check_launch, why_restarts_fail
+from common.host import FreedMemory, processes_here
 from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
@@ -40,12 +43,14 @@ from common.models.loading import (
     warn_of_slow_dtype,
 )
 from common.models.lora import describe_adapter
+from common.models.parts import spread
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.refill import Places
 from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
+from common.runs.alike import check_alike, check_folder_is_shared
 from common.runs.lost_rows import LostRows
 from common.runs.measures import (
     evaluation_means,
@@ -56,6 +61,7 @@ from common.runs.measures import (
     with_confidence_interval,
 )
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, warn_of_unused_settings
+from common.runs.outcome import how_to_continue
 from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.replay import Replay
@@ -63,9 +69,10 @@ from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
 from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
-from common.sampling.checks import check_policy, check_sampling
+from common.sampling.ahead import Ahead
+from common.sampling.checks import check_engines, check_policy, check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, largest_request, make_sampler
-from common.sharding import check_sharding, describe_sharding, shard
+from common.sharding import check_sharding, describe_sharding
 from common.tasks import Task, check_rows, check_task, lenient_scorer, load_task, reward_models, task_scorer
 from common.update.batches import Batches, check_processes
 from common.update.learner import Learner, Metric
@@ -128,15 +135,22 @@ class OnPolicyTrainer(ABC):
         if task is None:
             check_task(config.task)
         check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
-        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
-        on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
-        self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs")
-        check_processes(config, self.accelerator)
-        check_sharding(config, self.accelerator.num_processes)
         algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
+        processes = others.expect(config.process_timeout, folder, partial(how_to_continue, folder.absolute(), config))
+        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
+        on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
+        wait = InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout))
+        self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs", kwargs_handlers=[wait])
+        if processes:
+            processes.meet(gather_object([others.own_place()]), self.accelerator.process_index)
+        check_alike(config, type(self), self.accelerator)
+        check_processes(config, self.accelerator.num_processes)
+        check_sharding(config, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             check_folder(folder)
+            if said := why_restarts_fail():
+                logger.warning("%s", said)
         policy = skeleton(config.model)
         self._check_policy(policy)
         self.plan = plan_of(
@@ -144,6 +158,7 @@ class OnPolicyTrainer(ABC):
             policy,
             rewards=reward_models(config, task),
             processes=self.accelerator.num_processes,
+            nodes=max(1, self.accelerator.num_processes // processes_here()),
             with_passes=False,
         )
         settled = self.plan.settled(config)
@@ -152,6 +167,8 @@ class OnPolicyTrainer(ABC):
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer), settled)
         self.run = Run(config, self.accelerator, algorithm=algorithm, plan=whole(self.plan, config))
+        check_folder_is_shared(self.run.folder, self.accelerator)
+        self.run.check_model(policy)
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
@@ -210,7 +227,8 @@ class OnPolicyTrainer(ABC):
         """Run all remaining steps, and return the metrics of the last one."""
         metrics = {}
         self.stopwatch.start_first_step()  # loading is no part of it
-        with self.run as run, run.stopping as stopping:
+        watch = {"leave": self.run.is_left, "is_aborted": self.accelerator.device.type == "cuda"}
+        with self.run as run, run.stopping as stopping, others.watched(lambda: stopping.is_leaving, **watch):
             try:
                 metrics = self._finish_step_of_checkpoint()
                 while self.current_step < self.config.num_steps and not run.stopped_early:
@@ -246,8 +264,9 @@ class OnPolicyTrainer(ABC):
     ) -> Rollouts:
         """Complete each prompt with the current policy: B = len(prompts) x G rows, those of one prompt adjacent.
 
-        Completions of the step's own prompts count as `episodes`; all others under a name of their own:
-        greedy/completions, refill/completions or <purpose>/completions.
+        With sampling_lag=1, those of the step's own prompts come from the policy of one step earlier, and others from
+        the current one. Completions of the step's own prompts count as `episodes`; all others under a name of their
+        own: greedy/completions, refill/completions or <purpose>/completions.
 
         Args:
             prompts: this process's prompts of the step.
@@ -265,7 +284,10 @@ class OnPolicyTrainer(ABC):
 
     def _sampled(self, prompts: PromptBatch, kind: str, settings: dict[str, Any]) -> Rollouts:
         """Completions of the prompts, numbered, checked and counted."""
-        rollouts = self.policy_sampler.sample(prompts, **settings)
+        if self._ahead and kind == "train":
+            rollouts = self._ahead.sample(prompts, num_generations=settings["num_generations"])
+        else:
+            rollouts = self.policy_sampler.sample(prompts, **settings)
         self.run.stopping.meet()
         if self.config.mask_truncated:
             rollouts.loss_mask = rollouts.completion_mask & ~rollouts.truncated[:, None]  # (B, C)
@@ -360,7 +382,8 @@ class OnPolicyTrainer(ABC):
     ) -> Tensor:
         """(B, C) float32, 0 at padding: -kl_coef x each token's KL to the reference (k1), plus the score at the last.
 
-        With kl_coef above 0 and with_kl, it sets rollouts.old_logprobs and ref_logprobs.
+        With kl_coef above 0 and with_kl, it sets rollouts.old_logprobs and ref_logprobs. The KL is that of the policy
+        that the step trains: with sampling_lag=1 the ratio makes of it, too, a mean over what that policy samples.
 
         Args:
             rollouts: B rows.
@@ -371,7 +394,7 @@ class OnPolicyTrainer(ABC):
         """
         mask, kl = rollouts.completion_mask, torch.zeros(rollouts.completion_mask.shape)
         if with_kl and self.config.kl_coef:
-            kl = self._kl(rollouts, apart=keep and not self.config.trains_on_policy)
+            kl = self._kl(rollouts, apart=keep and self.config.makes_old_logprobs)
         rewards = per_token_rewards(scores, mask, kl, self.config.kl_coef)
         return rewards * self.reward_scale(rewards, rollouts) if whitened else rewards
 
@@ -444,8 +467,11 @@ class OnPolicyTrainer(ABC):
         """(B, C) float32, 0 at padding: log-probs under the policy that sampled; not recomputed if already set.
 
         None if each rollout makes one optimizer step: the policy that sampled is then the one being updated, and this
-        forward pass would only repeat the update's own.
+        forward pass would only repeat the update's own. With sampling_lag=1 they are the sampler's: the policy that
+        sampled is gone. The ratio then corrects for the lag and for the sampler's rounding, both at once.
         """
+        if self.config.sampling_lag:
+            return rollouts.sampling_logprobs
         if rollouts.old_logprobs is not None or self.config.trains_on_policy:
             return rollouts.old_logprobs
         return self.logprobs("policy", rollouts)
@@ -491,7 +517,8 @@ class OnPolicyTrainer(ABC):
         settings = {"batches": self.batches, "step": self.current_step, "average_over": average_over}
         in_use = self.models.use(learner.name, train=True)
         with self.stopwatch("update"), in_use as model, self.batches.passes_of(model):
-            check = partial(self._soundness.check_first_minibatch, model=model, step=self.current_step)
+            of_step = {"step": self.current_step, "lagged": self._is_lagged}
+            check = partial(self._soundness.check_first_minibatch, model=model, **of_step)
             settings["check"] = check if learner is self.policy else None
             for epoch in range(num_epochs):
                 for name, value, count in learner.update(rollouts, partial(loss, model), epoch=epoch, **settings):
@@ -515,7 +542,8 @@ class OnPolicyTrainer(ABC):
     ) -> tuple[Tensor, dict[str, Metric]]:
         """A policy loss weighed as importance_correction says, and its metrics with those of the weights.
 
-        It needs the settings of a ClippedConfig.
+        It needs the settings of a ClippedConfig. With sampling_lag=1 the loss stays as it is: its ratio is to the
+        sampler's log-probs, so the weights would all be 1.
 
         Args:
             loss: (b, C) float32, all terms that are means over what the policy samples.
@@ -524,6 +552,8 @@ class OnPolicyTrainer(ABC):
             minibatch: b rows.
             of_completions: one weight for each completion, for a loss with the ratio of completions.
         """
+        if self.config.sampling_lag:
+            return loss, metrics
         correction = chosen_correction(self.config.importance_correction, self.dtype, logprobs.device)
         options = {"cap": self.config.importance_cap, "of_completions": of_completions}
         weights, of_weights = importance_weights(logprobs, minibatch, correction=correction, **options)
@@ -551,7 +581,7 @@ class OnPolicyTrainer(ABC):
         with in_pool.get("context", nullcontext)():  # it decides what requires a gradient
             learner = Learner(name, module, config)
         self.models.add(name, module, optimizer=learner.optimizer, **in_pool)
-        self.run.restore(learner, module, save)
+        self.run.restore(learner, module, save, use=partial(self.models.use, name))
         return learner
 
     @final
@@ -594,6 +624,7 @@ class OnPolicyTrainer(ABC):
     def _check_policy(self, policy: nn.Module) -> None:
         """Refuse a policy that cannot be trained, before data are read, which may take minutes."""
         check_policy(self.config, policy)
+        check_engines(self.config, policy, self.accelerator.num_processes)
         if not is_embedded(self.config.model):  # the sampler's check may import vLLM, which takes seconds
             check_sampling(self.config, self.accelerator.device)
 
@@ -638,7 +669,8 @@ class OnPolicyTrainer(ABC):
         config, path = self.config, self.model_path
         num_held_out = len(self.eval_prompts) if self._evaluates else 0
         most_rows = largest_request(config, num_held_out, self.accelerator.num_processes)
-        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, most_rows=most_rows)
+        options = {"most_rows": most_rows, "leaving": self.run.stopping}
+        sampler = make_sampler(settled, path, dtype=self.dtype, pool=self.models, **options)
         checkpoint = self.run.checkpoint and self.run.checkpoint / "policy"
         module = load_policy(path, config, dtype=self.dtype, checkpoint=checkpoint)
         if config.use_lora and self.accelerator.is_main_process:
@@ -654,13 +686,21 @@ class OnPolicyTrainer(ABC):
         self.policy_sampler = PolicySampler(
             config, path, sampler, models=self.models, stopwatch=self.stopwatch, **tokens
         )
+        self._ahead = None
+        if config.sampling_lag:
+            self._ahead = Ahead(
+                self.policy_sampler,
+                self.training_prompts,
+                num_steps=config.num_steps,
+                gather=lambda own: gather_object([own]) if self.accelerator.num_processes > 1 else [own],
+                waiting=self.run.waiting,
+            )
 
     def _share_out(self, module: nn.Module) -> nn.Module:
         """The model, with shard=full spread over all processes."""
         is_shared = self.config.shard == "full" and self.accelerator.num_processes > 1
         if is_shared:
-            device = self.accelerator.device
-            shard(without_adapter(module).to(device), device, self.dtype)
+            spread(without_adapter(module), self.accelerator.device, self.dtype)
         return module
 
     def _rewards(self, rollouts: Rollouts, finished_steps: int, *, prefix: str) -> Tensor:
@@ -699,7 +739,9 @@ class OnPolicyTrainer(ABC):
         return LongWork(name, total, unit, enabled=self.config.progress and self.accelerator.is_main_process)
 
     def _kl(self, rollouts: Rollouts, *, apart: bool = False) -> Tensor:
-        """(B, C) float32: k1 of the KL to the reference; keeps both log-probs in the rollouts.
+        """(B, C) float32: k1 of the policy's KL to the reference; keeps log-probs of both in the rollouts.
+
+        With sampling_lag=1 it keeps the sampler's in place of the policy's, which are those of another policy.
 
         Args:
             rollouts: B rows.
@@ -711,11 +753,12 @@ class OnPolicyTrainer(ABC):
             old_logprobs = torch.zeros(rollouts.completion_mask.shape)
             old_logprobs[is_kept] = self.logprobs("policy", self.keep_one_per_group(rollouts))
             old_logprobs[~is_kept] = self.logprobs("policy", rollouts.only(~is_kept).renumbered())
-            rollouts.old_logprobs, self._passed_apart = old_logprobs, rollouts
+            self._passed_apart = rollouts
         else:
-            rollouts.old_logprobs = self.logprobs("policy", rollouts)
+            old_logprobs = self.logprobs("policy", rollouts)
+        rollouts.old_logprobs = rollouts.sampling_logprobs if self.config.sampling_lag else old_logprobs
         rollouts.ref_logprobs = self.logprobs("ref", rollouts)
-        return kl_estimate(rollouts.old_logprobs, rollouts.ref_logprobs, "k1")
+        return kl_estimate(old_logprobs, rollouts.ref_logprobs, "k1")
 
     def _is_kept(self, rollouts: Rollouts) -> Tensor:
         """(B,) bool: rows that `keep_one_per_group` keeps."""
@@ -737,6 +780,9 @@ class OnPolicyTrainer(ABC):
         self._used_settings.clear()
         stopping.begin_step(step)
         self._do_step(self.training_prompts(step))
+        if self._ahead:  # a part of the update, which is over or left within the same grace
+            with self.stopwatch("sample"):
+                self.run.waiting = self._ahead.finish()
         stopping.end_update()
         self._freed_memory.give_back()
         if step == self.run.first_step and self.accelerator.is_main_process:
@@ -769,6 +815,11 @@ class OnPolicyTrainer(ABC):
             at_start = self.batches.config.max_tokens_per_microbatch
             self.run.note_budget(self.batches.max_tokens_per_microbatch, at_start)
 
+    @property
+    def _is_lagged(self) -> bool:
+        """Whether the step's completions are of the policy of one step earlier."""
+        return self._ahead is not None and self._ahead.is_lagged
+
     def _evaluates_at(self, step: int) -> bool:
         return self._evaluates and (step % self.config.eval_every == 0 or step == self.config.num_steps)
 
@@ -778,7 +829,8 @@ class OnPolicyTrainer(ABC):
         self._lost_rows.end_step(step)
         metrics = with_confidence_interval(self.metrics.reduce(self.accelerator), len(self.eval_prompts or ()))
         if self.accelerator.is_main_process:
-            self._soundness.warn(metrics, step=step, same_passes=not self.batches.lowered_midway)
+            same_passes = not self.batches.lowered_midway
+            self._soundness.warn(metrics, step=step, same_passes=same_passes, lagged=self._is_lagged)
             self._signal.see(metrics, step=step)
         timings = self.stopwatch.read_and_reset()
         timings["memory/max_tokens_per_microbatch"] = self.batches.max_tokens_per_microbatch

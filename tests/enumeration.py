@@ -49,7 +49,7 @@ def save_four_token_model(folder: Path) -> Path:
 class FixedSampler:
     """Gives the same completions for every request, and another one for every greedy request."""
 
-    needs_push, has_weights, resident_bytes = False, True, 0
+    needs_push, has_weights, resident_bytes, samples_apart = False, True, 0, False
 
     def __init__(self, completions: list[Completion], greedy: Completion | None = None) -> None:
         self.completions, self.greedy = completions, greedy

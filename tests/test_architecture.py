@@ -15,14 +15,14 @@ from tests.toy import algorithms
 ORDER = [
     *("examples", "benchmarks", "ALGORITHMS"),
     *("common.evaluation", "common.merge", "common.check_model", "common.samples", "common.start", "common.cli"),
-    "common.presets",
+    *("common.presets", "common.serve"),
     *("common.trainer", "common.runs", "common.embedded", "common.tasks", "common.sampling", "common.rewards"),
     *("common.memory", "common.data", "common.update", "common.models", "common.refill"),
     *("common.logprobs", "common.packing", "common.sequences", "common.packed_attention", "common.sharding"),
     *("common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
     *("common.values", "common.mistakes", "common.moved", "common.environment", "common.caches", "common.host"),
-    *("common.yaml_files", "common.terminal", "common.signals", "common.processes"),
+    *("common.yaml_files", "common.terminal", "common.others", "common.signals", "common.processes"),
 ]
 # What an algorithm's folder may import besides itself. models: to bring a model of its own; tasks: the type Task.
 FOR_ALGORITHMS = {
@@ -36,7 +36,8 @@ FOR_ALGORITHMS = {
         "common.sampling.protocol",
         "common.tasks",
     ),
-    *("common.models.loading", "common.models.weights", "common.models.configs", "common.models.files"),
+    *("common.models.loading", "common.models.weights", "common.models.saving"),
+    *("common.models.configs", "common.models.files"),
 }
 # Packages that take a second or more to import, and are needed by some runs or commands only.
 HEAVY = {"peft", "trl", "vllm", "datasets", "pyarrow", "matplotlib", "bitsandbytes", "wandb"}
@@ -88,9 +89,9 @@ def imported_packages(module: str, *, at_the_top: bool) -> set[str]:
 
 def test_only_the_engine_imports_vllm():
     found = {module for module in modules() if "vllm" in imported_packages(module, at_the_top=False)}
-    core = {
-        f"common.sampling.vllm_{name}" for name in ("engine", "startup", "reload", "support", "corrections", "drawing")
-    }
+    files = ("engine", "startup", "reload", "support", "corrections", "drawing", "group")
+    files += ("server", "server_worker", "transfer")
+    core = {f"common.sampling.vllm_{name}" for name in files}
     assert core <= found <= core | {"benchmarks.generation", "examples.pipeline.pipeline"}
 
 

@@ -210,7 +210,7 @@ def test_a_kind_that_cannot_be_trained_ends_with_status_2_in_eight_lines(tmp_pat
 def test_a_run_refuses_a_model_before_it_reads_data(tmp_path, monkeypatch):
     folder = save(tmp_path / "model", "qwen2")
     small = HostMemory(total=1000, available=0, source="this machine")
-    monkeypatch.setattr("common.memory.start.host_memory", lambda: small)
+    monkeypatch.setattr("common.memory.start.host_memory", lambda **_: small)
     monkeypatch.setattr("common.trainer.load_task", lambda *_: pytest.fail("data were read"))
     algorithm = algorithms()["GRPO"]
     settings = {"model": str(folder), "output_dir": str(tmp_path / "run"), "sampler": "transformers"}

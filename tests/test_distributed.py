@@ -1,6 +1,7 @@
-"""Two processes by torchrun with gloo give the gradient and the metrics of one, with and without rows on each."""
+"""Two processes with gloo, under a torchrun each, give gradient and metrics of one, with and without rows on each."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,22 +19,30 @@ ROOT = Path(__file__).parent.parent
 CASES = ["0,0", "1,0", "2,0", "2,1", "2,2", "2,0,host"]
 
 
+def on_nodes(count: int) -> list[str]:
+    """The words for torchrun's agents on so many nodes, all of them this machine."""
+    if count == 1:
+        return ["--standalone"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [f"--nnodes={count}", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}", "--local_addr=127.0.0.1"]
+
+
 @pytest.fixture(scope="module")
 def steps(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict]:
-    """What one process and two processes made of each case."""
+    """What one process, and two processes under an agent each, made of each case."""
     results = {}
-    for num_processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"{num_processes} processes")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        done = subprocess.run(
-            [*command, "-m", "tests.distributed_step", str(tiny_folder), str(folder), *CASES],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results |= {(num_processes, case): torch.load(folder / case / "result.pt") for case in CASES}
+    for num_nodes in (1, 2):
+        folder = tmp_path_factory.mktemp(f"{num_nodes} nodes")
+        command = [sys.executable, "-m", "torch.distributed.run", *on_nodes(num_nodes), "--nproc_per_node=1"]
+        command += ["-m", "tests.distributed_step", str(tiny_folder), str(folder), *CASES]
+        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        options["env"] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        agents = [subprocess.Popen(command, **options) for _ in range(num_nodes)]
+        said = [agent.communicate()[0] for agent in agents]
+        assert not any(agent.returncode for agent in agents), "\n".join(said)[-3000:]
+        results |= {(num_nodes, case): torch.load(folder / case / "result.pt") for case in CASES}
     return results
 
 

@@ -422,6 +422,43 @@ def test_weights_are_cut_and_tokens_left_out_at_the_cap_and_nothing_else_changes
     assert difference(gradient, -world.gradient(expected)) < 1e-5
 
 
+# Completions of the policy of one step earlier
+
+LAGGED = {"sampling_lag": 1, "num_steps": 1, "max_logprob_diff": 0, "clip_range": 0.999, "clip_range_high": 1e6}
+SAMPLE_ONCE = {name: each for name, each in OF_TOKENS.items() if name not in ("remax", "vineppo")}
+
+
+@pytest.mark.parametrize("correction", ["none", "truncate"])
+@pytest.mark.parametrize(("kind", "settings"), SAMPLE_ONCE.values(), ids=SAMPLE_ONCE)
+def test_with_a_lag_the_ratio_makes_up_once_for_the_policy_of_one_step_earlier(
+    one_token, tmp_path, kind, settings, correction
+):
+    world, earlier = one_token
+    share = 0.5 if kind is GRPOTrainer else 1.0  # see above: a group's mean holds the completion's own score
+    expected = -share * world.gradient(objective(world, KL_COEF))
+    settings = settings | LAGGED | {"kl_coef": KL_COEF, "importance_correction": correction, "importance_cap": 1e8}
+    gradient = gradient_with_sampler(world, earlier, kind, tmp_path / "1", **settings)
+    assert difference(gradient, expected) < 1e-5
+    settings |= {"sampling_lag": 0, "importance_correction": "none"}
+    assert difference(gradient_with_sampler(world, earlier, kind, tmp_path / "0", **settings), expected) > 0.1
+
+
+def test_with_a_lag_the_ratio_of_completions_is_exact_for_score_and_kl_of_whole_completions(world, another, tmp_path):
+    settings = GROUP | LAGGED | {"kl_coef": KL_COEF}
+    gradient = gradient_with_sampler(world, another, RLOOTrainer, tmp_path, **settings)
+    assert difference(gradient, -world.gradient(objective(world, KL_COEF))) < 1e-5
+
+
+def test_with_a_lag_the_kl_in_the_loss_is_a_mean_over_what_the_policy_samples_now(one_token, tmp_path):
+    world, earlier = one_token
+    gradients = [
+        gradient_with_sampler(world, earlier, GRPOTrainer, tmp_path / str(coef), **GROUP | IN_LOSS | LAGGED | coef)
+        for coef in ({}, {"kl_coef": 2 * KL_COEF})
+    ]
+    kl = (gradients[1] - gradients[0]) / KL_COEF
+    assert difference(kl, world.gradient(kl_of_states(world))) < 1e-5
+
+
 def test_the_ratios_have_the_gradient_of_finite_differences():
     generator = torch.Generator().manual_seed(0)
     old, logprobs, advantages = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))

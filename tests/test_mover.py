@@ -152,7 +152,7 @@ def test_without_room_to_pin_memory_is_pageable_and_one_line_says_so(budget, rea
 class Engine:
     """A sampler with weights of its own, which copies what is pushed, drops it, and sees what is on the device."""
 
-    needs_push, has_weights, resident_bytes = True, False, 0
+    needs_push, has_weights, resident_bytes, samples_apart = True, False, 0, False
 
     def __init__(self, pool: ModelPool, mover: LateMover) -> None:
         self.pool, self.mover = pool, mover

@@ -50,7 +50,7 @@ def test_an_id_without_a_token_ends_the_completion_as_truncated_and_training_goe
 class Recorder:
     """A sampler with weights of its own that writes down what it is asked for."""
 
-    needs_push, has_weights, resident_bytes = True, False, 0
+    needs_push, has_weights, resident_bytes, samples_apart = True, False, 0, False
 
     def __init__(self) -> None:
         self.asked: list = []

@@ -279,7 +279,7 @@ def test_a_signal_while_python_ends_changes_nothing(status):
 
 @pytest.fixture
 def stopping():
-    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True) as stopping:
+    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True, process_timeout=10) as stopping:
         yield stopping
 
 
@@ -299,7 +299,7 @@ def test_an_update_that_does_not_fit_into_the_grace_is_not_begun(stopping):
 
 
 def test_leaving_is_raised_again_where_it_is_swallowed_and_never_in_an_update():
-    with Stopping(0, Accelerator(cpu=True), keeps_checkpoint=True) as stopping:
+    with Stopping(0, Accelerator(cpu=True), keeps_checkpoint=True, process_timeout=10) as stopping:
         stopping.begin_step(1)
         stopping.begin_update()
         signal.raise_signal(signal.SIGUSR1)
@@ -323,7 +323,7 @@ def test_leaving_is_raised_again_where_it_is_swallowed_and_never_in_an_update():
 
 
 def test_a_signal_that_comes_while_another_process_is_heard_of_is_the_same_request():
-    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True) as stopping:
+    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True, process_timeout=10) as stopping:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             stopping._note(number)
     assert stopping.number == signal.SIGUSR1
@@ -331,7 +331,7 @@ def test_a_signal_that_comes_while_another_process_is_heard_of_is_the_same_reque
 
 def test_a_script_that_was_stopped_is_not_stopped_again_while_it_ends():
     raise_in_script()
-    with Stopping(9, Accelerator(cpu=True), keeps_checkpoint=True):
+    with Stopping(9, Accelerator(cpu=True), keeps_checkpoint=True, process_timeout=10):
         os.kill(os.getpid(), signal.SIGUSR1)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL  # which ends it at once, and raises nothing
 
@@ -342,7 +342,7 @@ def test_handlers_of_others_and_ignored_signals_stay():
 
     signal.signal(signal.SIGTERM, theirs)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True):
+    with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True, process_timeout=10):
         assert signal.getsignal(signal.SIGTERM) is theirs
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert signal.getsignal(signal.SIGUSR1) is not signal.SIG_DFL
@@ -353,7 +353,7 @@ def test_no_thread_waits_for_signals_that_others_answer():
     for number in ENDING:
         signal.signal(number, lambda *_: None)
     before = {*threading.enumerate()}  # one of the test before may be about to end
-    with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True):
+    with Stopping(1, Accelerator(cpu=True), keeps_checkpoint=True, process_timeout=10):
         assert "grace of a stop" not in [thread.name for thread in {*threading.enumerate()} - before]
 
 

@@ -127,7 +127,7 @@ def test_no_space_is_taken_away_before_punctuation(model):
 class Scripted:
     """A sampler that writes the same text after every prompt."""
 
-    needs_push, has_weights, resident_bytes = False, True, 0
+    needs_push, has_weights, resident_bytes, samples_apart = False, True, 0, False
 
     def __init__(self, token_ids: list[int]) -> None:
         self.completion = Completion(token_ids, [-1.0] * len(token_ids), False)

@@ -17,9 +17,10 @@ ATTRIBUTES = {
     "vllm.config.model": ("checkpoint_has_lm_head",),
     "vllm.v1.sample.sampler": ("batched_count_greater_than",),
     "vllm.distributed.parallel_state": (
-        *("model_parallel_is_initialized", "_EP", "get_world_group", "init_model_parallel_group"),
+        *("model_parallel_is_initialized", "_EP", "get_world_group", "get_tp_group", "init_model_parallel_group"),
         *("destroy_model_parallel", "destroy_distributed_environment"),
     ),
+    "vllm.distributed.device_communicators.cpu_communicator": ("_CPUSHMDistributed",),
     "vllm.model_executor.layers.attention": ("is_deferred_attention_layer",),
     "vllm.model_executor.layers.fused_moe.router.router_factory": ("CPURouter",),
     "vllm.model_executor.models.bloom": ("get_act_fn",),

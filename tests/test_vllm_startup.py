@@ -12,6 +12,7 @@ from common.sampling import vllm_engine, vllm_support
 from common.sampling.protocol import SamplingSettings
 from common.sampling.vllm_corrections import replaced
 from common.sampling.vllm_engine import EngineSettings, create_engine
+from common.sampling.vllm_group import Request
 from tests.architectures import make
 from tests.test_vllm_names import ATTRIBUTES, OF_CLASSES, look_up
 
@@ -44,7 +45,7 @@ def test_an_engine_leaves_vllm_and_transformers_as_they_were(tmp_path):
     while_it_lives = of_vllm()
     assert {name for name, value in before.items() if while_it_lives[name] is not value} == set()
     settings = SamplingSettings(temperature=1.0, max_tokens=2, stop_token_ids=())
-    vllm_engine.generate(engine, [[5]], settings, num_generations=1, seeds=[0])
+    vllm_engine.generate(engine, [Request(prompt_ids=[[5]], settings=settings, num_generations=1, seeds=[0])])
     del engine
     gc.collect()
     after = of_vllm()

@@ -157,6 +157,22 @@ def test_vllm_samples_from_the_policy_with_its_adapter(make_vllm_sampler):
         torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
+def test_vllm_has_at_most_two_tensors_of_a_push_at_a_time(make_vllm_sampler):
+    sampler, alive, most = make_vllm_sampler(untrained_model(1)), [], 0
+
+    def new_tensors():
+        nonlocal alive, most
+        for name, tensor in policy_weights(untrained_model(0)):
+            new = tensor.clone()
+            alive = [*(reference for reference in alive if reference() is not None), weakref.ref(new)]
+            most = max(most, len(alive))
+            yield name, new
+            del new  # before the next one is made
+
+    sampler.push(new_tensors())
+    assert most <= 2  # nor does it wait for all parts of a fused layer
+
+
 def test_the_policy_itself_is_sampled_with_its_adapter():
     model = with_adapter(1)
     sampler = TransformersSampler(lambda: nullcontext(model), device=torch.device("cpu"))

@@ -67,7 +67,7 @@ def run_event(runs: Runs, one: Event) -> Outcome:
     return Outcome(
         event=one,
         verdict=verdict,
-        reason="; then ".join(reasons),
+        reason="; then ".join(reasons) or case.note,
         survived=result.survived,
         equal=result.equal,
         steps_lost=case.steps_lost,

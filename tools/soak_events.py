@@ -18,7 +18,7 @@ from common.runs.checkpoints import FINAL_FOLDER, list_checkpoints, step_of
 from common.runs.folder import CONFIG_FILE, LOCK_FILE
 from common.runs.log import METRICS_FILE, SAMPLES_FILE
 from tools.soak_compare import leftovers
-from tools.soak_plan import DAMAGES, NUM_STEPS, Event, Moment
+from tools.soak_plan import DAMAGES, LOSSES, NUM_STEPS, Event, Moment
 from tools.soak_runs import SLOW_FILE, Ended, Process, Runs, children, last_step, ranks, words_of
 
 MAX_LINES = 8  # of a message
@@ -28,7 +28,14 @@ START, STEP, WRITE = 4.0, 0.3, 0.004
 AT_ONCE, PATIENCE_OF_QUEUES = 8.0, 60.0
 APART = 1.2  # seconds between two signals that are not one request
 DISK = 12 << 20  # bytes of the small disk
+TIMEOUT = 20.0  # seconds for which processes of a run wait for one that hangs
+UNTIL_SAID = 60.0  # from the loss of a process
 NEEDED = 1_800_000  # bytes that a run of these settings takes, about
+
+
+# What the process that is left says first.
+MESSAGE = re.compile(r"^error: process \d of 2 \(pid \d+ on .*\) is (gone|stopped)", re.MULTILINE)
+LOST_BY = {"one-killed": signal.SIGKILL, "one-stopped": signal.SIGSTOP}
 
 
 class Failure(Exception):
@@ -54,17 +61,20 @@ class Case:
     Attributes:
         output_dir: the run's folder.
         steps_lost: finished steps that the last interruption has cost.
+        note: what else is worth to be shown of it.
     """
 
     def __init__(self, event: Event, runs: Runs, folder: Path) -> None:
         self.event, self.runs, self.folder = event, runs, folder
         self.output_dir = folder / "run"
-        self.steps_lost = 0
+        self.steps_lost, self.note = 0, ""
         self._started: list[Process] = []
 
     @property
     def command(self) -> list[str]:
         options = {"save_every": self.event.save_every, "stop_grace": self.event.grace}
+        if self.event.kind in LOSSES:
+            options |= {"restarts": 1, "process_timeout": TIMEOUT / 60}
         return self.runs.command(self.event.setup, self.output_dir, **options)
 
     def start(self, *before: str) -> Process:
@@ -226,6 +236,30 @@ def stop(case: Case) -> None:
     require(case.steps_lost <= limit, f"at most {limit} finished steps lost, not {case.steps_lost}", ended)
 
 
+def lose(case: Case) -> None:
+    """One of two processes is killed or hangs: the other says so once, and the launcher's restart goes on."""
+    [moment] = case.event.moments
+    if case.event.setup.processes == 1:
+        raise Skipped("it needs two processes")
+    # Without it, processes that are started again look for the dead ones.
+    process = case.start("env", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    case.wait_until(process, moment)
+    found = ranks(process.pid)
+    os.kill(found[int(case.event.level * len(found))], LOST_BY[case.event.kind])
+    begun = time.monotonic()
+    while process.running and not process.said(MESSAGE) and time.monotonic() - begun < UNTIL_SAID:
+        time.sleep(0.05)
+    seconds = time.monotonic() - begun
+    ended = process.wait()
+    said = len(MESSAGE.findall(ended.errors))
+    if not said and ended.status == 0 and "continued after" not in process.output:
+        raise Missed("its last step was done")
+    require(said == 1, f"one message of the loss, not {said}", ended)
+    require(seconds < UNTIL_SAID, f"the message within {UNTIL_SAID:.0f} s", ended)
+    case.note = f"said after {seconds:.1f} s, over after {time.monotonic() - begun:.0f} s"
+    case.require_continued(ended)
+
+
 # Places that cannot be written to
 
 
@@ -366,4 +400,5 @@ ACTIONS: dict[str, Callable[[Case], None]] = {
     **dict.fromkeys(DAMAGES, damage),
     **{"config-deleted": config_deleted, "folder-deleted": folder_deleted},
     **dict.fromkeys(("keeper-killed", "worker-killed"), scorer_killed),
+    **dict.fromkeys(LOSSES, lose),
 }

@@ -16,7 +16,8 @@ WRITING = ("full-disk", "file-limit", "read-only")
 DAMAGES = ("metrics-cut", "metrics-emptied", "samples-cut", "checkpoint-cut", "checkpoint-bit", "checkpoint-file")
 DELETIONS = ("config-deleted", "folder-deleted")
 WORKERS = ("keeper-killed", "worker-killed")
-KINDS = (*KILLS, *SIGNALS, *WRITING, *DAMAGES, *DELETIONS, *WORKERS)
+LOSSES = ("one-killed", "one-stopped")  # of two processes, which a launcher starts again
+KINDS = (*KILLS, *SIGNALS, *WRITING, *DAMAGES, *DELETIONS, *WORKERS, *LOSSES)
 
 # One start of vLLM takes as long as two of transformers, and two processes as long as two.
 EVERY_VLLM, EVERY_TWO = 6, 5
@@ -93,7 +94,7 @@ def event(
     setup = Setup(
         algorithm=random.Random(f"algorithms {seed}").sample(algorithms, len(algorithms))[count % len(algorithms)],
         sampler=_seldom(samplers, "vllm", count % EVERY_VLLM == EVERY_VLLM - 1),
-        processes=_seldom(processes, 2, count % EVERY_TWO == EVERY_TWO - 1),
+        processes=_seldom(processes, 2, count % EVERY_TWO == EVERY_TWO - 1 or kind in LOSSES),
     )
     return Event(
         number=number,

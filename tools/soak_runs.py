@@ -6,6 +6,7 @@ imports. Nothing here knows why a run ends.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from common.embedded.policy import save_untrained
 from common.runs.log import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORT_TIMEOUT = ROOT / "tools/soak_short_timeout.py"
 ALGORITHMS = ("GRPO", "PPO", "RLOO", "ReMax", "RAFT", "Reinforce", "VinePPO")
 NUM_STEPS = 8
 # A run that takes longer hangs. With vLLM on a busy machine, one takes a minute.
@@ -109,14 +111,23 @@ class Runs:
         self._locks = {}
         self._lock = Lock()
 
-    def command(self, setup: Setup, output_dir: Path, **more: int) -> list[str]:
-        """The command of a run with more settings; the same one continues it."""
+    def command(self, setup: Setup, output_dir: Path, *, restarts: int = 0, **more: float) -> list[str]:
+        """The command of a run with more settings; the same one continues it.
+
+        Args:
+            setup: of the run.
+            output_dir: its folder.
+            restarts: how often a launcher may start the processes again; then settings may be what users cannot pass.
+            more: settings.
+        """
         config = self._inputs / f"{setup.algorithm}.yaml"
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(setup.processes)]
-        script = str(ROOT / setup.algorithm / f"{setup.algorithm.lower()}.py")
+        script = [str(ROOT / setup.algorithm / f"{setup.algorithm.lower()}.py")]
+        if restarts:
+            launcher, script = [*launcher, "--max-restarts", str(restarts)], [str(SHORT_TIMEOUT), *script]
         options = {"config": config, "sampler": setup.sampler, "output_dir": output_dir, **more}
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, *(launcher if setup.processes > 1 else []), script, *words]
+        return [sys.executable, *(launcher if setup.processes > 1 else []), *script, *words]
 
     def reference(self, setup: Setup) -> "Ended":
         """A run of this setup that nothing interrupts, with a checkpoint after each step; run at the first call.
@@ -166,13 +177,13 @@ class Process:
 
     def __init__(self, command: list[str], case: Path, name: str) -> None:
         case.mkdir(parents=True, exist_ok=True)
-        self._errors = case / f"{name}.stderr"
+        self._output, self._errors = case / f"{name}.stdout", case / f"{name}.stderr"
         self._begun = time.monotonic()
         self._family: set[psutil.Process] = set()
         # Threads of several runs on few cores would wait for each other.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
         environment["SOAK_SLOW"] = str(case / SLOW_FILE)
-        with open(case / f"{name}.stdout", "wb") as output, open(self._errors, "wb") as errors:
+        with open(self._output, "wb") as output, open(self._errors, "wb") as errors:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -191,6 +202,15 @@ class Process:
     def seconds(self) -> float:
         """Since its start."""
         return time.monotonic() - self._begun
+
+    @property
+    def output(self) -> str:
+        """What it has written to stdout."""
+        return self._output.read_text(errors="replace", encoding="utf-8")
+
+    def said(self, pattern: re.Pattern) -> bool:
+        """Whether it has written this to stderr."""
+        return bool(pattern.search(self._errors.read_text(errors="replace", encoding="utf-8")))
 
     def send(self, number: signal.Signals, *, group: bool = False) -> None:
         """Send a signal to the process or, as a queue does, also to all that it has started, in whatever session."""

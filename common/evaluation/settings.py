@@ -103,6 +103,11 @@ class EvaluationSettings:
         types = typing.get_type_hints(type(self))
         for name in (each.name for each in fields(self)):
             setattr(self, name, as_declared(name, vars(self)[name], types[name]))
+        if self.sampler == "vllm_server":
+            raise ValueError(
+                "sampler=vllm_server: a server has the weights of the run that pushes to it, and an evaluation starts "
+                "an engine of its own for each model. Pass --sampler vllm."
+            )
         if not self.model:
             raise ValueError("model=[]: need a model to evaluate. Pass --model with a hub id or a folder.")
         if self.adapter is not None and len(self.model) > 1:

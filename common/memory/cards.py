@@ -46,6 +46,8 @@ class Rates:
         flops_float32: in float32, as torch computes it by default.
         link: bytes/s between main memory and the card, one way, of pinned memory.
         source: where the numbers are from.
+        peers: bytes/s between cards of one machine, one way; 0: not known.
+        network: bytes/s of each card's own way to other machines; 0: not known.
     """
 
     bandwidth: float
@@ -53,6 +55,8 @@ class Rates:
     flops_float32: float
     link: float
     source: str
+    peers: float = 0.0
+    network: float = 0.0
 
 
 # name: GiB that torch finds, capability
@@ -103,6 +107,9 @@ _RATES = {
     "h100": (3350, 989, 67, _LINK_5, "NVIDIA's data sheet, SXM; half of the 1979 with sparsity"),
     "h200": (4800, 989, 67, _LINK_5, "NVIDIA's data sheet; half of the 1979 with sparsity"),
 }
+# GB/s one way between cards of a machine (NVLink, half of what the data sheets give for both ways), and of the network
+# card that a DGX has for each GPU (HDR 200 or NDR 400 Gb/s): NVIDIA's data sheets of the DGX A100, H100 and H200.
+_BETWEEN = {"a100-40gb": (300, 25), "a100-80gb": (300, 25), "h100": (450, 50), "h200": (450, 50)}
 _WITHOUT_SIZE = {"a100": "a100-80gb"}
 
 
@@ -159,7 +166,10 @@ def rates(name: str) -> Rates:
         ValueError: nothing is known of it.
     """
     bandwidth, flops, flops_float32, link, source = _RATES[rated_name(name)]
+    peers, network = _BETWEEN.get(rated_name(name), (0, 0))
     return Rates(
+        peers=peers * GB,
+        network=network * GB,
         bandwidth=bandwidth * GB,
         flops=flops * 1e12,
         flops_float32=flops_float32 * 1e12,

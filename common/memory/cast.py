@@ -4,6 +4,7 @@ from __future__ import annotations  # for type hints whose import would take sec
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import transformers
@@ -14,7 +15,7 @@ from common.memory.passes import PassSettings
 from common.memory.tenants import Engine, Numbers, Sizes, Tenant, engine, frozen, learner
 from common.models.attention import attention_for
 from common.models.configs import model_class, read_config
-from common.models.loading import compute_dtype
+from common.models.loading import compute_dtype, trained_dtype
 
 # Attention of transformers that makes no matrix of all pairs of tokens on CUDA.
 FLASH = ("sdpa", "flash_attention_2", "flex_attention")
@@ -28,6 +29,7 @@ class Cast:
         policy: the learner.
         others: reference, value model, reward models.
         engine: the sampler.
+        server: what vLLM's server has on each of its devices, of which it may have several; None: there is none.
         sizes: of the policy.
         not_counted: what could not be counted, in words.
     """
@@ -35,6 +37,7 @@ class Cast:
     policy: Tenant
     others: tuple[Tenant, ...] = ()
     engine: Engine
+    server: Engine | None = None
     sizes: Sizes
     not_counted: tuple[str, ...] = ()
 
@@ -42,6 +45,11 @@ class Cast:
     def models(self) -> tuple[Tenant, ...]:
         """The policy first."""
         return (self.policy, *self.others)
+
+
+def spread_over(config: RLConfig, processes: int) -> int:
+    """Processes that the tensors of policy, reference and value model are spread over; 1: each has whole ones."""
+    return processes if config.shard == "full" else 1
 
 
 class Casting:
@@ -74,38 +82,49 @@ class Casting:
         for path in rewards:
             self._add_reward(path, config)
 
-    def cast(self, config: RLConfig) -> Cast:
+    def cast(self, config: RLConfig, processes: int | None = None) -> Cast:
         """Everybody, with these settings.
 
         Args:
             config: the run's, or the run's with a change in what memory it takes.
+            processes: that train together; None: those of the run.
         """
-        device = torch.device(self.card.kind)
+        device, processes = torch.device(self.card.kind), processes or self.processes
         dtype = compute_dtype(config, device)
-        attention = self._attention(config, device, dtype)
-        is_fused = self.card.kind == "cuda"
-        numbers = Numbers(dtype=dtype, processes=self.processes, attention=attention, is_fused=is_fused)
+        is_cuda = device.type == "cuda"
+        numbers = Numbers(
+            dtype=dtype,
+            processes=processes,
+            spread=spread_over(config, processes),
+            attention=self._attention(config, device, dtype),
+            is_fused=is_cuda,
+        )
         policy = learner("policy", self.sizes, config, numbers)
         if not self.is_trained:
             policy = frozen("policy", self.sizes, replace(policy.passes, method="full", weights=dtype))
-        others = [self._reference(policy)] if config.kl_coef or config.eval_kl else []
+        others = [self._reference(policy, config, numbers)] if config.kl_coef or config.eval_kl else []
         for other in config.other_models:
             sizes = self._sizes_of(other.path, config) if other.path else self.sizes
             options = {"needs": "policy" if other.shares_base else None, "has_head": False, "may_pack": False}
             others.append(learner(other.name, sizes, config, numbers, **options))
+        samples = partial(engine, self.sizes, dtype=dtype, on_cpu=not is_cuda)
+        of_server = replace(config, sampler="vllm", sampler_url=None) if config.sampler == "vllm_server" else None
         return Cast(
             policy=policy,
             others=(*others, *self._rewards),
-            engine=engine(self.sizes, config, dtype, on_cpu=device.type == "cpu"),
+            engine=samples(config, processes=processes, spread=numbers.spread),
+            server=of_server and samples(of_server, processes=of_server.vllm_tensor_parallel),
             sizes=self.sizes,
             not_counted=tuple(self.not_counted),
         )
 
-    def _reference(self, policy: Tenant) -> Tenant:
+    def _reference(self, policy: Tenant, config: RLConfig, numbers: Numbers) -> Tenant:
         """A view of the policy with LoRA, else a copy of its weights."""
         if policy.passes.method != "full":
-            return Tenant(name="ref", weights=0, needs="policy", passes=policy.passes, config=policy.config)
-        return frozen("ref", self.sizes, policy.passes)
+            shared = {"needs": "policy", "passes": policy.passes, "gathered": policy.gathered}
+            return Tenant(name="ref", weights=0, config=policy.config, **shared)
+        kept = trained_dtype(config, numbers.dtype)
+        return frozen("ref", self.sizes, policy.passes, kept=kept, spread=numbers.spread)
 
     def _attention(self, config: RLConfig, device: torch.device, dtype: torch.dtype) -> str:
         asked, cls = config.attn_implementation, type(self.policy)

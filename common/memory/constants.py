@@ -56,5 +56,11 @@ ASSUMED = {
 DECODING_BANDWIDTH, SAMPLING_FLOPS, PASS_FLOPS = 0.6, 0.4, 0.35
 # Seconds of Python, scheduling and sampling in each round of decoding, in which every running completion gets a token.
 DECODING_ROUND = 0.003
+# What collective operations reach of the links within a machine and between machines, in which all cards of a machine
+# send at once. 0.5 of eight network cards of 50 GB/s is the 200 GB/s of all_gather over 256 H100:
+# github.com/NVIDIA/nccl/issues/1218. One card alone reaches 46 to 48 GB/s: github.com/NVIDIA/nccl-tests/issues/290.
+PEERS, NETWORK = 0.7, 0.5
+# Seconds that an operation takes whatever its size: within a machine, and for each further machine of a ring.
+OPERATION, OPERATION_OF_NODE = 20e-6, 10e-6
 # Bytes/s of main memory for an optimizer there, on the processors of one rented GPU.
 HOST_BANDWIDTH = 40e9

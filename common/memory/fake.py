@@ -30,6 +30,7 @@ from common.models.configs import model_class
 from common.models.loading import add_adapter, set_mode
 from common.rollouts import Rollouts
 from common.sequences import Sequences
+from common.sharding import blocks
 from common.update.batches import forward_context, weighted_loss
 
 if TYPE_CHECKING:
@@ -203,17 +204,24 @@ def rows_of(rows: int, row_tokens: int, completion_tokens: int) -> Rollouts:
 
 
 def training_pass(model: nn.Module, settings: PassSettings, rollouts: Rollouts) -> Phases:
-    """Phases of a forward and a backward pass where gradients exist already."""
+    """Phases of a forward and a backward pass where gradients exist already, or leave the layers that they are of."""
     bytes_ = Bytes(*model.parameters(), *model.buffers())
+    leaving = {each for part in blocks(model) for each in part.parameters()} if settings.spread else ()
     with bytes_:
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter in leaving:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            elif parameter.requires_grad and not settings.spread:
                 parameter.grad = torch.empty_like(parameter)
         with _phases(model, bytes_) as phases:
             with forward_context(torch.device("cpu"), settings.compute):
                 per_token = output(model, rollouts)
             weighted_loss(-per_token * rollouts.advantages, rollouts).backward()
     return phases
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 @torch.no_grad()

@@ -29,6 +29,8 @@ SHAPES = {
     "14B": (5120, 48, 40, 8, 13824, 152064, False),
     "32B": (5120, 64, 40, 8, 27648, 152064, False),
 }
+# A shape that no formula was fitted to: Qwen2.5 72B.
+BEYOND = {"72B": (8192, 80, 64, 8, 29568, 152064, False)}
 # Micro-batches: rows, tokens of each, of its completion, and the rank of the adapter.
 BATCHES = (
     *((1, 1024, 256, 64), (1, 1024, 920, 16), (4, 1024, 920, 64), (1, 4096, 2048, 16)),
@@ -70,7 +72,7 @@ class Cell:
 
 def configuration(name: str) -> transformers.PreTrainedConfig:
     """The configuration of a Qwen2.5 model by its size, such as "1.5B"."""
-    hidden, layers, heads, keys, inner, vocabulary, tied = SHAPES[name]
+    hidden, layers, heads, keys, inner, vocabulary, tied = (SHAPES | BEYOND)[name]
     return transformers.Qwen2Config(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -97,6 +99,8 @@ def fitted_settings() -> Iterator[PassSettings]:
     kinds = [("lora", torch.bfloat16), ("qlora", torch.bfloat16), ("full", torch.bfloat16), ("full", torch.float32)]
     for kind, (method, weights) in itertools.product(("policy", "value"), kinds):
         yield PassSettings(kind=kind, method=method, weights=weights)
+    for kind in ("policy", "value"):
+        yield PassSettings(kind=kind, method="full", spread=True)
 
 
 def standing(config: transformers.PreTrainedConfig, settings: PassSettings) -> int:

@@ -66,7 +66,8 @@ def key(settings: PassSettings) -> str:
     """The name of settings in formulas.json."""
     dtypes = (str(each).removeprefix("torch.") for each in (settings.weights, settings.compute))
     kept = "checkpointing" if settings.checkpointing else "kept"
-    return " ".join((settings.kind, settings.method, *dtypes, kept, settings.attention))
+    spread = ("spread",) if settings.spread else ()
+    return " ".join((settings.kind, settings.method, *dtypes, kept, settings.attention, *spread))
 
 
 def formula(

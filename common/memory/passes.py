@@ -24,6 +24,8 @@ class PassSettings:
         lora_r: rank of the adapter.
         lora_target_modules: as the setting of this name.
         attention: "flash": what CUDA allocates; otherwise transformers' implementation on the CPU.
+        spread: all weights are trained and spread over processes, so that no gradient is there when a pass begins, and
+            those of a layer leave it at once.
     """
 
     kind: str = "policy"
@@ -34,6 +36,7 @@ class PassSettings:
     lora_r: int = 64
     lora_target_modules: str | tuple[str, ...] = "all-linear"
     attention: str = "flash"
+    spread: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

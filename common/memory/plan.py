@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from common.config import AUTO, RLConfig
 from common.memory import constants
 from common.memory.cards import Card
-from common.memory.cast import Cast
+from common.memory.cast import Cast, spread_over
 from common.memory.passes import PassBytes
 from common.memory.tenants import Tenant, pinned
 from common.memory.work import Work
@@ -76,12 +76,14 @@ class Plan:
 
     Attributes:
         card: the device.
-        host: bytes of main memory that there are; None: of another machine, so nothing is compared with it.
+        host: bytes of main memory for each process; None: of another machine, so nothing is compared with it.
         phases: in the order of a step.
         choices: what was decided.
         cast: who takes memory.
         sequences: completions at full length that the sampler has room for at once.
         sources: where the bytes of passes are from: "formula", "fake layers".
+        processes: that train together, each with a device and with the phases above.
+        nodes: machines that these are on, each with as many.
         problem: why it does not fit; empty if it does.
     """
 
@@ -92,6 +94,8 @@ class Plan:
     cast: Cast
     sequences: int
     sources: frozenset[str] = frozenset()
+    processes: int = 1
+    nodes: int = 1
     problem: str = ""
 
     @property
@@ -126,13 +130,15 @@ class Machine:
 
     Attributes:
         card: the device.
-        host: bytes of main memory; None: nothing is compared with it.
+        host: bytes of main memory for each process; None: nothing is compared with it.
         processes: that train together, each with a device.
+        nodes: machines that these are on, each with as many.
     """
 
     card: Card
     host: int | None = None
     processes: int = 1
+    nodes: int = 1
 
 
 def make_plan(config: RLConfig, cast: Cast, machine: Machine, *, work: Work | None = None) -> Plan:
@@ -193,7 +199,9 @@ def _plan_with(choices: Choices, config: RLConfig, cast: Cast, machine: Machine,
         share, sequences = _share(room, config, machine, passes)
     room.share = share
     engine_is_there = config.sampler == "vllm" and machine.card.kind == "cuda"
-    phases = [_load(room), *([_push(room)] if engine_is_there else []), _sample(room, config, sequences)]
+    gathers = config.sampler == "vllm_server" or (config.sampler == "vllm" and room.is_spread)
+    pushes = [_push(room)] if engine_is_there or gathers else []
+    phases = [_load(room), *pushes, _sample(room, config, sequences)]
     if engine_is_there and config.vllm_sleep_level == 0:
         passes = [replace(each, device=each.device | {"vLLM": room.engine_bytes}) for each in passes]
     plan = Plan(
@@ -204,6 +212,8 @@ def _plan_with(choices: Choices, config: RLConfig, cast: Cast, machine: Machine,
         cast=cast,
         sequences=sequences,
         sources=work.sources,
+        processes=machine.processes,
+        nodes=machine.nodes,
     )
     return replace(plan, problem=_problem(plan, room, config))
 
@@ -218,12 +228,15 @@ class _Room:
         self.moves = choices.offload == "always"
         self.on_cpu = machine.card.kind == "cpu"
         self.has_engine = config.sampler == "vllm" and not self.on_cpu
+        self.is_spread = spread_over(config, machine.processes) > 1
         homes = [size for each in cast.models for size in each.home]
         host = machine.host
         self.rounding = pinned(homes) - sum(homes)
         self.pins = host is None or pinned(homes) <= host // 2  # see PinnedMemory in models/mover.py
         if not self.pins:
             self.rounding = min(self.rounding, host // 4)
+        if self.is_spread:  # what is spread moves by plain copies
+            self.pins, self.rounding = True, 0
 
     @property
     def engine_bytes(self) -> int:
@@ -294,9 +307,10 @@ def _load(room: _Room) -> Phase:
 def _push(room: _Room) -> Phase:
     """The policy's weights go to the engine one by one, from wherever they are."""
     engine, moves = room.cast.engine, {"one tensor": room.cast.engine.push}
-    later = room.phase("push", device=moves, engine=engine.weights + engine.asleep)
+    used = ("policy",) if room.is_spread else ()  # all parts of a tensor have to be there
+    later = room.phase("push", *used, device=moves, engine=engine.weights + engine.asleep)
     # The first push finds an engine that has never slept, and an optimizer without moments.
-    first = room.phase("push", device=moves, engine=room.engine_bytes)
+    first = room.phase("push", *used, device=moves, engine=room.engine_bytes)
     kept = {name: size for name, size in first.device.items() if not name.startswith("optimizer of")}
     return max(later, replace(first, device=kept), key=lambda phase: phase.on_device)
 
@@ -306,6 +320,8 @@ def _sample(room: _Room, config: RLConfig, sequences: int) -> Phase:
         return room.phase("sample", device={}, engine=room.engine_bytes)
     if config.sampler == "vllm":
         return room.phase("sample", "policy", device={"vLLM's passes": room.cast.engine.work})
+    if config.sampler == "vllm_server":  # on devices of its own
+        return room.phase("sample", device={})
     cache = sequences * room.cast.engine.sequence
     return room.phase("sample", "policy", device={"cache": cache, "logits": room.cast.engine.work})
 
@@ -319,19 +335,24 @@ def _forward_phases(room: _Room, config: RLConfig, cast: Cast, work: Work) -> It
     """Passes without gradients: log-probs of policy and reference, and values."""
     budget = room.choices.max_tokens_per_microbatch
     for model in cast.models:
-        is_asked = model.name != "policy" or config.kl_coef or config.eval_kl or not config.trains_on_policy
+        is_asked = model.name != "policy" or config.kl_coef or config.eval_kl or config.makes_old_logprobs
         if model.passes.kind == "score" or not is_asked:
             continue
         what = "log-probs" if model.passes.kind == "policy" else "values"
         size = work.of(model, budget).forward
-        yield room.phase(f"{what}, {model.name}", model.name, device={"forward pass": size})
+        gathered = model.gathered.forward
+        own = {"gathered": gathered, "forward pass": max(size, model.gathered.start - gathered)}
+        yield room.phase(f"{what}, {model.name}", model.name, device=own)
 
 
 def _update(room: _Room, model: Tenant, work: Work) -> Phase:
     """Forward and backward passes, then the optimizer's step, which needs no activations."""
     size: PassBytes = work.of(model, room.choices.max_tokens_per_microbatch)
-    name = "passes" if size.training >= model.step else "optimizer step"
-    own = {f"gradients of {model.name}": model.gradients, name: max(size.training, model.step)}
+    gathered = model.gathered.training
+    passes = max(size.training, model.gathered.start - gathered)
+    own = {f"gradients of {model.name}": model.gradients}
+    own |= {"gathered": gathered, "passes": passes} if gathered + passes >= model.step else {}
+    own |= {"optimizer step": model.step} if gathered + passes < model.step else {}
     return room.phase(f"update, {model.name}", model.name, device={f"optimizer of {model.name}": model.moments} | own)
 
 
@@ -341,9 +362,11 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
     Where it is chosen: as much as all completions need, if the device has it beside what stays there.
     """
     engine, total = room.cast.engine, machine.card.total
-    rows = math.ceil(config.completions_at_once / machine.processes)
+    rows = rows_of_engine(config.completions_at_once, config, machine)
     wanted = min(config.vllm_max_num_seqs, rows)
     share = room.choices.vllm_memory_share
+    if config.sampler == "vllm_server":
+        return 0.0, 0
     if not room.has_engine:
         return (SHARE_ON_CPU if share == AUTO else share), min(256, rows)
     if share == AUTO:
@@ -360,6 +383,12 @@ def _share(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase])
     return share, max(0, min(sequences, wanted))
 
 
+def rows_of_engine(rows: int, config: RLConfig, machine: Machine | Plan) -> int:
+    """Completions that each of the engines samples: of all processes that share it."""
+    parts = config.vllm_tensor_parallel if config.sampler == "vllm" else 1
+    return math.ceil(rows * parts / machine.processes)
+
+
 def _share_on_cpu(room: _Room, config: RLConfig, machine: Machine, passes: list[Phase]) -> tuple[float, int]:
     """VLLM's share of the memory that is free before models are loaded, and the completions that its cache holds.
 
@@ -369,7 +398,7 @@ def _share_on_cpu(room: _Room, config: RLConfig, machine: Machine, passes: list[
     engine = room.cast.engine
     evaluated = config.num_eval_prompts * config.eval_num_samples if config.eval_every else 0
     rows = max(config.completions_at_once, evaluated)
-    sequences = min(config.vllm_max_num_seqs, math.ceil(rows / machine.processes))
+    sequences = min(config.vllm_max_num_seqs, rows_of_engine(rows, config, machine))
     share = room.choices.vllm_memory_share
     if machine.host is not None:
         free = max(machine.host - constants.HOST_PROCESS_CPU, 1)
@@ -388,7 +417,8 @@ def _problem(plan: Plan, room: _Room, config: RLConfig) -> str:
         return _problem_of_host(plan) or _problem_of_cache(plan, room, config)
     card, peak = plan.card, plan.peak
     if room.has_engine:
-        wanted = min(config.vllm_max_num_seqs, config.completions_at_once, constants.FEWEST_SEQUENCES)
+        rows = rows_of_engine(config.completions_at_once, config, room.machine)
+        wanted = min(config.vllm_max_num_seqs, rows, constants.FEWEST_SEQUENCES)
         least = room.cast.engine.holding(wanted if config.vllm_memory_share == AUTO else 1)
         if plan.sequences < (wanted if config.vllm_memory_share == AUTO else 1):
             share = plan.choices.vllm_memory_share
@@ -425,7 +455,9 @@ def _problem_of_host(plan: Plan) -> str:
         return ""
     parts = sorted(peak.host.items(), key=lambda item: -item[1])[:3]
     named = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts)
+    together = plan.processes // plan.nodes
+    sharing = f", as one of {together} on this machine" if together > 1 else ""
     return (
         f"the phase `{peak.name}` needs {peak.on_host / GB:.1f} GB of main memory, and this process may use "
-        f"{plan.host / GB:.1f}: {named}"
+        f"{plan.host / GB:.1f}{sharing}: {named}"
     )

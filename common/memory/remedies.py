@@ -11,26 +11,43 @@ from common.environment import cpu_computes_bfloat16
 from common.memory.cast import Casting
 from common.memory.plan import GB, Machine, Plan, make_plan
 from common.memory.work import Work
+from common.models.configs import setting
 
 Changes = dict[str, Any]
 
 
-def changes(config: RLConfig, *, on_cpu: bool = False, is_trained: bool = True) -> Iterator[Changes]:
+# The most processes for which a refusal looks.
+MOST_PROCESSES = 4096
+# Cards of one machine, where a run has fewer so far.
+PER_MACHINE = 8
+
+
+def changes(
+    config: RLConfig,
+    *,
+    on_cpu: bool = False,
+    is_trained: bool = True,
+    processes: int = 1,
+    engines: tuple[int, ...] = (),
+) -> Iterator[Changes]:
     """Changes of settings that need less memory, from the one that costs least.
 
     Args:
         config: of the run that does not fit.
         on_cpu: main memory is all that there is, so that nothing gains by moving.
         is_trained: False for an evaluation.
+        processes: that train together.
+        engines: processes that may share an engine of vLLM.
     """
     if config.max_tokens_per_microbatch != AUTO and is_trained:
         yield {"max_tokens_per_microbatch": AUTO}
     if config.sampler == "vllm" and config.vllm_memory_share != AUTO:
         yield {"vllm_memory_share": AUTO}
     if on_cpu:
+        yield from _spread(config, processes, engines)
         yield from _on_cpu(config, is_trained=is_trained)
     else:
-        yield from _on_gpu(config)
+        yield from _on_gpu(config, processes, engines)
     length = config.max_completion_length
     while length >= 128:
         length //= 2
@@ -60,13 +77,24 @@ def _shared_base(config: RLConfig) -> Iterator[Changes]:
         yield {"use_lora": True, "optimizer": "adamw", "load_in_4bit": True}
 
 
-def _on_gpu(config: RLConfig) -> Iterator[Changes]:
+def _spread(config: RLConfig, processes: int, engines: tuple[int, ...]) -> Iterator[Changes]:
+    """Over the processes that there are."""
+    spread = _spread_over_all(config) if processes > 1 else {}
+    if spread:
+        yield spread
+    if config.sampler == "vllm":
+        for parts in engines:
+            yield spread | {"vllm_tensor_parallel": parts}
+
+
+def _on_gpu(config: RLConfig, processes: int, engines: tuple[int, ...]) -> Iterator[Changes]:
     if config.offload == "never":
         yield {"offload": AUTO}
     if config.sampler == "vllm" and config.vllm_sleep_level == 0:
         yield {"vllm_sleep_level": 1}
     if config.sampler == "vllm" and config.vllm_sleep_level < 2:
         yield {"vllm_sleep_level": 2}
+    yield from _spread(config, processes, engines)
     if not config.gradient_checkpointing:
         yield {"gradient_checkpointing": True}
     if not config.use_lora and config.optimizer != "adamw_host":
@@ -88,7 +116,9 @@ def remedy(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> 
     Returns:
         Settings to change, with the plan; None if nothing of this helps.
     """
-    found = list(changes(config, on_cpu=machine.card.kind == "cpu", is_trained=casting.is_trained))
+    options = {"on_cpu": machine.card.kind == "cpu", "is_trained": casting.is_trained}
+    engines = shared_engines(config, casting, machine)
+    found = list(changes(config, processes=machine.processes, engines=engines, **options))
     for each in found:
         if plan := _fitting(config, each, casting, machine, work):
             return each, plan
@@ -98,6 +128,45 @@ def remedy(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> 
         together |= each
         if plan := _fitting(config, together, casting, machine, work):
             return _without_idle(config, together, casting, machine, work) or (together, plan)
+    return None
+
+
+def shared_engines(config: RLConfig, casting: Casting, machine: Machine) -> tuple[int, ...]:
+    """Numbers of processes on a machine that may share an engine, above that of the settings.
+
+    They divide the processes of a machine and the policy's heads.
+    """
+    text = casting.sizes.config.get_text_config()
+    heads = setting(text, "num_attention_heads") or 1
+    keys = setting(text, "num_key_value_heads") or heads
+    most, numbers = machine.processes // machine.nodes, [heads, keys]
+    if not all(isinstance(each, int) for each in numbers):  # one for each layer
+        return ()
+    divides = (n for n in range(config.vllm_tensor_parallel + 1, most + 1) if most % n == 0 and heads % n == 0)
+    return tuple(n for n in divides if keys % n == 0 or n % keys == 0)
+
+
+def enough_processes(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> Plan | None:
+    """The plan on the fewest processes, on machines like these, on which a run with these settings fits.
+
+    Args:
+        config: of the run that does not fit, with shard=full.
+        casting: finds who takes memory with more processes.
+        machine: what there is.
+        work: what the plan was made with.
+
+    Returns:
+        The plan; None if no number is enough.
+    """
+    together, count = machine.processes // machine.nodes, machine.processes
+    while 2 * count <= MOST_PROCESSES:
+        count *= 2
+        more = replace(machine, processes=count, nodes=-(-count // max(together, PER_MACHINE)))
+        if machine.card.kind == "cpu":  # a machine's processes share its memory, so more of them need more machines
+            more = replace(more, nodes=count // together)
+        plan = make_plan(config, casting.cast(config, count), more, work=work.of_settings(config, count))
+        if plan.fits:
+            return plan
     return None
 
 
@@ -118,6 +187,8 @@ def _fitting(config: RLConfig, change: Changes, casting: Casting, machine: Machi
     try:
         changed = replace(config, **{name: value for name, value in change.items() if name in known})
     except ValueError:  # these settings do not go together
+        return None
+    if changed.shard == "full" and machine.processes > 1 and not _may_spread(changed):
         return None
     cast = casting.cast(changed)
     if work.is_counted and not make_plan(changed, cast, machine, work=Work(changed, is_counted=False)).fits:
@@ -145,10 +216,11 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine, wo
     is_of_passes = "passes" in phase.device | phase.host
     alone = f" A micro-batch is one row of {row:,} tokens already." if is_alone and is_of_passes else ""
     found = remedy(config, casting, machine, work)
+    more = _more_devices(config, casting, machine, work, is_last=found is None)
     if found is None:
         larger = "a machine with more memory" if machine.card.kind == "cpu" else "a larger card"
         todo = f"No setting that changes memory is enough: pass a smaller --model, or use {larger}."
-        return f"{settings}: {plan.problem}.{alone} {todo}"
+        return f"{settings}: {plan.problem}.{alone} {todo}{more}"
     change, fitting = found
     change = {name: value for name, value in change.items() if vars(config)[name] != value}
     flags = " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
@@ -164,4 +236,42 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine, wo
         if machine.card.kind == "cuda"
         else (f"it then needs {fitting.host_peak.on_host / GB:.1f} GB of main memory")
     )
-    return f"{settings}: {plan.problem}.{alone} Pass {flags}: {need}."
+    return f"{settings}: {plan.problem}.{alone} Pass {flags}: {need}.{more}"
+
+
+def _spread_over_all(config: RLConfig) -> Changes:
+    """What to change so that models are spread over all processes."""
+    return {} if config.shard == "full" else {"shard": "full"}
+
+
+def _may_spread(config: RLConfig) -> bool:
+    """Whether the other settings let models be spread over processes."""
+    shares_base = any(each.shares_base for each in config.other_models)
+    is_refused = config.sampler == "transformers" or config.load_in_4bit or config.optimizer == "adamw_8bit"
+    return not (is_refused or shares_base)
+
+
+def _more_devices(config: RLConfig, casting: Casting, machine: Machine, work: Work, *, is_last: bool) -> str:
+    """On how many devices like these the run fits with its models spread over them; empty where nobody asks.
+
+    Args:
+        config: its settings.
+        casting: finds who takes memory with more processes.
+        machine: what there is.
+        work: what the plan was made with.
+        is_last: no change of settings is enough.
+    """
+    is_asked = config.shard == "full" or (is_last and machine.card.kind == "cuda")
+    if not (is_asked and casting.is_trained and _may_spread(config)):
+        return ""
+    plan = enough_processes(replace(config, **_spread_over_all(config)), casting, machine, work)
+    if plan is None:
+        return ""
+    size = plan.peak.on_device if machine.card.kind == "cuda" else plan.host_peak.on_host
+    devices = f"{plan.processes} processes" if machine.card.kind == "cpu" else f"{plan.processes} such cards"
+    where = f" on {plan.nodes} machines" if plan.nodes > 1 else ""
+    flags = [f"--{name} {value}" for name, value in _spread_over_all(config).items()]
+    if config.prompts_per_step % plan.processes:
+        flags.append(f"--prompts_per_step {plan.processes * -(-config.prompts_per_step // plan.processes)}")
+    flags = f" and pass {' '.join(flags)}" if flags else ""
+    return f" Or use {devices}{where}{flags}: each then needs {size / GB:.1f} GB."

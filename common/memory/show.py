@@ -2,8 +2,11 @@
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import math
+
 from common.config import AUTO, RLConfig
 from common.memory import constants
+from common.memory.cast import spread_over
 from common.memory.plan import GB, Phase, Plan
 
 # How wide a line of the table may get.
@@ -20,9 +23,13 @@ def short(plan: Plan, config: RLConfig) -> list[str]:
         config: its settings.
     """
     host = f"{_gb(plan.host_peak.on_host)} on the host"
+    if plan.processes > 1:
+        host += f", for each of {plan.processes} processes"
     if plan.card.kind == "cpu":
         need = f"memory plan: {_gb(plan.host_peak.on_host)} of {_gb(plan.host or 0)}"
-        return [f"{need}{'' if plan.sources else ' and activations'}; {_choices(plan, config)}"]
+        need += "" if plan.sources else " and activations"
+        need += f", for each of {plan.processes} processes" if plan.processes > 1 else ""
+        return [f"{need}; {_choices(plan, config)}"]
     peak = plan.peak
     return [
         f"memory plan: {_gb(peak.on_device)} of {_gb(plan.card.total)} on {plan.card.name} ({peak.name}), {host}",
@@ -42,7 +49,8 @@ def whole(plan: Plan, config: RLConfig) -> list[str]:
     method = f"LoRA, {trained:,} trained" if config.use_lora else "all trained"
     method = f"4-bit {method}" if config.load_in_4bit else method
     where = f"{card.name}, {_gb(card.total)}" if card.kind == "cuda" else f"the CPU, {_gb(plan.host or 0)}"
-    lines = [f"memory plan of {config.model}: {sizes.parameters:,} parameters, {method}; on {where}", ""]
+    lines = [f"memory plan of {config.model}: {sizes.parameters:,} parameters, {method}; on {where}"]
+    lines += [*_of_processes(plan, config), ""]
     lines += _table(plan)
     lines += ["", _choices(plan, config)]
     if card.kind == "cuda" and config.sampler == "vllm":
@@ -50,7 +58,12 @@ def whole(plan: Plan, config: RLConfig) -> list[str]:
         lines.append(
             f"vLLM: room for {plan.sequences} completions of {length:,} tokens at a time, "
             f"{plan.cast.engine.sequence / GB:.3f} GB each"
+            + (" on each of its devices" if config.vllm_tensor_parallel > 1 else "")
         )
+    if plan.processes > 1:
+        lines.append(push(plan, config))
+    if plan.cast.server:
+        lines.append(server(plan, config))
     lines += [f"not counted: {each}" for each in plan.cast.not_counted]
     if plan.sources:
         lines.append(f"passes: by {' and '.join(sorted(plan.sources))}")
@@ -60,6 +73,73 @@ def whole(plan: Plan, config: RLConfig) -> list[str]:
         lines.append("main memory: needed as shown; what that machine has is not known here")
     lines.append("it fits" if plan.fits else f"it does not fit: {plan.problem}")
     return lines
+
+
+def _of_processes(plan: Plan, config: RLConfig) -> list[str]:
+    """How many processes there are, and how they share the work; nothing for one."""
+    if plan.processes == 1:
+        return []
+    machines = "one machine" if plan.nodes == 1 else f"{plan.nodes} machines"
+    models = f"1/{plan.processes} of every model" if is_spread(plan, config) else "whole models"
+    engines = ""
+    if config.sampler == "vllm":
+        count = plan.processes // config.vllm_tensor_parallel
+        parts = config.vllm_tensor_parallel
+        engines = f", {count} engines of {parts} processes each" if parts > 1 else ", an engine each"
+    together = plan.processes // plan.nodes
+    host = f"main memory of a machine: {_gb(together * plan.host_peak.on_host)} for its {together} processes"
+    return [
+        f"{plan.processes} processes on {machines}, each with such a device, {models}{engines}; a line is for each",
+        host,
+    ]
+
+
+def is_spread(plan: Plan, config: RLConfig) -> bool:
+    """Whether the plan's models are spread over its processes."""
+    return spread_over(config, plan.processes) > 1
+
+
+def push(plan: Plan, config: RLConfig) -> str:
+    """What a push moves, with all processes.
+
+    Args:
+        plan: of the run.
+        config: its settings.
+    """
+    size, width = plan.cast.sizes.parameters, plan.cast.policy.passes.compute.itemsize
+    kind = str(plan.cast.policy.passes.compute).removeprefix("torch.")
+    link = "over the network and within machines" if plan.nodes > 1 else "within the machine"
+    largest = f"one tensor of at most {_gb(max(plan.cast.sizes.weights) * width)} at a time"
+    if config.sampler == "transformers":
+        return "push: none, the sampler uses the policy itself"
+    parts = []
+    if is_spread(plan, config):
+        others = size * width * (plan.processes - 1) // plan.processes
+        parts.append(f"each process gathers {_gb(others)} in {kind}, {link}, {largest}")
+    if config.sampler == "vllm_server":
+        parts.append(f"the main process sends {_gb(size * width)} in {kind} to the server")
+    return f"push: {', and '.join(parts) or f'nothing between processes: each has the whole policy, {largest}'}"
+
+
+def server(plan: Plan, config: RLConfig) -> str:
+    """What vLLM's server needs on its own devices, and how many completions have room on a card like the trainer's.
+
+    Args:
+        plan: of a run with sampler=vllm_server.
+        config: its settings.
+    """
+    engine, length = plan.cast.server, config.max_prompt_length + config.max_completion_length
+    need = (
+        f"the server, on devices of its own: {_gb(engine.weights)} of weights, {_gb(engine.work)} of activations and "
+        f"graphs, {engine.sequence / GB:.3f} GB for each completion of {length:,} tokens"
+    )
+    if plan.card.kind == "cpu":
+        return need
+    left = constants.VLLM_LARGEST_SHARE * plan.card.total - engine.weights - engine.work
+    if left < engine.sequence:
+        return f"{need}; that is more than {plan.card.name} has, so its weights have to be shared by several"
+    rows = f": room for {math.floor(left / engine.sequence)} at a time" if engine.sequence else ""
+    return f"{need}; with {constants.VLLM_LARGEST_SHARE:g} of {plan.card.name}{rows}"
 
 
 def _table(plan: Plan) -> list[str]:

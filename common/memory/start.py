@@ -20,10 +20,10 @@ from common.models.loading import compute_dtype
 MUCH = 0.5
 
 
-def this_card() -> Card:
-    """The device of this process: a GPU, or the CPU."""
+def this_card(processes: int = 1) -> Card:
+    """The device of this process: a GPU, or the CPU, of which each of so many processes on this machine has a part."""
     if not torch.cuda.is_available():
-        return Card(name="the CPU", total=host_memory().total, kind="cpu")
+        return Card(name="the CPU", total=host_memory(processes=processes).total, kind="cpu")
     found = torch.cuda.get_device_properties(torch.cuda.current_device())
     return Card(name=found.name, total=found.total_memory, capability=(found.major, found.minor))
 
@@ -35,6 +35,7 @@ def plan_of(
     rewards: Sequence[str] = (),
     device: str | None = None,
     processes: int = 1,
+    nodes: int = 1,
     with_passes: bool = True,
     is_trained: bool = True,
 ) -> Plan:
@@ -46,6 +47,7 @@ def plan_of(
         rewards: hub ids or folders of its reward models.
         device: a card that is not there, as --device names it; None: that of this process.
         processes: that train together, each on a card of its own.
+        nodes: machines that these are on, each with as many, which share its main memory.
         with_passes: on a CPU, predict activations whatever they are. That takes seconds for some models, so without it
             this is done only for a run that needs much of the memory without them.
         is_trained: False for an evaluation, which only samples: num_eval_prompts prompts at once.
@@ -54,9 +56,11 @@ def plan_of(
         ValueError: the card is unknown, it has no bfloat16, or the run does not fit: with the first change of its
             settings that lets it fit.
     """
-    there = card(device) if device else this_card()
+    together = processes // nodes
+    there = card(device) if device else this_card(together)
     _check_bfloat16(config, there)
-    machine = Machine(card=there, host=None if device else host_memory().total, processes=processes)
+    host = None if device else host_memory(processes=together).total
+    machine = Machine(card=there, host=host, processes=processes, nodes=nodes)
     casting = Casting(config, policy, there, rewards=rewards, processes=processes, is_trained=is_trained)
     cast, work = casting.cast(config), Work(config, processes)
     plan = make_plan(config, cast, machine, work=Work(config, processes, is_counted=False))

@@ -5,12 +5,13 @@ Parameters are counted on a model without storage, tied ones once; nothing is to
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from common.config import RLConfig
@@ -19,6 +20,8 @@ from common.memory.passes import PassSettings
 from common.models.configs import setting
 from common.models.loading import trained_dtype
 from common.models.lora import adapted_modules
+from common.sharding import blocks
+from common.update.learner import MAX_REDUCED
 from common.update.optimizers import bytes_per_weight
 
 FLOAT32 = 4  # bytes
@@ -42,6 +45,10 @@ class Sizes:
         width: features that the head reads.
         adapted: numbers in the largest weight that has an adapter.
         embedding: numbers in the embedding.
+        rows: the first side of each parameter, along which it is spread over processes.
+        adapter_rows: the same of each matrix of the adapter.
+        block: numbers in the largest layer that is gathered at a time, and of the adapter on it.
+        root: numbers that are in no such layer, such as embedding and head, and of the adapter on them.
     """
 
     config: transformers.PreTrainedConfig
@@ -52,6 +59,10 @@ class Sizes:
     width: int
     adapted: int = 0
     embedding: int = 0
+    rows: tuple[int, ...] = ()
+    adapter_rows: tuple[int, ...] = ()
+    block: tuple[int, int] = (0, 0)
+    root: tuple[int, int] = (0, 0)
 
     @property
     def parameters(self) -> int:
@@ -70,7 +81,12 @@ class Sizes:
         embedding = model.get_input_embeddings().weight
         own_head = 0 if head is None or head.weight is embedding else head.weight.numel()
         linear = {m.weight for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m is not head} - {embedding}
-        adapted = [model.get_submodule(name).weight.shape for name in adapted_modules(model, config)]
+        adapters = [model.get_submodule(name).weight for name in adapted_modules(model, config)]
+        adapted = [weight.shape for weight in adapters]
+        # A matrix for each side of an adapted weight.
+        of_adapter = {weight: config.lora_r * sum(weight.shape[-2:]) for weight in adapters}
+        layers = [_numbers(part.parameters(), of_adapter) for part in blocks(model)]
+        all_of_them = _numbers(model.parameters(), of_adapter)
         return cls(
             config=model.config,
             weights=tuple(each.numel() for each in model.parameters()),
@@ -80,7 +96,50 @@ class Sizes:
             width=embedding.shape[-1] if head is None else head.weight.shape[-1],
             embedding=embedding.numel(),
             adapted=max((shape.numel() for shape in adapted), default=0),
+            rows=tuple(each.shape[0] if each.dim() else 1 for each in model.parameters()),
+            adapter_rows=tuple(rows for shape in adapted for rows in (shape[-2], config.lora_r)),
+            block=max(layers, default=(0, 0)),
+            root=tuple(of_all - sum(parts) for of_all, *parts in zip(all_of_them, *layers, strict=True)),
         )
+
+
+def _numbers(weights: Iterable[Tensor], of_adapter: dict[Tensor, int]) -> tuple[int, int]:
+    """Numbers in weights, and in the adapter on them."""
+    weights = list(weights)
+    return sum(each.numel() for each in weights), sum(of_adapter.get(each, 0) for each in weights)
+
+
+def parts_of(numbers: Sequence[int], rows: Sequence[int], processes: int) -> list[int]:
+    """Numbers of each tensor in the process that has most of it, where its rows are dealt out.
+
+    Args:
+        numbers: of each tensor.
+        rows: first side of each; not read with one process.
+        processes: that have a part.
+    """
+    if processes == 1:
+        return list(numbers)
+    return [math.ceil(side / processes) * (size // side) for size, side in zip(numbers, rows, strict=True) if side]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gathered:
+    """Bytes of tensors that a pass of a model gathers from all processes, beside their own parts of them.
+
+    FSDP2 gathers what is in no layer for the whole pass, and layers one at a time. A tensor that is gathered is there
+    twice: in the buffer of the collective operation, and as the weight that is computed with. The next layer's buffer
+    fills while a layer computes.
+
+    Attributes:
+        start: when a pass begins, before it has activations.
+        forward: in a layer of a pass without gradient.
+        training: when a backward pass begins, or in its layers: with the gradients of one, and those of the one before
+            on their way to their parts. Gradients of embedding and head wait for the end; they count as the pass's.
+    """
+
+    start: int = 0
+    forward: int = 0
+    training: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +155,7 @@ class Tenant:
         step: bytes more while the optimizer takes a step.
         host: bytes that stay in main memory whatever moves, such as weights in float32 of an optimizer there.
         needs: another model whose weights it uses too.
+        gathered: of a model that is spread over processes, what its passes gather.
         passes: what its passes need depends on these.
         config: of the model.
         has_flash: a reward model's attention makes no matrix of all pairs of tokens.
@@ -110,6 +170,7 @@ class Tenant:
     step: int = 0
     host: int = 0
     needs: str | None = None
+    gathered: Gathered = Gathered()
     passes: PassSettings
     has_flash: bool = True
 
@@ -126,12 +187,14 @@ class Numbers:
     Attributes:
         dtype: of forward passes.
         processes: that sum their gradients.
+        spread: processes that each tensor is spread over; 1: every process has whole ones.
         attention: "flash", or the name of transformers' implementation.
         is_fused: an optimizer step makes no temporary tensors.
     """
 
     dtype: torch.dtype
     processes: int = 1
+    spread: int = 1
     attention: str = "flash"
     is_fused: bool = True
 
@@ -148,22 +211,26 @@ def learner(name: str, sizes: Sizes, config: RLConfig, numbers: Numbers, **optio
             of one row; `may_pack`: False where load_in_4bit is not read.
     """
     needs, has_head = options.get("needs"), options.get("has_head", True)
-    weights = list(sizes.weights)
-    if not has_head:
-        if sizes.head:
-            weights.remove(sizes.head)
-        weights.append(sizes.width + 1)
+    parts = parts_of(sizes.weights, sizes.rows, numbers.spread)
+    if not has_head and sizes.head:
+        del parts[sizes.weights.index(sizes.head)]
+    value_head = [] if has_head else [sizes.width + 1]
     is_packed = config.load_in_4bit and options.get("may_pack", True)
-    trained = [*sizes.adapter, *([] if has_head else [sizes.width + 1])] if config.use_lora else weights
+    adapter = parts_of(sizes.adapter, sizes.adapter_rows, numbers.spread)
+    trained = [*(adapter if config.use_lora else parts), *value_head]
     width = numbers.dtype.itemsize
     base, home = 0, []
     if config.use_lora and not needs:
-        frozen = sum(sizes.weights) - (0 if has_head else sizes.head)
+        frozen = sum(parts)
         packed = sizes.packed if is_packed else 0
         base = int(packed * BYTES_IN_4_BIT) + (frozen - packed) * width
-        home = [base * each // max(frozen, 1) for each in sizes.weights]
+        home = [base * each // max(frozen, 1) for each in parts]
     method = ("qlora" if is_packed else "lora") if config.use_lora else "full"
     kept = trained_dtype(config, numbers.dtype) if method == "full" else numbers.dtype
+    gathered = Gathered()
+    if numbers.spread > 1:  # gathered in what a pass computes in, whatever the parts are kept in
+        gathered = _gathered(sizes, numbers.dtype, has_adapter=config.use_lora, has_head=has_head)
+        kept = numbers.dtype
     passes = PassSettings(
         kind="policy" if has_head else "value",
         method=method,
@@ -173,14 +240,26 @@ def learner(name: str, sizes: Sizes, config: RLConfig, numbers: Numbers, **optio
         lora_r=config.lora_r,
         lora_target_modules=config.lora_target_modules,
         attention=numbers.attention,
+        spread=numbers.spread > 1 and method == "full",
     )
     return Tenant(
         name=name,
         config=sizes.config,
         needs=needs,
+        gathered=gathered,
         passes=passes,
         **_training(trained, base, home, config, numbers, sizes.embedding),
     )
+
+
+def _gathered(sizes: Sizes, dtype: torch.dtype, *, has_adapter: bool, has_head: bool) -> Gathered:
+    """What passes of a model gather in `dtype`; autograd's gradients are in it too, and in float32 on their way."""
+    root = (sizes.root[0] - (0 if has_head else sizes.head), sizes.root[1])
+    gathered = [sum(each) if has_adapter else each[0] for each in (sizes.block, root)]
+    block, outside = (dtype.itemsize * each for each in gathered)
+    gradients = (dtype.itemsize + FLOAT32) * sizes.block[1 if has_adapter else 0]
+    start, layers = 2 * outside + block, outside + 2 * block
+    return Gathered(start=start, forward=layers, training=max(start, layers + gradients))
 
 
 def _training(
@@ -189,8 +268,10 @@ def _training(
     """Bytes of weights, gradients and optimizer of a learner, as the fields of Tenant."""
     kept = torch.float32 if config.use_lora else trained_dtype(config, numbers.dtype)
     each, rows = bytes_per_weight(config.optimizer, kept), bytes_per_weight(config.optimizer, kept, embedding=True)
-    count, of_embedding = sum(trained), 0 if config.use_lora else embedding
-    flat = 2 * kept.itemsize * count if numbers.processes > 1 else 0  # all gradients in one tensor, and its sum
+    count, of_embedding = sum(trained), 0 if config.use_lora else embedding // numbers.spread
+    # Gradients that are summed at a time lie in one tensor, beside its sum; those of parts are summed on their way.
+    together = min(count, max(MAX_REDUCED, *trained))
+    flat = 2 * kept.itemsize * together if numbers.processes > 1 and numbers.spread == 1 else 0
     # AdamW's loop over lists of tensors, which is not used where one kernel does all.
     temporary = 0 if numbers.is_fused or config.optimizer != "adamw" else 4 * count
     moments = int(each.state * (count - of_embedding) + rows.state * of_embedding)
@@ -207,10 +288,40 @@ def _training(
     }
 
 
-def frozen(name: str, sizes: Sizes, passes: PassSettings, *, has_flash: bool = True) -> Tenant:
-    """A model that is not trained, such as a reference or a reward model, with weights of the dtype in `passes`."""
-    home = tuple(passes.weights.itemsize * each for each in sizes.weights)
-    return Tenant(name=name, weights=sum(home), home=home, passes=passes, config=sizes.config, has_flash=has_flash)
+def frozen(
+    name: str,
+    sizes: Sizes,
+    passes: PassSettings,
+    *,
+    kept: torch.dtype | None = None,
+    spread: int = 1,
+    has_flash: bool = True,
+) -> Tenant:
+    """A model that is not trained, such as a reference or a reward model.
+
+    Args:
+        name: in the pool.
+        sizes: of the model.
+        passes: with the dtype of its weights in a pass.
+        kept: that of its weights between passes; None: the same.
+        spread: processes that its tensors are spread over.
+        has_flash: see Tenant.
+    """
+    kept = kept or passes.weights
+    home = tuple(kept.itemsize * each for each in parts_of(sizes.weights, sizes.rows, spread))
+    gathered = Gathered()
+    if spread > 1:
+        block, root = (passes.weights.itemsize * each[0] for each in (sizes.block, sizes.root))
+        gathered = Gathered(start=2 * root + block, forward=root + 2 * block)
+    return Tenant(
+        name=name,
+        weights=sum(home),
+        home=home,
+        gathered=gathered,
+        passes=passes,
+        config=sizes.config,
+        has_flash=has_flash,
+    )
 
 
 def pinned(sizes: Iterable[int]) -> int:
@@ -244,36 +355,44 @@ class Engine:
         return self.weights + self.work + sequences * self.sequence
 
 
-def engine(sizes: Sizes, config: RLConfig, dtype: torch.dtype, *, on_cpu: bool = False) -> Engine:
-    """The memory of vLLM, or of a sampler in transformers, which has no weights of its own.
+def engine(
+    sizes: Sizes, config: RLConfig, dtype: torch.dtype, *, on_cpu: bool = False, processes: int = 1, spread: int = 1
+) -> Engine:
+    """The memory of vLLM in a process, or of a sampler in transformers, which has no weights of its own.
 
     Args:
         sizes: of the policy.
         config: the run's; lengths and vllm_* are read.
         dtype: of forward passes.
         on_cpu: where it samples.
+        processes: that train together.
+        spread: processes that the policy's tensors are spread over.
     """
     text, width = sizes.config.get_text_config(), dtype.itemsize
     length = config.max_prompt_length + config.max_completion_length
     logits = constants.VLLM_LOGITS * config.vllm_max_num_seqs * text.vocab_size * 4
-    sequence = cache_bytes(sizes.config, length, width)
+    # A tensor as the trainer has it, gathered in what the engine takes; an adapter is merged in float32.
+    source = width if config.use_lora or spread > 1 else trained_dtype(config, dtype).itemsize
+    push = (source + width) * max(sizes.weights)
+    if config.use_lora:
+        push = max(push, (source + width + 2 * FLOAT32) * sizes.adapted)
+    if config.sampler == "vllm_server":  # on devices of its own
+        return Engine(weights=0, work=0, asleep=0, sequence=0, push=push)
+    parts = config.vllm_tensor_parallel if config.sampler == "vllm" else 1
+    sequence = cache_bytes(sizes.config, length, width, parts)
     if config.sampler != "vllm":
         return Engine(weights=0, work=logits, asleep=0, sequence=sequence, push=0)
     hidden = setting(text, "hidden_size") or sizes.width
     inner = _largest(setting(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff") or 4 * hidden)
     tokens = max(constants.VLLM_BATCHED_TOKENS, length)
     if on_cpu:  # where no pass is made but of what is asked for
-        of_prompts = config.completions_at_once * config.max_prompt_length
+        of_prompts = math.ceil(config.completions_at_once * parts / processes) * config.max_prompt_length
         tokens = min(max(constants.VLLM_BATCHED_TOKENS_ON_CPU, length), of_prompts)
-    activations = tokens * width * (constants.VLLM_INTERMEDIATES * inner + constants.VLLM_HIDDENS * hidden)
+    inners = constants.VLLM_INTERMEDIATES * inner // parts
+    activations = tokens * width * (inners + constants.VLLM_HIDDENS * hidden)
     graphs = 0 if config.vllm_enforce_eager or on_cpu else constants.VLLM_GRAPHS
-    # A tensor as the trainer has it, and as the engine takes it; an adapter is merged in float32.
-    source = width if config.use_lora else trained_dtype(config, dtype).itemsize
-    push = (source + width) * max(sizes.weights)
-    if config.use_lora:
-        push = max(push, (source + width + 2 * FLOAT32) * sizes.adapted)
     return Engine(
-        weights=width * sizes.parameters,
+        weights=width * _of_rank(sizes, parts),
         work=logits + activations + graphs,
         asleep=graphs,
         sequence=sequence,
@@ -281,13 +400,22 @@ def engine(sizes: Sizes, config: RLConfig, dtype: torch.dtype, *, on_cpu: bool =
     )
 
 
-def cache_bytes(config: transformers.PreTrainedConfig, length: int, itemsize: int) -> int:
+def _of_rank(sizes: Sizes, parts: int) -> int:
+    """Numbers of the policy in each process of an engine: a part of every matrix, and vectors whole."""
+    if parts == 1:
+        return sizes.parameters
+    vectors = sum(size for size, rows in zip(sizes.weights, sizes.rows, strict=True) if size == rows)
+    return math.ceil((sizes.parameters - vectors) / parts) + vectors
+
+
+def cache_bytes(config: transformers.PreTrainedConfig, length: int, itemsize: int, parts: int = 1) -> int:
     """Bytes of the keys and values of one sequence, by the model's own layout of layers and heads.
 
     Args:
         config: of the model.
         length: tokens of the sequence.
         itemsize: bytes of a number.
+        parts: processes that share an engine: each has some of the heads, and at least one.
     """
     text = config.get_text_config()
     layers = setting(text, "num_hidden_layers")
@@ -302,7 +430,7 @@ def cache_bytes(config: transformers.PreTrainedConfig, length: int, itemsize: in
         kinds = ["sliding_attention"] * len(kinds) if window else kinds
     size = setting(text, "head_dim") or setting(text, "hidden_size") // _largest(heads)
     key_heads = setting(text, "num_key_value_heads") or (1 if setting(text, "multi_query") else heads)
-    each = 2 * size * _largest(key_heads)
+    each = 2 * size * math.ceil(_largest(key_heads) / parts)
     if setting(text, "kv_lora_rank"):  # latent attention keeps one vector for keys and values of all heads
         each = setting(text, "kv_lora_rank") + (setting(text, "qk_rope_head_dim") or 0)
     total = 0

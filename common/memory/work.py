@@ -35,9 +35,9 @@ class Work:
         self.sources: frozenset[str] = frozenset()
         self._known: dict[tuple, PassBytes] = {}
 
-    def of_settings(self, config: RLConfig) -> Work:
-        """The same for other settings, with the predictions that there are already."""
-        other = Work(config, self.processes, is_counted=self.is_counted)
+    def of_settings(self, config: RLConfig, processes: int | None = None) -> Work:
+        """The same for other settings, or so many processes, with the predictions that there are already."""
+        other = Work(config, processes or self.processes, is_counted=self.is_counted)
         other._known = self._known
         return other
 

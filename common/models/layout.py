@@ -145,6 +145,58 @@ def use_layout_of(model: transformers.PreTrainedModel, path: str | Path) -> None
     setattr(model, _CONVERSIONS, [conversion for conversion in conversions if conversion.was_used()])
 
 
+def from_checkpoint(
+    model: transformers.PreTrainedModel, names: Iterable[str]
+) -> list[tuple[str, WeightTransform, list[tuple[str, str]]]]:
+    """Which weights of a checkpoint make which of a model, as from_pretrained decides it.
+
+    Args:
+        model: without storage is enough.
+        names: of the checkpoint's weights. Those that the model has no place for are left out.
+
+    Returns:
+        For each conversion: the name in memory, the first of several if it splits; the conversion, which has no
+        tensors yet; and what goes into it, as (name in the checkpoint, pattern that it stands for).
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
+
+    renamings, converters = _by_kind(get_model_conversion_mapping(model))
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    own, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, tuple[WeightTransform, list[tuple[str, str]]]] = {}
+    for name in sorted(names, key=dot_natural_key):  # the order in which converters stack experts
+        new_name, pattern = rename_source_key(name, renamings, converters, prefix, own)
+        if new_name not in own and name in own:
+            new_name, pattern = rename_source_key(name, [], [], prefix, own)
+        if new_name in own:
+            new = WeightRenaming(name, new_name) if pattern is None else deepcopy(by_pattern[pattern])
+            found.setdefault(new_name, (new, []))[1].append((name, name if pattern is None else pattern))
+    return [(new_name, *conversion) for new_name, conversion in found.items()]
+
+
+def is_converter(conversion: WeightTransform) -> bool:
+    """Whether a conversion makes other tensors, and does not only rename one.
+
+    Args:
+        conversion: from `from_checkpoint`.
+    """
+    return bool(_by_kind([conversion])[1])
+
+
+def stacks_rows(conversion: WeightTransform) -> bool:
+    """Whether row i of what a conversion makes is made of the i-th tensors alone, as experts are stacked.
+
+    Args:
+        conversion: from `from_checkpoint`.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    first, *others = conversion.operations
+    stacks = isinstance(first, MergeModulelist) and first.dim == 0
+    return stacks and all(isinstance(each, Concatenate) and each.dim > 0 for each in others)
+
+
 def _conversions(model: transformers.PreTrainedModel) -> list[WeightTransform]:
     """From checkpoint to memory, in the order of loading, as save_pretrained chooses them."""
     from transformers.conversion_mapping import get_model_conversion_mapping

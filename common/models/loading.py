@@ -1,4 +1,4 @@
-"""Load policy and reference. Everything is loaded on the CPU."""
+"""Load policy and reference. Everything is loaded on the CPU; with shard=full, each process reads its own part."""
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
@@ -23,10 +23,12 @@ from common.models.files import check_report, without_report
 from common.models.generation import AsShipped
 from common.models.lora import load_adapter, read_by_kernels, targets
 from common.models.outputs import keep_outputs, parts, use_plain_outputs
+from common.models.parts import WITHOUT_STORAGE, is_spread, read_parts
 from common.models.quantization import four_bits, keep_trainable
 from common.models.ties import settle_ties
 from common.models.unread import check_unexpected
 from common.seeds import hashed_seed
+from common.sharding import is_part
 
 logger = logging.getLogger("nanorlhf")
 
@@ -212,12 +214,13 @@ def load_without_dropout(
 ) -> transformers.PreTrainedModel:
     """Load a transformers model on the CPU, without dropout, with its own attention and plain outputs.
 
-    Its configuration and its generation configuration are as in its folder, to be saved so.
+    Its configuration and its generation configuration are as in its folder, to be saved so. With shard=full and
+    several processes, all of them call this together, and each has its own part of every weight: see read_parts.
 
     Args:
         auto_class: such as AutoModelForCausalLM.
         path: hub id or folder.
-        config: attention and trust_remote_code are read.
+        config: attention, trust_remote_code and shard are read.
         dtype: of the weights.
         says: log what becomes of attn_implementation=auto and of inputs that are no text, if it is unusual.
         options: other options of from_pretrained.
@@ -240,6 +243,9 @@ def load_without_dropout(
         logger.info("attention: %s, since sdpa cannot be used: %s", attention, reason)
     if says and describe_multimodal(model_config):
         logger.info("%s", describe_multimodal(model_config))
+    in_parts = is_spread(config)
+    if in_parts:
+        options |= WITHOUT_STORAGE
     try:
         with without_report():
             model, found = auto_class.from_pretrained(
@@ -257,7 +263,9 @@ def load_without_dropout(
         raise ValueError(f"model={str(path)!r}: cannot be loaded: {reason}. Pass --model with another.") from error
     check_report(found, f"model={str(path)!r}")
     check_unexpected(found, model, model_config, f"model={str(path)!r}")
-    _check_finite(model, f"model={str(path)!r}")
+    if in_parts:
+        read_parts(model, path, device)
+    _check_finite(model, f"model={str(path)!r}", in_parts=in_parts)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -267,11 +275,16 @@ def load_without_dropout(
     return model
 
 
-def _check_finite(model: transformers.PreTrainedModel, label: str) -> None:
-    """Refuse weights that are NaN or infinite: every log-prob would be."""
+def _check_finite(model: transformers.PreTrainedModel, label: str, *, in_parts: bool) -> None:
+    """Refuse weights that are NaN or infinite: every log-prob would be. All processes refuse if one must."""
     with torch.no_grad():
-        floats = [(name, each) for name, each in model.named_parameters() if each.is_floating_point()]
+        own = ((name, each.to_local() if is_part(each) else each) for name, each in model.named_parameters())
+        floats = ((name, each) for name, each in own if each.is_floating_point())
         broken = [name for name, each in floats if not each.sum(dtype=torch.float32).isfinite()]
+    if in_parts:
+        everyone = [broken] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, broken)
+        broken = list(dict.fromkeys(name for names in everyone for name in names))
     if broken:
         what = "weight is" if len(broken) == 1 else "weights are"
         raise ValueError(
@@ -321,6 +334,8 @@ def _align(model: nn.Module) -> None:
     may round differently there, so a run that is continued from a checkpoint would not write the same digits.
     """
     for tensor in (*model.parameters(), *model.buffers()):
+        if is_part(tensor):  # a new tensor
+            continue
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
             tensor.data = tensor.data.clone()
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from torch import nn
+from torch import distributed, nn
 
 from common.config import RLConfig
+from common.sharding import whole
 from common.values import ALL_LINEAR
 
 if TYPE_CHECKING:
@@ -96,21 +97,43 @@ def targets(config: RLConfig, model: transformers.PreTrainedModel, *, headless: 
     return [name for name in names if name not in unmatched]
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter alone, with the same bytes in every process: peft writes its set of names in any order.
+
+    One that is spread over processes is written whole: it is small, and peft and vLLM load nothing else.
 
     Args:
         model: with an adapter.
         folder: created if it does not exist.
+        weights: from gathered_adapter, if the model is spread over processes.
     """
     settings = model.peft_config["default"]
     names = settings.target_modules
     if isinstance(names, set):
         settings.target_modules = sorted(names)
     try:
-        model.save_pretrained(folder, selected_adapters=["default"])
+        model.save_pretrained(folder, selected_adapters=["default"], state_dict=weights)
     finally:
         settings.target_modules = names
+
+
+def gathered_adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The weights of an adapter that is spread over processes, which all call this; none in others than the first.
+
+    Args:
+        model: with an adapter.
+
+    Returns:
+        Tensors on the CPU, by the names that they have in the model.
+    """
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if ".default" in name:  # peft's name of it
+            tensor = whole(parameter.detach())
+            if distributed.get_rank() == 0:
+                weights[name] = tensor.cpu()
+            del tensor  # before the next one is made
+    return weights
 
 
 def load_adapter(base: transformers.PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:

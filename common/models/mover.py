@@ -6,7 +6,6 @@ them until somebody has waited. What is copied, and when, is up to pool.py.
 """
 
 import logging
-import os
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.host import host_memory
+from common.host import host_memory, processes_here
 
 logger = logging.getLogger("nanorlhf")
 
@@ -153,7 +152,7 @@ class PinnedMemory:
     def has_room(self, size: int) -> bool:
         """Whether `size` bytes more are within the budget; the first time they are not, a line says so."""
         if self._budget is None:
-            self._budget = int(PINNED_SHARE * host_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            self._budget = int(PINNED_SHARE * host_memory(processes=processes_here()).available)
         fits = self.used + pinned_bytes(size) <= self._budget
         if not fits:
             self._say(f"the budget is {self._budget / 1e9:.1f} GB")

@@ -3,13 +3,17 @@
 LoRA adapters are merged one tensor at a time into new tensors, so there is never a second model. The policy itself is
 not changed: adding an adapter to its weights and subtracting it again leaves rounding errors, and the sampler, which
 keeps tensors until it has all parts of a fused layer, would see the subtraction.
+
+Of a policy that is spread over processes, each process merges and rounds its own rows before they are gathered, one
+tensor at a time. Every process must then ask for all of them, together with the others.
 """
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import math
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,16 +24,22 @@ from torch import Tensor, nn
 from common.logprobs import has_adapter, without_adapter
 from common.models.layout import in_checkpoint_layout, use_layout_of
 from common.models.quantization import in_floating_point, scales_of
-from common.sharding import whole
+from common.sharding import is_part, whole
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from torch.distributed.tensor import DTensor
+
+# Bytes of a tensor that are gathered at once: gloo and NCCL take as much again meanwhile.
+GATHERED_AT_ONCE = 2**25
 
 # Has the tensors that it is called with on the device within its context.
 OnDevice = Callable[[Sequence[Tensor]], AbstractContextManager]
 
 
-def policy_weights(model: nn.Module, on_device: OnDevice | None = None) -> Iterator[tuple[str, Tensor]]:
+def policy_weights(
+    model: nn.Module, on_device: OnDevice | None = None, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint of a causal language model holds, active LoRA adapters merged.
 
     These are the names and shapes of the checkpoint that the model was loaded from, which transformers may have
@@ -39,19 +49,35 @@ def policy_weights(model: nn.Module, on_device: OnDevice | None = None) -> Itera
         model: a transformers model, or one inside peft. It must not change before the last tensor was used.
         on_device: has what a weight is made from, with its scales and adapters, on the device meanwhile; None: all of
             it is where it is wanted.
+        dtype: matrices that are spread over processes are rounded to it before they are gathered; None: as they are.
 
     Yields:
         (name, tensor) in the order of the modules, without gradient: parameters, and buffers that belong to the
         model; tied weights once. Tensors are the model's own or views of them, or new ones: where an adapter is
-        merged, and with `on_device`.
+        merged, with `on_device`, and what is spread over processes.
 
     Raises:
         ValueError: if an adapter cannot be merged, or unties embeddings that the model's configuration ties.
     """
     base = without_adapter(model)
     weights = _without_tied(base)
-    values = (weight.named_value(on_device) for weight in weights)
+    values = (weight.named_value(on_device, dtype) for weight in weights)
     yield from in_checkpoint_layout(base, [weight.name for weight in weights], values)
+
+
+def weights_layout(model: nn.Module) -> dict[str, Tensor]:
+    """What policy_weights will yield, without gathering or merging anything: tensors of that shape and type.
+
+    Args:
+        model: as in policy_weights.
+
+    Returns:
+        Names, each with a tensor without storage, in that order.
+    """
+    base = without_adapter(model)
+    weights = _without_tied(base)
+    values = ((weight.name, _empty(weight.tensor)) for weight in weights)
+    return dict(in_checkpoint_layout(base, [weight.name for weight in weights], values))
 
 
 def weights_in_memory(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -131,6 +157,15 @@ def merged_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, T
         yield weight.name, weight.value()
 
 
+def merged_layout(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """What merged_weights will yield, as weights_layout says it of policy_weights."""
+    return {weight.name: _empty(weight.tensor) for weight in _weights(module, prefix)}
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Weight:
     """One weight of the model, not yet merged.
@@ -160,15 +195,24 @@ class _Weight:
                     parts += kind[adapter].parameters() if isinstance(kind[adapter], nn.Module) else [kind[adapter]]
         return list(dict.fromkeys(parts))
 
-    def named_value(self, on_device: OnDevice | None) -> tuple[str, Tensor]:
+    def named_value(self, on_device: OnDevice | None, dtype: torch.dtype | None) -> tuple[str, Tensor]:
         """Its name, and its value made on the device."""
         with nullcontext() if on_device is None else on_device(self.parts):
-            return self.name, self.value()
+            return self.name, self.value(dtype)
 
     @torch.no_grad()
-    def value(self) -> Tensor:
-        """W + sum of scaling x B A over the active adapters, summed in float32 and rounded once; else W itself."""
-        weight = in_floating_point(whole(self.tensor))
+    def value(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W + sum of scaling x B A over the active adapters, summed in float32 and rounded once; else W itself.
+
+        Args:
+            dtype: as in policy_weights.
+        """
+        if is_part(self.tensor):
+            return gathered(self._merged(self.tensor.to_local(), _own_rows_of_product), self.tensor, dtype)
+        return self._merged(in_floating_point(self.tensor), _product)
+
+    def _merged(self, weight: Tensor, product: Callable[[LoraLayer, str, Tensor], Tensor]) -> Tensor:
+        """The weight, or rows of it, with what `product` gives for each active adapter."""
         if not self.layers:
             return weight.detach()
         if not weight.is_floating_point():
@@ -180,8 +224,90 @@ class _Weight:
                     raise _cannot_merge(self.name, type(layer.lora_variant[adapter]).__name__)
                 if layer.lora_bias[adapter]:
                     raise _cannot_merge(self.name, "lora_bias")
-                merged += whole(layer.get_delta_weight(adapter))
+                merged += product(layer, adapter, self.tensor)
         return merged.to(weight.dtype)
+
+
+def gathered(rows: Tensor, like: DTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A whole tensor from the rows of all processes, which must all call this.
+
+    Beside the result it takes this process's part and GATHERED_AT_ONCE bytes.
+
+    Args:
+        rows: of this process, as FSDP2 splits a tensor: the last processes may have fewer, or none.
+        like: the tensor that they are rows of, whose own numbers may be others.
+        dtype: matrices are rounded to it first; None: as they are. Vectors are no traffic, and samplers keep some of
+            them in float32.
+
+    Returns:
+        A new tensor of the shape of `like`, contiguous.
+    """
+    mesh = like.device_mesh
+    assert mesh.ndim == 1 and [each.is_shard(0) for each in like.placements] == [True], like.placements
+    if dtype is None or like.dim() < 2 or not rows.is_floating_point():
+        dtype = rows.dtype
+    most = math.ceil(len(like) / mesh.size())
+    part = rows.contiguous() if rows.dtype == dtype and len(rows) == most else None
+    if part is None:
+        part = torch.empty((most, *like.shape[1:]), dtype=dtype, device=rows.device)
+        part[: len(rows)].copy_(rows)
+    full = part.new_empty((mesh.size(), *part.shape))
+    at_once = max(1, GATHERED_AT_ONCE * most // max(1, full.nbytes))  # rows of each process
+    for first in range(0, most, at_once):
+        piece = slice(first, first + at_once)
+        torch.distributed.all_gather([each[piece] for each in full], part[piece], group=mesh.get_group())
+    return full.flatten(0, 1)[: len(like)]
+
+
+def _product(layer: LoraLayer, adapter: str, _: Tensor) -> Tensor:
+    """Scaling x B A, in the shape of the layer's weight."""
+    return whole(layer.get_delta_weight(adapter))
+
+
+def _own_rows_of_product(layer: LoraLayer, adapter: str, weight: DTensor) -> Tensor:
+    """This process's rows of scaling x B A. All processes call this together, for A has to be whole.
+
+    Of linear layers only these rows are computed. Of others, whose product peft transposes or takes apart, all are.
+    """
+    from peft.tuners.lora import Linear
+
+    is_plain = isinstance(layer, Linear) and not layer.fan_in_fan_out
+    with _plain_adapter(layer, adapter, own_rows_of=("lora_B",) if is_plain else ()):
+        product = layer.get_delta_weight(adapter)
+    if is_plain:
+        return product
+    most = math.ceil(len(weight) / weight.device_mesh.size())
+    return product[most * weight.device_mesh.get_local_rank() :][: len(weight.to_local())]
+
+
+@contextmanager
+def _plain_adapter(layer: LoraLayer, adapter: str, own_rows_of: Sequence[str]) -> Iterator[None]:
+    """Within it an adapter has plain tensors for those that are spread: whole ones, or this process's rows.
+
+    Args:
+        layer: with the adapter.
+        adapter: its name.
+        own_rows_of: kinds of weights, such as lora_B, that are not gathered.
+    """
+    replaced = []
+    try:
+        for name in layer.adapter_layer_names:
+            kind = layer.get_submodule(name)
+            if adapter not in kind:
+                continue
+            is_module = isinstance(kind[adapter], nn.Module)
+            for owner in kind[adapter].modules() if is_module else [kind]:
+                for key in list(owner._parameters) if is_module else [adapter]:
+                    part = owner._parameters[key]
+                    if part is not None and is_part(part):
+                        rows = part.to_local()
+                        plain = rows if name in own_rows_of else gathered(rows, part)
+                        replaced.append((owner, key, part))
+                        owner._parameters[key] = nn.Parameter(plain.detach(), requires_grad=False)
+        yield
+    finally:
+        for owner, key, part in replaced:
+            owner._parameters[key] = part
 
 
 def _without_tied(model: transformers.PreTrainedModel) -> list[_Weight]:

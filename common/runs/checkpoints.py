@@ -2,7 +2,8 @@
 
 Everything is first written under a temporary name, with `.tmp-` in it, and then renamed, so that a process killed at
 any moment leaves the last complete state behind. The trainer decides what a checkpoint contains (it passes one writer
-per part) and when to save. Only the main process calls these functions.
+per part) and when to save. Only the main process calls these functions; where all processes write, it begins the
+folder that they write into, and completes it after them.
 """
 
 import json
@@ -52,14 +53,19 @@ def _write_folder(target: Path, fill: Callable[[Path], None], state: dict[str, A
     try:
         temporary.mkdir()
         fill(temporary)
-        (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        write_manifest(temporary)
-        for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+        _seal(temporary, state)
     except BaseException:  # a full disk or Ctrl-C: the incomplete folder is useless and may be large
         remove_folder(temporary)
         raise
     _put(temporary, target)
+
+
+def _seal(folder: Path, state: dict[str, Any], known: dict[str, str] | None = None) -> None:
+    """Write a filled folder's state and then its manifest, and have all of it on the disk."""
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    write_manifest(folder, known)
+    for path in (*folder.rglob("*"), folder):
+        _sync(path)
 
 
 def _put(complete: Path, target: Path) -> None:
@@ -176,6 +182,67 @@ def save_checkpoint(
     return target
 
 
+def begin_checkpoint(folder: Path, step: int) -> Path | None:
+    """Make the folder that all processes write a checkpoint into.
+
+    Args:
+        folder: the run's folder.
+        step: number of finished steps.
+
+    Returns:
+        The folder under its temporary name, for `complete_checkpoint`; None if the checkpoint is there and whole.
+    """
+    target = Path(folder) / f"checkpoint-{step}"
+    return None if damage_of(target, read="") is None else _begin(target)
+
+
+def complete_checkpoint(
+    temporary: Path,
+    step: int,
+    *,
+    writers: dict[str, Callable[[Path], None]],
+    state: dict[str, Any],
+    digests: dict[str, str],
+) -> None:
+    """Give a folder from `begin_checkpoint` what is left to write and its name, once all processes have written.
+
+    Args:
+        temporary: the folder.
+        step: as in save_checkpoint.
+        writers: as in save_checkpoint, of what the main process writes alone.
+        state: as in save_checkpoint.
+        digests: of files that are there, as far as they are known.
+    """
+    for name, write in writers.items():
+        write(temporary / name)
+    _seal(temporary, {"step": step, **state}, digests)
+    _put(temporary, temporary.with_name(f"checkpoint-{step}"))
+
+
+def begin_final(folder: Path) -> Path:
+    """Make the folder that all processes write `final` into, under its temporary name."""
+    return _begin(Path(folder) / FINAL_FOLDER)
+
+
+def complete_final(temporary: Path, step: int, *, digests: dict[str, str], **state: Any) -> None:
+    """Give a folder from `begin_final` its state and its name, once all processes have written.
+
+    Args:
+        temporary: the folder.
+        step: as in save_final.
+        digests: of files that are there, as far as they are known.
+        state: as in save_final.
+    """
+    _seal(temporary, _state_of_final(step) | state, digests)
+    _put(temporary, temporary.with_name(FINAL_FOLDER))
+
+
+def _begin(target: Path) -> Path:
+    temporary = temporary_path(target)
+    temporary.mkdir()
+    return temporary
+
+
 def save_final(folder: Path, step: int, *, fill: Callable[[Path], None], **state: Any) -> Path:
     """Writes `final`, complete or not at all; replaces the one from before the run was made longer.
 
@@ -186,9 +253,12 @@ def save_final(folder: Path, step: int, *, fill: Callable[[Path], None], **state
         state: what else to store, as JSON. `stopped_early`: the run ended before num_steps because evaluations did
             not get better.
     """
-    stored = {"step": step, "policy": "last", "stopped_early": False} | state
-    _write_folder(Path(folder) / FINAL_FOLDER, fill, stored)
+    _write_folder(Path(folder) / FINAL_FOLDER, fill, _state_of_final(step) | state)
     return Path(folder) / FINAL_FOLDER
+
+
+def _state_of_final(step: int) -> dict[str, Any]:
+    return {"step": step, "policy": "last", "stopped_early": False}
 
 
 def step_of(checkpoint: Path | str) -> int:
@@ -349,8 +419,13 @@ def save_tensors(state: dict[str, Any], path: Path) -> None:
         torch.save(state, file)
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """What `save_tensors` wrote, with all tensors on the CPU; torch refuses a file that holds anything but data."""
+def load_tensors(path: Path, *, in_place: bool = False) -> dict[str, Any]:
+    """What `save_tensors` wrote, with all tensors on the CPU; torch refuses a file that holds anything but data.
+
+    Args:
+        path: of the file.
+        in_place: tensors stay in the file until they are read, for a process that needs parts of them.
+    """
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)

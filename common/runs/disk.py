@@ -41,13 +41,14 @@ _FEW_FILES = 100
 _NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
-def written(path: Path, write: Callable[[], Result], *, needed: int = 0) -> Result:
+def written(path: Path, write: Callable[[], Result], *, needed: int = 0, tries_again: bool = True) -> Result:
     """Call a function that writes; an error of the file system becomes one message.
 
     Args:
         path: of the file or folder that it writes.
         write: leaves nothing incomplete behind when it fails, and can be called again.
         needed: bytes that it writes, as far as they are known.
+        tries_again: where a disk may come back; not if other processes write with this one.
 
     Returns:
         What `write` returns.
@@ -55,7 +56,7 @@ def written(path: Path, write: Callable[[], Result], *, needed: int = 0) -> Resu
     Raises:
         CannotWrite: says what could not be written, why, and what stands. Errors of another kind stay as they are.
     """
-    pauses = list(PAUSES)
+    pauses = list(PAUSES) if tries_again else []
     while True:
         try:
             return write()
@@ -64,7 +65,7 @@ def written(path: Path, write: Callable[[], Result], *, needed: int = 0) -> Resu
             if number is None or isinstance(error, CannotWrite):
                 raise
             if number not in _AWAY or not pauses:
-                raise CannotWrite(_in_words(path, number, needed)) from error
+                raise CannotWrite(_in_words(path, number, needed, tries_again=tries_again)) from error
             logger.warning("%s: %s. It is tried again in %g s.", path, os.strerror(number), pauses[0])
             time.sleep(pauses.pop(0))
 
@@ -222,7 +223,15 @@ def in_bytes(number: float) -> str:
     return f"{number:.0f} bytes" if power == 0 else f"{number / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
-def _in_words(path: Path, number: int, needed: int, *, folder: Path | None = None, how: str = "written") -> str:
+def _in_words(
+    path: Path,
+    number: int,
+    needed: int,
+    *,
+    folder: Path | None = None,
+    how: str = "written",
+    tries_again: bool = True,
+) -> str:
     run_folder, folder = folder or path.parent, next(filter(os.path.isdir, path.parents), path.parent)
     amount = f" About {in_bytes(needed)} are needed." if needed else ""
     if number in _ROOM:
@@ -230,7 +239,8 @@ def _in_words(path: Path, number: int, needed: int, *, folder: Path | None = Non
     elif number == errno.EFBIG:
         remedy = "Raise the limit"
     elif number in _AWAY:
-        remedy = f"It was tried {len(PAUSES) + 1} times. See that the disk is there"
+        tried = f"It was tried {len(PAUSES) + 1} times. " if tries_again else ""
+        remedy = f"{tried}See that the disk is there"
     else:
         allowed = "Make the folder writable" if how == "written" else "Let this user read and write it"
         remedy = allowed if number in _REFUSED else "Repair that"

@@ -7,6 +7,7 @@ only of a folder that is about to be used, since they can be a hundred gigabytes
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,19 +24,34 @@ DAMAGE_FILE = "damaged.txt"
 _NUM_READERS = 4
 
 
-def write_manifest(folder: Path) -> None:
-    """Write the size and the SHA-256 of every file in a folder, and below it, into its manifest."""
+def write_manifest(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Write the size and the SHA-256 of every file in a folder, and below it, into its manifest.
+
+    Args:
+        folder: complete but for the manifest.
+        known: digests that were made already, by the files' paths in the folder.
+    """
     (folder / DAMAGE_FILE).unlink(missing_ok=True)
-    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE]
-    names = sorted(str(path.relative_to(folder)) for path in paths)
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        digests = list(pool.map(lambda name: content_digest(folder / name), names))
-    pairs = zip(names, digests, strict=True)
+    names, known = names_of_files(folder), known or {}
+    digests = known | digests_of(folder, [name for name in names if name not in known])
+    pairs = ((name, digests[name]) for name in names)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": digest} for name, digest in pairs}
     temporary = folder / f"{MANIFEST_FILE}.tmp"
     temporary.unlink(missing_ok=True)
     write_new(temporary, (json.dumps({"files": files}, indent=2) + "\n").encode())
     os.replace(temporary, folder / MANIFEST_FILE)
+
+
+def names_of_files(folder: Path) -> list[str]:
+    """The paths of all files in a folder and below it, without its manifest, sorted."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_FILE]
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def digests_of(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of files by their paths in a folder."""
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        return dict(zip(names, pool.map(lambda name: content_digest(folder / name), names), strict=True))
 
 
 def find_damage(folder: Path, *, read: str | None = None) -> str | None:

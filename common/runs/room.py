@@ -1,6 +1,7 @@
 """How much a run is going to write, estimated from its parameters, and whether there is room for it."""
 
 import logging
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,16 @@ class Sizes:
     final: int
 
 
-def sizes_of(learners: dict[str, tuple[Learner, nn.Module]], exported: Collection[str], *, use_lora: bool) -> Sizes:
+def sizes_of(
+    learners: dict[str, tuple[Learner, nn.Module]], exported: Collection[str], *, use_lora: bool, num_writers: int = 1
+) -> Sizes:
     """What the checkpoints and the final model of a run need.
 
     Args:
         learners: by name, each with its model.
         exported: those whose models are in final/ beside the policy.
         use_lora: checkpoints hold the adapter, and final/ the merged policy.
+        num_writers: processes that share what a checkpoint holds, each with files of its own.
     """
     weights, states, final = [], [], 0
     for name, (learner, module) in learners.items():
@@ -46,7 +50,8 @@ def sizes_of(learners: dict[str, tuple[Learner, nn.Module]], exported: Collectio
         states.append(_bytes_of_state(learner, module))
         weights.append(whole if name == POLICY_FOLDER and not use_lora else trained)
         final += whole if name == POLICY_FOLDER or name in exported else 0
-    return Sizes(checkpoint=sum(weights + states), largest=max(states), final=final)
+    largest = math.ceil(max(states) / num_writers)
+    return Sizes(checkpoint=sum(weights + states), largest=largest, final=final)
 
 
 def warn_of_little_room(folder: Path, sizes: Sizes, config: RLConfig, *, first_step: int) -> None:

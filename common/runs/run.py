@@ -7,7 +7,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypedDict
@@ -15,7 +17,7 @@ from typing import NoReturn, TypedDict
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,25 +25,30 @@ from common.config import RLConfig
 from common.mistakes import CannotWrite, TooLargeRow, WrongNumbers
 from common.models.lora import save_adapter
 from common.models.outputs import restore_outputs
-from common.models.saving import save_model
+from common.models.saving import save_model, save_parts
 from common.rollouts import Rollouts
-from common.runs import checkpoints, ended
+from common.runs import checkpoints, ended, parts
 from common.runs.best import BEST_LINK, better_checkpoint, link_best, restore_best
-from common.runs.disk import check_room, reached, written
+from common.runs.disk import check_room, reached, remove_folder, written
 from common.runs.folder import CONFIG_FILE, MAY_CHANGE, PROMPTS_FILE, has_begun, prepare_run_folder, stored_settings
 from common.runs.held import HeldFolder, hold
 from common.runs.hub import prepare_upload, upload
 from common.runs.log import METRICS_FILE, RunLog, json_line, restore_metrics
+from common.runs.manifest import digests_of, names_of_files
 from common.runs.outcome import describe_outcome, length_matters
 from common.runs.plots import draw_curves
 from common.runs.progress import Progress
 from common.runs.prompt_record import Record, check_processes_agree, check_record
 from common.runs.room import Sizes, sizes_of, warn_of_little_room
 from common.runs.stopping import Stopping
+from common.sharding import is_part
 from common.signals import name_of
 from common.update.learner import Learner
 
 logger = logging.getLogger("nanorlhf")
+
+# Of a checkpoint with completions that wait for the next step.
+WAITING_FILE = "waiting.pt"
 
 # Rows of each entry in samples.jsonl: enough to read, few enough to store every few steps.
 NUM_SAMPLES = 8
@@ -76,6 +83,7 @@ class Run:
         unfinished: what the step of the checkpoint has measured, if its evaluation and its line are still to be done.
         stopping: what signals ask for.
         stopped_early: early stopping has ended the run.
+        waiting: completions that wait for the next step, of all processes; every checkpoint keeps them. None: none do.
 
     Raises:
         ValueError: if the folder is another run's, or a finished one, or the hub does not take its final model.
@@ -104,10 +112,14 @@ class Run:
         self._saved_as, self._state = state["step"], state
         self.unfinished: Unfinished | None = state.get("unfinished")
         self._samples: list[tuple[str, list[dict]]] = []  # of the step
+        kept = self.checkpoint and self.checkpoint / WAITING_FILE
+        self.waiting: dict | None = checkpoints.load_tensors(kept) if kept and kept.is_file() else None
         # The token budget that was found to fit, and the one that it replaces: another one is tried out anew.
         self._budget: dict | None = state.get("token_budget")
-        self.stopping = Stopping(config.stop_grace, accelerator, keeps_checkpoint=bool(config.save_every))
+        options = {"keeps_checkpoint": bool(config.save_every), "process_timeout": config.process_timeout}
+        self.stopping = Stopping(config.stop_grace, accelerator, **options)
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
+        self._uses: dict[str, Callable[[], AbstractContextManager]] = {}
         self._exports: dict[str, Callable[[Path], None]] = {}
         self._log: RunLog | None = None
         self._progress: Progress | None = None
@@ -218,6 +230,11 @@ class Run:
         if lost:
             raise lost
 
+    def is_left(self) -> None:
+        """This process is about to end where nothing can be closed: it has said why."""
+        if self._held:
+            ended.end(self.folder)
+
     def _let_go(self, error: BaseException | None) -> CannotWrite | None:
         """Draw the curves and release the folder. If the folder is gone, that says more than an error of a writer."""
         try:
@@ -231,7 +248,14 @@ class Run:
             ended.end(self.folder)
             self._held.release()
 
-    def restore(self, learner: Learner, module: nn.Module, save: Callable[[Path], None] | None = None) -> None:
+    def restore(
+        self,
+        learner: Learner,
+        module: nn.Module,
+        save: Callable[[Path], None] | None = None,
+        *,
+        use: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         """Save a learner in every checkpoint from now on, and load its state from the one to continue from.
 
         The policy's weights are loaded with the policy; the trained weights of every other module are loaded here.
@@ -240,17 +264,33 @@ class Run:
             learner: what is trained.
             module: its model.
             save: writes the model into the folder final/<name>_model; None: it is not part of final/.
+            use: gives a context in which the model is on the device, where processes exchange tensors.
         """
         self._learners[learner.name] = (learner, module)
+        self._uses[learner.name] = use
         if save is not None:
             self._exports[learner.name] = save
+        self.stopping.together |= self._is_spread
         if self.checkpoint is None:
             return
-        learner.load_optimizer(checkpoints.load_tensors(self.checkpoint / f"{learner.name}_optimizer.pt"))
-        if learner.name != "policy":
-            weights = load_file(self.checkpoint / f"{learner.name}.safetensors")
-            _, unknown = module.load_state_dict(weights, strict=False)  # frozen weights are not in the file
-            assert not unknown and len(weights) == len(learner.parameters)
+        shapes = {name: parameter.shape for name, parameter in _trained(learner, module).items()}
+        parts.check_same_model(self.checkpoint, learner.name, shapes, self.config.model)
+        learner.load_optimizer(_optimizer_state(self.checkpoint, learner, module))
+        if learner.name != checkpoints.POLICY_FOLDER:
+            _load_weights(self.checkpoint, learner, module)
+
+    def check_model(self, policy: nn.Module) -> None:
+        """Refuse a checkpoint of another model before anything is loaded, as far as its parts tell.
+
+        Args:
+            policy: without storage and without adapter.
+
+        Raises:
+            ValueError: the model has other parameters, or the parts are those of another version.
+        """
+        if self.checkpoint is not None and not self.config.use_lora:
+            shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
+            parts.check_same_model(self.checkpoint, checkpoints.POLICY_FOLDER, shapes, self.config.model)
 
     def count(self, *, episodes: int = 0, tokens: int) -> None:
         """Add what was sampled for training, over all processes.
@@ -346,32 +386,89 @@ class Run:
         is_new_best = self.best is not None and self.best["checkpoint"] == f"checkpoint-{step}"
         if not every or step == 0 or not (step % every == 0 or is_new_best):
             return
-        self._on_main(lambda: self._save(tokenizer))
+        if self._is_spread:
+            self._save_together(tokenizer)
+        else:
+            self._on_main(lambda: self._save(tokenizer))
 
     def _save(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
         """Write the checkpoint of the last step whose update is done, and delete older ones."""
+        self._make_room()
+        checkpoints.save_checkpoint(self.folder, self._saved_as, writers=self._writers(tokenizer), state=self._state)
+        self._end_save()
+
+    def _save_together(self, tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+        """As _save, by all processes, each with its parts of what is spread over them."""
+        split = {name: self._split(name) for name in self._learners}
+        tensors = {name: tensor for _, of_one in split.values() for name, tensor in of_one.items()}
+        policy = self._learners[checkpoints.POLICY_FOLDER][1]
+
+        def begin() -> Path | None:
+            self._make_room()
+            return checkpoints.begin_checkpoint(self.folder, self._saved_as)
+
+        def fill(folder: Path) -> None:
+            parts.write_parts(folder / parts.PARTS_FOLDER, tensors)
+            with self._uses[checkpoints.POLICY_FOLDER]():
+                save_parts(policy, tokenizer, folder / checkpoints.POLICY_FOLDER)
+
+        def complete(folder: Path, digests: dict[str, str]) -> None:
+            writers = self._writers(tokenizer) | {parts.PARTS_FOLDER: self._describe_parts}
+            for name, (rest, _) in split.items():
+                writers[f"{name}_optimizer.pt"] = lambda path, rest=rest: checkpoints.save_tensors(rest, path)
+            state = {"writers": writers, "state": self._state, "digests": digests}
+            checkpoints.complete_checkpoint(folder, self._saved_as, **state)
+
+        self._write_together(begin, fill, complete)
+        self._on_main(self._end_save)
+
+    def _split(self, name: str) -> tuple[dict, dict[str, Tensor]]:
+        """What a checkpoint holds of a learner beside the policy: what is small, and tensors that are spread."""
+        learner, module = self._learners[name]
+        trained = _trained(learner, module)
+        in_order = {each: trained[each] for each in _in_order(learner, trained)}
+        rest, tensors = parts.split_state(learner.optimizer.state_dict(), in_order, name)
+        if name != checkpoints.POLICY_FOLDER:
+            tensors |= {f"{name}.weights.{each}": parameter.detach() for each, parameter in trained.items()}
+        return rest, tensors
+
+    def _describe_parts(self, folder: Path) -> None:
+        shapes = {
+            name: {each: [*parameter.shape] for each, parameter in _trained(learner, module).items()}
+            for name, (learner, module) in self._learners.items()
+        }
+        parts.write_description(folder, shapes, self.accelerator.num_processes)
+
+    def _make_room(self) -> None:
         config, sizes, best = self.config, self._sizes(), (self.best or {}).get("checkpoint")
         room = {"needed": sizes.checkpoint, "largest": sizes.largest, "drop_oldest": config.save_drop_oldest_first}
         checkpoints.make_room(self.folder, self._saved_as, best=best, **room)
-        checkpoints.save_checkpoint(self.folder, self._saved_as, writers=self._writers(tokenizer), state=self._state)
+
+    def _end_save(self) -> None:
         written(self.folder / BEST_LINK, lambda: link_best(self.folder, self.best))
-        checkpoints.rotate(self.folder, config.save_total_limit, best)
+        checkpoints.rotate(self.folder, self.config.save_total_limit, (self.best or {}).get("checkpoint"))
 
     def leave(self, tokenizer: transformers.PreTrainedTokenizerBase) -> NoReturn:
         """After StepLeft: save the last step whose update is done, and end.
 
         Raises:
             Stopped: or KeyboardInterrupt after Ctrl-C.
+            LostProcess: if the step was left because another process is gone.
             CannotWrite: in the main process, if the disk does not take the checkpoint.
         """
         self.stopping.tell_others()
+        is_lost = self.stopping.is_lost
         try:
+            step, name = self._saved_as, name_of(self.stopping.number)
+            is_new = self.config.save_every and step >= self.first_step  # older ones are there
+            if is_new and self._is_spread and self.stopping.all_are_here():
+                self._save_together(tokenizer)
             if self.accelerator.is_main_process:
-                step, name = self._saved_as, name_of(self.stopping.number)
-                if self.config.save_every and step >= self.first_step:  # older ones are there
+                if is_new and not self._is_spread:
                     reached(self.folder, lambda: self._save(tokenizer))
                 latest = checkpoints.latest_checkpoint(self.folder) or "no checkpoint yet"
-                logger.info("%s: left after step %d of %d; %s", name, step, self.config.num_steps, latest)
+                if not is_lost:  # of that there is more to say
+                    logger.info("%s: left after step %d of %d; %s", name, step, self.config.num_steps, latest)
         finally:
             self.stopping.wait_for_main()
         raise self.stopping.reason()
@@ -381,22 +478,36 @@ class Run:
         policy = self._learners["policy"][1]
 
         def fill(folder: Path) -> None:
-            save_model(policy, tokenizer, folder)
+            with self._uses["policy"]() if self._is_spread else nullcontext():
+                save_model(policy, tokenizer, folder)
             for name, save in self._exports.items():
                 save(folder / f"{name}_model")
 
         patience = self.config.early_stopping_patience
         state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
 
-        def save() -> None:
+        def check() -> None:
             self._held.check()
             check_room(self.folder / checkpoints.FINAL_FOLDER, self._sizes().final)
+
+        def save() -> None:
+            check()
             checkpoints.save_final(self.folder, step, fill=fill, **state)
 
-        self._on_main(save)
-        if self._repository is not None:
-            upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
+        def begin() -> Path:
+            check()
+            return checkpoints.begin_final(self.folder)
+
+        def complete(folder: Path, digests: dict[str, str]) -> None:
+            checkpoints.complete_final(folder, step, digests=digests, **state)
+
+        if self._is_spread:
+            self._write_together(begin, fill, complete)
+        else:
+            self._on_main(save)
         self.accelerator.wait_for_everyone()
+        if self._repository is not None:  # which may take longer than processes wait for each other
+            upload(self._repository, self.folder / checkpoints.FINAL_FOLDER)
 
     def _on_main(self, write: Callable[[], None]) -> None:
         """Have the main process write. All raise what it raises, so that none waits for one that has ended."""
@@ -414,16 +525,76 @@ class Run:
         if failed is not None:
             raise failed
 
+    @property
+    def _is_spread(self) -> bool:
+        """Whether models are spread over processes, which then write them together."""
+        return any(is_part(learner.parameters[0]) for learner, _ in self._learners.values())
+
+    def _write_together(
+        self,
+        begin: Callable[[], Path | None],
+        fill: Callable[[Path], None],
+        complete: Callable[[Path, dict[str, str]], None],
+    ) -> None:
+        """Have all processes write into one folder. All raise what one of them raises, and nothing is left then.
+
+        Args:
+            begin: called by the main process; gives the folder, or None if there is nothing to write.
+            fill: called by all, with the folder. What processes do together there comes before what can fail in one.
+            complete: called by the main process, with the folder and digests of what is in it by then.
+        """
+        begun: list[Path | None] = [None]
+        self._on_main(lambda: begun.__setitem__(0, begin()))
+        [folder] = broadcast_object_list(begun)
+        if folder is None:
+            return
+        target = folder.with_name(folder.name.partition(".")[0])
+        process, num_processes = self.accelerator.process_index, self.accelerator.num_processes
+        digests: dict[str, str] = {}
+
+        def digest() -> None:  # a share of the files, since the hash of one is slower than most disks
+            digests.update(digests_of(folder, names_of_files(folder)[process::num_processes]))
+
+        try:
+            self._in_all(lambda: written(target, lambda: fill(folder), tries_again=False))
+            self._in_all(digest)
+            known = {name: each for of_one in gather_object([digests]) for name, each in of_one.items()}
+            self._on_main(lambda: written(target, lambda: complete(folder, known), tries_again=False))
+        except BaseException:  # a full disk or Ctrl-C
+            if self.accelerator.is_main_process:
+                remove_folder(folder)
+            raise
+
+    def _in_all(self, write: Callable[[], None]) -> None:
+        """Have all processes write. All raise what the first that failed raises, so that none waits for it."""
+        failed: Exception | None = None
+        try:
+            reached(self.folder, write)
+        except Exception as error:
+            failed = error
+        sent = next(filter(None, gather_object([failed and _as_text(failed)])), None)
+        if failed is not None:
+            raise failed
+        if sent is not None:
+            kind, text = sent
+            raise kind(text)
+
     def _sizes(self) -> Sizes:
-        return sizes_of(self._learners, self._exports, use_lora=self.config.use_lora)
+        num_writers = self.accelerator.num_processes if self._is_spread else 1
+        return sizes_of(self._learners, self._exports, use_lora=self.config.use_lora, num_writers=num_writers)
 
     def outcome(self, num_eval_prompts: int) -> list[str]:
         """Lines about a finished run: the held-out metric before and after, where its models are, how to go on."""
         return describe_outcome(self.folder, self.config, self.best, num_eval_prompts)
 
     def _writers(self, tokenizer: transformers.PreTrainedTokenizerBase) -> dict:
+        """What the main process writes into a checkpoint alone."""
         writers = {METRICS_FILE: self._log.copy_metrics}
+        if self.waiting is not None:
+            writers[WAITING_FILE] = lambda path: checkpoints.save_tensors(self.waiting, path)
         for name, (learner, module) in self._learners.items():
+            if is_part(learner.parameters[0]):  # all processes write it
+                continue
             writers[f"{name}_optimizer.pt"] = lambda path, learner=learner: checkpoints.save_tensors(
                 learner.optimizer.state_dict(), path
             )
@@ -466,9 +637,54 @@ def default_name(config: RLConfig, algorithm: str) -> str:
 
 
 def _trained_weights(learner: Learner, module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().contiguous() for name, parameter in _trained(learner, module).items()}
+
+
+def _trained(learner: Learner, module: nn.Module) -> dict[str, nn.Parameter]:
+    """A learner's parameters by their names in its model."""
     trained = set(learner.parameters)
-    named = module.named_parameters()
-    return {name: parameter.detach().contiguous() for name, parameter in named if parameter in trained}
+    return {name: parameter for name, parameter in module.named_parameters() if parameter in trained}
+
+
+def _in_order(learner: Learner, trained: dict[str, nn.Parameter], *, in_one_group: bool = False) -> list[str]:
+    """The names of a learner's parameters in the order of the numbers that its optimizer's state has for them.
+
+    Args:
+        learner: with its optimizer.
+        trained: from `_trained`.
+        in_one_group: of a state in which all parameters are in one group; see Learner.load_optimizer.
+    """
+    names = {parameter: name for name, parameter in trained.items()}
+    groups = (group["params"] for group in learner.optimizer.param_groups)
+    return [names[parameter] for parameter in (learner.parameters if in_one_group else chain.from_iterable(groups))]
+
+
+def _optimizer_state(checkpoint: Path, learner: Learner, module: nn.Module) -> dict:
+    """The state of a learner's optimizer in a checkpoint, spread as the learner's parameters are, or whole."""
+    trained = _trained(learner, module)
+    is_spread = is_part(learner.parameters[0])
+    plain = not is_part(learner.holder(learner.parameters[0]))  # parts on the host
+    state = checkpoints.load_tensors(checkpoint / f"{learner.name}_optimizer.pt", in_place=is_spread)
+    if parts.names_in(state):
+        return parts.read_state(state, checkpoint / parts.PARTS_FOLDER, trained, plain=plain)
+    if not is_spread:
+        return state
+    in_order = _in_order(learner, trained, in_one_group=len(state["param_groups"]) == 1)
+    return parts.spread_state(state, [trained[name] for name in in_order], plain=plain)
+
+
+def _load_weights(checkpoint: Path, learner: Learner, module: nn.Module) -> None:
+    """Load the trained weights of a model that is not the policy, whoever has written them."""
+    trained, file = _trained(learner, module), checkpoint / f"{learner.name}.safetensors"
+    if not file.exists():
+        into = {f"{learner.name}.weights.{name}": parameter.detach() for name, parameter in trained.items()}
+        parts.read_parts(checkpoint / parts.PARTS_FOLDER, into)
+        return
+    weights = load_file(file)
+    if is_part(learner.parameters[0]):
+        weights = {name: parts.spread_like(tensor, trained[name]) for name, tensor in weights.items()}
+    _, unknown = module.load_state_dict(weights, strict=False)  # frozen weights are not in the file
+    assert not unknown and len(weights) == len(learner.parameters)
 
 
 def _save_trainable(

@@ -10,15 +10,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType, TracebackType
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import distributed
 
+from common import others
 from common.signals import ENDING, Stopped, after_a_stop, is_ours_to_answer, name_of, pass_on, say
 
 # Its default is to be ignored, so one that comes late does no harm; programs that use it are rare.
@@ -29,7 +31,7 @@ _SAME_REQUEST, _SAME_FROM_LAUNCHER = 1.0, 5.0
 # torchrun kills its processes 30 s after it has passed a signal on; a checkpoint must be written by then.
 _LONGEST_UNDER_TORCHRUN = 20.0
 # How long a process that leaves waits for others, which may be busy or gone.
-_TELL, _WAIT_FOR_CHECKPOINT = 5.0, 60.0
+_TELL, _WAIT_FOR_OTHERS, _WAIT_FOR_CHECKPOINT = 5.0, 10.0, 60.0
 _LEAVE = 100  # added to a signal's number where processes agree: the step is left
 
 
@@ -44,23 +46,32 @@ class Stopping:
         grace: seconds that the step in hand may take from the signal on.
         accelerator: its processes decide together.
         keeps_checkpoint: what the message says.
+        process_timeout: minutes for which a process waits for another one.
 
     Attributes:
+        is_lost: another process is gone, so that this one cannot finish anything that all take part in.
         number: of the signal that came, here or in another process; None: nothing has to stop.
+        together: a step is left only where processes meet, since they write their checkpoint together. In between,
+            one that left could leave another in an exchange of the step.
     """
 
-    def __init__(self, grace: float, accelerator: Accelerator, *, keeps_checkpoint: bool) -> None:
+    def __init__(
+        self, grace: float, accelerator: Accelerator, *, keeps_checkpoint: bool, process_timeout: float
+    ) -> None:
         is_launched = "TORCHELASTIC_RUN_ID" in os.environ
         self._grace = min(grace, _LONGEST_UNDER_TORCHRUN) if is_launched else grace
         self._same = _SAME_FROM_LAUNCHER if is_launched else _SAME_REQUEST
         self._accelerator, self._keeps_checkpoint = accelerator, keeps_checkpoint
+        self._timeout = timedelta(minutes=process_timeout)
         self._before: dict[int, object] = {}
         self._group: distributed.ProcessGroup | None = None
         self._update_seconds = 0.0  # of the last step; an unknown one is begun
+        self.together = False
         self._reset()
 
     def _reset(self) -> None:
         self.number: int | None = None
+        self.is_lost = False
         self._came = self._deadline = 0.0
         self._window = self._agreed = False
         self._update_began: float | None = None
@@ -78,7 +89,7 @@ class Stopping:
         self._owner = os.getpid()
         if self._accelerator.num_processes > 1 and self._group is None:
             # Of its own, so that no half-done exchange of the step is in its way; gloo, so that no GPU waits.
-            self._group = distributed.new_group(backend="gloo")
+            self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
         if threading.current_thread() is threading.main_thread():
             self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
             answered = dict.fromkeys(filter(is_ours_to_answer, ENDING), self._receive)
@@ -94,8 +105,11 @@ class Stopping:
         """Bring the former handlers back."""
         self._window = False
         self._over.set()
+        if not self.is_leaving:  # else an exchange may be under way
+            self._group = None  # so that its threads end with the other groups, and not while Python ends
         for number, handler in self._before.items():
-            signal.signal(number, handler if self.number is None else after_a_stop(handler))
+            if not self.is_lost:  # else the launcher's signal comes in what is said of it
+                signal.signal(number, handler if self.number is None else after_a_stop(handler))
         if self._before and self.number is None:
             self._asleep.release()
         self._before = {}
@@ -154,31 +168,90 @@ class Stopping:
         finally:
             self._window = False
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the main thread knows that it has to leave."""
+        return self.number is not None or self.is_lost
+
+    @contextmanager
+    def held(self) -> Iterator[Callable[[], int]]:
+        """Work that several processes can only leave together: nothing is raised inside.
+
+        Yields:
+            What this process says when they ask each other: 0, or more if it has to leave now. Where one of them says
+            more, all call `leave_together` with the largest.
+        """
+        window, self._window = self._window, False
+
+        def says() -> int:
+            is_due = window and self.number is not None and time.monotonic() >= self._deadline
+            return _LEAVE + self.number if is_due else 0
+
+        try:
+            yield says
+        finally:
+            self._window = window
+
+    def leave_together(self, said: int) -> NoReturn:
+        """Leave the step in all processes that share the work; they may know of no signal yet.
+
+        Args:
+            said: the largest of what they said.
+
+        Raises:
+            StepLeft: always.
+        """
+        if self.number is None:
+            self._note(said % _LEAVE)
+        raise StepLeft
+
     def caused(self, error: BaseException) -> bool:
         """Whether an error means that the step is left: StepLeft, or another process has left and is gone."""
-        is_lost = self._window and self._group is not None and self.number is not None
-        return isinstance(error, StepLeft) or (is_lost and isinstance(error, RuntimeError))
+        has_left = self._window and self._group is not None and self.number is not None
+        if isinstance(error, StepLeft) or (has_left and isinstance(error, RuntimeError)):
+            return True
+        if others.means_lost(error):
+            self.is_lost = True
+            self._ignore_signals()
+        return False
 
     # ------------------------------------------------------------------------------------------------------ leaving
 
     def tell_others(self) -> None:
         """Before this process leaves: the others learn of it at their next meeting."""
         self._window = False
-        if not self._agreed:
+        if not self._agreed and not self.is_lost:
             self._exchange(_LEAVE + self.number, seconds=_TELL)
         if self._group is not None:  # the launcher ends all when one has ended: the checkpoint must be written by then
-            for number in self._before:
-                signal.signal(number, signal.SIG_IGN)
+            self._ignore_signals()
+
+    def all_are_here(self) -> bool:
+        """Wait until all processes have left, which then can write together; False: one is busy or gone."""
+        if self._group is None:
+            return True
+        here = torch.tensor([1])
+        try:
+            distributed.all_reduce(here, group=self._group, async_op=True).wait(timedelta(seconds=_WAIT_FOR_OTHERS))
+        except RuntimeError:
+            return False
+        return True
 
     def wait_for_main(self) -> None:
         """Wait until the main process, which calls it too, has saved what there is to save."""
-        self._exchange(self.number, seconds=_WAIT_FOR_CHECKPOINT)
+        if not self.is_lost:
+            self._exchange(self.number, seconds=_WAIT_FOR_CHECKPOINT)
 
     def reason(self) -> BaseException:
-        """What ends the program: KeyboardInterrupt after Ctrl-C, else Stopped."""
+        """What ends the program: LostProcess, KeyboardInterrupt after Ctrl-C, else Stopped."""
+        if self.is_lost:
+            return others.LostProcess("another process of this run is gone")
         return KeyboardInterrupt() if self.number == signal.SIGINT else Stopped(self.number)
 
     # ------------------------------------------------------------------------------------------------------ private
+
+    def _ignore_signals(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def _decide(self, needs: float = 0.0) -> None:
         """Leave in all processes or in none, with what the next part needs in seconds."""
@@ -220,10 +293,12 @@ class Stopping:
 
     def _note(self, number: int) -> None:
         self.number, self._came = number, time.monotonic()
-        self._deadline = self._came + self._grace
+        # Without the others the step cannot be finished: it is the launcher that ends those that are left.
+        self.is_lost = number == signal.SIGTERM and others.are_lost()
+        self._deadline = self._came + (0.0 if self.is_lost else self._grace)
         if self._asleep.locked():  # else a signal came just now, while this process heard of another one's
             self._asleep.release()
-        if self._accelerator.is_main_process:
+        if self._accelerator.is_main_process and not self.is_lost:
             limit = f" (at most {self._grace:g} s)" if self._doing.startswith("finishing") else ""
             then = ", then a checkpoint" if self._keeps_checkpoint else "; save_every=0 keeps no checkpoint"
             then = then if limit else ""
@@ -267,7 +342,7 @@ class Stopping:
 
     def _leave_if_due(self) -> None:
         """Raise StepLeft if the grace is over; again if it was swallowed, but not while it is on its way."""
-        if not self._window or self.number is None or time.monotonic() < self._deadline:
+        if not self._window or self.together or self.number is None or time.monotonic() < self._deadline:
             return
         handled = sys.exception()
         while handled is not None:

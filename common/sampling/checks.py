@@ -6,13 +6,22 @@ imports peft, and `check_sampling` imports vLLM if that samples; each takes seco
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import logging
+import os
+
 import torch
 import transformers
 
 from common.config import RLConfig
+from common.models.configs import setting
 from common.models.loading import compute_dtype
 from common.models.lora import check_targets
 from common.models.positions import check_room
+
+logger = logging.getLogger("nanorlhf")
+
+# vLLM fills vocabularies up to a multiple of this (0.25 to 0.32).
+_VOCABULARY_STEP = 64
 
 
 def check_policy(config: RLConfig, model: transformers.PreTrainedModel) -> None:
@@ -48,3 +57,68 @@ def check_sampling(config: RLConfig, device: torch.device) -> None:
         check_engine(
             config.model, dtype=dtype, max_model_len=max_model_len, trust_remote_code=config.trust_remote_code
         )
+
+
+def check_engines(config: RLConfig, model: transformers.PreTrainedModel, num_processes: int) -> None:
+    """Refuse engines of several processes that the processes, or the policy's tensors, cannot be divided into.
+
+    Args:
+        config: the run's.
+        model: the policy, without storage.
+        num_processes: of the run.
+
+    Raises:
+        ValueError: with the sizes that are possible.
+    """
+    size = config.vllm_tensor_parallel
+    if size == 1 or config.sampler != "vllm":
+        return
+    text, kind = model.config.get_text_config(), model.config.model_type
+    given = f"vllm_tensor_parallel={size}"
+    possible = [n for n in range(2, num_processes + 1) if num_processes % n == 0 and not why_no_parts(text, n)]
+    remedy = "--vllm_tensor_parallel " + " or ".join(map(str, [1, *possible]))
+    if num_processes == 1:
+        raise ValueError(
+            f"{given} with one process: {size} processes share an engine, each on a GPU of its own. Start {size} of "
+            f"them, or a multiple, with `torchrun --nproc_per_node {size}`, or pass --vllm_tensor_parallel 1."
+        )
+    if num_processes % size:
+        raise ValueError(
+            f"{given} with {num_processes} processes: each engine needs {size} of them, and none may be left over. "
+            f"Pass {remedy}, or start a multiple of {size} processes."
+        )
+    if reason := why_no_parts(text, size):
+        raise ValueError(
+            f"{given}, and {kind} has {reason}: each process of an engine takes a part of every weight. Pass {remedy}."
+        )
+    on_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    if on_a_node % size and os.environ.get("RANK", "0") == "0":
+        logger.info(
+            "%s with %d processes on a node: some engines are on two nodes, and every layer's sum goes over the "
+            "network between them, which is slow; the result is the same",
+            given,
+            on_a_node,
+        )
+
+
+def why_no_parts(config: transformers.PreTrainedConfig, size: int) -> str | None:
+    """What of a model vLLM cannot divide into equal parts, in words; None: nothing that its configuration tells.
+
+    Args:
+        config: of the model's text part.
+        size: number of parts.
+    """
+    heads, keys = setting(config, "num_attention_heads"), setting(config, "num_key_value_heads")
+    if isinstance(heads, int) and heads % size:
+        return f"{heads} attention heads, no multiple of {size}"
+    has_latent = setting(config, "qk_nope_head_dim") is not None  # all heads share one latent vector
+    if isinstance(keys, int) and not has_latent and keys % size and size % keys:  # fewer heads than parts are copied
+        return f"{keys} heads of keys and values, neither a multiple nor a divisor of {size}"
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        width = setting(config, name)
+        if isinstance(width, int) and width % size:
+            return f"{name} {width}, no multiple of {size}"
+    rows = -(-config.vocab_size // _VOCABULARY_STEP) * _VOCABULARY_STEP
+    if rows % size:
+        return f"a vocabulary of {config.vocab_size}, which vLLM fills up to {rows}, no multiple of {size}"
+    return None

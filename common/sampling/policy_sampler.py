@@ -6,8 +6,11 @@ length limit does: it counts as truncated. No id is masked, so training uses the
 
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
+from threading import Thread
 from types import MappingProxyType
 
 import torch
@@ -18,23 +21,27 @@ from common.config import RLConfig
 from common.data.texts import completion_texts
 from common.models.loading import unused_token_ids
 from common.models.pool import ModelPool
-from common.models.weights import policy_weights
 from common.rollouts import Completion, PromptBatch, Rollouts
 from common.sampling import vllm_engine
 from common.sampling.prefixes import PrefixSampler, states
-from common.sampling.protocol import Finished, Sampler, SamplingSettings, sampling_seed
+from common.sampling.protocol import Finished, Leaving, Sampler, SamplingSettings, sampling_seed
+from common.sampling.pushing import push_policy
+from common.sampling.server_client import check_server
+from common.sampling.server_sampler import server_sampler
 from common.sampling.torch_sampler import TransformersSampler
 from common.sampling.vllm_sampler import VLLMSampler
 
 
 def check_sampler(config: RLConfig) -> None:
-    """Refuse a sampler that is not installed.
+    """Refuse a sampler that is not installed, or a server that is not there.
 
     Raises:
-        ValueError: saying how to install it.
+        ValueError: saying how to install or start it.
     """
     if config.sampler == "vllm":
         vllm_engine.check_installed()
+    if config.sampler == "vllm_server":
+        check_server(config.sampler_url, timeout=60 * config.process_timeout)
 
 
 def make_sampler(
@@ -44,6 +51,7 @@ def make_sampler(
     dtype: torch.dtype,
     pool: ModelPool,
     most_rows: int | None = None,
+    leaving: Leaving | None = None,
 ) -> Sampler:
     """The sampler the settings name. Made before the policy is loaded: vLLM finds here whether it runs the model.
 
@@ -53,22 +61,28 @@ def make_sampler(
         dtype: of forward passes.
         pool: lends the model "policy", once it has it, to a sampler without weights of its own.
         most_rows: completions of the largest request on this process; None: not known.
+        leaving: how processes that share an engine leave it when the run has to end.
 
     Raises:
-        ValueError: if vLLM does not run the model, or not rightly.
+        ValueError: if vLLM does not run the model, or not rightly, or the server has another one.
     """
     if config.sampler == "transformers":
         return TransformersSampler(lambda: pool.use("policy"), device=pool.device, dtype=dtype)
+    if config.sampler == "vllm_server":
+        return server_sampler(config, path, dtype=dtype)
     return VLLMSampler(
         path,
         sleep_level=config.vllm_sleep_level,
+        leaving=leaving,
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=config.max_prompt_length + config.max_completion_length,
         max_num_seqs=config.vllm_max_num_seqs,
-        most_rows=most_rows,
+        most_rows=most_rows and most_rows * config.vllm_tensor_parallel,
         memory_share=config.vllm_memory_share,
         enforce_eager=config.vllm_enforce_eager,
         trust_remote_code=config.trust_remote_code,
+        tensor_parallel=config.vllm_tensor_parallel,
+        timeout=config.process_timeout,
     )
 
 
@@ -116,6 +130,7 @@ class PolicySampler:
         self.stopwatch = stopwatch
         self.sampler = sampler
         self._is_stale = True
+        self._under_way: Future[list[Completion]] | None = None  # what is drawn in a thread
 
     def policy_has_changed(self) -> None:
         """Push the policy's weights before the next completion."""
@@ -135,6 +150,33 @@ class PolicySampler:
         """
         settings = self._settings(0.0 if greedy else self.config.temperature)
         return self._generate(prompts, settings, num_generations=num_generations, purpose=purpose)
+
+    def begin(self, prompts: PromptBatch, *, num_generations: int, purpose: str) -> Future[list[Completion]]:
+        """Begin to complete prompts as `sample` does, with the weights that the policy has now.
+
+        A sampler that draws apart does so in a thread, while models train; any other one has drawn at the return.
+
+        Args:
+            prompts: this process's prompts, possibly none.
+            num_generations: completions per prompt, G.
+            purpose: as in `sample`.
+
+        Returns:
+            len(prompts) x G completions once they are drawn, or what the sampler has raised; for `rollouts`.
+        """
+        settings, drawn = self._settings(self.config.temperature), Future()
+        request = {"num_generations": num_generations, "seeds": self._seeds(prompts, settings, purpose)}
+        self._refresh()
+        draw = partial(self._draw, self.sampler.generate, prompts, settings, request)
+        if self.sampler.samples_apart:
+            self._under_way = drawn
+            # A daemon, so that a run that is left does not wait for it.
+            Thread(target=_fill, args=(drawn, draw), name="completions of the next step", daemon=True).start()
+        else:
+            with self.stopwatch("sample"):
+                drawn.set_result(draw())
+                self.sampler.sleep()
+        return drawn
 
     def continue_from(
         self, rollouts: Rollouts, rows: Tensor, places: Tensor, *, step: int, num_generations: int, purpose: str
@@ -209,21 +251,30 @@ class PolicySampler:
         draw: Callable[..., list[Completion]] | None = None,
         phase: str = "sample",
     ) -> Rollouts:
-        seeds = None  # greedy completions need no seeds
-        if settings.temperature:
-            seeds = [sampling_seed(self.config.seed, prompts.step, row, purpose) for row in prompts.rows]
+        request = {"num_generations": num_generations, "seeds": self._seeds(prompts, settings, purpose)}
         self._refresh()
         with self.stopwatch(phase):
-            completions: list[Completion] = []
-            if len(prompts):
-                completions = (draw or self.sampler.generate)(
-                    prompts.prompt_ids, settings, num_generations=num_generations, seeds=seeds
-                )
+            completions = self._draw(draw or self.sampler.generate, prompts, settings, request)
             self.sampler.sleep()
-            completions = self._as_cut_off(completions)
-            return Rollouts.from_completions(
-                prompts, completions, self.texts(completions), num_generations=num_generations
-            )
+            return self.rollouts(prompts, completions, num_generations=num_generations)
+
+    def _seeds(self, prompts: PromptBatch, settings: SamplingSettings, purpose: str) -> list[int] | None:
+        if not settings.temperature:  # greedy completions need no seeds
+            return None
+        return [sampling_seed(self.config.seed, prompts.step, row, purpose) for row in prompts.rows]
+
+    @staticmethod
+    def _draw(
+        draw: Callable[..., list[Completion]], prompts: PromptBatch, settings: SamplingSettings, request: dict
+    ) -> list[Completion]:
+        return draw(prompts.prompt_ids, settings, **request) if len(prompts) else []
+
+    def rollouts(self, prompts: PromptBatch, completions: list[Completion], *, num_generations: int) -> Rollouts:
+        """The rows of prompts and their completions, len(prompts) x G of them, those of one prompt adjacent."""
+        completions = self._as_cut_off(completions)
+        return Rollouts.from_completions(
+            prompts, completions, self.texts(completions), num_generations=num_generations
+        )
 
     def texts(self, completions: list[Completion]) -> list[str]:
         """The text of each completion, as rewards see it."""
@@ -240,12 +291,23 @@ class PolicySampler:
         """Push the policy's weights to the sampler if they have changed, and make room on the device for it.
 
         With offload, all models leave before the sampler's weights wake, and the policy's come by one at a time. The
-        sampler's cache wakes last.
+        sampler's cache wakes last. What is drawn in a thread is drawn to its end by the weights it was begun with.
         """
         if self.sampler.needs_push and (self._is_stale or not self.sampler.has_weights):
+            if self._under_way is not None:
+                with self.stopwatch("sample"):
+                    wait([self._under_way])
             with self.stopwatch("push"), self.models.stream("policy") as (model, on_device):
-                self.sampler.push(policy_weights(model, on_device))
+                push_policy(self.sampler, model, on_device)
         self._is_stale = False
-        if self.sampler.needs_push:  # a sampler with weights of its own needs the device for itself
+        if self.sampler.needs_push and not self.sampler.samples_apart:  # it needs the device for itself
             self.models.evict()
         self.sampler.wake()
+
+
+def _fill(result: Future, work: Callable[[], object]) -> None:
+    """Do the work and keep what it gives, or raises, for another thread."""
+    try:
+        result.set_result(work())
+    except BaseException as error:
+        result.set_exception(error)

@@ -6,10 +6,12 @@ makes their completions begin with given tokens, policy_sampler.py gives a sampl
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+import torch
 from torch import Tensor
 
 from common.rollouts import Completion
@@ -75,11 +77,16 @@ class Sampler(Protocol):
         needs_push: it has weights of its own, which `push` replaces.
         has_weights: False until the first push, and after a sleep that dropped them.
         resident_bytes: device memory it keeps while it sleeps.
+        weights_dtype: what all its matrices are rounded to when they are pushed; None: not all to one type.
+        samples_apart: it draws elsewhere, as a server does: `generate` may run in a thread while models train, and
+            beside another `generate`, and it needs no device of this process.
     """
 
     needs_push: bool
     has_weights: bool
     resident_bytes: int
+    weights_dtype: torch.dtype | None
+    samples_apart: bool
 
     def generate(
         self,
@@ -118,6 +125,18 @@ class Sampler(Protocol):
 
     def wake(self) -> None:
         """Allocate the memory again."""
+        ...
+
+
+class Leaving(Protocol):
+    """How processes leave work that is one for all of them, when a run has to end: Stopping of common/runs."""
+
+    def held(self) -> AbstractContextManager[Callable[[], int]]:
+        """A context in which no process leaves alone; it gives what this process says when they ask each other."""
+        ...
+
+    def leave_together(self, said: int) -> NoReturn:
+        """Leave, in all processes, after one of them said more than 0."""
         ...
 
 

@@ -34,6 +34,8 @@ class TransformersSampler:
     needs_push = False
     has_weights = True
     resident_bytes = 0
+    weights_dtype = None
+    samples_apart = False
 
     def __init__(
         self,

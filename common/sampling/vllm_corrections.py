@@ -6,6 +6,7 @@ vllm_trial.py refuses.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,23 +44,28 @@ def _as_transformers_reads(config: PreTrainedConfig) -> Callable[[PreTrainedConf
     vLLM asks every configuration for windows, soft caps and the like. Where the class does not declare such a key,
     transformers' model does without it, so vLLM must not see it.
     """
-    values = _overrides(config)
-    texts = {type(each): undeclared(each) for each in (config, config.get_text_config())}
-    whole_heads = _rotates_whole_heads(config)
+    texts = {_class_name(each): undeclared(each) for each in (config, config.get_text_config())}
+    return partial(_changed, values=_overrides(config), texts=texts, whole_heads=_rotates_whole_heads(config))
 
-    def change(theirs: PreTrainedConfig) -> PreTrainedConfig:
-        for each in {id(each): each for each in (theirs, theirs.get_text_config())}.values():
-            for name in texts.get(type(each), set()) & vars(each).keys():
-                delattr(each, name)
-            rope = vars(each).get("rope_parameters")
-            if rope and type(each) in texts:
-                if whole_heads:
-                    rope.pop("partial_rotary_factor", None)
-                rope |= _scale_of_longrope(each)
-        theirs.update(values)
-        return theirs
 
-    return change
+def _changed(
+    theirs: PreTrainedConfig, *, values: dict[str, Any], texts: dict[str, set[str]], whole_heads: bool
+) -> PreTrainedConfig:
+    """A configuration of vLLM, changed in place; a function of the module, so that a server can pickle it."""
+    for each in {id(each): each for each in (theirs, theirs.get_text_config())}.values():
+        for name in texts.get(_class_name(each), set()) & vars(each).keys():
+            delattr(each, name)
+        rope = vars(each).get("rope_parameters")
+        if rope and _class_name(each) in texts:
+            if whole_heads:
+                rope.pop("partial_rotary_factor", None)
+            rope |= _scale_of_longrope(each)
+    theirs.update(values)
+    return theirs
+
+
+def _class_name(config: PreTrainedConfig) -> str:
+    return f"{type(config).__module__}.{type(config).__qualname__}"
 
 
 def undeclared(config: PreTrainedConfig) -> set[str]:

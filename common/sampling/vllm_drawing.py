@@ -16,6 +16,8 @@ from torch import Tensor
 from common.sampling.drawing import draw, uniform
 from common.sampling.vllm_corrections import replaced
 
+_HALF = torch.tensor(0.5, dtype=torch.float64)
+
 
 @contextmanager
 def quick_drawing() -> Iterator[None]:
@@ -39,7 +41,9 @@ def _draw(
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
     logprobs = apply_top_k_top_p(logits, k, p)
-    noise = torch.stack([uniform((), generators[row]) for row in range(len(logits))])
+    # A row without a generator is a greedy one between others: its token here counts for nothing.
+    rows = (generators.get(row) for row in range(len(logits)))
+    noise = torch.stack([_HALF if each is None else uniform((), each) for each in rows])
     return draw(logprobs, noise), logprobs
 
 

@@ -12,8 +12,9 @@ import importlib.util
 import logging
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from common.sampling import (
     vllm_trial,
 )
 from common.sampling.protocol import Finished, SamplingSettings
+from common.sampling.vllm_group import Group, Request, without_compiling
 from common.sampling.vllm_startup import EngineSettings
 from common.sampling.vllm_trial import Refused
 
@@ -46,15 +48,16 @@ _MIN_WEIGHTS_FOR_THREADS = 5_000_000
 
 
 class Engine:
-    """vLLM, with the shapes of all tensors of a complete push by checkpoint name.
+    """vLLM, with the shapes of all tensors of a complete push by checkpoint name, and the processes that share it.
 
     Deleting it frees its memory and keeps the process groups of the trainer.
     """
 
-    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+    def __init__(self, llm: Any, shapes: dict[str, tuple[int, ...]], settings: EngineSettings) -> None:
         self.llm = llm
-        self.dtype = dtype
+        self.dtype = settings.dtype
         self.shapes = shapes
+        self.group = Group(settings.tensor_parallel)
         self.shut_down = weakref.finalize(self, _shut_down, llm.llm_engine.engine_core)
 
 
@@ -110,7 +113,7 @@ def _create(
             _Groups.users += 1  # before the start: the collector may free an earlier engine during it
             try:
                 with vllm_trial.refused(settings.model, "build"):
-                    engine = Engine(LLM(**arguments), shapes, settings.dtype)
+                    engine = Engine(LLM(**arguments), shapes, settings)
             except BaseException:
                 _leave_groups()
                 raise
@@ -133,8 +136,16 @@ def _try_out(engine: Engine, model: str) -> None:
     with vllm_trial.refused(model, "take the weights of"), vllm_trial.all_read(zeros, name):
         _reload(engine, zeros.items())
     with vllm_trial.refused(model, "sample from"):
-        generate(engine, [[0]], settings, num_generations=1, seeds=[0])
+        generate(engine, [Request(prompt_ids=[[0]], settings=settings, num_generations=1, seeds=[0])])
         _drop_cache(engine)
+
+
+def matrix_dtype(engine: Engine) -> torch.dtype | None:
+    """The type in which vLLM keeps every matrix of its model; None if some are in another, such as float32 routers."""
+    [dtypes] = engine.llm.apply_model(
+        lambda model: {each.dtype for each in model.parameters() if each.dim() > 1 and each.is_floating_point()}
+    )
+    return next(iter(dtypes)) if len(dtypes) == 1 else None
 
 
 def check_installed() -> None:
@@ -146,32 +157,20 @@ def check_installed() -> None:
         )
 
 
-def generate(
-    engine: Engine,
-    prompt_ids: list[list[int]],
-    settings: SamplingSettings,
-    *,
-    num_generations: int,
-    seeds: Sequence[int | None],
-    finished: Finished | None = None,
-) -> list[Completion]:
+def generate(engine: Engine, requests: list[Request], finished: Finished | None = None) -> list[list[Completion]]:
     """Sample completions without changing the random state of the process.
 
     Args:
         engine: awake, with weights.
-        prompt_ids: token ids of each prompt.
-        settings: shared by all prompts.
-        num_generations: completions per prompt; completion i of a prompt has the seed of the prompt plus i.
-        seeds: one per prompt; None: greedy.
-        finished: as in Sampler.generate.
+        requests: of all processes that share the engine, the same ones in the same order in each of them.
+        finished: as in Sampler.generate; prompts are numbered through all requests.
 
     Returns:
-        len(prompt_ids) x num_generations completions, rows of one prompt adjacent.
+        For each request, its prompts x num_generations completions, rows of one prompt adjacent.
     """
-    prompts = [{"prompt_token_ids": ids} for ids in prompt_ids]
-    params = [sampling_params(settings, num_generations, seed) for seed in seeds]
-    weights = sum(math.prod(shape) for shape in engine.shapes.values())
-    small = weights < _MIN_WEIGHTS_FOR_THREADS and not torch.cuda.is_available()
+    prompts = [{"prompt_token_ids": ids} for request in requests for ids in request.prompt_ids]
+    params = [sampling_params(each.settings, each.num_generations, seed) for each in requests for seed in each.seeds]
+    small = few_weights(map(math.prod, engine.shapes.values())) and not torch.cuda.is_available()
     try:
         with (
             vllm_memory.explained("sample"),
@@ -180,12 +179,21 @@ def generate(
             _reporting(engine, finished),
             vllm_corrections.kernels_for(engine.dtype),
             vllm_drawing.quick_drawing(),
+            without_compiling(engine.group.size),
         ):
             outputs = engine.llm.generate(prompts, params, use_tqdm=False)
     except BaseException:
         abort_requests(engine)
         raise
-    return [completion for output in outputs for completion in _completions(output)]
+    completions = [completion for output in outputs for completion in _completions(output)]
+    engine.group.check_same(completions)
+    rows = iter(completions)
+    return [list(islice(rows, request.num_rows)) for request in requests]
+
+
+def few_weights(sizes: Iterable[int]) -> bool:
+    """Whether a model with weights of these sizes is sampled from faster by one thread of the CPU than by several."""
+    return sum(sizes) < _MIN_WEIGHTS_FOR_THREADS
 
 
 def sampling_params(settings: SamplingSettings, num_generations: int, seed: int | None) -> Any:
@@ -226,17 +234,21 @@ def _completions(output: Any) -> list[Completion]:
 
 @contextmanager
 def _reporting(engine: Engine, finished: Finished | None) -> Iterator[None]:
-    """Call `finished` for each request of LLM.generate, which itself returns only when all have ended."""
-    if finished is None:
+    """Call `finished` for each request of LLM.generate, which itself returns only when all have ended.
+
+    After each step, processes that share the engine may leave.
+    """
+    if finished is None and engine.group.size == 1:
         yield
         return
     core, first = engine.llm.llm_engine, engine.llm.request_counter.counter  # requests are numbered one by one
 
     def step() -> list[Any]:
         outputs = type(core).step(core)
-        for output in outputs:
+        for output in outputs if finished is not None else ():
             if output.finished:
                 finished(int(output.request_id) - first, _completions(output))
+        engine.group.after_step()
         return outputs
 
     core.step = step
@@ -260,11 +272,11 @@ def push_weights(engine: Engine, weights: Iterable[tuple[str, Tensor]]) -> None:
             succeeds.
     """
     with vllm_memory.explained("take the new weights"):
-        _reload(engine, _numbers(complete_weights(weights, engine.shapes)))
+        _reload(engine, without_nan(complete_weights(weights, engine.shapes)))
     _drop_cache(engine)
 
 
-def _numbers(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def without_nan(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yield the weights; NaN, which would only show in the completions, ends the run as other wrong numbers do."""
     for name, tensor in weights:
         # The sum is quick to compute, and NaN if any number is.
@@ -295,7 +307,8 @@ def abort_requests(engine: Engine) -> None:
     core = engine.llm.llm_engine
     core.abort_request(list(core.output_processor.request_states), internal=True)
     core.output_processor.parent_requests.clear()
-    while core.has_unfinished_requests():
+    # A pass needs all processes of an engine, and the others may have no error. Their run ends with this one's.
+    while engine.group.size == 1 and core.has_unfinished_requests():
         core.step()
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from common.host import host_memory
+from common.host import host_memory, processes_here
 from common.memory.constants import VLLM_BATCHED_TOKENS_ON_CPU
 from common.sampling.vllm_corrections import model_arguments, replaced
+from common.sampling.vllm_group import group_arguments, over_gloo, timeouts
 
 # Tokens per block of the cache on the CPU, the minimum there. Completions of one prompt share its full blocks: with
 # vLLM's default of 128, shorter prompts would be computed once per completion.
@@ -33,6 +34,8 @@ class EngineSettings:
         enforce_eager: do not capture CUDA graphs.
         can_sleep: memory can be freed for a while, on CUDA.
         trust_remote_code: run Python files that come with the model.
+        tensor_parallel: so many processes of adjacent ranks share the engine; it divides their number.
+        timeout: minutes for which processes wait for one that hangs; None: as long as torch does.
     """
 
     model: str
@@ -44,6 +47,8 @@ class EngineSettings:
     enforce_eager: bool = False
     can_sleep: bool = False
     trust_remote_code: bool = False
+    tensor_parallel: int = 1
+    timeout: float | None = None
 
     @property
     def num_seqs_on_cpu(self) -> int:
@@ -75,8 +80,10 @@ def engine_arguments(settings: EngineSettings, config: PreTrainedConfig) -> dict
         "use_tqdm_on_load": False,
     } | model_arguments(config)
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        # One engine per process, each on the GPU of its LOCAL_RANK; the default would put all of them on the first.
+        # Each process on the GPU of its LOCAL_RANK; the default would put all of them on the first.
         arguments["distributed_executor_backend"] = "external_launcher"
+        arguments |= group_arguments(settings.tensor_parallel)
+        arguments |= timeouts(settings.timeout) if settings.timeout else {}
     if not current_platform.is_cpu():
         return arguments | {
             "gpu_memory_utilization": settings.memory_share,
@@ -122,7 +129,7 @@ def cache_for(settings: EngineSettings) -> Iterator[None]:
 
 def _free_memory() -> int:
     """Bytes that are free for this process; vLLM itself looks at the memory node that is nearest to it."""
-    free = host_memory().available
+    free = host_memory(processes=processes_here()).available
     if importlib.util.find_spec("vllm.utils.cpu_resource_utils") is None:
         return free  # older versions of vLLM know no nodes
     from vllm.utils import cpu_resource_utils
@@ -144,7 +151,7 @@ def without_side_effects(shapes: dict[str, tuple[int, ...]]) -> Iterator[None]:
     from vllm.platforms import current_platform
 
     has_head = any(name.endswith("lm_head.weight") for name in shapes)
-    with keeping_groups(), ExitStack() as stack:
+    with keeping_groups(), over_gloo(), ExitStack() as stack:
         # Hides all current objects from the garbage collector forever, and takes a second.
         stack.enter_context(replaced(core, "freeze_gc_heap", do_nothing))
         # Replaces methods of transformers' own class, so that the policy would no longer run outside of vLLM. The
@@ -177,9 +184,9 @@ def add_expert_group() -> None:
     from vllm.distributed import parallel_state
 
     if parallel_state.model_parallel_is_initialized() and parallel_state._EP is None:
-        world = parallel_state.get_world_group()
+        world, size = parallel_state.get_world_group(), parallel_state.get_tp_group().world_size
         backend = torch.distributed.get_backend(world.device_group)
-        each_alone = [[rank] for rank in range(world.world_size)]
+        of_engines = [list(range(first, first + size)) for first in range(0, world.world_size, size)]
         parallel_state._EP = parallel_state.init_model_parallel_group(
-            each_alone, world.local_rank, backend, group_name="ep"
+            of_engines, world.local_rank, backend, group_name="ep"
         )

@@ -319,13 +319,16 @@ def weighted_loss(per_token: Tensor, microbatch: Rollouts) -> Tensor:
     return torch.where(microbatch.loss_mask, per_token * microbatch.token_weights, 0.0).sum()
 
 
-def check_processes(config: RLConfig, accelerator: Accelerator) -> None:
+def check_processes(config: RLConfig, num_processes: int) -> None:
     """Refuse a number of prompts that the processes cannot share equally.
+
+    Args:
+        config: prompts_per_step is read.
+        num_processes: that train together.
 
     Raises:
         ValueError: if prompts_per_step is no multiple of the number of processes.
     """
-    num_processes = accelerator.num_processes
     if config.prompts_per_step % num_processes:
         raise ValueError(
             f"prompts_per_step={config.prompts_per_step} on {num_processes} processes: each samples the same "

@@ -183,6 +183,10 @@ class Learner:
             return self.optimizer.with_gradient(self.parameters)
         return self.parameters
 
+    def holder(self, parameter: nn.Parameter) -> Tensor:
+        """What the numbers of the optimizer for a parameter belong to: itself, or its master on the host."""
+        return self.optimizer.masters[parameter] if isinstance(self.optimizer, HostAdamW) else parameter
+
     def rate(self, step: int) -> float:
         """Learning rate of a step, from 1."""
         return self.config.scheduled_rate(step)

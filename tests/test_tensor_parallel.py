@@ -1,0 +1,128 @@
+"""Engines of vLLM that several processes share give what an engine of each process gives; sizes that cannot be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from common.sampling.checks import check_engines
+from tests.toy import metrics_of, save_toy_policy, toy_config
+
+ROOT = Path(__file__).parent.parent
+RUNS = ["GRPO", "ReMax", "VinePPO"]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four heads, as wide as vLLM needs them on a CPU, and two of keys and values."""
+    return save_toy_policy(tmp_path_factory.mktemp("policy") / "policy", hidden_size=128)
+
+
+def launched(policy: Path, folder: Path, processes: int, *arguments: str) -> Path:
+    """The folder of what so many processes have written."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
+            *("-m", "tests.tensor_parallel", str(policy), str(folder), *arguments),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = [f"{name},{size},{shard}" for name in RUNS for size, shard in ((1, "none"), (2, "full"))]
+    return launched(policy, tmp_path_factory.mktemp("pair"), 2, "1,2", *runs)
+
+
+@pytest.fixture(scope="module")
+def four(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launched(policy, tmp_path_factory.mktemp("four"), 4, "1,2,4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "process", "size"), [(n, i, size) for n, size in ((2, 2), (4, 2), (4, 4)) for i in range(n)]
+)
+def test_a_shared_engine_gives_each_process_what_its_own_would(processes, process, size, request):
+    folder = request.getfixturevalue("pair" if processes == 2 else "four")
+    found = torch.load(folder / f"sampled-{process}.pt", weights_only=False)
+    own, shared = found["1"], found[str(size)]
+    assert own.keys() == shared.keys() and (len(own) > 2 or process == 2)
+    assert shared["NaN"] == own["NaN"] and "NaN among" in own["NaN"][0]
+    for case in own.keys() - {"NaN"}:
+        assert [each.token_ids for each in shared[case]] == [each.token_ids for each in own[case]], case
+        assert [each.truncated for each in shared[case]] == [each.truncated for each in own[case]], case
+        for one, other in zip(own[case], shared[case], strict=True):
+            torch.testing.assert_close(torch.tensor(other.logprobs), torch.tensor(one.logprobs), rtol=0, atol=1e-5)
+    if process != 2:
+        assert shared["reported"] == shared["drawn"] and shared["again"] == shared["greedy"]
+        assert shared["pushed"] != shared["drawn"][: len(shared["pushed"])]
+        assert len({len(each.token_ids) for case in shared for each in shared[case] if case != "NaN"}) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", RUNS)
+def test_a_run_with_a_shared_engine_and_shards_has_the_metrics_of_one_without(algorithm, pair):
+    own, shared = (metrics_of(pair / f"{algorithm},{kind}") for kind in ("1,none", "2,full"))
+    assert len(own) == len(shared) > 1
+    for one, other in zip(own, shared, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+def skeleton(**sizes: int) -> torch.nn.Module:
+    sizes = {
+        "vocab_size": 192 * 4,
+        "hidden_size": 384,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 96,
+    } | sizes
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(Qwen2Config(num_hidden_layers=1, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "sizes", "said"),
+    [
+        (2, 1, {}, "vllm_tensor_parallel=2 with one process: 2 processes share an engine"),
+        (4, 6, {}, "vllm_tensor_parallel=4 with 6 processes: each engine needs 4 of them, and none may be left over."),
+        (8, 8, {}, "has 12 attention heads, no multiple of 8"),
+        (3, 6, {}, "has 4 heads of keys and values, neither a multiple nor a divisor of 3"),
+        (4, 4, {"intermediate_size": 98}, "has intermediate_size 98, no multiple of 4"),
+        (3, 3, {"num_key_value_heads": 12, "vocab_size": 200}, "has a vocabulary of 200, which vLLM fills up to 256"),
+    ],
+    ids=["one process", "processes", "heads", "keys", "width", "vocabulary"],
+)
+def test_what_cannot_be_divided_into_parts_is_refused_before_loading(tmp_path, size, processes, sizes, said):
+    config = toy_config(tmp_path, tmp_path / "run", sampler="vllm", vllm_tensor_parallel=size)
+    with pytest.raises(ValueError) as caught:
+        check_engines(config, skeleton(**sizes), processes)
+    assert said in str(caught.value) and "--vllm_tensor_parallel 1" in str(caught.value)
+
+
+def test_the_refusal_names_the_sizes_that_are_possible(tmp_path):
+    config = toy_config(tmp_path, tmp_path / "run", sampler="vllm", vllm_tensor_parallel=8)
+    with pytest.raises(ValueError, match="Pass --vllm_tensor_parallel 1 or 2 or 4 or 12, or start a multiple of 8"):
+        check_engines(config, skeleton(), 12)
+
+
+def test_engines_across_nodes_are_said_and_other_samplers_have_none(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="nanorlhf")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    settings = {"vllm_tensor_parallel": 4, "sampler": "vllm"}
+    check_engines(toy_config(tmp_path, tmp_path / "run", **settings), skeleton(), 4)
+    assert "2 processes on a node: some engines are on two nodes" in caplog.text
+    check_engines(toy_config(tmp_path, tmp_path / "run", **settings | {"sampler": "transformers"}), skeleton(), 1)
