@@ -223,7 +223,7 @@ class OnPolicyTrainer(ABC):
         metrics = {}
         self.stopwatch.start_first_step()  # loading is no part of it
         watch = {"leave": partial(ended.end, self.run.folder), "is_aborted": self.accelerator.device.type == "cuda"}
-        with self.run as run, run.stopping as stopping, others.watched(lambda: stopping.is_leaving, **watch):
+        with self.run as run, run.stopping as stopping, others.watched(stopping.is_away, **watch):
             try:
                 metrics = self._finish_step_of_checkpoint()
                 while self.current_step < self.config.num_steps and not run.stopped_early:
