@@ -262,5 +262,5 @@ def test_the_end_of_another_process_is_no_loss_once_the_last_step_is_done():
 
 @pytest.mark.parametrize("minutes", [0.5, 0, -1, 1e7, float("inf"), float("nan")])
 def test_a_timeout_that_no_run_can_have_is_refused(tmp_path, minutes):
-    with pytest.raises(ValueError, match="process_timeout=.*at least 1.*Pass --process_timeout 10"):
+    with pytest.raises(ValueError, match=r"process_timeout=.*at least 1.*Pass --process_timeout 10"):
         toy_config(tmp_path / "model", tmp_path / "run", process_timeout=minutes)
