@@ -230,11 +230,6 @@ class Run:
         if lost:
             raise lost
 
-    def is_left(self) -> None:
-        """This process is about to end where nothing can be closed: it has said why."""
-        if self._held:
-            ended.end(self.folder)
-
     def _let_go(self, error: BaseException | None) -> CannotWrite | None:
         """Draw the curves and release the folder. If the folder is gone, that says more than an error of a writer."""
         try:
