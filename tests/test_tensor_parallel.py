@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from common.embedded.policy import save_untrained
 from common.sampling.checks import check_engines
+from common.sampling.vllm_group import group_arguments
 from tests.toy import metrics_of, save_toy_policy, toy_config
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +139,12 @@ def test_processes_that_share_an_engine_leave_their_completions_together_when_a_
     )  # processes that wait for each other are killed after 30 s, or never end
     assert "ends" not in said and "Gloo" not in said and said.count("SIGTERM: finishing step 1") == 1, said
     assert said.count("SIGTERM: left after step 0 of 2") == 1, said
+
+
+@pytest.mark.parametrize(("size", "kept", "off"), [(1, True, False), (2, True, True), (2, False, False)])
+def test_vllm_sums_by_itself_only_where_its_buffers_can_be_shared(monkeypatch, size, kept, off):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{kept}")
+    assert ("disable_custom_all_reduce" in group_arguments(size)) == off
 
 
 def skeleton(**sizes: int) -> torch.nn.Module:
