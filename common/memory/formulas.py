@@ -87,10 +87,7 @@ def formula(
         return None
     found = sizes(config, settings, tokens=tokens, completion_tokens=completion_tokens)
     training, forward = (
-        {
-            name: round(sum(value * found[size] for size, value in phase.items()))
-            for name, phase in fitted[kind].items()
-        }
+        {phase: round(sum(by * found[name] for name, by in sums.items())) for phase, sums in fitted[kind].items()}
         for kind in ("training", "forward")
     )
     return training, max(forward.values())
