@@ -11,7 +11,7 @@ and what is assumed of them is in common/memory/constants.py. Models are the sha
 import argparse
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
