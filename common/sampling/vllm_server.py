@@ -5,6 +5,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -50,6 +51,8 @@ def main() -> None:
     import uvloop
 
     settings = ServerSettings(**json.loads(sys.argv[1]))
+    if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # nobody asked for more
+        logging.disable(logging.WARNING)
     try:
         uvloop.run(_serve(settings))
     except (Refused, ValueError) as error:
