@@ -341,7 +341,9 @@ class RLConfig:
             idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_target_modules"), "use_lora is false")
         if self.sampler != "vllm_server":
             idle["sampler_url"] = f"sampler is {self.sampler}"
-        if self.sampler != "vllm":
+        if self.sampler == "vllm_server":  # --serve reads the others
+            idle["vllm_sleep_level"] = "the server has devices of its own"
+        elif self.sampler != "vllm":
             names = [field.name for field in fields(self) if field.name.startswith("vllm_")]
             idle |= dict.fromkeys(names, f"sampler is {self.sampler}")
         if self.lr_scheduler == "constant":
