@@ -85,9 +85,10 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.flo
             module that has one in it, and is called as a whole. Its gradient checkpointing is on already, if it is to
             be. Its parameters are on the device.
         device: where its passes run.
-        dtype: precision in which a transformers model's weights are gathered. Parts are kept as they are, and
-            gradients are summed in float32. Below float32, autocast alone would keep a rounded copy of every gathered
-            layer for the backward pass, a whole model in each process.
+        dtype: precision in which a transformers model's weights are gathered, unless it keeps some in float32, as
+            some routers are. Parts are kept as they are, and gradients are summed in float32. Below float32, autocast
+            alone would keep a rounded copy of every gathered layer for the backward pass, a whole model in each
+            process.
 
     Returns:
         The same model.
@@ -99,11 +100,15 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.flo
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    dtype = torch.float32 if _keeps_float32(model) else dtype
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # What has that precision already stays as it is, also a base that is loaded in bfloat16.
+    rounded = exact
+    if dtype != torch.float32:
+        rounded = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     heads = _heads(model)
     for part in (*heads, *blocks(model), model):
-        precision = exact if part in heads or _is_kept_in_float32(part, model) else rounded
+        precision = exact if part in heads else rounded
         if not isinstance(part, FSDPModule):
             _check_tensors(part, model)
             # The root too: left whole after a pass without gradient, it would miss the next optimizer step.
@@ -162,15 +167,13 @@ def _heads(model: nn.Module) -> list[nn.Module]:
     return [child for child in model.children() if not is_within(child) and any(True for _ in child.parameters())]
 
 
-def _is_kept_in_float32(part: nn.Module, model: nn.Module) -> bool:
-    """Whether a part holds weights that a transformers model asks to have in float32 whatever the others are."""
+def _keeps_float32(model: nn.Module) -> bool:
+    """Whether a transformers model asks to have some of its weights in float32 whatever the others are."""
     from transformers import PreTrainedModel
 
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    names = {name for each in models for name in each._keep_in_fp32_modules or ()}
-    names |= {name for each in models for name in each._keep_in_fp32_modules_strict or ()}
-    own = (name for name, parameter in part.named_parameters() if not is_part(parameter))
-    return any(f".{wanted}." in f".{name}." for name in own for wanted in names)
+    kept = {name for each in models for name in each._keep_in_fp32_modules_strict or ()}
+    return any(f".{name}." in f".{parameter}." for parameter, _ in model.named_parameters() for name in kept)
 
 
 def _check_tensors(part: nn.Module, model: nn.Module) -> None:
