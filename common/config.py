@@ -43,7 +43,7 @@ LOWEST_TEMPERATURE = 0.01
 HIGHEST_TEMPERATURE = 2.0
 
 # Minutes: processes wait for each other while one saves or loads.
-_SHORTEST_TIMEOUT = 1.0
+_SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 1.0, 525600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +341,9 @@ class RLConfig:
             idle |= dict.fromkeys(("lora_r", "lora_alpha", "lora_target_modules"), "use_lora is false")
         if self.sampler != "vllm_server":
             idle["sampler_url"] = f"sampler is {self.sampler}"
-        if self.sampler != "vllm":
+        if self.sampler == "vllm_server":  # --serve reads the others
+            idle["vllm_sleep_level"] = "the server has devices of its own"
+        elif self.sampler != "vllm":
             names = [field.name for field in fields(self) if field.name.startswith("vllm_")]
             idle |= dict.fromkeys(names, f"sampler is {self.sampler}")
         if self.lr_scheduler == "constant":
@@ -413,10 +415,10 @@ class RLConfig:
                 f"min_lr_ratio={self.min_lr_ratio}: it is the share of learning_rate that is left at the end, so it "
                 "must be in [0, 1]. Pass --min_lr_ratio 0.1."
             )
-        if not _SHORTEST_TIMEOUT <= self.process_timeout < math.inf:
+        if not _SHORTEST_TIMEOUT <= self.process_timeout <= _LONGEST_TIMEOUT:
             raise ValueError(
                 f"process_timeout={self.process_timeout}: need minutes, at least 1, since one process saves and loads "
-                "while the others wait. Pass --process_timeout 10."
+                f"while the others wait, and at most {_LONGEST_TIMEOUT:g}, a year. Pass --process_timeout 10."
             )
         if not 0 < self.eval_top_p <= 1:
             raise ValueError(f"eval_top_p={self.eval_top_p}: need a share in (0, 1]. Pass --eval_top_p 0.9.")

@@ -62,6 +62,9 @@ def serve(config: RLConfig) -> NoReturn:
         "VLLM_SERVER_DEV_MODE": "1",  # without it, no weights can be pushed
         # Else vLLM takes other cores than those that the shell, or torch, has given.
         "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # after a look at the GPUs, a forked process could not use them
+        # vLLM and torch warn of each other, in each of the server's processes.
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
     }
     if not torch.cuda.is_available() and few_weights(each.numel() for each in skeleton(model).parameters()):
         environment["OMP_NUM_THREADS"] = "1"

@@ -50,6 +50,7 @@ from common.refill import Places
 from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
+from common.runs import ended
 from common.runs.alike import check_alike, check_folder_is_shared
 from common.runs.lost_rows import LostRows
 from common.runs.measures import (
@@ -227,8 +228,8 @@ class OnPolicyTrainer(ABC):
         """Run all remaining steps, and return the metrics of the last one."""
         metrics = {}
         self.stopwatch.start_first_step()  # loading is no part of it
-        watch = {"leave": self.run.is_left, "is_aborted": self.accelerator.device.type == "cuda"}
-        with self.run as run, run.stopping as stopping, others.watched(lambda: stopping.is_leaving, **watch):
+        watch = {"leave": partial(ended.end, self.run.folder), "is_aborted": self.accelerator.device.type == "cuda"}
+        with self.run as run, run.stopping as stopping, others.watched(stopping.is_away, **watch):
             try:
                 metrics = self._finish_step_of_checkpoint()
                 while self.current_step < self.config.num_steps and not run.stopped_early:

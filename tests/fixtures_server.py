@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.processes import end_with_parent
 from common.sampling.server_client import ServerClient, check_model, check_server
 from common.sampling.server_sampler import ServerSampler
 from common.serve import missing_packages
@@ -49,6 +50,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 start_new_session=True,
+                preexec_fn=end_with_parent,  # also where the tests are killed
             )
         end = time.monotonic() + 300
         while "serving " not in self.log.read_text():

@@ -76,10 +76,10 @@ def main() -> None:
     if accelerator.is_main_process:
         numbers = Numbers(dtype=torch.float32, processes=processes, spread=processes, attention="sdpa", is_fused=False)
         tenant = learner("policy", sizes, config, numbers)
-        passes = Work(config, processes).of(tenant, 2 * ROW).training
-        grown = tenant.gradients + max(tenant.gathered.training + passes, tenant.step)
+        gathered, passes = tenant.gathered.beside(Work(config, processes).of(tenant, 2 * ROW))
+        grown = tenant.gradients + max(gathered + passes, tenant.step)
         planned = {"held": tenant.weights + tenant.moments, "grown": grown}
-        parts = {"gradients": tenant.gradients, "gathered": tenant.gathered.training, "passes": passes}
+        parts = {"gradients": tenant.gradients, "gathered": gathered, "passes": passes}
         parts |= {"step": tenant.step, "weights": tenant.weights, "parameters": sizes.parameters}
         print(json.dumps({"planned": planned, "taken": found, "parts": parts}), flush=True)
     accelerator.state.destroy_process_group()

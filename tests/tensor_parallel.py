@@ -37,8 +37,9 @@ def main() -> None:
     for run in runs:
         algorithm, size, shard = run.split(",")
         settings = {"sampler": "vllm", "vllm_tensor_parallel": int(size), "shard": shard, "kl_coef": 0.05}
-        if algorithm == "GRPO":
-            settings |= {"refill_rounds": 2, "eval_every": 1, "eval_num_samples": 2, "eval_top_p": 0.9}
+        if algorithm == "GRPO":  # groups of two short completions often have the same score
+            settings |= {"refill_rounds": 2, "num_generations": 2, "max_completion_length": 4}
+            settings |= {"eval_every": 1, "eval_num_samples": 2, "eval_top_p": 0.9}
         toy_trainer(Path(model), Path(folder) / run, algorithm=algorithm, **settings).train()
         gc.collect()  # engines of a process have one size
     accelerator.state.destroy_process_group()

@@ -11,14 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 
 from common import others
 from common.environment import why_restarts_fail
 from common.others import LOST_PROCESS, LostProcess, Others, Place, means_lost, own_place
 from common.processes import process_state
 from common.runs import alike
+from common.runs.stopping import Stopping
 from common.signals import Stopped
-from tests.toy import ROOT, metrics_of, toy_trainer
+from tests.toy import ROOT, metrics_of, toy_config, toy_trainer
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr", "127.0.0.1"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
@@ -52,6 +54,7 @@ from pathlib import Path
 import common
 from common.mistakes import UnlikeProcesses
 from common.runs import alike
+from common.runs.stopping import Stopping
 from common.trainer import OnPolicyTrainer
 from tests.toy import toy_trainer
 
@@ -248,3 +251,16 @@ def test_restarts_that_would_find_the_dead_processes_are_warned_of(monkeypatch):
     assert why_restarts_fail().startswith("--max-restarts 3 without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert why_restarts_fail() is None
+
+
+def test_the_end_of_another_process_is_no_loss_once_the_last_step_is_done():
+    with Stopping(600, Accelerator(cpu=True), keeps_checkpoint=True, process_timeout=10) as stopping:
+        assert not stopping.is_away()
+        stopping.begin_end()  # one sends the model to the hub, which takes long
+        assert stopping.is_away() and not stopping.is_leaving
+
+
+@pytest.mark.parametrize("minutes", [0.5, 0, -1, 1e7, float("inf"), float("nan")])
+def test_a_timeout_that_no_run_can_have_is_refused(tmp_path, minutes):
+    with pytest.raises(ValueError, match=r"process_timeout=.*at least 1.*Pass --process_timeout 10"):
+        toy_config(tmp_path / "model", tmp_path / "run", process_timeout=minutes)

@@ -86,10 +86,10 @@ def test_what_is_gathered_is_the_root_two_layers_and_the_gradients_of_two():
     found = planned("7B", GRPOConfig(**SPREAD), 8).cast.policy.gathered
     assert found.forward == 2 * (ROOT_WEIGHTS + 2 * LAYER)
     assert found.start == 2 * (2 * ROOT_WEIGHTS + LAYER)
-    assert found.training == max(found.start, found.forward + (2 + 4) * LAYER)
+    assert found.layers == found.forward + (2 + 4) * LAYER
     adapter = planned("7B", GRPOConfig(use_lora=True, **SPREAD), 8).cast.policy.gathered
     assert found.forward < adapter.forward < 1.05 * found.forward
-    assert adapter.training == adapter.start  # an adapter's gradients are small
+    assert adapter.layers < 1.05 * adapter.forward  # an adapter has few gradients
 
 
 def test_the_reference_and_a_value_model_have_their_parts_and_a_reward_model_is_whole(tmp_path):
@@ -384,4 +384,4 @@ def test_two_processes_take_what_is_planned_for_a_policy_that_is_spread():
         assert 4 * found["parts"]["parameters"] * 0.5 == pytest.approx(found["parts"]["weights"], rel=0.05)
         for taken in found["taken"]:
             assert planned["held"] <= taken["held"] <= 1.03 * planned["held"] + 20e6
-            assert 0.7 * planned["grown"] <= taken["grown"] <= 1.05 * planned["grown"]
+            assert 0.85 * planned["grown"] <= taken["grown"] <= 1.05 * planned["grown"]

@@ -21,15 +21,8 @@ ROOT = Path(__file__).parent.parent
 ONE_STEP = [name + variant for variant in ("", ",lora") for name in algorithms()]
 ONE_STEP += ["GRPO,checkpointing", "PPO,fitted"]
 ALONE = ["GRPO,alone", "GRPO,lora,alone"]
-STEPS = [
-    "GRPO,steps",
-    "GRPO,lora,steps",
-    "PPO,steps",
-    "GRPO,host_steps",
-    "GRPO,offload_steps",
-    "PPO,lora,offload_steps",
-]
-ROUNDED = ["GRPO,bfloat16", "PPO,bfloat16,host_steps"]
+STEPS = ["GRPO,steps", "GRPO,host_steps", "GRPO,offload_steps"]
+ROUNDED = ["GRPO,bfloat16", "PPO,host_steps,bfloat16"]
 CASES = [*ONE_STEP, *ALONE, *STEPS, *ROUNDED]
 
 
@@ -44,9 +37,13 @@ def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(subprocess.Popen(command, text=True, **options))
-    for process in started:
-        said, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, said[-3000:]
+    try:
+        for process in started:
+            said, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, said[-3000:]
+    finally:
+        for process in started:
+            process.terminate()
     return found
 
 
@@ -93,16 +90,15 @@ def test_a_process_without_rows_takes_part_and_changes_no_bit(folders, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STEPS)
-def test_six_sharded_steps_write_the_metrics_of_one_process(folders, case):
+def test_sharded_steps_write_the_metrics_of_one_process(folders, case):
     one, two = results(folders, case)
-    assert len(one["metrics"]) == 6
+    assert len(one["metrics"]) == (3 if "host" in case else 6)
     assert_same_metrics(one, two, within=1e-5)
 
 
 @pytest.mark.slow
 def test_moving_shards_between_device_and_host_changes_no_bit(folders):
-    for stay, move in (("GRPO,steps", "GRPO,offload_steps"),):
-        assert difference(results(folders, stay)[1], results(folders, move)[1]) == 0.0
+    assert difference(results(folders, "GRPO,steps")[1], results(folders, "GRPO,offload_steps")[1]) == 0.0
 
 
 @pytest.mark.slow

@@ -1,19 +1,24 @@
 """Engines of vLLM that several processes share give what an engine of each process gives; sizes that cannot be."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from common.embedded.policy import save_untrained
 from common.sampling.checks import check_engines
+from common.sampling.vllm_group import group_arguments
 from tests.toy import metrics_of, save_toy_policy, toy_config
 
 ROOT = Path(__file__).parent.parent
-RUNS = ["GRPO", "ReMax", "VinePPO"]
+# Engines and models of each kind of run: refills and evaluations, greedy completions beside others, continuations.
+RUNS = {"GRPO": ("1,none", "2,full"), "ReMax": ("1,none", "2,none"), "VinePPO": ("1,none", "2,none")}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def launched(policy: Path, folder: Path, processes: int, *arguments: str) -> Pat
 
 @pytest.fixture(scope="module")
 def pair(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = [f"{name},{size},{shard}" for name in RUNS for size, shard in ((1, "none"), (2, "full"))]
+    runs = [f"{name},{kind}" for name, kinds in RUNS.items() for kind in kinds]
     return launched(policy, tmp_path_factory.mktemp("pair"), 2, "1,2", *runs)
 
 
@@ -73,13 +78,73 @@ def test_a_shared_engine_gives_each_process_what_its_own_would(processes, proces
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", RUNS)
-def test_a_run_with_a_shared_engine_and_shards_has_the_metrics_of_one_without(algorithm, pair):
-    own, shared = (metrics_of(pair / f"{algorithm},{kind}") for kind in ("1,none", "2,full"))
+def test_a_run_with_a_shared_engine_has_the_metrics_of_one_without(algorithm, pair):
+    own, shared = (metrics_of(pair / f"{algorithm},{kind}") for kind in RUNS[algorithm])
     assert len(own) == len(shared) > 1
+    assert algorithm != "GRPO" or own[-1]["refill/completions"] > 0
     for one, other in zip(own, shared, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert other[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+LONG = """
+import logging
+import sys
+from pathlib import Path
+import common
+from common.sampling import vllm_engine
+from tests.toy import toy_trainer
+
+logging.basicConfig()
+logging.getLogger("nanorlhf").setLevel("INFO")
+settings = {"sampler": "vllm", "vllm_tensor_parallel": 2, "save_every": 1, "stop_grace": 1.0, "num_generations": 16}
+trainer = toy_trainer(Path(sys.argv[1]), Path(sys.argv[2]), max_completion_length=460, **settings)
+generate = vllm_engine.generate
+
+def said(*args):
+    print("begins", flush=True)
+    found = generate(*args)
+    print("ends", flush=True)
+    return found
+
+vllm_engine.generate = said
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_an_engine_leave_their_completions_together_when_a_signal_comes(tmp_path):
+    save_untrained(tmp_path / "policy", hidden_size=128, intermediate_size=64, num_hidden_layers=2)  # hardly ends
+    (tmp_path / "run.py").write_text(LONG)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.Popen(
+        [*command, str(tmp_path / "run.py"), str(tmp_path / "policy"), str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        said = ""
+        while "begins" not in said:
+            said += run.stdout.readline()
+        run.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        said += run.communicate(timeout=120)[0]
+    finally:
+        run.kill()
+    assert time.monotonic() - began < 60, (
+        said
+    )  # processes that wait for each other are killed after 30 s, or never end
+    assert "ends" not in said and "Gloo" not in said and said.count("SIGTERM: finishing step 1") == 1, said
+    assert said.count("SIGTERM: left after step 0 of 2") == 1, said
+
+
+@pytest.mark.parametrize(("size", "kept", "off"), [(1, True, False), (2, True, True), (2, False, False)])
+def test_vllm_sums_by_itself_only_where_its_buffers_can_be_shared(monkeypatch, size, kept, off):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", f"expandable_segments:{kept}")
+    assert ("disable_custom_all_reduce" in group_arguments(size)) == off
 
 
 def skeleton(**sizes: int) -> torch.nn.Module:

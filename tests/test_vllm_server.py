@@ -482,12 +482,9 @@ def test_weights_that_cannot_be_sent_to_the_end_are_known_on_the_other_side():
 
 def engine_of(server: Server) -> int:
     """The process of the server's engine."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
-    children = [
-        int(pid) for pid, parent, words in rows if int(parent) == server.process.pid and "tracker" not in words
-    ]
-    return children[0]
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    [engine] = (pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return int(engine)
 
 
 @pytest.mark.slow
@@ -499,7 +496,7 @@ def test_a_server_that_hangs_is_found_by_its_tokens(vllm_server, server_policy):
     stop.start()
     try:
         with pytest.raises(ServerFailed, match=r"has made no token for 2 s|no answer to /weight_info for 2 s"):
-            while True:
+            for _ in range(100):
                 server.generate(PROMPTS * 8, SAMPLED, num_generations=4, seeds=list(range(0, 480, 10)))
     finally:
         stop.join()
@@ -517,7 +514,7 @@ def test_a_server_that_ends_is_said_and_one_that_starts_again_gets_the_weights(v
     end = threading.Timer(0.3, vllm_server.kill)
     end.start()
     with pytest.raises(ServerFailed, match=r"no server is there|closed the connection"):
-        while True:
+        for _ in range(100):
             server.generate(PROMPTS * 8, SAMPLED, num_generations=4, seeds=list(range(0, 480, 10)))
     end.join()
     with pytest.raises(ServerFailed, match="no server is there"):

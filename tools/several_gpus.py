@@ -11,7 +11,7 @@ and what is assumed of them is in common/memory/constants.py. Models are the sha
 import argparse
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,6 +37,7 @@ SETTINGS = {"prompts_per_step": 512, "num_generations": 8, "max_prompt_length": 
 SETTINGS |= {"shard": "full", "gradient_checkpointing": True, "kl_coef": 0.0, "vllm_max_num_seqs": 512}
 SETTINGS |= {"max_tokens_per_microbatch": "auto", "vllm_memory_share": "auto"}
 TOKENS = Tokens(prompts=512, generations=8, prompt=200, completion=2000, longest=2000)
+CONTEXTS = tuple(1 << n for n in range(12, 18))
 # From the one that changes nothing to the one that trains something else.
 METHODS = {
     "all weights": {},
@@ -120,6 +121,18 @@ def line(size: str, gpus: int) -> Line | None:
     return None
 
 
+def longest(size: str, gpus: int, found: Line) -> int:
+    """The longest row that fits with the settings of a line, doubled from 4,096 tokens to 131,072."""
+    machine, most = Machine(card=card(CARD), processes=gpus, nodes=found.plan.nodes), 0
+    for context in CONTEXTS:
+        config = replace(found.config, max_completion_length=context - found.config.max_prompt_length)
+        cast = casting(size).cast(config, gpus)
+        if not make_plan(config, cast, machine, work=Work(config, gpus)).fits:
+            break
+        most = context
+    return most
+
+
 def fewest(size: str) -> int:
     """The fewest GPUs, doubled from one, on which all weights of a model are trained by adamw."""
     gpus = 1
@@ -132,7 +145,7 @@ def row(size: str, gpus: int) -> str:
     """A line of the table."""
     found = line(size, gpus)
     if found is None:
-        return f"| {size} | {gpus} | does not fit |{' |' * 10}"
+        return f"| {size} | {gpus} | does not fit |{' |' * 11}"
     plan = found.plan
     seconds = [f"{found.parts[name].seconds:.1f}" if name in found.parts else "" for name in ("sample", "update")]
     cells = [
@@ -141,6 +154,7 @@ def row(size: str, gpus: int) -> str:
         f"{PER_MACHINE * plan.host_peak.on_host / GB:,.0f}",
         f"{plan.choices.max_tokens_per_microbatch:,}",
         f"{plan.sequences}",
+        f"{longest(size, gpus, found) // 1024}K",
         *seconds,
         f"{found.parts['push'].seconds:.1f}",
         f"**{found.step:.0f}**",
@@ -152,14 +166,23 @@ def section() -> list[str]:
     """The table, and what it assumes."""
     found = rates(CARD)
     heads = ("model", "GPUs", "trained", "`vllm_tensor_parallel`", "state, GB", "most, GB", "host of a machine, GB")
-    heads += ("tokens of a micro-batch", "completions at once", "sample s", "update s", "push s", "s a step")
+    heads += (
+        "tokens of a micro-batch",
+        "completions at once",
+        "longest row",
+        "sample s",
+        "update s",
+        "push s",
+        "s a step",
+    )
     machines = {size: fewest(size) for size in MODELS}
     least = "; ".join(f"{size}: {gpus}" for size, gpus in machines.items())
     return [
         "**Computed, not measured.** A step of 512 prompts x 8 completions of 2,000 tokens each; H100 of 80 GB, eight "
         "in a machine; `shard=full`, gradient checkpointing, no KL. *state* is weights, gradients and moments of the "
         "policy on each GPU, *most* the plan's largest phase there. The first kind of training that fits is shown, "
-        "with the engines that make its step shortest.",
+        "with the engines that make its step shortest. *longest row*: prompt and completion, up to 128K, with which "
+        "these settings still fit.",
         "",
         f"| {' | '.join(heads)} |",
         "|---" * len(heads) + "|",

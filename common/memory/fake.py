@@ -54,10 +54,11 @@ class Phases:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one micro-batch allocates at most: with a backward pass, and without gradients."""
+    """What one micro-batch allocates at most: with a backward pass, also by phase, and without gradients."""
 
     training: int
     forward: int
+    phases: dict[str, int] = field(default_factory=dict)
 
 
 def measured(
@@ -76,7 +77,7 @@ def measured(
             f"{config.model_type} cannot be predicted: its code needs the numbers of its tensors, or torch does not "
             f"know the shape of what an operator gives ({first_line(error)})."
         ) from error
-    return Measured(training=training.peak, forward=forward.peak)
+    return Measured(training=training.peak, forward=forward.peak, phases=training.peaks)
 
 
 def extended_passes(

@@ -72,8 +72,8 @@ def key(settings: PassSettings) -> str:
 
 def formula(
     config: transformers.PreTrainedConfig, settings: PassSettings, *, tokens: int, completion_tokens: int
-) -> tuple[int, int] | None:
-    """Bytes of a pass with gradients and of one without; None if there is no formula for the model or the settings.
+) -> tuple[dict[str, int], int] | None:
+    """Bytes of a pass with gradients, by phase, and of one without; None if there is no formula for these.
 
     Args:
         config: of the model.
@@ -87,10 +87,10 @@ def formula(
         return None
     found = sizes(config, settings, tokens=tokens, completion_tokens=completion_tokens)
     training, forward = (
-        round(max(sum(value * found[name] for name, value in phase.items()) for phase in fitted[kind].values()))
+        {phase: round(sum(by * found[name] for name, by in sums.items())) for phase, sums in fitted[kind].items()}
         for kind in ("training", "forward")
     )
-    return training, forward
+    return training, max(forward.values())
 
 
 @cache

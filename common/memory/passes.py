@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -47,11 +47,13 @@ class PassBytes:
         training: peak of a forward and a backward pass.
         forward: peak of a forward pass without gradients.
         source: "formula" or "fake layers".
+        phases: peak of each phase of the pass with a backward pass; empty: not known apart.
     """
 
     training: int
     forward: int
     source: str
+    phases: dict[str, int] = field(default_factory=dict)
 
 
 def pass_bytes(
@@ -77,6 +79,7 @@ def pass_bytes(
     tokens, completions = rows * row_tokens, rows * completion_tokens
     if known := formula(config, settings, tokens=tokens, completion_tokens=completions):
         training, forward = known
-        return PassBytes(training=training, forward=forward, source="formula")
+        most = max(training.values())
+        return PassBytes(training=most, forward=forward, source="formula", phases=training)
     found = measured(config, settings, rows=rows, row_tokens=row_tokens, completion_tokens=completion_tokens)
-    return PassBytes(training=found.training, forward=found.forward, source="fake layers")
+    return PassBytes(training=found.training, forward=found.forward, source="fake layers", phases=found.phases)

@@ -348,8 +348,7 @@ def _forward_phases(room: _Room, config: RLConfig, cast: Cast, work: Work) -> It
 def _update(room: _Room, model: Tenant, work: Work) -> Phase:
     """Forward and backward passes, then the optimizer's step, which needs no activations."""
     size: PassBytes = work.of(model, room.choices.max_tokens_per_microbatch)
-    gathered = model.gathered.training
-    passes = max(size.training, model.gathered.start - gathered)
+    gathered, passes = model.gathered.beside(size)
     own = {f"gradients of {model.name}": model.gradients}
     own |= {"gathered": gathered, "passes": passes} if gathered + passes >= model.step else {}
     own |= {"optimizer step": model.step} if gathered + passes < model.step else {}

@@ -135,11 +135,12 @@ def server(plan: Plan, config: RLConfig) -> str:
     )
     if plan.card.kind == "cpu":
         return need
-    left = constants.VLLM_LARGEST_SHARE * plan.card.total - engine.weights - engine.work
+    share = constants.VLLM_LARGEST_SHARE if config.vllm_memory_share == AUTO else config.vllm_memory_share
+    left = share * plan.card.total - engine.weights - engine.work
     if left < engine.sequence:
-        return f"{need}; that is more than {plan.card.name} has, so its weights have to be shared by several"
+        return f"{need}; {share:g} of {plan.card.name} has no room for that: pass a larger --vllm_tensor_parallel"
     rows = f": room for {math.floor(left / engine.sequence)} at a time" if engine.sequence else ""
-    return f"{need}; with {constants.VLLM_LARGEST_SHARE:g} of {plan.card.name}{rows}"
+    return f"{need}; with {share:g} of {plan.card.name}{rows}"
 
 
 def _table(plan: Plan) -> list[str]:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.config import RLConfig
 from common.memory import constants
-from common.memory.passes import PassSettings
+from common.memory.passes import PassBytes, PassSettings
 from common.models.configs import setting
 from common.models.loading import trained_dtype
 from common.models.lora import adapted_modules
@@ -133,13 +133,31 @@ class Gathered:
     Attributes:
         start: when a pass begins, before it has activations.
         forward: in a layer of a pass without gradient.
-        training: when a backward pass begins, or in its layers: with the gradients of one, and those of the one before
-            on their way to their parts. Gradients of embedding and head wait for the end; they count as the pass's.
+        layers: in a layer of a backward pass: with its gradients, and those of the one before on their way to their
+            parts. Gradients of embedding and head wait for the end; they count as the pass's.
+        rest: after the first layer, where only its gradients are still on their way.
+        end: when gradients of embedding and head are on their way, and all else of the pass is gone.
     """
 
     start: int = 0
     forward: int = 0
-    training: int = 0
+    layers: int = 0
+    rest: int = 0
+    end: int = 0
+
+    def beside(self, size: PassBytes) -> tuple[int, int]:
+        """Bytes of what is gathered and of a pass with gradients, where both together are the most.
+
+        Args:
+            size: of the pass alone.
+        """
+        if not self.layers:
+            return 0, size.training
+        gathered = {"backbone": self.forward, "head gradient": self.start, "layer gradients": self.layers}
+        gathered["rest"] = self.rest
+        both = [(gathered[name], peak) for name, peak in size.phases.items() if name in gathered]
+        both = both or [(max(self.start, self.layers), size.training)]
+        return max([*both, (self.start, 0), (self.end, 0)], key=sum)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,9 +275,14 @@ def _gathered(sizes: Sizes, dtype: torch.dtype, *, has_adapter: bool, has_head: 
     root = (sizes.root[0] - (0 if has_head else sizes.head), sizes.root[1])
     gathered = [sum(each) if has_adapter else each[0] for each in (sizes.block, root)]
     block, outside = (dtype.itemsize * each for each in gathered)
-    gradients = (dtype.itemsize + FLOAT32) * sizes.block[1 if has_adapter else 0]
-    start, layers = 2 * outside + block, outside + 2 * block
-    return Gathered(start=start, forward=layers, training=max(start, layers + gradients))
+    trained, trained_outside = (each[1 if has_adapter else 0] for each in (sizes.block, root))
+    return Gathered(
+        start=2 * outside + block,
+        forward=outside + 2 * block,
+        layers=outside + 2 * block + (dtype.itemsize + FLOAT32) * trained,
+        rest=outside + FLOAT32 * trained,
+        end=(dtype.itemsize + FLOAT32) * trained_outside,
+    )
 
 
 def _training(

@@ -68,10 +68,15 @@ class Work:
         ends = [self._predicted(model, each) for each in (low, high)]
         part = (rows - low) / max(high - low, 1)
         self.sources |= {first.source}
+
+        def between(low: int, high: int) -> int:
+            return round(low + part * (high - low))
+
         return PassBytes(
-            training=round(ends[0].training + part * (ends[1].training - ends[0].training)),
-            forward=round(ends[0].forward + part * (ends[1].forward - ends[0].forward)),
+            training=between(*(each.training for each in ends)),
+            forward=between(*(each.forward for each in ends)),
             source=first.source,
+            phases={name: between(size, ends[1].phases[name]) for name, size in ends[0].phases.items()},
         )
 
     def _assumed(self, model: Tenant, rows: int) -> PassBytes:

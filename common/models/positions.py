@@ -49,7 +49,7 @@ def check_room(model: transformers.PreTrainedModel, config: RLConfig) -> None:
                 f"{min(config.max_prompt_length, length // 2)} --max_completion_length "
                 f"{min(config.max_completion_length, length // 2)}, or another --model."
             )
-    is_refused = not kinds or (config.sampler == "vllm" and set(kinds) == {"default"})
+    is_refused = not kinds or (config.sampler != "transformers" and set(kinds) == {"default"})
     if context is not None and needed > context and is_refused:
         raise ValueError(
             f"max_prompt_length={config.max_prompt_length} and max_completion_length={config.max_completion_length}: "

@@ -230,11 +230,6 @@ class Run:
         if lost:
             raise lost
 
-    def is_left(self) -> None:
-        """This process is about to end where nothing can be closed: it has said why."""
-        if self._held:
-            ended.end(self.folder)
-
     def _let_go(self, error: BaseException | None) -> CannotWrite | None:
         """Draw the curves and release the folder. If the folder is gone, that says more than an error of a writer."""
         try:
@@ -407,10 +402,11 @@ class Run:
             self._make_room()
             return checkpoints.begin_checkpoint(self.folder, self._saved_as)
 
-        def fill(folder: Path) -> None:
-            parts.write_parts(folder / parts.PARTS_FOLDER, tensors)
+        def write_policy(folder: Path) -> None:
             with self._uses[checkpoints.POLICY_FOLDER]():
                 save_parts(policy, tokenizer, folder / checkpoints.POLICY_FOLDER)
+
+        fills = [lambda folder: parts.write_parts(folder / parts.PARTS_FOLDER, tensors), write_policy]
 
         def complete(folder: Path, digests: dict[str, str]) -> None:
             writers = self._writers(tokenizer) | {parts.PARTS_FOLDER: self._describe_parts}
@@ -419,7 +415,7 @@ class Run:
             state = {"writers": writers, "state": self._state, "digests": digests}
             checkpoints.complete_checkpoint(folder, self._saved_as, **state)
 
-        self._write_together(begin, fill, complete)
+        self._write_together(begin, fills, complete)
         self._on_main(self._end_save)
 
     def _split(self, name: str) -> tuple[dict, dict[str, Tensor]]:
@@ -477,11 +473,18 @@ class Run:
         """Write final/, the policy after the last step, and send it to the hub if asked."""
         policy = self._learners["policy"][1]
 
-        def fill(folder: Path) -> None:
+        def write_policy(folder: Path) -> None:
             with self._uses["policy"]() if self._is_spread else nullcontext():
                 save_model(policy, tokenizer, folder)
-            for name, save in self._exports.items():
-                save(folder / f"{name}_model")
+
+        exports = [
+            lambda folder, n=name, save=save: save(folder / f"{n}_model") for name, save in self._exports.items()
+        ]
+        fills = [write_policy, *exports]
+
+        def fill(folder: Path) -> None:
+            for write in fills:
+                write(folder)
 
         patience = self.config.early_stopping_patience
         state = {"stopped_early": self.stopped_early, "early_stopping_patience": patience, "best": self.best}
@@ -502,7 +505,7 @@ class Run:
             checkpoints.complete_final(folder, step, digests=digests, **state)
 
         if self._is_spread:
-            self._write_together(begin, fill, complete)
+            self._write_together(begin, fills, complete)
         else:
             self._on_main(save)
         self.accelerator.wait_for_everyone()
@@ -533,14 +536,15 @@ class Run:
     def _write_together(
         self,
         begin: Callable[[], Path | None],
-        fill: Callable[[Path], None],
+        fills: Sequence[Callable[[Path], None]],
         complete: Callable[[Path, dict[str, str]], None],
     ) -> None:
         """Have all processes write into one folder. All raise what one of them raises, and nothing is left then.
 
         Args:
             begin: called by the main process; gives the folder, or None if there is nothing to write.
-            fill: called by all, with the folder. What processes do together there comes before what can fail in one.
+            fills: each is called by all, with the folder, once the one before has gone well in all of them. Within
+                one, what processes do together comes before what can fail in one of them.
             complete: called by the main process, with the folder and digests of what is in it by then.
         """
         begun: list[Path | None] = [None]
@@ -556,7 +560,8 @@ class Run:
             digests.update(digests_of(folder, names_of_files(folder)[process::num_processes]))
 
         try:
-            self._in_all(lambda: written(target, lambda: fill(folder), tries_again=False))
+            for fill in fills:
+                self._in_all(lambda fill=fill: written(target, lambda: fill(folder), tries_again=False))
             self._in_all(digest)
             known = {name: each for of_one in gather_object([digests]) for name, each in of_one.items()}
             self._on_main(lambda: written(target, lambda: complete(folder, known), tries_again=False))

@@ -169,7 +169,9 @@ class Soundness:
                 "step %d: log-probs of sampler and trainer differ by %.2g on average, and rounding in %s explains "
                 "%g: they may not run the same model.%s",
                 *(step, difference, self._dtype_name, bound),
-                " --sampler transformers shows whether vLLM is the cause." if self._config.sampler == "vllm" else "",
+                " --sampler transformers shows whether vLLM is the cause."
+                if self._config.sampler != "transformers"
+                else "",
             )
         for name, value in metrics.items():
             is_ours = "logged/" not in name and name not in (RATIO, DIFFERENCE)  # reward functions log what they like
@@ -224,7 +226,7 @@ class Soundness:
         attention, causes = self._config.attn_implementation, []
         if lagged:
             causes.append("* the last update changed the policy beyond what a lag allows: a lower --learning_rate")
-        if self._config.sampler == "vllm":
+        if self._config.sampler != "transformers":
             causes.append("* vLLM computes this architecture in another way (rope, window, experts, logit scaling)")
             if attention != "eager" and math.isfinite(difference):
                 causes.append(
@@ -239,7 +241,7 @@ class Soundness:
         return "Likely causes:\n" + "\n".join(causes)
 
     def _way_out(self) -> str:
-        if self._config.sampler == "vllm":
+        if self._config.sampler != "transformers":
             return f"--sampler transformers samples from the policy itself. {_KEEPS}."
         return f"--attn_implementation eager --dtype float32 is the most exact that there is. {_KEEPS}."
 

@@ -50,6 +50,7 @@ class Stopping:
 
     Attributes:
         is_lost: another process is gone, so that this one cannot finish anything that all take part in.
+        is_ending: the last step is done, and other processes may end before this one.
         number: of the signal that came, here or in another process; None: nothing has to stop.
         together: a step is left only where processes meet, since they write their checkpoint together. In between,
             one that left could leave another in an exchange of the step.
@@ -71,7 +72,7 @@ class Stopping:
 
     def _reset(self) -> None:
         self.number: int | None = None
-        self.is_lost = False
+        self.is_lost = self.is_ending = False
         self._came = self._deadline = 0.0
         self._window = self._agreed = False
         self._update_began: float | None = None
@@ -153,6 +154,7 @@ class Stopping:
     def begin_end(self) -> None:
         """The last step is done: only the final model is written, which a signal does not keep from it."""
         self._doing, self._window = "writing final/, which ends the run", False
+        self.is_ending = True
 
     @contextmanager
     def window(self, doing: str | None = None) -> Iterator[None]:
@@ -172,6 +174,10 @@ class Stopping:
     def is_leaving(self) -> bool:
         """Whether the main thread knows that it has to leave."""
         return self.number is not None or self.is_lost
+
+    def is_away(self) -> bool:
+        """Whether it is no fault if another process ends before this one, or the main thread knows of it."""
+        return self.is_leaving or self.is_ending
 
     @contextmanager
     def held(self) -> Iterator[Callable[[], int]]:

@@ -7,6 +7,7 @@ imports peft, and `check_sampling` imports vLLM if that samples; each takes seco
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
+import math
 import os
 
 import torch
@@ -118,7 +119,8 @@ def why_no_parts(config: transformers.PreTrainedConfig, size: int) -> str | None
         width = setting(config, name)
         if isinstance(width, int) and width % size:
             return f"{name} {width}, no multiple of {size}"
-    rows = -(-config.vocab_size // _VOCABULARY_STEP) * _VOCABULARY_STEP
-    if rows % size:
-        return f"a vocabulary of {config.vocab_size}, which vLLM fills up to {rows}, no multiple of {size}"
-    return None
+    vocabulary = setting(config, "vocab_size") or 0
+    rows = math.ceil(vocabulary / _VOCABULARY_STEP) * _VOCABULARY_STEP
+    return (
+        f"a vocabulary of {vocabulary}, which vLLM fills up to {rows}, no multiple of {size}" if rows % size else None
+    )

@@ -137,6 +137,7 @@ async def _ask(client: ServerClient, asked: list[Request], put: Callable[[Any], 
         finally:
             watch.cancel()
             work.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
 
 
 async def _watch(client: ServerClient) -> None:

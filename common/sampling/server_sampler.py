@@ -183,7 +183,7 @@ class ServerSampler:
                     logger.exception("%s", problem)
             for _ in stream:  # what is made of all processes' parts, all must make
                 pass
-            _of_main_process(lambda: _raise(problem))
+            version = _of_main_process(lambda: _said(version, problem))
         except BaseException:
             self._transfer = None  # the server's end is closed
             raise
@@ -225,9 +225,11 @@ class ServerSampler:
         """See Sampler. It never sleeps."""
 
 
-def _raise(problem: str | None) -> None:
+def _said(version: str, problem: str | None) -> str:
+    """The version that was pushed, if there was no problem."""
     if problem is not None:
         raise ServerFailed(problem)
+    return version
 
 
 def _num_processes() -> int:

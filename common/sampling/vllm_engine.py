@@ -84,15 +84,23 @@ def create_engine(settings: EngineSettings) -> Engine:
         engine = _create(settings, arguments, shapes, config)
     except Refused as refusal:
         if supported.using_transformers_backend() or vllm_support.has_routing_bias(shapes):
-            raise
+            raise _with_way_out(refusal, settings) from refusal.__cause__
         try:
             engine = _create(settings, arguments | {"model_impl": "transformers"}, shapes, config)
         except Refused:
-            raise refusal from None
+            raise _with_way_out(refusal, settings) from None
         logger.info("%s It samples from transformers' own class instead, which is slower.", refusal.reason)
     # After an exception it would print 30 kB of engine state. Set here, because LLM() configures the parent logger.
     logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
     return engine
+
+
+def _with_way_out(refusal: Refused, settings: EngineSettings) -> Refused:
+    """The refusal; that of an engine of several processes says that one of a single process may do."""
+    if settings.tensor_parallel == 1:
+        return refusal
+    remedy = "Pass --vllm_tensor_parallel 1, if vLLM runs the model but not in parts, or --sampler transformers."
+    return Refused(f"{refusal.reason} (vllm_tensor_parallel={settings.tensor_parallel})", remedy)
 
 
 def _create(

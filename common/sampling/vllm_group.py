@@ -26,6 +26,9 @@ Something = TypeVar("Something")
 # Steps of the engine between two moments at which its processes ask each other whether one has to leave.
 _STEPS_BETWEEN = 8
 
+# Where torch reads settings of its allocator, under its old name and its new one.
+_OF_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
 
 @dataclass(kw_only=True, frozen=True)
 class Request:
@@ -132,7 +135,7 @@ def group_arguments(size: int) -> dict[str, Any]:
     if size == 1:
         return {}
     arguments: dict[str, Any] = {"tensor_parallel_size": size}
-    if "expandable_segments:True" in os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+    if any("expandable_segments:True" in os.environ.get(name, "") for name in _OF_ALLOCATOR):
         # vLLM's own all-reduce hands its buffers to other processes in a way that such memory does not have, and ends
         # the process with "custom_all_reduce.cuh: invalid argument" (github.com/vllm-project/vllm/issues/42609).
         arguments["disable_custom_all_reduce"] = True

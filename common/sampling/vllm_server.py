@@ -5,6 +5,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from common.models.weights import checkpoint_shapes
 from common.sampling import vllm_startup, vllm_support
 from common.sampling.server_client import QUICK, ModelIdentity, ServerClient, ServerFailed
 from common.sampling.vllm_server_worker import FILE_VARIABLE, GLOO, Served, enter_corrections
+from common.sampling.vllm_memory import start_remedy
 from common.sampling.vllm_startup import EngineSettings
 from common.sampling.vllm_trial import Refused
 
@@ -50,6 +52,8 @@ def main() -> None:
     import uvloop
 
     settings = ServerSettings(**json.loads(sys.argv[1]))
+    if os.environ.get("VLLM_LOGGING_LEVEL") == "ERROR":  # nobody asked for more
+        logging.disable(logging.WARNING)
     try:
         uvloop.run(_serve(settings))
     except (Refused, ValueError) as error:
@@ -109,8 +113,10 @@ async def _run(arguments: dict[str, Any], settings: ServerSettings) -> str | Non
     launcher = _launcher()
     args = _namespace(arguments, settings)
     address, listening = launcher.setup_server(args, reuse_port=False)
+    is_built = False
     try:
         async with launcher.build_async_engine_client(args) as client:
+            is_built = True
             results = await client.collective_rpc("nanorlhf_try_out")
             refusals = [result["refused"] for result in results if result]
             if refusals:
@@ -120,6 +126,11 @@ async def _run(arguments: dict[str, Any], settings: ServerSettings) -> str | Non
             shutdown = await launcher.build_and_serve(client, address, listening, args)  # returns when it ends
             announced.cancel()
         await shutdown
+    except RuntimeError as error:  # of the engine's process, which has printed its own
+        if is_built:
+            raise
+        text = f"vLLM cannot build {settings.named}: {first_line(error)}. What its engine printed above says why."
+        return f"{text} {start_remedy(error) or 'Pass --sampler transformers to the run.'}"
     finally:
         listening.close()
     return None
