@@ -24,6 +24,7 @@ from common.models.loading import load_policy, load_reference
 from common.models.parts import rows_of, spread
 from common.models.weights import gathered, policy_weights
 from common.sampling.pushing import push_policy
+from common.sampling.server_sampler import ServerSampler
 from common.sharding import is_part
 from PPO.value_model import load_scored_value_model, load_value_model
 from tests.toy import toy_config
@@ -159,6 +160,18 @@ class Failing:
                 raise self.error
 
 
+class WithoutServer(ServerSampler):
+    """The sampler on a server, whose transfer ends at the third tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(client=None, about=None)
+
+    def _push(self, tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        for number, _ in enumerate(tensors):
+            if number == 2:
+                raise OSError("the network is gone")
+
+
 def main() -> None:
     """Try every case."""
     folder, file = Path(sys.argv[1]), Path(sys.argv[2])
@@ -200,6 +213,7 @@ def main() -> None:
         ("second", Failing((1,), RuntimeError("no room for it"))),
         ("both", Failing((0, 1), WrongNumbers("NaN"))),
         ("leaves early", Failing((0,), None)),
+        ("server", WithoutServer()),
     ):
         note(f"push fails: {name}", message_of(lambda sampler=sampler: push_policy(sampler, policy, None)))
     if is_main:

@@ -138,6 +138,8 @@ def test_a_process_whose_sampler_does_not_take_a_push_ends_all_with_a_message(fo
     )
     assert found["push fails: both"] == ["WrongNumbers: NaN"] * 2
     assert found["push fails: leaves early"] == ["", ""]
+    main, other = found["push fails: server"]
+    assert main == other and main.startswith("ServerFailed: push of the policy's weights: the main process could not")
 
 
 @pytest.mark.slow

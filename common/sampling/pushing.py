@@ -31,7 +31,7 @@ def push_policy(sampler: Sampler, model: nn.Module, on_device: OnDevice | None) 
     if not is_sharded(without_adapter(model)):
         sampler.push(policy_weights(model, on_device))
         return
-    weights = _Weights(policy_weights(model, on_device, sampler.weights_dtype))
+    weights = Watched(policy_weights(model, on_device, sampler.weights_dtype))
     failure = None
     try:
         sampler.push(weights)
@@ -45,8 +45,15 @@ def push_policy(sampler: Sampler, model: nn.Module, on_device: OnDevice | None) 
     _fail_together(failure)
 
 
-class _Weights:
-    """The weights, for whoever takes them; knows whether making one of them failed."""
+class Watched:
+    """The weights of a push, for whoever takes them; knows whether making one of them failed.
+
+    Args:
+        weights: (checkpoint name, tensor).
+
+    Attributes:
+        is_broken: making one raised, so that there are no more.
+    """
 
     def __init__(self, weights: Iterator[tuple[str, Tensor]]) -> None:
         self._weights = weights

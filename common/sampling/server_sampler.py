@@ -17,6 +17,7 @@ from torch import Tensor
 from common.config import RLConfig
 from common.rollouts import Completion
 from common.sampling.protocol import Finished, SamplingSettings, check_request
+from common.sampling.pushing import Watched
 from common.sampling.server_client import About, ServerClient, ServerFailed, check_model, check_server
 from common.sampling.server_push import Transfer, connect, start
 from common.sampling.server_requests import answers, requests
@@ -59,6 +60,7 @@ class ServerSampler:
     """
 
     needs_push, samples_apart, resident_bytes = True, True, 0
+    weights_dtype = None  # which of its matrices the server keeps in float32, it does not say
 
     def __init__(self, client: ServerClient, about: About) -> None:
         self._client, self._about = client, about
@@ -163,17 +165,22 @@ class ServerSampler:
         """See Sampler. All processes together: each makes every tensor, and the main one sends it.
 
         Raises:
-            ServerFailed: on all processes, if the server did not take all weights.
+            ServerFailed: on all processes, if the server did not get all weights.
             WrongNumbers: a weight is NaN.
         """
         self._version, version = None, f"{self._run}-{self._number + 1}"
-        stream, problem = without_nan(weights), None
+        stream, problem = Watched(without_nan(weights)), None
         try:
             if _is_main_process():
                 try:
                     self._push(stream, version)
                 except ServerFailed as error:
                     problem = str(error)
+                except Exception as error:
+                    if stream.is_broken:  # all processes raise it, or wait for a tensor until this one has ended
+                        raise
+                    problem = f"push of the policy's weights: the main process could not send them: {error!r}."
+                    logger.exception("%s", problem)
             for _ in stream:  # what is made of all processes' parts, all must make
                 pass
             version = _of_main_process(lambda: _said(version, problem))
