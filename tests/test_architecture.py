@@ -22,7 +22,7 @@ ORDER = [
     *("common.losses", "common.advantages"),
     *("common.remarks", "common.rollouts", "common.seeds", "common.config", "common.foreign_names"),
     *("common.values", "common.mistakes", "common.moved", "common.environment", "common.caches", "common.host"),
-    *("common.yaml_files", "common.terminal", "common.others", "common.signals", "common.processes"),
+    *("common.yaml_files", "common.others", "common.terminal", "common.signals", "common.processes"),
 ]
 # What an algorithm's folder may import besides itself. models: to bring a model of its own; tasks: the type Task.
 FOR_ALGORITHMS = {

@@ -31,7 +31,7 @@ def test_a_run_one_of_whose_processes_is_killed_says_so_once_and_goes_on_by_itse
     settings = {"num_steps": 3, "save_every": 1}
     command = [*LAUNCH, "--nproc_per_node=2", "--max-restarts=1", "tests/lost_process.py"]
     run = [str(tiny_folder), str(tmp_path / "run"), json.dumps(settings), "60", "SIGKILL:1:3:update"]
-    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True, "timeout": 200}
+    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "capture_output": True, "text": True, "timeout": 400}
     done = subprocess.run([*command, *run], **options)
     assert done.returncode == 0, done.stderr
     said = re.findall(r"^error: .*\n.*\n.*\n.*$", done.stderr, re.MULTILINE)
@@ -87,7 +87,7 @@ def test_processes_with_other_settings_code_or_another_folder_are_refused_before
 ):
     (tmp_path / "unlike.py").write_text(UNLIKE)
     command = [*LAUNCH, "--nproc_per_node=2", str(tmp_path / "unlike.py"), str(tiny_folder), str(tmp_path)]
-    options = {"env": os.environ | ENVIRONMENT, "capture_output": True, "text": True, "timeout": 200}
+    options = {"env": os.environ | ENVIRONMENT, "capture_output": True, "text": True, "timeout": 400}
     done = subprocess.run(command, **options)
     assert done.returncode == 0, done.stderr
     said, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -128,6 +128,8 @@ def child():
 def two(child, monkeypatch):
     """This process and the child are the processes of a run, also for the module."""
     monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    for name in ("_UNTIL_GONE", "_UNTIL_LOWEST_SPOKE"):
+        monkeypatch.setattr(others, name, 0.1)
     found = Others(1 / 60, Path("/runs/mine"), lambda: "the same command continues from checkpoint-7")
     place = own_place()
     found.meet([place, place._replace(pid=child.pid, started=process_state(child.pid).started)], 0)

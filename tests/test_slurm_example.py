@@ -50,7 +50,7 @@ def test_the_script_for_slurm_goes_on_after_a_kill_on_two_nodes_as_one_process_w
     run = ["tests/lost_process.py", str(tiny_folder), str(tmp_path / "run"), json.dumps(settings), "60"]
     run.append("SIGKILL:1:3:sampling")
     options = {"cwd": ROOT, "env": os.environ | slurm | {"PATH": path}, "capture_output": True, "text": True}
-    done = subprocess.run(["bash", str(SCRIPT), *run], timeout=200, **options)
+    done = subprocess.run(["bash", str(SCRIPT), *run], timeout=400, **options)
     assert done.returncode == 0, done.stderr
     assert "without TORCH_DISABLE_SHARE" not in done.stderr
     assert len(re.findall("^error: ", done.stderr, re.MULTILINE)) == 1, done.stderr
