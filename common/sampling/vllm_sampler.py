@@ -100,7 +100,8 @@ class VLLMSampler:
     def _check_size(self, num_rows: int) -> None:
         """Say once that a request is larger than what there is memory for, if more could have been asked for."""
         at_once = self._settings.num_seqs_on_cpu
-        if self._is_small and num_rows > at_once and not torch.cuda.is_available():
+        is_first = self._engine.group.place == 0  # the others have the same request
+        if self._is_small and is_first and num_rows > at_once and not torch.cuda.is_available():
             self._is_small = False
             logger.warning(
                 "a request of %d completions: vLLM has memory for %d, which was said to be the most, and samples so "
