@@ -1,13 +1,13 @@
 """The update of a policy that is spread over processes, on the CPU: what its process takes, beside the plan's bytes.
 
-For `torchrun -m tests.sharded_set [lora]`. The main process prints a line of JSON, in bytes: what the plan has for
-weights and moments, and above them for gradients, what is gathered and passes; and what every process took for both.
+For `torchrun -m tests.sharded_set`. The main process prints a line of JSON for all weights and one for an adapter, in
+bytes: what the plan has for weights and moments, and above them for gradients, what is gathered and passes; and what
+every process took for both.
 """
 
 import ctypes
 import gc
 import json
-import sys
 from collections.abc import Callable
 
 import torch
@@ -39,10 +39,17 @@ ROW, COMPLETION = 256, 128
 
 def main() -> None:
     accelerator = Accelerator(cpu=True)
+    for use_lora in (False, True):
+        measure(accelerator, use_lora=use_lora)
+    accelerator.state.destroy_process_group()
+
+
+def measure(accelerator: Accelerator, *, use_lora: bool) -> None:
+    """Print the line of one kind of training."""
     processes = accelerator.num_processes
     config = GRPOConfig(
         **{"model": "x", "max_prompt_length": ROW - COMPLETION, "max_completion_length": COMPLETION},
-        **{"use_lora": "lora" in sys.argv, "lora_r": 16, "gradient_checkpointing": True, "kl_coef": 0.0},
+        **{"use_lora": use_lora, "lora_r": 16, "gradient_checkpointing": True, "kl_coef": 0.0},
     )
     rollouts = rows_of(2, ROW, COMPLETION)
     rollouts.advantages += 1.0
@@ -53,7 +60,7 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa")
         sizes = Sizes.of(model, config)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.use_lora:
+        if use_lora:
             model = add_adapter(model, config, task_type="CAUSAL_LM")
         shard(without_adapter(model), accelerator.device)
         trained = Learner("policy", model, config)
@@ -71,18 +78,16 @@ def main() -> None:
     sizes, update = policy(CONFIG)
     start = settled(reset=True)
     update(2)
-    taken = {"held": start - before, "grown": resident("VmHWM") - start}
-    found = gather_object([taken])
+    found = gather_object([{"held": start - before, "grown": resident("VmHWM") - start}])
     if accelerator.is_main_process:
         numbers = Numbers(dtype=torch.float32, processes=processes, spread=processes, attention="sdpa", is_fused=False)
         tenant = learner("policy", sizes, config, numbers)
         gathered, passes = tenant.gathered.beside(Work(config, processes).of(tenant, 2 * ROW))
         grown = tenant.gradients + max(gathered + passes, tenant.step)
         planned = {"held": tenant.weights + tenant.moments, "grown": grown}
-        parts = {"gradients": tenant.gradients, "gathered": gathered, "passes": passes}
-        parts |= {"step": tenant.step, "weights": tenant.weights, "parameters": sizes.parameters}
+        parts = {"gradients": tenant.gradients, "gathered": gathered, "passes": passes, "weights": tenant.weights}
+        parts["parameters"] = sizes.parameters
         print(json.dumps({"planned": planned, "taken": found, "parts": parts}), flush=True)
-    accelerator.state.destroy_process_group()
 
 
 def settled(*, reset: bool = False) -> int:

@@ -374,14 +374,15 @@ def test_two_processes_take_what_is_planned_for_a_policy_that_is_spread():
         pytest.skip("this kernel does not reset the peak of the resident set: no /proc/self/clear_refs to write to")
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for method in ("full", "lora"):
-        done = subprocess.run(
-            [*words, "-m", "tests.sharded_set", method],
-            **{"cwd": ROOT, "env": env, "capture_output": True, "text": True, "check": True, "timeout": 300},
-        )
-        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    done = subprocess.run(
+        [*words, "-m", "tests.sharded_set"],
+        **{"cwd": ROOT, "env": env, "capture_output": True, "text": True, "check": True, "timeout": 300},
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 2
+    for found in lines:
         planned = found["planned"]
         assert 4 * found["parts"]["parameters"] * 0.5 == pytest.approx(found["parts"]["weights"], rel=0.05)
         for taken in found["taken"]:
-            assert planned["held"] <= taken["held"] <= 1.03 * planned["held"] + 20e6
+            assert planned["held"] <= taken["held"] <= 1.1 * planned["held"]
             assert 0.85 * planned["grown"] <= taken["grown"] <= 1.05 * planned["grown"]
