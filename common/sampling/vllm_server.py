@@ -22,8 +22,8 @@ from common.models.configs import read_config
 from common.models.weights import checkpoint_shapes
 from common.sampling import vllm_startup, vllm_support
 from common.sampling.server_client import QUICK, ModelIdentity, ServerClient, ServerFailed
-from common.sampling.vllm_server_worker import FILE_VARIABLE, GLOO, Served, enter_corrections
 from common.sampling.vllm_memory import start_remedy
+from common.sampling.vllm_server_worker import FILE_VARIABLE, GLOO, Served, enter_corrections
 from common.sampling.vllm_startup import EngineSettings
 from common.sampling.vllm_trial import Refused
 
