@@ -38,33 +38,40 @@ def check_sharding(config: RLConfig, num_processes: int) -> None:
     Raises:
         ValueError: which setting it is, why, and what to pass.
     """
-    if config.shard != "full" or num_processes == 1:
-        return
-    given = f"shard=full on {num_processes} processes"
+    if config.shard == "full" and num_processes > 1 and (reason := why_not_spread(config, num_processes)):
+        raise ValueError(f"shard=full on {num_processes} processes, {reason}, or --shard none.")
+
+
+def why_not_spread(config: RLConfig, num_processes: int) -> str | None:
+    """The setting that cannot work on shards, why, and what to pass instead; None: models may be spread.
+
+    Args:
+        config: the run's, whatever its `shard`.
+        num_processes: at least two.
+    """
     if config.sampler == "transformers":
-        raise ValueError(
-            f"{given}, sampler=transformers: it runs the policy once per token, and each pass gathers the policy from "
-            "all processes, which end their completions at different tokens and would wait for each other forever. "
-            "Pass --sampler vllm, or --shard none."
+        return (
+            "sampler=transformers: it runs the policy once per token, and each pass gathers the policy from all "
+            "processes, which end their completions at different tokens and would wait for each other forever. Pass "
+            "--sampler vllm"
         )
     if config.load_in_4bit:
-        raise ValueError(
-            f"{given}, load_in_4bit=true: packed weights and their scales cannot be spread row by row. Pass "
-            f"--load_in_4bit false, with which each process holds one part in {num_processes} of the base, or "
-            "--shard none."
+        return (
+            "load_in_4bit=true: packed weights and their scales cannot be spread row by row. Pass --load_in_4bit "
+            f"false, with which each process holds one part in {num_processes} of the base"
         )
     if config.optimizer == "adamw_8bit":
-        raise ValueError(
-            f"{given}, optimizer=adamw_8bit: 256 moments in a row have one scale, and the parts of a tensor cut those "
-            "rows elsewhere, so the number of processes would change the result. Pass --optimizer adamw, which needs "
-            f"{8 / num_processes:.3g} bytes per weight for its moments here, or --shard none."
+        return (
+            "optimizer=adamw_8bit: 256 moments in a row have one scale, and the parts of a tensor cut those rows "
+            "elsewhere, so the number of processes would change the result. Pass --optimizer adamw, which needs "
+            f"{8 / num_processes:.3g} bytes per weight for its moments here"
         )
     if shared := [model.name for model in config.other_models if model.shares_base]:
-        raise ValueError(
-            f"{given}, the {shared[0]} model on the policy's base: its adapter would come into layers that are spread "
-            f"already. Pass --{shared[0]}_backbone own, which takes one part in {num_processes} of the base more, or "
-            "--shard none."
+        return (
+            f"the {shared[0]} model on the policy's base: its adapter would come into layers that are spread already. "
+            f"Pass --{shared[0]}_backbone own, which takes one part in {num_processes} of the base more"
         )
+    return None
 
 
 def describe_sharding(config: RLConfig, num_processes: int) -> list[str]:

@@ -14,7 +14,9 @@ from common.mistakes import UnlikeProcesses
 from common.models.configs import read_config
 from common.runs.outcome import how_to_continue
 from common.runs.run import algorithm_name, run_folder
+from common.sampling.checks import check_engines
 from common.serve import serve
+from common.sharding import check_sharding
 from common.signals import command_line
 from common.tasks import check_task, reward_models
 from common.terminal import printable
@@ -64,10 +66,13 @@ def print_plan(config: RLConfig, request: PlanRequest) -> None:
     """
     check_task(config.task)
     check_processes(config, request.processes)
+    check_sharding(config, request.processes)
     if not is_embedded(config.model):
         read_config(config.model, trust_remote_code=config.trust_remote_code)  # makes the model's code known
     devices = {"device": request.device, "processes": request.processes, "nodes": request.nodes}
-    plan = plan_of(config, skeleton(config.model), rewards=reward_models(config), **devices)
+    policy = skeleton(config.model)
+    check_engines(config, policy, request.processes)
+    plan = plan_of(config, policy, rewards=reward_models(config), **devices)
     if os.environ.get("RANK", "0") == "0":  # the others would print the same
         print(*map(printable, show.whole(plan, config)), sep="\n", flush=True)
 

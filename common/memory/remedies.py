@@ -11,7 +11,8 @@ from common.environment import cpu_computes_bfloat16
 from common.memory.cast import Casting
 from common.memory.plan import GB, Machine, Plan, make_plan
 from common.memory.work import Work
-from common.models.configs import setting
+from common.models.facts import why_no_parts
+from common.sharding import why_not_spread
 
 Changes = dict[str, Any]
 
@@ -134,16 +135,11 @@ def remedy(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> 
 def shared_engines(config: RLConfig, casting: Casting, machine: Machine) -> tuple[int, ...]:
     """Numbers of processes on a machine that may share an engine, above that of the settings.
 
-    They divide the processes of a machine and the policy's heads.
+    They divide the processes of a machine and the policy's tensors.
     """
-    text = casting.sizes.config.get_text_config()
-    heads = setting(text, "num_attention_heads") or 1
-    keys = setting(text, "num_key_value_heads") or heads
-    most, numbers = machine.processes // machine.nodes, [heads, keys]
-    if not all(isinstance(each, int) for each in numbers):  # one for each layer
-        return ()
-    divides = (n for n in range(config.vllm_tensor_parallel + 1, most + 1) if most % n == 0 and heads % n == 0)
-    return tuple(n for n in divides if keys % n == 0 or n % keys == 0)
+    text, most = casting.sizes.config.get_text_config(), machine.processes // machine.nodes
+    larger = range(config.vllm_tensor_parallel + 1, most + 1)
+    return tuple(n for n in larger if most % n == 0 and not why_no_parts(text, n))
 
 
 def enough_processes(config: RLConfig, casting: Casting, machine: Machine, work: Work) -> Plan | None:
@@ -188,7 +184,7 @@ def _fitting(config: RLConfig, change: Changes, casting: Casting, machine: Machi
         changed = replace(config, **{name: value for name, value in change.items() if name in known})
     except ValueError:  # these settings do not go together
         return None
-    if changed.shard == "full" and machine.processes > 1 and not _may_spread(changed):
+    if changed.shard == "full" and machine.processes > 1 and why_not_spread(changed, machine.processes):
         return None
     cast = casting.cast(changed)
     if work.is_counted and not make_plan(changed, cast, machine, work=Work(changed, is_counted=False)).fits:
@@ -244,13 +240,6 @@ def _spread_over_all(config: RLConfig) -> Changes:
     return {} if config.shard == "full" else {"shard": "full"}
 
 
-def _may_spread(config: RLConfig) -> bool:
-    """Whether the other settings let models be spread over processes."""
-    shares_base = any(each.shares_base for each in config.other_models)
-    is_refused = config.sampler == "transformers" or config.load_in_4bit or config.optimizer == "adamw_8bit"
-    return not (is_refused or shares_base)
-
-
 def _more_devices(config: RLConfig, casting: Casting, machine: Machine, work: Work, *, is_last: bool) -> str:
     """On how many devices like these the run fits with its models spread over them; empty where nobody asks.
 
@@ -262,7 +251,7 @@ def _more_devices(config: RLConfig, casting: Casting, machine: Machine, work: Wo
         is_last: no change of settings is enough.
     """
     is_asked = config.shard == "full" or (is_last and machine.card.kind == "cuda")
-    if not (is_asked and casting.is_trained and _may_spread(config)):
+    if not (is_asked and casting.is_trained and not why_not_spread(config, max(machine.processes, 2))):
         return ""
     plan = enough_processes(replace(config, **_spread_over_all(config)), casting, machine, work)
     if plan is None:

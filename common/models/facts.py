@@ -6,6 +6,7 @@ an attention or LoRA cannot do is decided where they are.
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ _NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 # Layers of these types keep a state of fixed size in place of keys and values.
 _RECURRENT = ("linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid")
+# vLLM fills vocabularies up to a multiple of this (0.25 to 0.32).
+_VOCABULARY_STEP = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -334,3 +337,27 @@ def check_memory(model: nn.Module, config: RLConfig, device: torch.device) -> No
             f"{total / GB:.1f} GB in total, so it cannot be loaded. Pass --model with a smaller one"
             + ("." if config.load_in_4bit else ", or --use_lora true --load_in_4bit true.")
         )
+
+
+def why_no_parts(config: transformers.PreTrainedConfig, size: int) -> str | None:
+    """What of a model vLLM cannot divide into equal parts, in words; None: nothing that its configuration tells.
+
+    Args:
+        config: of the model's text part.
+        size: number of parts.
+    """
+    heads, keys = setting(config, "num_attention_heads"), setting(config, "num_key_value_heads")
+    if isinstance(heads, int) and heads % size:
+        return f"{heads} attention heads, no multiple of {size}"
+    has_latent = setting(config, "qk_nope_head_dim") is not None  # all heads share one latent vector
+    if isinstance(keys, int) and not has_latent and keys % size and size % keys:  # fewer heads than parts are copied
+        return f"{keys} heads of keys and values, neither a multiple nor a divisor of {size}"
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        width = setting(config, name)
+        if isinstance(width, int) and width % size:
+            return f"{name} {width}, no multiple of {size}"
+    vocabulary = setting(config, "vocab_size") or 0
+    rows = math.ceil(vocabulary / _VOCABULARY_STEP) * _VOCABULARY_STEP
+    return (
+        f"a vocabulary of {vocabulary}, which vLLM fills up to {rows}, no multiple of {size}" if rows % size else None
+    )

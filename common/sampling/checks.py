@@ -7,22 +7,18 @@ imports peft, and `check_sampling` imports vLLM if that samples; each takes seco
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
-import math
 import os
 
 import torch
 import transformers
 
 from common.config import RLConfig
-from common.models.configs import setting
+from common.models.facts import why_no_parts
 from common.models.loading import compute_dtype
 from common.models.lora import check_targets
 from common.models.positions import check_room
 
 logger = logging.getLogger("nanorlhf")
-
-# vLLM fills vocabularies up to a multiple of this (0.25 to 0.32).
-_VOCABULARY_STEP = 64
 
 
 def check_policy(config: RLConfig, model: transformers.PreTrainedModel) -> None:
@@ -100,27 +96,3 @@ def check_engines(config: RLConfig, model: transformers.PreTrainedModel, num_pro
             given,
             on_a_node,
         )
-
-
-def why_no_parts(config: transformers.PreTrainedConfig, size: int) -> str | None:
-    """What of a model vLLM cannot divide into equal parts, in words; None: nothing that its configuration tells.
-
-    Args:
-        config: of the model's text part.
-        size: number of parts.
-    """
-    heads, keys = setting(config, "num_attention_heads"), setting(config, "num_key_value_heads")
-    if isinstance(heads, int) and heads % size:
-        return f"{heads} attention heads, no multiple of {size}"
-    has_latent = setting(config, "qk_nope_head_dim") is not None  # all heads share one latent vector
-    if isinstance(keys, int) and not has_latent and keys % size and size % keys:  # fewer heads than parts are copied
-        return f"{keys} heads of keys and values, neither a multiple nor a divisor of {size}"
-    for name in ("intermediate_size", "moe_intermediate_size"):
-        width = setting(config, name)
-        if isinstance(width, int) and width % size:
-            return f"{name} {width}, no multiple of {size}"
-    vocabulary = setting(config, "vocab_size") or 0
-    rows = math.ceil(vocabulary / _VOCABULARY_STEP) * _VOCABULARY_STEP
-    return (
-        f"a vocabulary of {vocabulary}, which vLLM fills up to {rows}, no multiple of {size}" if rows % size else None
-    )
