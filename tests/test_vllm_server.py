@@ -518,14 +518,9 @@ def test_a_server_that_ends_is_said_and_one_that_starts_again_gets_the_weights(v
             server.generate(PROMPTS * 8, SAMPLED, num_generations=4, seeds=list(range(0, 480, 10)))
     end.join()
     with pytest.raises(ServerFailed, match="no server is there"):
-        server.push(policy_weights(server_policy))
-    with pytest.raises(ServerFailed, match="no server is there"):
         vllm_server.sampler()
-    vllm_server.start()
-    server.push(policy_weights(server_policy))
-    assert [each.token_ids for each in server.generate(PROMPTS, GREEDY)] == [each.token_ids for each in before]
-    vllm_server.kill()
     vllm_server.start()
     assert not server.has_weights
     server.push(policy_weights(server_policy))
-    assert server.has_weights and server.generate(PROMPTS[:1], GREEDY)
+    assert server.has_weights
+    assert [each.token_ids for each in server.generate(PROMPTS, GREEDY)] == [each.token_ids for each in before]
