@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     num_rows = arguments.prompts * arguments.generations
     path = resolve_model(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
     with serving(arguments.model, arguments.prompts, arguments.generations) as url:
         client = check_server(url, timeout=120)
         about = check_model(client, path, max_model_len=sum(LENGTHS.values()), dtype="float32")
