@@ -11,15 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar, final
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from common import others
@@ -28,7 +26,7 @@ from common.config import RLConfig
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
-from common.environment import check_launch, why_restarts_fail
+from common.environment import check_launch
 from common.host import FreedMemory, processes_here
 from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
@@ -51,7 +49,8 @@ from common.remarks import remarks
 from common.rewards.reports import TrainerState
 from common.rollouts import PromptBatch, Rollouts
 from common.runs import ended
-from common.runs.alike import check_alike, check_folder_is_shared
+from common.runs.alike import check_folder_is_shared
+from common.runs.launch import launched
 from common.runs.lost_rows import LostRows
 from common.runs.measures import (
     evaluation_means,
@@ -62,13 +61,11 @@ from common.runs.measures import (
     with_confidence_interval,
 )
 from common.runs.metrics import SignalCheck, StepMetrics, Stopwatch, warn_of_unused_settings
-from common.runs.outcome import how_to_continue
 from common.runs.progress import LongWork
 from common.runs.prompt_record import describe_prompts, start_time
 from common.runs.replay import Replay
 from common.runs.run import Run, algorithm_name, run_folder
 from common.runs.soundness import Soundness
-from common.runs.trackers import choose_trackers
 from common.runs.writable import check_folder
 from common.sampling.ahead import Ahead
 from common.sampling.checks import check_engines, check_policy, check_sampling
@@ -138,20 +135,11 @@ class OnPolicyTrainer(ABC):
         check_model(config.model, trust_remote_code=config.trust_remote_code, attention=config.attn_implementation)
         algorithm = algorithm_name(type(self))
         folder = run_folder(config, algorithm)
-        processes = others.expect(config.process_timeout, folder, partial(how_to_continue, folder.absolute(), config))
-        # Without cpu=True, processes that torchrun starts on a machine without a GPU would not find each other.
-        on_cpu, trackers = not torch.cuda.is_available(), choose_trackers(config.report_to) or None
-        wait = InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout))
-        self.accelerator = Accelerator(cpu=on_cpu, log_with=trackers, project_dir="runs", kwargs_handlers=[wait])
-        if processes:
-            processes.meet(gather_object([others.own_place()]), self.accelerator.process_index)
-        check_alike(config, type(self), self.accelerator)
+        self.accelerator = launched(config, type(self), folder)
         check_processes(config, self.accelerator.num_processes)
         check_sharding(config, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             check_folder(folder)
-            if said := why_restarts_fail():
-                logger.warning("%s", said)
         policy = skeleton(config.model)
         self._check_policy(policy)
         self.plan = plan_of(
