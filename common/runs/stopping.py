@@ -235,6 +235,8 @@ class Stopping:
         """Wait until all processes have left, which then can write together; False: one is busy or gone."""
         if self._group is None:
             return True
+        if self.is_lost:
+            return False
         here = torch.tensor([1])
         try:
             distributed.all_reduce(here, group=self._group, async_op=True).wait(timedelta(seconds=_WAIT_FOR_OTHERS))
