@@ -70,8 +70,12 @@ def test_a_streamed_model_is_the_saved_one(kind, lora, tmp_path):
 
 
 def test_where_the_disk_takes_nothing_the_others_are_not_left_waiting(tmp_path):
-    tensors, taken = some_tensors(), []
-    weights = ((name, taken.append(name) or each) for name, each in tensors.items())
-    with pytest.raises(FileNotFoundError):
-        write_weights(weights, tensors, tmp_path / "no such folder")
-    assert taken == [*tensors]
+    (tmp_path / WEIGHTS).write_text("in the way of the file, and of a folder")
+    model = small_model("mixtral")
+    layout = weights_layout(model)
+    for folder in (tmp_path, tmp_path / WEIGHTS / "policy"):
+        taken = []
+        weights = ((name, taken.append(name) or each) for name, each in policy_weights(model))
+        with pytest.raises((FileExistsError, NotADirectoryError)):
+            stream_weights(model, weights, layout, folder)
+        assert taken == [*layout]

@@ -28,7 +28,7 @@ from common.models.quantization import four_bits, keep_trainable
 from common.models.ties import settle_ties
 from common.models.unread import check_unexpected
 from common.seeds import hashed_seed
-from common.sharding import is_part
+from common.sharding import is_part, own_part
 
 logger = logging.getLogger("nanorlhf")
 
@@ -278,7 +278,7 @@ def load_without_dropout(
 def _check_finite(model: transformers.PreTrainedModel, label: str, *, in_parts: bool) -> None:
     """Refuse weights that are NaN or infinite: every log-prob would be. All processes refuse if one must."""
     with torch.no_grad():
-        own = ((name, each.to_local() if is_part(each) else each) for name, each in model.named_parameters())
+        own = ((name, own_part(each)) for name, each in model.named_parameters())
         floats = ((name, each) for name, each in own if each.is_floating_point())
         broken = [name for name, each in floats if not each.sum(dtype=torch.float32).isfinite()]
     if in_parts:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.models.layout import from_checkpoint, is_converter, stacks_rows
-from common.sharding import is_part, shard
+from common.sharding import own_part, shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -293,7 +293,7 @@ def _tie(model: transformers.PreTrainedModel, loaded: set[str]) -> None:
     if not pairs:
         return
     weights = [(model.get_parameter(name), model.get_parameter(source)) for name, source in pairs]
-    equal = [one.shape == other.shape and torch.equal(_own(one), _own(other)) for one, other in weights]
+    equal = [one.shape == other.shape and torch.equal(own_part(one), own_part(other)) for one, other in weights]
     everyone = [equal] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, equal)
     places = _places(model)
@@ -302,10 +302,6 @@ def _tie(model: transformers.PreTrainedModel, loaded: set[str]) -> None:
             _put(other, places[id(one)])
         else:
             del tied[name]
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_part(tensor) else tensor
 
 
 def _make_others(model: transformers.PreTrainedModel) -> None:

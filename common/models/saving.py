@@ -125,7 +125,6 @@ def stream_weights(
     process, num_processes = (0, 1) if is_alone else (distributed.get_rank(), distributed.get_world_size())
     ignored = set(plain._keys_to_ignore_on_save or ()) & layout.keys()
     kept = {name: tensor for name, tensor in layout.items() if name not in ignored}
-    folder.mkdir(parents=True, exist_ok=True)
     write_weights(
         ((name, tensor) for name, tensor in weights if name not in ignored),
         kept,

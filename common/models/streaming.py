@@ -62,7 +62,7 @@ def write_weights(
     Args:
         weights: (name, tensor), in any order.
         layout: all names, each with a tensor of the same shape and type, which needs no storage.
-        folder: exists, and is the same for all processes.
+        folder: created if it does not exist; the same for all processes.
         max_file_size: bytes of a file, or a size such as "5GB"; a larger tensor has a file of its own.
         process: which one this is.
         num_processes: how many write.
@@ -88,6 +88,7 @@ def write_weights(
                 file, place = places.pop(name)
                 try:
                     if file not in files:
+                        folder.mkdir(parents=True, exist_ok=True)
                         files[file] = stack.enter_context(open(folder / file, "xb"))
                         files[file].write(headers[file][0])
                     _write(files[file], tensor, place)

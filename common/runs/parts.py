@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
-from common.sharding import is_part
+from common.sharding import is_part, own_part
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -298,5 +298,5 @@ def read_state(
             tensors[name] = torch.empty_like(parameter, requires_grad=False, **options)
     read_parts(folder, tensors)
     if plain:
-        tensors = {name: each.to_local() if is_part(each) else each for name, each in tensors.items()}
+        tensors = {name: own_part(each) for name, each in tensors.items()}
     return joined_state(rest, tensors)
