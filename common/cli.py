@@ -143,7 +143,7 @@ def take_serve(args: list[str]) -> tuple[bool, list[str]]:
         args: command line without the program's name.
 
     Raises:
-        ValueError: a value after --serve.
+        ValueError: a value after --serve, or a launcher started several processes.
     """
     if "--serve" not in args:
         return False, args
@@ -153,6 +153,11 @@ def take_serve(args: list[str]) -> tuple[bool, list[str]]:
         raise ValueError(
             f"--serve {after[0]}: it takes no value; it starts the server that the run with the same settings samples "
             "from. Pass --serve alone, and its address as --sampler_url."
+        )
+    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise ValueError(
+            f"--serve in {processes} processes of a launcher: a server is one program, and starts its processes. "
+            "Start it by python in place of torchrun; GPUs of a model are --vllm_tensor_parallel."
         )
     return True, args[:at] + args[at + 1 :]
 

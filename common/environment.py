@@ -113,6 +113,12 @@ def why_restarts_fail() -> str | None:
     most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if most == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
+    if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":  # --master_port makes torchrun ignore it
+        return (
+            f"--max-restarts {most} with --master_port: torchrun ignores TORCH_DISABLE_SHARE_RDZV_TCP_STORE then, so "
+            "after a restart processes would look for the dead ones, and most restarts fail. Pass --rdzv_backend c10d "
+            "--rdzv_endpoint 127.0.0.1:29500 in place of --master_addr and --master_port."
+        )
     return (
         f"--max-restarts {most} without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: after a "
         "restart, processes would look for the dead ones, and most restarts fail. Set it before torchrun."

@@ -43,6 +43,8 @@ def start(trainer: type[OnPolicyTrainer], settings: RLConfig, **reading: Any) ->
     def main() -> None:
         request, args = take_plan(sys.argv[1:])
         is_server, args = take_serve(args)
+        if is_server and request is not None:
+            raise ValueError("--serve with --plan: the one starts a server, the other loads nothing. Leave out one.")
         if is_server:
             serve(parse_config(settings, args=args, **reading))
         elif request is not None:

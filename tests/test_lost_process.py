@@ -246,11 +246,14 @@ def test_a_signal_of_the_launcher_does_not_hide_the_error_it_came_after(two, mon
 
 
 def test_restarts_that_would_find_the_dead_processes_are_warned_of(monkeypatch):
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     assert why_restarts_fail() is None
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert why_restarts_fail().startswith("--max-restarts 3 without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    assert "Pass --rdzv_backend c10d" in why_restarts_fail()
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert why_restarts_fail() is None
 

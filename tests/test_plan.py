@@ -178,6 +178,12 @@ def test_settings_get_the_plans_numbers_and_keep_their_own(quick):
     assert planned("0.5B", 80, same).settled(same) is same
 
 
+def test_a_server_leaves_the_share_of_its_device_open(quick):
+    config = GRPOConfig(use_lora=True, sampler="vllm_server", sampler_url="http://127.0.0.1:8000", **AUTO)
+    settled = planned("0.5B", 24, config).settled(config)
+    assert settled.vllm_memory_share == "auto" and settled.max_tokens_per_microbatch > 0
+
+
 def test_a_row_that_is_longer_than_the_budget_runs_alone(quick):
     plans = [
         planned("0.5B", 24, GRPOConfig(use_lora=True, **AUTO | {"max_tokens_per_microbatch": budget}))

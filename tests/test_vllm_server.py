@@ -28,7 +28,9 @@ from common.sampling.server_client import ServerFailed, check_model, check_serve
 from common.sampling.server_requests import requests
 from common.sampling.vllm_sampler import VLLMSampler
 from common.serve import server_settings
+from common.start import start
 from common.trainer import OnPolicyTrainer
+from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.fixtures_server import LENGTHS, Server
 from tests.toy import algorithms, metrics_of, toy_config, toy_task, toy_trainer
 
@@ -399,6 +401,18 @@ def test_a_server_of_another_model_is_refused(vllm_server, server_folder, tmp_pa
         check_model(client, str(server_folder), max_model_len=45, dtype="float32")
     with pytest.raises(ValueError, match="in float32, this run passes its policy in bfloat16"):
         check_model(client, str(server_folder), max_model_len=44, dtype="bfloat16")
+
+
+def test_serve_is_one_program_and_plans_nothing(monkeypatch, capsys):
+    script = Path(__file__).parents[1] / "GRPO" / "grpo.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--preset", "cpu", "--serve", "--plan"])
+    monkeypatch.setattr("common.start.serve", lambda config: pytest.fail("a server was started"))
+    with pytest.raises(SystemExit, match="2"):
+        start(GRPOTrainer, GRPOConfig(), script=str(script))
+    assert "error: --serve with --plan" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"--serve in 2 processes.*by python in place of torchrun"):
+        take_serve(["--serve"])
 
 
 def test_serve_refuses_an_address_that_it_cannot_have(toy_folder, tmp_path):

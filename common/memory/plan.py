@@ -115,7 +115,9 @@ class Plan:
 
     def settled(self, config: RLConfig) -> RLConfig:
         """The settings with what the plan chose in place of "auto"; offload stays, since the pool is told."""
-        names = ("max_tokens_per_microbatch", "vllm_memory_share")
+        names = ["max_tokens_per_microbatch"]
+        if config.sampler != "vllm_server":  # its share is decided where it is started
+            names.append("vllm_memory_share")
         chosen = {name: vars(self.choices)[name] for name in names if vars(config)[name] == AUTO}
         if not chosen:
             return config
