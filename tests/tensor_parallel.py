@@ -47,8 +47,11 @@ def main() -> None:
 
 def sampled(model: str, process: int, size: int) -> dict[str, list]:
     """What a process gets from an engine that `size` processes share, by case."""
+    from vllm.distributed.parallel_state import get_tp_group
+
     limits = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 64, "memory_share": 0.05, "timeout": 2.0}
     sampler = VLLMSampler(model, most_rows=16 * size, tensor_parallel=size, **limits)
+    assert get_tp_group().mq_broadcaster is None  # its shared memory would be left when the run ends
     weights = dict(policy_weights(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)))
     sampler.push(weights.items())
     prompts, seeds = (

@@ -10,7 +10,6 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from threading import Thread
 from types import MappingProxyType
 
 import torch
@@ -28,6 +27,7 @@ from common.sampling.protocol import Finished, Leaving, Sampler, SamplingSetting
 from common.sampling.pushing import push_policy
 from common.sampling.server_client import check_server
 from common.sampling.server_sampler import server_sampler
+from common.sampling.threads import in_thread
 from common.sampling.torch_sampler import TransformersSampler
 from common.sampling.vllm_sampler import VLLMSampler
 
@@ -164,18 +164,17 @@ class PolicySampler:
         Returns:
             len(prompts) x G completions once they are drawn, or what the sampler has raised; for `rollouts`.
         """
-        settings, drawn = self._settings(self.config.temperature), Future()
+        settings = self._settings(self.config.temperature)
         request = {"num_generations": num_generations, "seeds": self._seeds(prompts, settings, purpose)}
         self._refresh()
         draw = partial(self._draw, self.sampler.generate, prompts, settings, request)
         if self.sampler.samples_apart:
-            self._under_way = drawn
-            # A daemon, so that a run that is left does not wait for it.
-            Thread(target=_fill, args=(drawn, draw), name="completions of the next step", daemon=True).start()
-        else:
-            with self.stopwatch("sample"):
-                drawn.set_result(draw())
-                self.sampler.sleep()
+            self._under_way = in_thread(draw)
+            return self._under_way
+        drawn: Future[list[Completion]] = Future()
+        with self.stopwatch("sample"):
+            drawn.set_result(draw())
+            self.sampler.sleep()
         return drawn
 
     def continue_from(
@@ -303,11 +302,3 @@ class PolicySampler:
         if self.sampler.needs_push and not self.sampler.samples_apart:  # it needs the device for itself
             self.models.evict()
         self.sampler.wake()
-
-
-def _fill(result: Future, work: Callable[[], object]) -> None:
-    """Do the work and keep what it gives, or raises, for another thread."""
-    try:
-        result.set_result(work())
-    except BaseException as error:
-        result.set_exception(error)

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
-from threading import Thread
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from common.mistakes import first_line
 from common.sampling import server_transfer
 from common.sampling.server_client import QUICK, About, ServerClient, ServerFailed, ServerRefused
+from common.sampling.threads import in_thread
 
 # Bytes of weights that are announced to NCCL's end together: one request for each would take longer than most of them,
 # and they are all in memory at once. A larger tensor goes alone.
@@ -69,7 +69,7 @@ class _Gloo:
         self._group = _joined(client, options, lambda *place: server_transfer.join(*place, rank=0, **options))
 
     def send(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        answer = _in_thread(lambda: _update(self._client, {}))  # each tensor says itself what it is
+        answer = in_thread(lambda: _update(self._client, {}))  # each tensor says itself what it is
         problem = None
         try:
             server_transfer.send(self._group, weights)
@@ -111,7 +111,7 @@ class _Nccl:
             "dtype_names": [str(values.dtype).removeprefix("torch.") for _, values in chunk],
             "shapes": [list(values.shape) for _, values in chunk],
         }
-        answer = _in_thread(lambda: _update(self._client, info))
+        answer = in_thread(lambda: _update(self._client, info))
         stream = torch.cuda.current_stream(self._device)
         for _, values in chunk:
             self._group.broadcast(values, src=0, stream=stream)
@@ -129,7 +129,7 @@ def _joined(client: ServerClient, options: dict[str, Any], join: Callable[[str, 
     """
     address, port = _place(client)
     info = {"master_address": address, "master_port": port, "rank_offset": 1} | options
-    group = _in_thread(lambda: join(address, port))
+    group = in_thread(lambda: join(address, port))
     client.call("/init_weight_transfer_engine", {"init_info": info}, timeout=client.timeout)
     try:
         return group.result(timeout=client.timeout)
@@ -148,20 +148,6 @@ def _place(client: ServerClient) -> tuple[str, int]:
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as free:
         free.bind((address, 0))
         return address, free.getsockname()[1]
-
-
-def _in_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Work beside this thread; Python does not wait for it when it ends."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
 
 
 def _update(client: ServerClient, info: dict[str, Any]) -> None:

@@ -10,14 +10,14 @@ from threading import Thread
 from typing import Any
 
 from common.sampling.protocol import SamplingSettings
-from common.sampling.server_client import ServerClient, ServerFailed
+from common.sampling.server_client import QUICK, ServerClient, ServerFailed
 
 # Requests that are open at a time: more than a server samples at once, and fewer than files that may be open.
 _MOST_REQUESTS = 256
 # Seconds between looks at whether the server still makes tokens.
 _LOOK_EVERY = 5.0
-# Seconds for a connection, and for an answer that needs no work of the engine.
-_CONNECT, _QUICK = 30.0, 30.0
+# Seconds for a connection.
+_CONNECT = 30.0
 _COUNTERS = ("vllm:generation_tokens_total", "vllm:prompt_tokens_total")
 
 
@@ -145,7 +145,7 @@ async def _watch(client: ServerClient) -> None:
     import aiohttp
 
     counted, since = -1.0, time.monotonic()
-    limits = aiohttp.ClientTimeout(total=_QUICK)
+    limits = aiohttp.ClientTimeout(total=QUICK)
     async with aiohttp.ClientSession(timeout=limits) as session:
         while True:
             await asyncio.sleep(min(_LOOK_EVERY, client.timeout / 4))

@@ -68,7 +68,10 @@ class Group:
         if size > 1:
             from vllm.distributed.parallel_state import get_tp_group
 
-            self.place, self._processes = get_tp_group().rank_in_group, get_tp_group().cpu_group
+            group = get_tp_group()
+            self.place, self._processes = group.rank_in_group, group.cpu_group
+            # Nobody sends anything through its shared memory, which Python would warn of when the run ends.
+            group.mq_broadcaster = None
 
     @contextmanager
     def together(self, leaving: Leaving | None) -> Iterator[None]:
