@@ -37,7 +37,7 @@ def start_server(core: int, log: Path) -> tuple[subprocess.Popen, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command_of(url, core, "--serve"),
             cwd=ROOT,
@@ -47,9 +47,9 @@ def start_server(core: int, log: Path) -> tuple[subprocess.Popen, str]:
             start_new_session=True,
         )
     end = time.monotonic() + LONGEST_START
-    while "serving " not in log.read_text():
+    while "serving " not in log.read_text("utf-8"):
         if process.poll() is not None or time.monotonic() > end:
-            sys.exit(f"the server did not start:\n{log.read_text()[-3000:]}")
+            sys.exit(f"the server did not start:\n{log.read_text('utf-8')[-3000:]}")
         time.sleep(0.2)
     return process, url
 
@@ -58,11 +58,15 @@ def steps_of(url: str, core: int, folder: Path, *, lag: int, num_steps: int) -> 
     """Lines of a run's metrics."""
     more = ["--sampling_lag", str(lag), "--num_steps", str(num_steps), "--output_dir", str(folder)]
     done = subprocess.run(
-        command_of(url, core, *more, "--progress", "false"), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+        command_of(url, core, *more, "--progress", "false"),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        encoding="utf-8",
     )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines][LEFT_OUT : num_steps - 1]  # the last one samples nothing
 
 

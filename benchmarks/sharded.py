@@ -53,7 +53,7 @@ class TakesOneByOne:
 
 def anonymous() -> int:
     """Bytes of this process that are in memory and in no file."""
-    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+    return int(Path("/proc/self/status").read_text("utf-8").partition("RssAnon:")[2].split()[0]) * 1024
 
 
 def peak_of(work: Callable[[], Any]) -> tuple[Any, int]:

@@ -279,7 +279,7 @@ def test_after_an_error_the_cell_of_a_notebook_is_run_again(runs, tiny_folder, t
 def test_a_trainer_that_could_not_be_made_is_not_in_the_way(tiny_folder, tmp_path, monkeypatch):
     made = []
 
-    def fail(run: Run, *args: object) -> None:
+    def fail(run: Run, *args: object, **options: object) -> None:
         made.append(run)  # as the traceback of a notebook keeps it
         raise RuntimeError("out of memory")
 
