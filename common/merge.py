@@ -44,6 +44,7 @@ from common.runs.checkpoints import (
 )
 from common.runs.disk import remove_folder, written
 from common.runs.folder import CONFIG_FILE
+from common.runs.own_files import let_others_read
 from common.runs.writable import check_folder
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ def _write(
             source.own if has_tokenizer else source.base, trust_remote_code=settings.trust_remote_code
         )
         forget_origin(tokenizer).save_pretrained(temporary)
+        let_others_read(temporary)
         os.replace(temporary, output)
     except BaseException:  # a full disk or Ctrl-C
         remove_folder(temporary)

@@ -9,10 +9,12 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from trl import TrlParser
 
 from common.config import RLConfig
@@ -61,6 +63,20 @@ def test_a_checkpoint_holds_what_the_writers_wrote_and_the_state_bit_for_bit(tmp
     assert (path / "policy" / "weights").read_text() == "w"
     assert load_state(path) == {"step": 7, **state}
     assert names(tmp_path) == ["checkpoint-7"]
+
+
+def test_other_users_may_read_what_is_saved_as_far_as_they_may_read_new_files(tmp_path):
+    def write_weights(path: Path) -> None:
+        path.mkdir()
+        save_file({"weight": torch.zeros(2)}, path / "model.safetensors")  # for its owner alone
+        os.chmod(path / "model.safetensors", 0o600)
+
+    before = os.umask(0o022)
+    try:
+        saved = save_checkpoint(tmp_path, 1, writers={"policy": write_weights}, state={})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in saved.rglob("*") if path.is_file()} == {0o644}
 
 
 def test_the_latest_checkpoint_is_the_one_with_the_highest_number_not_the_last_name(tmp_path):

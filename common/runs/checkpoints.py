@@ -19,7 +19,7 @@ from typing import Any
 
 from common.runs.disk import check_room, free_bytes, remove_folder, reported, written
 from common.runs.manifest import MANIFEST_FILE, find_damage, note_damage, write_manifest
-from common.runs.own_files import write_new
+from common.runs.own_files import let_others_read, write_new
 
 FINAL_FOLDER, POLICY_FOLDER, STATE_FILE = "final", "policy", "trainer_state.json"
 
@@ -64,6 +64,7 @@ def _seal(folder: Path, state: dict[str, Any], known: dict[str, str] | None = No
     """Write a filled folder's state and then its manifest, and have all of it on the disk."""
     (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     write_manifest(folder, known)
+    let_others_read(folder)
     for path in (*folder.rglob("*"), folder):
         _sync(path)
 

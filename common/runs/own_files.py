@@ -59,6 +59,18 @@ def write_new(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def let_others_read(folder: Path) -> None:
+    """Give all files of a folder the permissions of new files: safetensors (0.8) lets nobody else read its own.
+
+    So another user's vLLM, or one in a container, can load the model wherever the process's umask lets it.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 def open_own(path: Path) -> BinaryIO:
     """Open a file to append to it and to read it, and make it if there is none.
 

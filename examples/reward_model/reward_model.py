@@ -41,6 +41,7 @@ from common.models.configs import read_config
 from common.models.spellings import Spellings
 from common.models.system_role import fit_system
 from common.rewards.reward_model import without_beginning
+from common.runs.own_files import let_others_read
 from common.runs.writable import check_folder
 
 RESULT_FILE = "accuracy.json"
@@ -293,6 +294,8 @@ def train_reward_model(settings: RewardModelSettings) -> dict[str, float]:
     trainer.train()
     after = trainer.evaluate()["eval_accuracy"]
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        let_others_read(folder)
     result = {
         "accuracy_before": before,
         "accuracy_after": after,
