@@ -110,6 +110,8 @@ def _create(
     with vllm_support.imported():
         from vllm import LLM
 
+        if _Groups.users:  # an engine that nobody uses may wait for the collector, with groups of another size
+            gc.collect()
         _Groups.owned |= not torch.distributed.is_initialized()
         vllm_startup.add_expert_group()
         with (
