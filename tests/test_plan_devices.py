@@ -368,6 +368,7 @@ def test_the_table_says_of_each_line_what_fits():
 
 
 @pytest.mark.slow
+@pytest.mark.several
 def test_two_processes_take_what_is_planned_for_a_policy_that_is_spread():
     """Within the bytes that an allocator keeps; a plan is an upper bound of the passes."""
     if not os.access("/proc/self/clear_refs", os.W_OK):

@@ -55,10 +55,14 @@ def four(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return launched(policy, tmp_path_factory.mktemp("four"), 4, "1,2,4")
 
 
+def cases() -> list:
+    """Numbers of processes, each of them, and how many share an engine."""
+    found = [(n, process, size) for n, size in ((2, 2), (4, 2), (4, 4)) for process in range(n)]
+    return [pytest.param(*each, marks=[pytest.mark.several] if each[0] == 4 else []) for each in found]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "process", "size"), [(n, i, size) for n, size in ((2, 2), (4, 2), (4, 4)) for i in range(n)]
-)
+@pytest.mark.parametrize(("processes", "process", "size"), cases())
 def test_a_shared_engine_gives_each_process_what_its_own_would(processes, process, size, request):
     folder = request.getfixturevalue("pair" if processes == 2 else "four")
     found = torch.load(folder / f"sampled-{process}.pt", weights_only=False)

@@ -47,10 +47,15 @@ OF_CLASSES = {
 
 
 def imported_names() -> set[tuple[str, str]]:
-    """(module, name) of every import from vllm in the sampler."""
+    """(module, name) of every import from vllm in the sampler, but of those for versions that lack another one."""
     found = set()
     for path in sorted((ROOT / "common/sampling").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        nodes = [*ast.walk(ast.parse(path.read_text()))]
+        handlers = [each for each in nodes if isinstance(each, ast.ExceptHandler)]
+        instead = {
+            node for each in handlers if ast.unparse(each.type or each) == "ImportError" for node in ast.walk(each)
+        }
+        for node in filter(lambda node: node not in instead, nodes):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
                 found |= {(node.module, each.name) for each in node.names}
     return found

@@ -278,8 +278,9 @@ def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 
 
 def speak_another_language(connection: socket.socket) -> None:
-    with connection:
-        connection.recv(100)
+    with connection, connection.makefile("rb") as request:
+        while request.readline().strip():  # what is left unread when it is closed would reset the connection
+            pass
         connection.sendall(b"220 mail.example.org ESMTP\r\n")
 
 

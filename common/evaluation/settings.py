@@ -7,7 +7,7 @@ from datetime import date, datetime
 
 import torch
 
-from common.config import RLConfig
+from common.config import SAMPLERS, RLConfig
 from common.values import as_declared
 
 # Longer than any prompt or completion.
@@ -103,6 +103,11 @@ class EvaluationSettings:
         types = typing.get_type_hints(type(self))
         for name in (each.name for each in fields(self)):
             setattr(self, name, as_declared(name, vars(self)[name], types[name]))
+        if self.sampler not in SAMPLERS:
+            raise ValueError(
+                f"sampler={self.sampler!r}: need one of vllm, transformers. Pass --sampler vllm, or transformers on a "
+                "machine without vLLM."
+            )
         if self.sampler == "vllm_server":
             raise ValueError(
                 "sampler=vllm_server: a server has the weights of the run that pushes to it, and an evaluation starts "
