@@ -75,7 +75,7 @@ def _compared_together(folder: Path, settings: dict) -> tuple[float, list[float]
     """What was found; in words, if a process failed before they went through the model together."""
     try:
         found: tuple[float, list[float]] | str = _compared(folder, settings)
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (ValueError, RuntimeError, AssertionError, AttributeError) as error:
         found = f"{type(error).__name__}: {str(error)[:200]}"
     everyone = [found] * distributed.get_world_size()
     distributed.all_gather_object(everyone, found)
