@@ -361,19 +361,17 @@ def _add_descriptions(parser: Any, config_class: type) -> None:
 _LEFT_TO_FIRST = 10.0
 
 
-def _is_said_by_first() -> bool:
-    """Whether a mistake is said by the machine's first process, which was started by the same command.
+def _leave_to_first() -> None:
+    """Let the machine's first process say a mistake, which was started by the same command.
 
     Only before the processes have met: later, one of them may have a mistake of its own. Where the first one has the
     same mistake, the launcher ends this process while it waits here.
     """
     distributed = sys.modules.get("torch.distributed")
     has_met = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    if os.environ.get("LOCAL_RANK", "0") == "0" or has_met:
-        return False
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(_LEFT_TO_FIRST)
-    return False
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not has_met:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_LEFT_TO_FIRST)
 
 
 def run_script(
@@ -412,7 +410,8 @@ def run_script(
     except ValueError as error:
         if not is_ours(error.__traceback__):
             raise
-        if is_main or not (isinstance(error, OF_ALL_PROCESSES) or _is_said_by_first()):
+        if is_main or not isinstance(error, OF_ALL_PROCESSES):
+            _leave_to_first()
             print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except WrongNumbers as error:

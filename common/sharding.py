@@ -7,6 +7,7 @@ and its parameters are DTensors. Whatever needs a whole tensor is a collective: 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -311,3 +312,36 @@ def whole(tensor: Tensor) -> Tensor:
 def own_part(tensor: Tensor) -> Tensor:
     """The tensor itself, or what this process has of it, in the same memory and without gradient."""
     return tensor.to_local() if is_part(tensor) else tensor
+
+
+def rows_of(count: int, process: int, num_processes: int) -> tuple[int, int]:
+    """Which rows of a tensor a process keeps, as torch.chunk splits them: the last processes may have fewer, or none.
+
+    Args:
+        count: rows of the whole tensor.
+        process: number of the process.
+        num_processes: of all.
+
+    Returns:
+        The first row, and the one after the last.
+    """
+    most = math.ceil(count / num_processes)
+    first = min(process * most, count)
+    return first, min(first + most, count)
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """Which rows of the whole tensor are this process's part.
+
+    Args:
+        tensor: spread over processes, as `shard` spreads it.
+    """
+    mesh = tensor.device_mesh
+    return slice(*rows_of(len(tensor), mesh.get_local_rank(), mesh.size()))
+
+
+def of_all(mine: Result) -> list[Result]:
+    """What each process gives, in their order; all call it together."""
+    everyone = [mine] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone

@@ -41,7 +41,7 @@ from common.models.loading import (
     warn_of_slow_dtype,
 )
 from common.models.lora import describe_adapter
-from common.models.parts import spread
+from common.models.parts import is_spread, spread
 from common.models.pool import ModelPool
 from common.models.system_role import describe_system
 from common.refill import Places
@@ -687,8 +687,7 @@ class OnPolicyTrainer(ABC):
 
     def _share_out(self, module: nn.Module) -> nn.Module:
         """The model, with shard=full spread over all processes."""
-        is_shared = self.config.shard == "full" and self.accelerator.num_processes > 1
-        if is_shared:
+        if is_spread(self.config):
             spread(without_adapter(module), self.accelerator.device, self.dtype)
         return module
 

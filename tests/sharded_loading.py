@@ -21,11 +21,11 @@ from common.logprobs import without_adapter
 from common.mistakes import WrongNumbers
 from common.models import weights
 from common.models.loading import load_policy, load_reference
-from common.models.parts import rows_of, spread
+from common.models.parts import spread
 from common.models.weights import gathered, policy_weights
 from common.sampling.pushing import push_policy
 from common.sampling.server_sampler import ServerSampler
-from common.sharding import is_part
+from common.sharding import is_part, rows_of
 from PPO.value_model import load_scored_value_model, load_value_model
 from tests.toy import toy_config
 

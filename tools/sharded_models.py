@@ -20,11 +20,11 @@ from torch import Tensor, distributed, nn
 
 from common.logprobs import token_logprobs, without_adapter
 from common.models.loading import load_policy
-from common.models.parts import rows_of, spread
+from common.models.parts import spread
 from common.models.weights import policy_weights
 from common.packing import _compared_rows
 from common.rollouts import Rollouts
-from common.sharding import is_part, whole
+from common.sharding import is_part, rows_of, whole
 from tests.architectures import ARCHITECTURES, make
 from tests.toy import toy_config
 

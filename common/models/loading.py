@@ -28,7 +28,7 @@ from common.models.quantization import four_bits, keep_trainable
 from common.models.ties import settle_ties
 from common.models.unread import check_unexpected
 from common.seeds import hashed_seed
-from common.sharding import is_part, own_part
+from common.sharding import is_part, of_all, own_part
 
 logger = logging.getLogger("nanorlhf")
 
@@ -282,9 +282,7 @@ def _check_finite(model: transformers.PreTrainedModel, label: str, *, in_parts: 
         floats = ((name, each) for name, each in own if each.is_floating_point())
         broken = [name for name, each in floats if not each.sum(dtype=torch.float32).isfinite()]
     if in_parts:
-        everyone = [broken] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, broken)
-        broken = list(dict.fromkeys(name for names in everyone for name in names))
+        broken = list(dict.fromkeys(name for names in of_all(broken) for name in names))
     if broken:
         what = "weight is" if len(broken) == 1 else "weights are"
         raise ValueError(

@@ -12,7 +12,6 @@ pytorch_model.bin of torch before 1.6 can only be read whole.
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import logging
-import math
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from common.config import RLConfig
 from common.models.layout import from_checkpoint, is_converter, stacks_rows
-from common.sharding import own_part, shard
+from common.sharding import of_all, own_part, rows_of, shard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -118,22 +117,6 @@ def spread(model: nn.Module, device: torch.device, dtype: torch.dtype = torch.fl
             # A hook of FSDP2 takes it over from here.
             owner.load_state_dict({key: part}, strict=False, assign=True)
     return model
-
-
-def rows_of(count: int, process: int, num_processes: int) -> tuple[int, int]:
-    """Which rows of a tensor a process keeps, as torch.chunk splits them: the last processes may have fewer, or none.
-
-    Args:
-        count: rows of the whole tensor.
-        process: number of the process.
-        num_processes: of all.
-
-    Returns:
-        The first row, and the one after the last.
-    """
-    most = math.ceil(count / num_processes)
-    first = min(process * most, count)
-    return first, min(first + most, count)
 
 
 # A module, the name of a tensor in it, and where the module keeps it.
@@ -294,10 +277,8 @@ def _tie(model: transformers.PreTrainedModel, loaded: set[str]) -> None:
         return
     weights = [(model.get_parameter(name), model.get_parameter(source)) for name, source in pairs]
     equal = [one.shape == other.shape and torch.equal(own_part(one), own_part(other)) for one, other in weights]
-    everyone = [equal] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, equal)
     places = _places(model)
-    for (name, _), (one, other), *verdicts in zip(pairs, weights, *everyone, strict=True):
+    for (name, _), (one, other), *verdicts in zip(pairs, weights, *of_all(equal), strict=True):
         if all(verdicts):
             _put(other, places[id(one)])
         else:

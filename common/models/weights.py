@@ -10,7 +10,6 @@ tensor at a time. Every process must then ask for all of them, together with the
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
-import math
 import sys
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from common.logprobs import has_adapter, without_adapter
 from common.models.layout import in_checkpoint_layout, use_layout_of
 from common.models.quantization import in_floating_point, scales_of
-from common.sharding import is_part, whole
+from common.sharding import is_part, own_rows, rows_of, whole
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -246,7 +245,7 @@ def gathered(rows: Tensor, like: DTensor, dtype: torch.dtype | None = None) -> T
     assert mesh.ndim == 1 and [each.is_shard(0) for each in like.placements] == [True], like.placements
     if dtype is None or like.dim() < 2 or not rows.is_floating_point():
         dtype = rows.dtype
-    most = math.ceil(len(like) / mesh.size())
+    _, most = rows_of(len(like), 0, mesh.size())
     part = rows.contiguous() if rows.dtype == dtype and len(rows) == most else None
     if part is None:
         part = torch.empty((most, *like.shape[1:]), dtype=dtype, device=rows.device)
@@ -274,10 +273,7 @@ def _own_rows_of_product(layer: LoraLayer, adapter: str, weight: DTensor) -> Ten
     is_plain = isinstance(layer, Linear) and not layer.fan_in_fan_out
     with _plain_adapter(layer, adapter, own_rows_of=("lora_B",) if is_plain else ()):
         product = layer.get_delta_weight(adapter)
-    if is_plain:
-        return product
-    most = math.ceil(len(weight) / weight.device_mesh.size())
-    return product[most * weight.device_mesh.get_local_rank() :][: len(weight.to_local())]
+    return product if is_plain else product[own_rows(weight)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
-from common.sharding import is_part, own_part
+from common.sharding import is_part, own_part, own_rows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -168,7 +168,9 @@ def spread_state(state: dict[str, Any], parameters: Sequence[Tensor], *, plain: 
     def of(value: Any, parameter: Tensor) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:
             return value
-        return own_rows(value, parameter) if plain else spread_like(value, parameter)
+        if plain:  # in main memory, where the file is read
+            return value[own_rows(parameter)].clone(memory_format=torch.contiguous_format)
+        return spread_like(value, parameter)
 
     moments = {
         number: {name: of(value, parameters[number]) for name, value in of_one.items()}
@@ -190,19 +192,8 @@ def spread_like(tensor: Tensor, parameter: Tensor) -> Tensor:
         parameter: of the same shape, spread over processes.
     """
     part = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
-    part.to_local().copy_(tensor[_rows(parameter)])
+    part.to_local().copy_(tensor[own_rows(parameter)])
     return part
-
-
-def own_rows(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """As spread_like, as a plain tensor."""
-    return tensor[_rows(parameter)].clone(memory_format=torch.contiguous_format)
-
-
-def _rows(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of a parameter this process has."""
-    [chunk] = parameter.__create_chunk_list__()
-    return tuple(slice(begin, begin + size) for begin, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def _as_part(rows: Tensor, parameter: Tensor) -> Tensor:

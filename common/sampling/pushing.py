@@ -6,14 +6,13 @@ so it goes on to the end before it fails, and all fail with it.
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from common.logprobs import without_adapter
 from common.mistakes import first_line
 from common.models.weights import OnDevice, policy_weights
 from common.sampling.protocol import Sampler
-from common.sharding import is_sharded
+from common.sharding import is_sharded, of_all
 
 
 def push_policy(sampler: Sampler, model: nn.Module, on_device: OnDevice | None) -> None:
@@ -75,8 +74,7 @@ class Watched:
 def _fail_together(failure: Exception | None) -> None:
     """Raise this process's failure, or that of another one."""
     reason = failure and f"{type(failure).__name__}: {first_line(failure)}"
-    everyone = [reason] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, reason)
+    everyone = of_all(reason)
     if failure is not None:
         raise failure
     if failed := [f"process {process} ({each})" for process, each in enumerate(everyone) if each]:
