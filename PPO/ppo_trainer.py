@@ -105,7 +105,9 @@ class PPOConfig(PlacedKLConfig):
     def other_models(self) -> tuple[OtherModel, ...]:
         """The value model: the policy's architecture, or that of the model it begins as."""
         path = None if self.value_init in ("none", "zero_head", "fit") else self.value_init
-        return (OtherModel(name="value", path=path, shares_base=self.value_backbone == "shared"),)
+        return (
+            OtherModel(name="value", setting="value_init", path=path, shares_base=self.value_backbone == "shared"),
+        )
 
     def idle_settings(self) -> dict[str, str]:
         """Those of a clip and a KL, the clip of values where it cannot act, and the fit's if there is none."""

@@ -21,6 +21,7 @@ SETTINGS = RLOOConfig(
     reward_format="auto",
     reward_time_limit=1.0,
     reward_memory_limit=2.0,
+    prompt_weights=None,  # file with how often each prompt comes
     prompt_file=None,
     enable_thinking=None,
     # Steps

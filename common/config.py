@@ -48,16 +48,20 @@ _SHORTEST_TIMEOUT, _LONGEST_TIMEOUT = 1.0, 525600.0
 
 @dataclass(frozen=True, kw_only=True)
 class OtherModel:
-    """A model that an algorithm trains beside the policy, as the memory plan counts it.
+    """A model that an algorithm has beside the policy, as the memory plan counts it.
 
     Attributes:
         name: in the pool.
+        setting: that names what it is made of.
         path: hub id or folder of what it is made of; None: the policy's.
+        is_trained: False for one that only gives log-probs of the policy's tokens.
         shares_base: with LoRA, it uses the policy's frozen base, with an adapter and a head of its own.
     """
 
     name: str
+    setting: str
     path: str | None = None
+    is_trained: bool = True
     shares_base: bool = False
 
 
@@ -99,6 +103,9 @@ class RLConfig:
     0: no worker process and no limits."""
     reward_memory_limit: float = 2.0
     """Gigabytes a rule may use."""
+    prompt_weights: str | None = None
+    """File that says how often each prompt comes, as `python -m common.evaluation --write_pass_rates` writes it; None:
+    all equally often."""
     prompt_file: str | None = None
     """Text file that contains {prompt}: each prompt (of a chat, its last user message) is inserted there."""
     enable_thinking: bool | None = None
@@ -292,7 +299,7 @@ class RLConfig:
 
     @property
     def other_models(self) -> tuple[OtherModel, ...]:
-        """The models that the algorithm trains beside the policy, for the memory plan; most have none."""
+        """The models that the algorithm has beside the policy, for the memory plan; most have none."""
         return ()
 
     @property
@@ -521,7 +528,7 @@ class ClippedConfig(RLConfig):
     """The clip of PPO's surrogate and the weights of tokens, for the algorithms that follow the policy gradient."""
 
     clip_range: float = 0.2
-    """How far a probability ratio may fall below 1 before its gradient stops."""
+    """How far a probability ratio may fall below 1 before its gradient stops; 1: as far as it does."""
     clip_range_high: float | None = None
     """How far it may rise above 1; None: clip_range. DAPO's clip-higher uses 0.28."""
     importance_correction: str = "auto"
@@ -538,10 +545,10 @@ class ClippedConfig(RLConfig):
             ValueError: what was given, what is needed and why, what to do.
         """
         super().__post_init__()
-        if not 0 < self.clip_range < 1 or (self.clip_range_high is not None and not self.clip_range_high > 0):
+        if not 0 < self.clip_range <= 1 or (self.clip_range_high is not None and not self.clip_range_high > 0):
             raise ValueError(
                 f"clip_range={self.clip_range}, clip_range_high={self.clip_range_high}: the ratio is kept in "
-                "[1 - clip_range, 1 + clip_range_high], so the first must be in (0, 1) and the second above 0. Pass "
+                "[1 - clip_range, 1 + clip_range_high], so the first must be in (0, 1] and the second above 0. Pass "
                 "--clip_range 0.2."
             )
         if self.importance_correction not in CORRECTIONS:

@@ -35,18 +35,22 @@ def importance_ratio(logprobs: Tensor, old_logprobs: Tensor | None) -> Tensor:
     return log_importance_ratio(logprobs, old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
-def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor) -> Tensor:
+def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, *, per_token: bool = False) -> Tensor:
     """Ratio of each completion's current probability to that when it was sampled.
 
     Args:
         logprobs: (b, C) float32, with gradient.
         old_logprobs: (b, C) float32, or None as in log_importance_ratio.
         mask: (b, C) bool.
+        per_token: the geometric mean of the tokens' ratios instead of their product: the ratio of GSPO
+            (huggingface.co/papers/2507.18071), which lies as near 1 for long completions as for short ones.
 
     Returns:
         (b, 1) float32.
     """
     log_ratio = torch.where(mask, log_importance_ratio(logprobs, old_logprobs), 0.0).sum(1, keepdim=True)  # (b, 1)
+    if per_token:
+        log_ratio = log_ratio / mask.sum(1, keepdim=True).clamp(min=1)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 

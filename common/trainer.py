@@ -32,6 +32,7 @@ from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
 from common.memory.start import plan_of
+from common.models.frozen import check_differs, check_frozen, frozen_models, load_frozen
 from common.models.loading import (
     compute_dtype,
     end_token_ids,
@@ -153,6 +154,8 @@ class OnPolicyTrainer(ABC):
         settled = self.plan.settled(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.check_models(policy)
+        for other in frozen_models(config):
+            check_frozen(other, config, self.tokenizer)
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer), settled)
         self.run = Run(config, self.accelerator, algorithm=algorithm, plan=whole(self.plan, config))
@@ -445,7 +448,12 @@ class OnPolicyTrainer(ABC):
 
     @final
     def logprobs(self, name: str, rollouts: Rollouts) -> Tensor:
-        """(B, C) float32, 0 at padding: log-probs of the tokens under "policy" or, with a kl_coef above 0, "ref"."""
+        """(B, C) float32, 0 at padding: log-probs of the tokens under a model of the pool, at the run's temperature.
+
+        Args:
+            name: "policy"; "ref", which is there with a kl_coef above 0; or an untrained one of other_models.
+            rollouts: B rows.
+        """
         temperature = self.config.temperature
         return self.for_each_token(
             name, rollouts, lambda *args: token_logprobs(*args, temperature, with_entropy=False)[0]
@@ -670,6 +678,10 @@ class OnPolicyTrainer(ABC):
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
         elif needs_reference:
             self.models.add("ref", self._share_out(load_reference(path, config, dtype=self.dtype)))
+        for other in frozen_models(config):
+            frozen = self._share_out(load_frozen(other, config, dtype=self.dtype))
+            check_differs(other, frozen, module if self.run.checkpoint is None else None)
+            self.models.add(other.name, frozen)
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
         self.policy_sampler = PolicySampler(

@@ -36,6 +36,7 @@ FIXED = {
         "dataset_split",
         "num_eval_prompts",
         "prompt_file",
+        "prompt_weights",
         "reward_format",
     ),
     *("enable_thinking", "sampler", "load_in_4bit", "preset", "output_dir", "resume", "push_to_hub", "report_to"),

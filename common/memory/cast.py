@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import transformers
 
-from common.config import RLConfig
+from common.config import OtherModel, RLConfig
 from common.memory.cards import Card
 from common.memory.passes import PassSettings
 from common.memory.tenants import Engine, Numbers, Sizes, Tenant, engine, frozen, learner
@@ -104,7 +104,11 @@ class Casting:
             policy = frozen("policy", self.sizes, replace(policy.passes, method="full", weights=dtype))
         others = [self._reference(policy, config, numbers)] if config.kl_coef or config.eval_kl else []
         for other in config.other_models:
-            sizes = self._sizes_of(other.path, config) if other.path else self.sizes
+            sizes = self._sizes_of(other, config) if other.path else self.sizes
+            if not other.is_trained:
+                passes = replace(policy.passes, method="full", weights=dtype)
+                others.append(frozen(other.name, sizes, passes, spread=numbers.spread))
+                continue
             options = {"needs": "policy" if other.shares_base else None, "has_head": False, "may_pack": False}
             others.append(learner(other.name, sizes, config, numbers, **options))
         samples = partial(engine, self.sizes, dtype=dtype, on_cpu=not is_cuda)
@@ -131,11 +135,12 @@ class Casting:
         chosen, _ = attention_for(self.policy.config, asked, device, dtype=dtype, cls=cls)
         return "flash" if chosen in FLASH and device.type == "cuda" else chosen
 
-    def _sizes_of(self, path: str, config: RLConfig) -> Sizes:
-        """Of the model that a value model begins as."""
-        if path not in self._of_paths:
-            self._of_paths[path] = Sizes.of(_skeleton(path, f"value_init={path!r}"), config)
-        return self._of_paths[path]
+    def _sizes_of(self, other: OtherModel, config: RLConfig) -> Sizes:
+        """Of the model that another one is made of."""
+        if other.path not in self._of_paths:
+            label = f"{other.setting}={other.path!r}"
+            self._of_paths[other.path] = Sizes.of(_skeleton(other.path, label), config)
+        return self._of_paths[other.path]
 
     def _add_reward(self, path: str, config: RLConfig) -> None:
         name = f"reward model {path!r}"

@@ -1,0 +1,60 @@
+"""DAPO: decoupled clip and dynamic sampling policy optimization (huggingface.co/papers/2503.14476)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from common.advantages import group_relative
+from common.config import ClippedConfig, check_group
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio
+from common.rollouts import PromptBatch, Rollouts
+from common.trainer import OnPolicyTrainer
+from DAPO.overlong import check_overlong, overlong_penalty
+
+
+@dataclass(kw_only=True)
+class DAPOConfig(ClippedConfig):
+    """Settings of DAPO, in addition to those of every clipped algorithm."""
+
+    clip_range_high: float | None = 0.28
+    refill_rounds: int = 4
+    """Most rounds in which groups of equal scores are replaced by groups of other prompts: dynamic sampling."""
+    overlong_buffer: int | None = None
+    """Tokens before max_completion_length over which the punishment of length grows; None: a fifth of it; 0: none."""
+    overlong_penalty: float = 1.0
+    """What a completion of max_completion_length tokens loses of its score."""
+
+    def __post_init__(self) -> None:
+        """Check DAPO's settings after the shared ones; a ValueError says what is wrong."""
+        super().__post_init__()
+        check_group(self.num_generations, "DAPO compares completions of one prompt with each other")
+        check_overlong(self)
+
+
+class DAPOTrainer(OnPolicyTrainer):
+    """GRPO with a wider upper clip, a mean over tokens, prompts that teach something, and a price of length."""
+
+    config: DAPOConfig
+
+    def step(self, prompts: PromptBatch) -> None:
+        """One iteration of DAPO on this process's prompts."""
+        config, size = self.config, self.config.num_generations
+        # 1. Sample groups, and replace those of equal scores, whatever their lengths: they teach nothing.
+        sampled = self.sample(prompts, num_generations=size)
+        sampled.scores = self.score(sampled)
+        rollouts = self.refilled(sampled, rounds=config.refill_rounds)
+        penalties = overlong_penalty(rollouts.lengths, config)  # 2. (B,), of completions that are nearly too long
+        self.metrics.add("overlong/penalty", penalties.sum(), len(rollouts))
+        scores = self.token_rewards(rollouts, rollouts.scores - penalties).sum(1)
+        rollouts.advantages = self.maybe_whiten(rollouts.spread(group_relative(scores, size)), rollouts)
+        self.describe(rollouts, rollouts.advantages, sampled=sampled)
+        rollouts.old_logprobs = self.old_logprobs(rollouts)
+        self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
+
+    def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b, C) clipped surrogate, equation 8 of the paper, and (b, C) metrics by name."""
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)
+        loss = clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        return self.corrected(*loss, logprobs, minibatch)

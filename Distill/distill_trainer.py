@@ -1,0 +1,60 @@
+"""On-policy distillation: a teacher judges every token that the student samples (huggingface.co/papers/2306.13649)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from common.config import ClippedConfig, OtherModel
+from common.logprobs import token_logprobs
+from common.losses import clipped_policy_loss, importance_ratio
+from common.rollouts import PromptBatch, Rollouts
+from common.trainer import OnPolicyTrainer
+from Distill.judgement import check_judgement, judged
+
+
+@dataclass(kw_only=True)
+class DistillConfig(ClippedConfig):
+    """Settings of distillation, in addition to those of every clipped algorithm."""
+
+    teacher: str | None = None
+    """Hub id or folder of the model to learn from, or of a LoRA adapter; it must know the policy's tokens."""
+    gamma: float = 0.0
+    """Discount of what the teacher says of later tokens, in [0, 1]; 0: a token answers for itself alone."""
+    reward_coef: float = 0.0
+    """Weight of the score, less the mean of the prompt's other completions, beside what the teacher says."""
+
+    def __post_init__(self) -> None:
+        """Check distillation's settings after the shared ones; a ValueError says what is wrong."""
+        super().__post_init__()
+        check_judgement(self)
+
+    @property
+    def other_models(self) -> tuple[OtherModel, ...]:
+        """The teacher."""
+        return (OtherModel(name="teacher", setting="teacher", path=self.teacher, is_trained=False),)
+
+
+class DistillTrainer(OnPolicyTrainer):
+    """Make each token as likely as the teacher does, in texts that the student itself writes."""
+
+    def step(self, prompts: PromptBatch) -> None:
+        """One iteration of distillation on this process's prompts."""
+        config = self.config
+        rollouts = self.sample(prompts, num_generations=config.num_generations)  # 1. The student writes.
+        rollouts.scores = self.score(rollouts)
+        # 2. A token's reward is log teacher / student, on average minus their KL.
+        rewards = self.token_rewards(rollouts, 0 * rollouts.scores)  # (B, C), the KL to the reference, if any
+        rollouts.old_logprobs = self.logprobs("policy", rollouts)
+        log_ratio = self.logprobs("teacher", rollouts) - rollouts.old_logprobs  # (B, C)
+        self.metrics.add("teacher/kl", -log_ratio.sum(), rollouts.lengths.sum())
+        rollouts.advantages = self.maybe_whiten(judged(rollouts, rewards + log_ratio, config), rollouts)
+        self.describe(rollouts, rollouts.advantages)
+        rollouts.old_logprobs = self.old_logprobs(rollouts)
+        self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
+
+    def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b, C) clipped surrogate, and (b, C) metrics by name."""
+        logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)
+        ratio = importance_ratio(logprobs, minibatch.old_logprobs)
+        loss = clipped_policy_loss(ratio, logprobs, entropy, minibatch, self.config.clip_ranges)
+        return self.corrected(*loss, logprobs, minibatch)
