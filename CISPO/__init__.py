@@ -1,1 +1,1 @@
-"""Group relative policy optimization."""
+"""CISPO: clipped importance-sampling weights instead of a clipped surrogate."""

@@ -48,7 +48,7 @@ class CISPOTrainer(OnPolicyTrainer):
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b, C) minus log-prob x advantage x clipped weight without gradient, equation 4 of the paper; metrics."""
+        """(b, C) minus log-prob x advantage x clipped weight without gradient, equations 4 and 5; metrics."""
         logprobs, entropy = token_logprobs(policy, minibatch, self.config.temperature)  # (b, C) both
         ratio, (low, high) = importance_ratio(logprobs, minibatch.old_logprobs).detach(), self.config.clip_ranges
         weights = ratio.clamp(1 - low, 1 + high)

@@ -1,1 +1,1 @@
-"""Group relative policy optimization."""
+"""DAPO: GRPO with decoupled clip, dynamic sampling and a price of length."""

@@ -5,31 +5,27 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from common.advantages import group_relative
-from common.config import ClippedConfig, check_group
+from common.config import check_group, check_not_negative
 from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
-from DAPO.overlong import check_overlong, overlong_penalty
+from DAPO.overlong import OverlongConfig, overlong_penalty
 
 
 @dataclass(kw_only=True)
-class DAPOConfig(ClippedConfig):
-    """Settings of DAPO, in addition to those of every clipped algorithm."""
+class DAPOConfig(OverlongConfig):
+    """Settings of DAPO, in addition to those of every clipped algorithm and of the price of length."""
 
     clip_range_high: float | None = 0.28
     refill_rounds: int = 4
     """Most rounds in which groups of equal scores are replaced by groups of other prompts: dynamic sampling."""
-    overlong_buffer: int | None = None
-    """Tokens before max_completion_length over which the punishment of length grows; None: a fifth of it; 0: none."""
-    overlong_penalty: float = 1.0
-    """What a completion of max_completion_length tokens loses of its score."""
 
     def __post_init__(self) -> None:
         """Check DAPO's settings after the shared ones; a ValueError says what is wrong."""
         super().__post_init__()
         check_group(self.num_generations, "DAPO compares completions of one prompt with each other")
-        check_overlong(self)
+        check_not_negative(self, "refill_rounds")
 
 
 class DAPOTrainer(OnPolicyTrainer):
@@ -44,11 +40,13 @@ class DAPOTrainer(OnPolicyTrainer):
         sampled = self.sample(prompts, num_generations=size)
         sampled.scores = self.score(sampled)
         rollouts = self.refilled(sampled, rounds=config.refill_rounds)
-        penalties = overlong_penalty(rollouts.lengths, config)  # 2. (B,), of completions that are nearly too long
+        # 2. Completions that are nearly too long, or too long, lose a part of their score. Then compare in groups.
+        penalties = overlong_penalty(rollouts.lengths, config)  # (B,)
         self.metrics.add("overlong/penalty", penalties.sum(), len(rollouts))
-        scores = self.token_rewards(rollouts, rollouts.scores - penalties).sum(1)
+        scores = self.token_rewards(rollouts, rollouts.scores - penalties).sum(1)  # (B,)
         rollouts.advantages = self.maybe_whiten(rollouts.spread(group_relative(scores, size)), rollouts)
         self.describe(rollouts, rollouts.advantages, sampled=sampled)
+        # 3. Clipped policy-gradient steps.
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
 

@@ -1,1 +1,1 @@
-"""Group relative policy optimization."""
+"""GSPO: group sequence policy optimization."""

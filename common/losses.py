@@ -43,7 +43,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, 
         old_logprobs: (b, C) float32, or None as in log_importance_ratio.
         mask: (b, C) bool.
         per_token: the geometric mean of the tokens' ratios instead of their product: the ratio of GSPO
-            (huggingface.co/papers/2507.18071), which lies as near 1 for long completions as for short ones.
+            (huggingface.co/papers/2507.18071, equation 7), which lies as near 1 for long completions as for short ones.
 
     Returns:
         (b, 1) float32.
@@ -63,7 +63,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_range: float, clip
     Args:
         ratio: (b, C) float32 of tokens, or (b, 1) of completions.
         advantages: (b, C) float32.
-        clip_range: in (0, 1), how far the ratio may fall.
+        clip_range: in (0, 1], how far the ratio may fall; 1: as far as it does.
         clip_range_high: above 0, how far it may rise.
 
     Returns:

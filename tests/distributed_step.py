@@ -2,7 +2,7 @@
 
 Arguments: model folder, folder for runs and results, and the cases: how many of the 4 groups have no signal, a comma,
 and 1 if what is left is filled up with other prompts, so that only groups with signal count, or 2 if these take the
-places of the others. With another comma and "host", gradients are added up
+places of the others, or 3 if none of them has a signal either. With another comma and "host", gradients are added up
 and summed over processes there.
 """
 
@@ -43,10 +43,13 @@ def take_step(model: Path, folder: Path, *, num_dead: int, refills: int, on_host
     # The last groups of the step are the dead ones: with two of four they are all on the second process.
     rollouts.scores = torch.where(rollouts.rows >= 4 * (4 - num_dead), 0.5, trainer.score(rollouts))
     sampled = rollouts
+    if refills == 3:
+        trainer.score = lambda more: torch.full((len(more),), 0.5)
     if refills == 2:
         score = trainer.score
         # The first additional group teaches nothing: in the second round its place gets another one.
         trainer.score = lambda more: torch.where((more.rows < 4) & (len(more.step_lengths) > 4), 0.5, score(more))
+    if refills >= 2:
         rollouts = trainer.refilled(sampled, rounds=2)
     advantages = group_relative(rollouts.scores, 4)
     rollouts.advantages = rollouts.spread(advantages)

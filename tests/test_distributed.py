@@ -15,8 +15,8 @@ from tests.toy import metrics_of, toy_trainer
 ROOT = Path(__file__).parent.parent
 
 
-# Groups without signal; 1, 2: others are sampled beside or in their place; and where gradients are added up.
-CASES = ["0,0", "1,0", "2,0", "2,1", "2,2", "2,0,host"]
+# Groups without signal; 1, 2, 3: others are sampled beside, in their place or in vain; and where gradients are added up.
+CASES = ["0,0", "1,0", "2,0", "2,1", "2,2", "2,3", "2,0,host"]
 
 
 def on_nodes(count: int) -> list[str]:
@@ -57,9 +57,12 @@ def test_two_processes_take_the_step_of_one(steps, case):
         assert two["metrics"][name] == pytest.approx(value, abs=1e-5), name
     # Whitening is over the tokens of all processes.
     torch.testing.assert_close(two["moments"], one["moments"], atol=1e-3, rtol=1e-5)
-    if case == "2,2":
+    if case in ("2,2", "2,3"):
         of_refills = [one["metrics"][f"refill/{name}"] for name in ("rounds", "filled", "left_empty", "completions")]
-        assert of_refills == [2, 2, 0, 12] and one["metrics"]["zero_advantage"] == 0
+        assert of_refills == ([2, 2, 0, 12] if case == "2,2" else [2, 0, 2, 16])
+        assert one["metrics"]["zero_advantage"] == (0 if case == "2,2" else 0.5)
+    if case == "2,3":  # after the last round the step goes on as without refills
+        assert torch.equal(two["step"], steps[2, "2,0"]["step"])
     if case.startswith("2,0"):
         assert two["num_rows"].tolist()[1] == 0 < two["num_rows"].tolist()[0]
 

@@ -5,13 +5,17 @@ group of completions, once, weighed by its probability. So what reaches the opti
 algorithm's estimator, and it is compared with minus the gradient of an objective, to 1e-5 of its norm.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
+from CISPO.cispo_trainer import CISPOTrainer
 from common.losses import clipped_surrogate, importance_ratio, sequence_ratio
+from DAPO.dapo_trainer import DAPOTrainer
 from GRPO.grpo_trainer import GRPOTrainer
+from GSPO.gspo_trainer import GSPOTrainer
 from PPO.ppo_trainer import PPOTrainer
 from RAFT.raft_trainer import RAFTTrainer
 from Reinforce.reinforce_trainer import ReinforceTrainer
@@ -143,12 +147,16 @@ def test_remax_subtracts_the_score_of_the_greedy_completion(world, tmp_path):
 # GRPO as the paper has it: what the two divisions do to the expectation
 
 
+def advantages_of_pairs(scores):
+    """(N, N): the advantage of each completion in a group with each other one."""
+    gap = scores[:, None] - scores[None, :]
+    return (gap / 2) / (gap.abs() / 2**0.5 + 1e-4)  # the deviation of two numbers is their distance / sqrt(2)
+
+
 def test_grpo_of_pairs_expects_the_gradient_of_the_scaled_win_over_a_frozen_copy(world, tmp_path):
     """Divided by its deviation a pair's difference is nearly its sign: who wins counts, not by how much."""
     gradient = gradient_of_step(world, GRPOTrainer, tmp_path, **GROUP | TOKENS)
-    gap = world.scores[:, None] - world.scores[None, :]
-    advantage = (gap / 2) / (gap.abs() / 2**0.5 + 1e-4)  # the deviation of two numbers is their distance / sqrt(2)
-    opponent = world.probabilities.detach()
+    advantage, opponent = advantages_of_pairs(world.scores), world.probabilities.detach()
     assert difference(gradient, -world.gradient(world.probabilities @ advantage @ opponent)) < 1e-5
     assert difference(unit(gradient), -unit(world.gradient(objective(world)))) > 0.1
 
@@ -170,6 +178,65 @@ def test_a_mean_over_rows_divides_what_each_completion_says_by_its_length(world,
     per_length = (probabilities * advantage / world.mask.sum(1) * world.logprobs).sum()
     assert difference(gradient, -world.gradient(per_length)) < 1e-5
     assert difference(unit(gradient), -unit(world.gradient(objective(world)))) > 0.05
+
+
+# GSPO, CISPO and DAPO: the first optimizer step, and the second one, where their ratios and clips differ
+
+
+def pairs_of(world, scores):
+    """(N,): the mean advantage of each completion, times its probability; and the advantages of both signs alone."""
+    probabilities, advantage = world.probabilities.detach(), advantages_of_pairs(scores)
+    return [probabilities * (part @ probabilities) for part in (advantage, advantage.clamp(min=0), -advantage.clamp(max=0))]
+
+
+def surrogate(ratio, gains, losses, low, high):
+    """The clipped surrogate: good ones up to 1 + high, bad ones down to 1 - low; `gains` and `losses` are (N, 1)."""
+    return (gains * ratio.clamp(max=1 + high) - losses * ratio.clamp(min=1 - low)).sum()
+
+
+CLIPS = {"clip_range": 0.1, "clip_range_high": 0.15, "num_update_epochs": 2}
+
+
+def test_gspo_clips_the_geometric_mean_of_each_completions_ratios(world, another, tmp_path):
+    trainer = world.trainer(GSPOTrainer, tmp_path, **GROUP | CLIPS)
+    first, second = world.step_gradients(trainer, move_to=another.weights)
+    mean, gains, losses = pairs_of(world, world.scores)
+    lengths = world.mask.sum(1)
+    assert difference(first, -world.gradient((mean * world.logprobs / lengths).sum())) < 1e-5
+    log_ratio = another.logprobs - world.logprobs.detach()
+    ratio = (log_ratio / lengths).exp()
+    assert ((ratio > 1.15) | (ratio < 0.9)).any() and ((ratio > 0.9) & (ratio < 1.15)).any()
+    assert difference(second, -another.gradient(surrogate(ratio, gains, losses, 0.1, 0.15))) < 1e-5
+    # The test sees the ratio of RLOO, which is their product, and a clip as wide on both sides.
+    assert difference(second, -another.gradient(surrogate(log_ratio.exp(), gains, losses, 0.1, 0.15))) > 0.1
+    assert difference(second, -another.gradient(surrogate(ratio, gains, losses, 0.1, 0.1))) > 0.01
+
+
+def test_cispo_weighs_every_token_by_its_clipped_ratio_and_drops_none(world, another, tmp_path):
+    settings = GROUP | TOKENS | CLIPS | {"clip_range": 1.0}
+    first, second = world.step_gradients(world.trainer(CISPOTrainer, tmp_path, **settings), move_to=another.weights)
+    mean, gains, losses = pairs_of(world, world.scores)
+    assert difference(first, -world.gradient(mean @ world.logprobs)) < 1e-5
+    ratio = (another.token_logprobs - world.token_logprobs.detach()).exp()  # (N, T)
+    weights = ratio.detach().clamp(max=1.15)
+    assert ((ratio > 1.15) & world.mask).any() and ((ratio < 0.9) & world.mask).any()
+    assert difference(second, -another.gradient(mean @ (weights * another.token_logprobs).sum(1))) < 1e-5
+    clipped = surrogate(ratio, gains[:, None], losses[:, None], 0.999, 0.15)  # which gives cut tokens no gradient
+    assert difference(second, -another.gradient(clipped)) > 0.1
+
+
+def test_dapo_pays_for_length_and_clips_each_token_later_above_than_below(world, another, tmp_path):
+    settings = GROUP | TOKENS | CLIPS | {"overlong_buffer": 2, "overlong_penalty": 0.8}
+    first, second = world.step_gradients(world.trainer(DAPOTrainer, tmp_path, **settings), move_to=another.weights)
+    penalties = torch.tensor([0.0, 0.4, 0.8], dtype=torch.float64)[world.mask.sum(1) - 1]
+    mean, gains, losses = pairs_of(world, world.scores - penalties)
+    assert difference(first, -world.gradient(mean @ world.logprobs)) < 1e-5
+    free, *_ = pairs_of(world, world.scores)
+    assert difference(first, -world.gradient(free @ world.logprobs)) > 0.1
+    ratio = (another.token_logprobs - world.token_logprobs.detach()).exp()  # (N, T)
+    gains, losses = gains[:, None], losses[:, None]
+    assert difference(second, -another.gradient(surrogate(ratio, gains, losses, 0.1, 0.15))) < 1e-5
+    assert difference(second, -another.gradient(surrogate(ratio, gains, losses, 0.1, 0.1))) > 0.01
 
 
 # PPO: which values bias it
@@ -459,6 +526,29 @@ def test_with_a_lag_the_kl_in_the_loss_is_a_mean_over_what_the_policy_samples_no
     assert difference(kl, world.gradient(kl_of_states(world))) < 1e-5
 
 
+OF_PAIRS = {"gspo": (GSPOTrainer, {}), "cispo": (CISPOTrainer, TOKENS), "dapo": (DAPOTrainer, TOKENS)}
+
+
+@pytest.mark.parametrize("how", [LAGGED, CORRECTED], ids=["lag", "correction"])
+@pytest.mark.parametrize(("kind", "settings"), OF_PAIRS.values(), ids=OF_PAIRS)
+def test_ratio_or_weight_of_a_token_makes_up_for_its_choice_and_leaves_what_it_is_compared_with(
+    one_token, tmp_path, kind, settings, how
+):
+    """The others of its group stay those that were sampled."""
+    world, sampler = one_token
+    gradient = gradient_with_sampler(world, sampler, kind, tmp_path, **GROUP | settings | how)
+    advantage, others = advantages_of_pairs(world.scores), sampler.probabilities.detach()
+    assert difference(gradient, -world.gradient(world.probabilities @ advantage @ others)) < 1e-5
+    assert difference(gradient, -sampler.gradient(sampler.probabilities @ advantage @ others)) > 0.1
+
+
+def test_the_weight_of_gspo_is_that_of_the_whole_completion_though_its_ratio_is_not(world, another, tmp_path):
+    gradient = gradient_with_sampler(world, another, GSPOTrainer, tmp_path, **GROUP | CORRECTED)
+    others = advantages_of_pairs(world.scores) @ another.probabilities.detach()  # (N,)
+    expected = (world.probabilities.detach() * others * world.logprobs / world.mask.sum(1)).sum()
+    assert difference(gradient, -world.gradient(expected)) < 1e-5
+
+
 def test_the_ratios_have_the_gradient_of_finite_differences():
     generator = torch.Generator().manual_seed(0)
     old, logprobs, advantages = (torch.randn(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -468,7 +558,8 @@ def test_the_ratios_have_the_gradient_of_finite_differences():
     def loss(logprobs, ratio):
         return torch.where(mask, clipped_surrogate(ratio(logprobs), advantages, 0.2, 0.2), 0.0)
 
-    for ratio in (lambda x: sequence_ratio(x, old, mask), lambda x: importance_ratio(x, old)):
+    of_gspo = partial(sequence_ratio, old_logprobs=old, mask=mask, per_token=True)
+    for ratio in (lambda x: sequence_ratio(x, old, mask), of_gspo, lambda x: importance_ratio(x, old)):
         assert torch.autograd.gradcheck(lambda x, ratio=ratio: loss(x, ratio), logprobs)
     # Of the ratio itself: each real token of a completion moves the whole, and padding nothing.
     (gradient,) = torch.autograd.grad(sequence_ratio(logprobs, old, mask)[:, 0].sum(), logprobs)

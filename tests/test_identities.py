@@ -126,6 +126,50 @@ def test_reinforce_with_the_groups_mean_and_without_whitening_is_dr_grpo(toy_fol
     assert torch.equal(policy_weights(reinforce), policy_weights(dr_grpo))
 
 
+ONE_STEP = {"kl_coef": 0.1, "num_steps": 3, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "of_grpo"),
+    [
+        ("GSPO", ONE_STEP, {"average_over": "rows"}),
+        ("CISPO", ONE_STEP, {"average_over": "tokens"}),
+        # Its clip is one of GRPO's too, so it stays the same over several optimizer steps.
+        (
+            "DAPO",
+            ONE_STEP | {"num_minibatches": 2, "num_update_epochs": 2},
+            {"average_over": "tokens", "clip_range_high": 0.28},
+        ),
+    ],
+    ids=["GSPO", "CISPO", "DAPO"],
+)
+def test_without_what_is_theirs_gspo_cispo_and_dapo_are_grpo(toy_folder, tmp_path, name, settings, of_grpo):
+    """On one optimizer step a ratio is 1, whatever it is of; DAPO without refills and price of length."""
+    plain = {"refill_rounds": 0, "overlong_penalty": 0.0} if name == "DAPO" else {}
+    weights = []
+    for algorithm, own in ((name, plain), ("GRPO", of_grpo | {"kl_place": "reward"})):
+        trainer = toy_trainer(toy_folder, tmp_path / algorithm, algorithm=algorithm, **settings | own)
+        before = weights_of(trainer)
+        # With plain gradient descent a rounding error stays as small as it is.
+        trainer.policy.optimizer = torch.optim.SGD(trainer.policy.parameters, lr=1e-2)
+        weights.append(policy_weights(trainer))
+        assert (weights[-1] - before).abs().max() > 1e-4
+    if name == "GSPO":  # which adds up a completion's tokens before it weighs them
+        torch.testing.assert_close(*weights, atol=1e-7, rtol=1e-6)
+    else:
+        assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "of_grpo"), [("GSPO", {"average_over": "rows"}), ("CISPO", {}), ("DAPO", {"clip_range_high": 0.28})]
+)
+def test_with_what_is_theirs_they_are_not(toy_folder, tmp_path, name, of_grpo):
+    settings = {"num_minibatches": 2, "num_update_epochs": 2, "num_steps": 1, "learning_rate": 1e-2}
+    theirs = toy_trainer(toy_folder, tmp_path / name, algorithm=name, **settings)
+    grpo = toy_trainer(toy_folder, tmp_path / "GRPO", **settings | {"average_over": "tokens"} | of_grpo)
+    assert not torch.equal(policy_weights(theirs), policy_weights(grpo))
+
+
 def test_rloo_on_policy_is_dr_grpo_times_two_known_factors(toy_folder, tmp_path):
     """G / (G - 1) from the baseline, and the longest length from a mean over completions instead of tokens."""
     moves = {}
@@ -163,7 +207,7 @@ def test_raft_of_other_scores_learns_other_rows(toy_folder, tmp_path):
     assert all(len(best) > len(worst) for best, worst in zip(chosen[1], chosen[-1], strict=True))
 
 
-@pytest.mark.parametrize("name", ["GRPO", "RLOO", "RAFT"])
+@pytest.mark.parametrize("name", ["GRPO", "RLOO", "RAFT", "GSPO", "CISPO", "DAPO"])
 def test_a_single_completion_is_refused_where_completions_are_compared(name):
     with pytest.raises(ValueError, match=rf"num_generations=1: {name}.* at least 2. Pass --num_generations 8"):
         algorithms()[name].config(num_generations=1)

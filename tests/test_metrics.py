@@ -533,6 +533,8 @@ def test_three_steps_without_anything_to_learn_are_warned_of_once(settings, metr
     assert not caplog.messages
     for step in range(6, 20):
         check.see(metrics, step=step)
+    for step, seen in enumerate([HEARD, metrics, metrics, metrics], 20):
+        check.see(seen, step=step)
     (message,) = caplog.messages
     assert message.startswith("steps 4 to 6: ") and said in message and len(message.splitlines()) <= 6
     assert "python -m common.samples runs/x" in message
@@ -547,6 +549,39 @@ def test_groups_of_equal_scores_are_no_reason_to_warn_where_others_took_their_pl
     for step in range(6, 10):
         check.see(filled | {"refill/filled": 0, "zero_advantage": 1.0}, step=step)
     assert len(caplog.messages) == 1
+
+
+class Refilling(RLConfig):
+    refill_rounds = 4
+
+
+OF_REFILLS = {"refill/rounds": 4.0, "refill/filled": 0.0, "refill/left_empty": 7.0, "refill/completions": 224.0}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        (silent(equal_scores=0.1, zero_advantage=0.1), "no group of equal scores could be replaced by that of another"),
+        (silent(), "all completions of a prompt had the same score"),  # and no second message
+    ],
+)
+@pytest.mark.parametrize(
+    ("rounds", "cause"),
+    [
+        (4.0, "refill_rounds=4 found no group of another prompt whose scores differ, in 224 more completions of the"),
+        (0.0, "no prompts but the step's own: fewer --prompts_per_step than 64, or more data, for refill_rounds=4"),
+    ],
+)
+def test_three_steps_of_refills_in_vain_are_warned_of_once(caplog, metrics, said, rounds, cause):
+    check, metrics = SignalCheck(Refilling(), Path("runs/x")), metrics | OF_REFILLS | {"refill/rounds": rounds}
+    found = HEARD | OF_REFILLS | {"refill/filled": 1.0}
+    complete = HEARD | OF_REFILLS | {"refill/rounds": 0.0, "refill/left_empty": 0.0}
+    for step, seen in enumerate([metrics, metrics, found, metrics, metrics, complete, *[metrics] * 5, found], 1):
+        check.see(seen, step=step)
+    for step in range(13, 20):
+        check.see(metrics, step=step)
+    (message,) = caplog.messages
+    assert message.startswith(f"steps 7 to 9: {said}") and cause in message and "prompts are too hard" in message
 
 
 def test_a_single_completion_is_no_reason_to_warn(caplog):

@@ -79,8 +79,14 @@ def refilling(model, folder, algorithm="GRPO", reward=odd_totals_teach, num_rows
     return algorithms()[algorithm].trainer(config, task=task)
 
 
-@pytest.mark.parametrize("algorithm", ["GRPO", "RLOO"])
-@pytest.mark.parametrize("settings", [{}, {"keep_per_group": True}, {"num_minibatches": 2, "kl_coef": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        *[(name, settings) for name in ("GRPO", "RLOO") for settings in ({}, {"keep_per_group": True})],
+        *[(name, {"num_minibatches": 2, "kl_coef": 0.1}) for name in ("GRPO", "RLOO", "DAPO")],
+    ],
+    ids=str,
+)
 def test_a_step_is_filled_with_groups_of_other_prompts_that_teach_something(toy_folder, tmp_path, algorithm, settings):
     trainer = refilling(toy_folder, tmp_path / "run", algorithm, **settings)
     described, updated = described_by(trainer), updates_of(trainer)
@@ -146,6 +152,19 @@ def test_it_ends_when_no_other_prompt_is_left_or_after_the_rounds(toy_folder, tm
     assert all(line["refill/completions"] == 16 for line in metrics_of(tmp_path / "bounded"))
 
 
+@pytest.mark.parametrize(("num_rows", "said"), [(12, "refill_rounds=1 found no group"), (4, "no prompts but the step's")])
+def test_a_refill_that_never_finds_anything_says_so_once_and_the_run_goes_on(
+    toy_folder, tmp_path, caplog, num_rows, said
+):
+    settings = {"reward": lambda completions, **_: [0.5] * len(completions), "num_rows": num_rows, "num_steps": 5}
+    refilling(toy_folder, tmp_path / "run", "DAPO", refill_rounds=1, overlong_penalty=0.0, **settings).train()
+    (message,) = [text for text in caplog.messages if "refill" in text]
+    assert message.startswith("steps 1 to 3: all completions had the score 0.5, so there was nothing") and said in message
+    lines = metrics_of(tmp_path / "run")
+    assert [line["refill/rounds"] for line in lines] == [int(num_rows > 4)] * 5
+    assert all(line["refill/left_empty"] == 4 and line["policy/grad_norm"] == 0 for line in lines)
+
+
 def test_places_that_stay_empty_still_count_in_the_mean_unless_sparse_only_spares_their_passes(toy_folder, tmp_path):
     weights = {}
     for sparse in (False, True):
@@ -184,6 +203,6 @@ def test_with_the_kl_in_the_reward_a_group_of_equal_scores_is_empty_whatever_its
 
 
 def test_a_count_of_rounds_below_0_is_refused():
-    for name in ("GRPO", "RLOO"):
+    for name in ("GRPO", "RLOO", "DAPO"):
         with pytest.raises(ValueError, match="refill_rounds=-1: need 0 or more"):
             algorithms()[name].config(refill_rounds=-1)

@@ -1,4 +1,4 @@
-"""The same batch through trl's GRPO and RLOO and through ours: advantages, loss, gradient and metrics are the same.
+"""The same batch through trl and through ours: advantages, loss, gradient and metrics are the same.
 
 Both get the same completions and scores, and go through their own code for all that comes after. Two optimizer steps
 are compared, the second one after the policy has moved, so that ratios are off 1 and the clip acts. The reference is
@@ -13,12 +13,16 @@ import torch
 from common.rollouts import Completion
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
+from CISPO.cispo_trainer import CISPOConfig, CISPOTrainer
+from DAPO.dapo_trainer import DAPOConfig, DAPOTrainer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+from GSPO.gspo_trainer import GSPOConfig, GSPOTrainer
 from RLOO.rloo_trainer import RLOOConfig, RLOOTrainer
 from tests.enumeration import FixedSampler, put_weights, record_gradients
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
+get_soft_overlong_punishment = pytest.importorskip("trl.rewards").get_soft_overlong_punishment
 
 PROMPTS = ["1 2", "3 4 5 6 make 7\n", "8\n"]
 GROUP_SIZE, MAX_LENGTH = 4, 6
@@ -93,7 +97,7 @@ def our_step(trainer: OnPolicyTrainer) -> Step:
     return Step(gradients, metrics, [advantages[row] for row in range(len(SCORES))])
 
 
-def their_step(kind, config_type, model, folder, prompts, **settings) -> Step:
+def their_step(kind, config_type, model, folder, prompts, *, rewards=fixed_scores, **settings) -> Step:
     fixed = {
         "per_device_train_batch_size": len(SCORES),
         "gradient_accumulation_steps": 1,
@@ -107,7 +111,7 @@ def their_step(kind, config_type, model, folder, prompts, **settings) -> Step:
     }
     config = config_type(output_dir=str(folder / "theirs"), **fixed, **settings)
     data = datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts])
-    trainer = kind(str(model), fixed_scores, args=config, train_dataset=data)
+    trainer = kind(str(model), rewards, args=config, train_dataset=data)
     trainer.current_gradient_accumulation_steps = 1  # which its training loop sets
     completions = [c.token_ids for c in fixed_completions(trainer.processing_class.eos_token_id)]
     generated = (completions, None) if kind is trl.GRPOTrainer else completions
@@ -186,3 +190,35 @@ def test_rloo_takes_the_steps_of_trl(tiny_folder, tmp_path, beta):
         **CLIP,
     )
     assert_same(our_step(trainer), theirs, {"kl": "kl"} if beta else {})
+
+
+@pytest.mark.parametrize(
+    ("trainer", "config", "ours", "theirs", "names"),
+    [
+        (
+            GSPOTrainer,
+            GSPOConfig,
+            {"clip_range": 0.02, "clip_range_high": 0.03},
+            {"importance_sampling_level": "sequence", "loss_type": "grpo", "epsilon": 0.02, "epsilon_high": 0.03},
+            {"policy/clip_fraction": "clip_ratio/region_mean"},
+        ),
+        # Its upper end is the largest weight itself, and it counts only those of good tokens that are cut.
+        (CISPOTrainer, CISPOConfig, {"clip_range_high": 0.1}, {"loss_type": "cispo", "epsilon_high": 1.1}, {}),
+        (
+            DAPOTrainer,
+            DAPOConfig,
+            {"overlong_buffer": 4} | OUR_CLIP,
+            {"loss_type": "dapo", "rewards": [fixed_scores, get_soft_overlong_punishment(MAX_LENGTH, 4)]} | CLIP,
+            {"policy/clip_fraction": "clip_ratio/region_mean"},
+        ),
+    ],
+    ids=["gspo", "cispo", "dapo"],
+)
+def test_each_loss_of_trls_grpo_that_is_an_algorithm_here_takes_its_steps(
+    tiny_folder, tmp_path, trainer, config, ours, theirs, names
+):
+    trainer = our_trainer(trainer, config, tiny_folder, tmp_path, temperature=0.8, **ours)
+    prompts = trainer.training_prompts(1).prompts
+    settings = {"beta": 0.0, "temperature": 0.8, "scale_rewards": "group"} | theirs
+    theirs = their_step(trl.GRPOTrainer, trl.GRPOConfig, tiny_folder, tmp_path, prompts, **settings)
+    assert_same(our_step(trainer), theirs, names)

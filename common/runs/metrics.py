@@ -249,7 +249,7 @@ def warn_of_unused_settings(config: RLConfig, used: Collection[str], *, algorith
 
 
 class SignalCheck:
-    """Warns once, when the rewards of several steps in a row had nothing to teach.
+    """Warns once, when the rewards of several steps in a row had nothing to teach, and once of refills in vain.
 
     Args:
         config: the run's.
@@ -262,7 +262,8 @@ class SignalCheck:
 
     def __init__(self, config: RLConfig, folder: Path) -> None:
         self._config, self._folder = config, folder
-        self._in_a_row = 0
+        self._silent, self._in_vain = 0, 0  # steps in a row
+        self._said: set[str] = set()
 
     def see(self, metrics: dict[str, float], *, step: int) -> None:
         """Take note of a finished step; the metrics of `rollout_means` are read, if they are there."""
@@ -272,13 +273,25 @@ class SignalCheck:
         # Where refills replaced some of these groups, zero_advantage is that of what was trained on.
         replaced = metrics.get("refill/filled", 0) > 0
         is_silent = (self._all_equal(metrics) and not replaced) or metrics.get("zero_advantage", 1) == 1
-        self._in_a_row = self._in_a_row + 1 if is_silent else 0
-        if self._in_a_row == self.STEPS:
-            self._in_a_row = -math.inf  # once is enough
-            logger.warning(
-                "steps %d to %d: %s, so there was nothing to learn from the rewards. Likely causes:\n%s",
-                *(step - self.STEPS + 1, step, self._finding(metrics), "\n".join(self._causes(metrics))),
+        in_vain = metrics.get("refill/left_empty", 0) > 0 and not replaced
+        self._silent = self._silent + 1 if is_silent else 0
+        self._in_vain = self._in_vain + 1 if in_vain else 0
+        if self._silent >= self.STEPS and "silent" not in self._said:
+            self._say(f"{self._finding(metrics)}, so there was nothing to learn from the rewards", metrics, step)
+            self._said.add("silent")
+        elif self._in_vain >= self.STEPS and "in vain" not in self._said:
+            self._say(
+                "no group of equal scores could be replaced by that of another prompt. The steps went on with these "
+                "groups, which teach nothing",
+                metrics,
+                step,
             )
+        if self._in_vain >= self.STEPS:
+            self._said.add("in vain")
+
+    def _say(self, finding: str, metrics: dict[str, float], step: int) -> None:
+        causes = "\n".join(self._causes(metrics))
+        logger.warning("steps %d to %d: %s. Likely causes:\n%s", step - self.STEPS + 1, step, finding, causes)
 
     def _all_equal(self, metrics: dict[str, float]) -> bool:
         """True if no prompt's completions differ in score, or no completions do."""
@@ -305,4 +318,20 @@ class SignalCheck:
             causes.append(f"* few completions to compare: more than --num_generations {config.num_generations}")
         if config.temperature < self.LOW_TEMPERATURE:
             causes.append(f"* completions that are alike: a higher --temperature than {config.temperature:g}")
+        if self._in_vain >= self.STEPS:
+            causes.append(self._of_refills(metrics))
         return causes
+
+    def _of_refills(self, metrics: dict[str, float]) -> str:
+        """What refills found, and what to do about it."""
+        rounds = vars(self._config)["refill_rounds"]
+        if not metrics["refill/rounds"]:
+            return (
+                f"* no prompts but the step's own: fewer --prompts_per_step than {self._config.prompts_per_step}, or "
+                f"more data, for refill_rounds={rounds} to act"
+            )
+        return (
+            f"* refill_rounds={rounds} found no group of another prompt whose scores differ, in "
+            f"{metrics['refill/completions']:g} more completions of the last step: --refill_rounds 0 saves their time "
+            "until one of these is changed"
+        )
