@@ -87,5 +87,7 @@ def test_the_metrics_are_those_of_ratios_and_cut_weights(toy_folder, tmp_path):
 
 
 def test_a_single_completion_is_refused():
-    with pytest.raises(ValueError, match=r"num_generations=1: CISPO's baseline.* at least 2. Pass --num_generations 8"):
+    with pytest.raises(
+        ValueError, match=r"num_generations=1: CISPO's baseline.* at least 2. Pass --num_generations 8"
+    ):
         CISPOConfig(num_generations=1)

@@ -186,7 +186,9 @@ def test_a_mean_over_rows_divides_what_each_completion_says_by_its_length(world,
 def pairs_of(world, scores):
     """(N,): the mean advantage of each completion, times its probability; and the advantages of both signs alone."""
     probabilities, advantage = world.probabilities.detach(), advantages_of_pairs(scores)
-    return [probabilities * (part @ probabilities) for part in (advantage, advantage.clamp(min=0), -advantage.clamp(max=0))]
+    return [
+        probabilities * (part @ probabilities) for part in (advantage, advantage.clamp(min=0), -advantage.clamp(max=0))
+    ]
 
 
 def surrogate(ratio, gains, losses, low, high):

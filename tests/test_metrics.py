@@ -551,29 +551,28 @@ def test_groups_of_equal_scores_are_no_reason_to_warn_where_others_took_their_pl
     assert len(caplog.messages) == 1
 
 
-class Refilling(RLConfig):
-    refill_rounds = 4
-
-
 OF_REFILLS = {"refill/rounds": 4.0, "refill/filled": 0.0, "refill/left_empty": 7.0, "refill/completions": 224.0}
 
 
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
-        (silent(equal_scores=0.1, zero_advantage=0.1), "no group of equal scores could be replaced by that of another"),
+        (
+            silent(equal_scores=0.1, zero_advantage=0.1),
+            "no group of equal scores could be replaced by that of another",
+        ),
         (silent(), "all completions of a prompt had the same score"),  # and no second message
     ],
 )
 @pytest.mark.parametrize(
     ("rounds", "cause"),
     [
-        (4.0, "refill_rounds=4 found no group of another prompt whose scores differ, in 224 more completions of the"),
-        (0.0, "no prompts but the step's own: fewer --prompts_per_step than 64, or more data, for refill_rounds=4"),
+        (4.0, "refills found no other prompt's group whose scores differ, in 4 rounds of 224 more completions: until"),
+        (0.0, "refills have no prompts but the step's own: fewer --prompts_per_step than 64, or more data"),
     ],
 )
 def test_three_steps_of_refills_in_vain_are_warned_of_once(caplog, metrics, said, rounds, cause):
-    check, metrics = SignalCheck(Refilling(), Path("runs/x")), metrics | OF_REFILLS | {"refill/rounds": rounds}
+    check, metrics = SignalCheck(RLConfig(), Path("runs/x")), metrics | OF_REFILLS | {"refill/rounds": rounds}
     found = HEARD | OF_REFILLS | {"refill/filled": 1.0}
     complete = HEARD | OF_REFILLS | {"refill/rounds": 0.0, "refill/left_empty": 0.0}
     for step, seen in enumerate([metrics, metrics, found, metrics, metrics, complete, *[metrics] * 5, found], 1):

@@ -152,14 +152,16 @@ def test_it_ends_when_no_other_prompt_is_left_or_after_the_rounds(toy_folder, tm
     assert all(line["refill/completions"] == 16 for line in metrics_of(tmp_path / "bounded"))
 
 
-@pytest.mark.parametrize(("num_rows", "said"), [(12, "refill_rounds=1 found no group"), (4, "no prompts but the step's")])
+@pytest.mark.parametrize(("num_rows", "said"), [(12, "refills found no other"), (4, "refills have no prompts")])
 def test_a_refill_that_never_finds_anything_says_so_once_and_the_run_goes_on(
     toy_folder, tmp_path, caplog, num_rows, said
 ):
     settings = {"reward": lambda completions, **_: [0.5] * len(completions), "num_rows": num_rows, "num_steps": 5}
     refilling(toy_folder, tmp_path / "run", "DAPO", refill_rounds=1, overlong_penalty=0.0, **settings).train()
     (message,) = [text for text in caplog.messages if "refill" in text]
-    assert message.startswith("steps 1 to 3: all completions had the score 0.5, so there was nothing") and said in message
+    assert (
+        message.startswith("steps 1 to 3: all completions had the score 0.5, so there was nothing") and said in message
+    )
     lines = metrics_of(tmp_path / "run")
     assert [line["refill/rounds"] for line in lines] == [int(num_rows > 4)] * 5
     assert all(line["refill/left_empty"] == 4 and line["policy/grad_norm"] == 0 for line in lines)

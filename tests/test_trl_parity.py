@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from CISPO.cispo_trainer import CISPOConfig, CISPOTrainer
 from common.rollouts import Completion
 from common.tasks import Task
 from common.trainer import OnPolicyTrainer
-from CISPO.cispo_trainer import CISPOConfig, CISPOTrainer
 from DAPO.dapo_trainer import DAPOConfig, DAPOTrainer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from GSPO.gspo_trainer import GSPOConfig, GSPOTrainer

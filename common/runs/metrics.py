@@ -324,14 +324,13 @@ class SignalCheck:
 
     def _of_refills(self, metrics: dict[str, float]) -> str:
         """What refills found, and what to do about it."""
-        rounds = vars(self._config)["refill_rounds"]
         if not metrics["refill/rounds"]:
             return (
-                f"* no prompts but the step's own: fewer --prompts_per_step than {self._config.prompts_per_step}, or "
-                f"more data, for refill_rounds={rounds} to act"
+                "* refills have no prompts but the step's own: fewer --prompts_per_step than "
+                f"{self._config.prompts_per_step}, or more data"
             )
         return (
-            f"* refill_rounds={rounds} found no group of another prompt whose scores differ, in "
-            f"{metrics['refill/completions']:g} more completions of the last step: --refill_rounds 0 saves their time "
-            "until one of these is changed"
+            f"* refills found no other prompt's group whose scores differ, in {metrics['refill/rounds']:g} rounds of "
+            f"{metrics['refill/completions']:g} more completions: until a cause is removed, --refill_rounds 0 saves "
+            "their time"
         )
