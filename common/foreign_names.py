@@ -66,7 +66,11 @@ def foreign_names() -> tuple[ForeignName, ...]:
 @cache
 def algorithm_settings() -> dict[str, frozenset[str]]:
     """The settings of each algorithm, by the name of its folder, read from the files without importing them."""
-    files = [ROOT / "common" / "config.py", *sorted(ROOT.glob("*/*_trainer.py"))]
+    folders = sorted(file.parent for file in ROOT.glob("*/*_trainer.py") if _is_trainer(file))
+    files = [ROOT / "common" / "config.py"]
+    for folder in folders:  # settings may be built on a class beside the trainer
+        beside = [file for file in sorted(folder.glob("*.py")) if not file.stem.startswith("test_")]
+        files += sorted(beside, key=_is_trainer)  # the trainer last
     classes = [
         node
         for file in files
@@ -78,8 +82,12 @@ def algorithm_settings() -> dict[str, frozenset[str]]:
         own = {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
         bases = [found.get(base.id, frozenset()) for base in node.bases if isinstance(base, ast.Name)]
         found[node.name] = frozenset(own).union(*bases)
-    folders = [file.parent.name for file in files[1:]]
-    return {folder: found[f"{folder}Config"] for folder in folders if f"{folder}Config" in found}
+    names = [folder.name for folder in folders]
+    return {name: found[f"{name}Config"] for name in names if f"{name}Config" in found}
+
+
+def _is_trainer(file: Path) -> bool:
+    return file.stem == f"{file.parent.name.lower()}_trainer"
 
 
 def unknown_settings(

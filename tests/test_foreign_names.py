@@ -273,6 +273,10 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(tmp_path, code):
         (PPOConfig, "lam", "it is gae_lambda here. Write --gae_lambda 0.5."),
         (VinePPOConfig, "value_learning_rate", "it is a setting of PPO, which VinePPO does not have."),
         (GRPOConfig, "vine_k", "it is a setting of VinePPO, which GRPO does not have."),
+        # Declared beside the trainer, in a class that DAPOConfig is built on.
+        (GRPOConfig, "overlong_penalty", "it is a setting of DAPO, which GRPO does not have."),
+        (GRPOConfig, "overlong_buffer_len", "it is overlong_buffer, a setting of DAPO, which GRPO does not have"),
+        (RLOOConfig, "loss_mode", "each loss is an algorithm, with a script of its own, such as GRPO/grpo.py"),
         # Slips.
         (GRPOConfig, "num_iteration", "Did you mean num_iterations? It is num_update_epochs here. Write --num_update"),
         (GRPOConfig, "learning_rte", "nothing reads it. Did you mean learning_rate?"),
