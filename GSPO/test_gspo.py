@@ -25,7 +25,7 @@ def test_gspo_compares_score_less_kl_in_its_group(toy_folder, tmp_path):
 
 
 def test_the_ratio_of_a_completion_is_the_geometric_mean_of_its_tokens():
-    """1/2 and 2 make 1; 4 and 1 make 2; a token that is not trained on counts neither way, nor does one row another."""
+    """1/2 and 2 make 1, 4 and 1 make 2; a token that is not trained on has no part in it."""
     ratios = torch.tensor([[0.5, 2.0, 1.0], [4.0, 1.0, 9.0], [0.25, 9.0, 9.0], [9.0, 9.0, 9.0]])
     mask = torch.tensor([[True, True, False], [True, True, False], [True, False, False], [False, False, False]])
     ratio = sequence_ratio(ratios.log(), torch.zeros(4, 3), mask, per_token=True)

@@ -43,7 +43,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor | None, mask: Tensor, 
         old_logprobs: (b, C) float32, or None as in log_importance_ratio.
         mask: (b, C) bool.
         per_token: the geometric mean of the tokens' ratios instead of their product: the ratio of GSPO
-            (huggingface.co/papers/2507.18071, equation 7), which lies as near 1 for long completions as for short ones.
+            (huggingface.co/papers/2507.18071, equation 7). It lies as near 1 for long completions as for short ones.
 
     Returns:
         (b, 1) float32.

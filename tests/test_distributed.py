@@ -15,7 +15,7 @@ from tests.toy import metrics_of, toy_trainer
 ROOT = Path(__file__).parent.parent
 
 
-# Groups without signal; 1, 2, 3: others are sampled beside, in their place or in vain; and where gradients are added up.
+# Groups without signal; 1, 2, 3: others are sampled beside, in their place, in vain; and where gradients add up.
 CASES = ["0,0", "1,0", "2,0", "2,1", "2,2", "2,3", "2,0,host"]
 
 
