@@ -101,7 +101,7 @@ TYPED = {
     "lam": (0.95, "it is gae_lambda, a setting of PPO, which GRPO does not have."),
     "vf_coef": (0.1, "it is value_loss_coef, a setting of PPO, which GRPO does not have."),
     "cliprange_value": (0.2, "it is value_clip_range, a setting of PPO, which GRPO does not have."),
-    "gamma": (1.0, "it is a setting of PPO, ReMax and Reinforce, which GRPO does not have."),
+    "gamma": (1.0, "it is a setting of Distill, PPO, ReMax and Reinforce, which GRPO does not have."),
 }
 
 
@@ -267,7 +267,11 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(tmp_path, code):
 @pytest.mark.parametrize(
     ("config", "typed", "said"),
     [
-        (RAFTConfig, "clip_range", "it is a setting of GRPO, PPO, RLOO, ReMax, Reinforce and VinePPO, which RAFT"),
+        (
+            RAFTConfig,
+            "clip_range",
+            "it is a setting of CISPO, DAPO, Distill, GRPO, GSPO, PPO, RLOO, ReMax, Reinforce and",
+        ),
         (RLOOConfig, "importance_sampling_level", "it is ratio_level here"),
         (RLOOConfig, "scale_rewards", "a setting of GRPO, which RLOO does not have: whiten_advantages scales"),
         (PPOConfig, "lam", "it is gae_lambda here. Write --gae_lambda 0.5."),
@@ -280,7 +284,7 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(tmp_path, code):
         # Slips.
         (GRPOConfig, "num_iteration", "Did you mean num_iterations? It is num_update_epochs here. Write --num_update"),
         (GRPOConfig, "learning_rte", "nothing reads it. Did you mean learning_rate?"),
-        (GRPOConfig, "gama", "Did you mean gamma? It is a setting of PPO, ReMax and Reinforce"),
+        (GRPOConfig, "gama", "Did you mean gamma? It is a setting of Distill, PPO, ReMax and Reinforce"),
         (GRPOConfig, "max_prompt", "Did you mean max_prompt_length?"),
         (GRPOConfig, "train_learning_rate", "Did you mean learning_rate?"),
         # Groups, as hydra writes them.
