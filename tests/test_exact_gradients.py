@@ -238,7 +238,7 @@ def test_dapo_pays_for_length_and_clips_each_token_later_above_than_below(world,
     ratio = (another.token_logprobs - world.token_logprobs.detach()).exp()  # (N, T)
     gains, losses = gains[:, None], losses[:, None]
     assert difference(second, -another.gradient(surrogate(ratio, gains, losses, 0.1, 0.4))) < 1e-5
-    assert difference(second, -another.gradient(surrogate(ratio, gains, losses, 0.1, 0.1))) > 0.01
+    assert difference(second, -another.gradient(surrogate(ratio, gains, losses, 0.1, 0.1))) > 1e-3
 
 
 # PPO: which values bias it

@@ -270,7 +270,7 @@ def test_an_error_that_is_not_ours_keeps_its_traceback(tmp_path, code):
         (
             RAFTConfig,
             "clip_range",
-            "it is a setting of CISPO, DAPO, Distill, GRPO, GSPO, PPO, RLOO, ReMax, Reinforce and",
+            "it is a setting of CISPO, DAPO, Distill, GRPO, GSPO, PPO, RLOO, ReMax,",
         ),
         (RLOOConfig, "importance_sampling_level", "it is ratio_level here"),
         (RLOOConfig, "scale_rewards", "a setting of GRPO, which RLOO does not have: whiten_advantages scales"),
