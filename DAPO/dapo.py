@@ -104,6 +104,10 @@ SETTINGS = DAPOConfig(
     seed=0,
 )
 
+# What else the preset cpu (common/presets/cpu.yaml) replaces: setting -> (value above, value without a GPU).
+# It keeps the mini-batches, since on one no ratio would be off 1.
+EMBEDDED = {"num_minibatches": (4, 4)}
+
 
 if __name__ == "__main__":
-    start(DAPOTrainer, SETTINGS, script=__file__)
+    start(DAPOTrainer, SETTINGS, embedded=EMBEDDED, script=__file__)

@@ -101,6 +101,10 @@ SETTINGS = GSPOConfig(
     seed=0,
 )
 
+# What else the preset cpu (common/presets/cpu.yaml) replaces: setting -> (value above, value without a GPU).
+# It keeps the mini-batches, since on one no ratio would be off 1.
+EMBEDDED = {"num_minibatches": (4, 4)}
+
 
 if __name__ == "__main__":
-    start(GSPOTrainer, SETTINGS, script=__file__)
+    start(GSPOTrainer, SETTINGS, embedded=EMBEDDED, script=__file__)

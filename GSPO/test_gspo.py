@@ -10,8 +10,10 @@ from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_o
 from tests.toy import CLIP, SEVERAL, toy_trainer
 
 # For each setting of its own: with which others it shows, and changed to what.
-ACTS = CLIP | {"average_over": None}  # "rows" alone is allowed, see below
+ACTS = CLIP | {"clip_range": (SEVERAL, 0.5), "clip_range_high": (SEVERAL, 1.0)}
+ACTS |= {"average_over": None}  # "rows" alone is allowed, see below
 VALUES = {"average_over": ["rows", "tokens"]}
+WEIGHS_COMPLETIONS = True  # not tokens, where the sampler differs
 OWN_VALUES = {"num_minibatches": "on one, no ratio is off 1, which is what GSPO is about"}
 
 

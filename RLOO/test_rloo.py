@@ -17,6 +17,7 @@ ACTS = CLIP | {
     "refill_rounds": None,  # tests/test_refill.py
 }
 VALUES = {"refill_rounds": [0, 1, 3]}
+WEIGHS_COMPLETIONS = True  # not tokens, where the sampler differs
 
 
 def test_rloo_compares_score_less_kl_with_the_mean_of_the_prompts_others(toy_folder, tmp_path):
