@@ -190,7 +190,7 @@ def test_a_prompt_without_a_row_has_the_mean_weight_of_the_others(tmp_path):
         ([{"prompt": "1 1 make 2\n", "weight": 0}, *rows_of(1)], r"all 1 of the run's prompts .* have weight 0"),
         ('{"prompt": "a", "weight": 1}\n{"prompt"\n', r"line 2 is not JSON"),
         ("", r"it has no rows.*Pass --prompt_weights with other data"),
-        (b"\xff\xfe\xff", r"weights.jsonl"),
+        (b"\xff\xfe\xff", r"it begins with the mark of UTF-16"),
     ],
     ids=str,
 )

@@ -109,7 +109,10 @@ def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformer
         ValueError: the data cannot be read or lack a column.
     """
     names = {"task": found.task, "dataset": found.dataset, "dataset_split": found.split}
-    task = load_task(replace(config, num_eval_prompts=found.num_held_out, **names), tokenizer)
+    try:
+        task = load_task(replace(config, num_eval_prompts=found.num_held_out, **names), tokenizer)
+    except ValueError as error:  # what a run calls num_eval_prompts is num_held_out here
+        raise ValueError(str(error).replace("num_eval_prompts", "num_held_out")) from error
     # If nothing is held out, the set is what the task would train on.
     is_held_out = found.num_held_out and not found.of_training
     return replace(task, eval=task.eval if is_held_out else task.train, train=[])
