@@ -23,3 +23,9 @@ def seeded_permutation(length: int, *parts: int | str) -> Tensor:
     """A random order of 0 .. length - 1 that depends on `parts` alone, as (length,) int64."""
     generator = torch.Generator().manual_seed(hashed_seed(*parts))
     return torch.randperm(length, generator=generator)
+
+
+def seeded_uniforms(length: int, *parts: int | str) -> Tensor:
+    """Random numbers in [0, 1) that depend on `parts` alone, as (length,) float64."""
+    generator = torch.Generator().manual_seed(hashed_seed(*parts))
+    return torch.rand(length, generator=generator, dtype=torch.float64)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from common import others
 from common.advantages import inverse_deviation, per_token_rewards, rows_with_signal, whiten
 from common.config import RLConfig
+from common.data.prompt_weights import WeightsFile
 from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
@@ -168,6 +169,7 @@ class OnPolicyTrainer(ABC):
             said += describe_sharding(config, self.accelerator.num_processes)
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
             said += describe_unknown(self.prompts.encoded) + describe_spelled(self.prompts.encoded)
+            said += [self.prompts.weights.said] if self.prompts.weights else []
             said += short(self.plan, config)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
@@ -630,7 +632,8 @@ class OnPolicyTrainer(ABC):
         self.judged_by = {"accuracy": task.accuracy, "format": task.format}
         self.scorer = task_scorer(task, settled)
         self.lenient_scorer = lenient_scorer(task, self.config)
-        self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time)
+        weights = None if self.config.prompt_weights is None else WeightsFile(self.config.prompt_weights)
+        self.prompts = PromptSet.of(task.train, self.tokenizer, self.config, self.start_time, weights)
         self.eval_prompts = None
         if task.eval:
             self.eval_prompts = PromptSet.of(task.eval, self.tokenizer, self.config, self.start_time)

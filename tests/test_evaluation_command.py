@@ -767,6 +767,108 @@ def test_named_sets_are_those_of_the_documentation():
     assert list(NAMED_SETS) == ["math500", "aime24", "gsm8k", "countdown"]
 
 
+# Pass rates
+
+
+def rates(*models: Path | str, **changes: object) -> EvaluationSettings:
+    return settings(*models, **{"write_pass_rates": "rates.jsonl", "num_samples": 4, "temperature": None} | changes)
+
+
+def test_pass_rates_are_of_the_prompts_that_training_has(tiny_folder, tmp_path):
+    Path("r.py").write_text(
+        "def odd(prompts, completions, **columns):\n    return [len(x) % 2 for x in completions]\n"
+    )
+    own = {"rewards": ["r.py:odd"], "max_completion_length": 20}
+    config = GRPOConfig(
+        model=str(tiny_folder), task="countdown", sampler="transformers", max_prompt_length=16, num_eval_prompts=100,
+        output_dir=str(tmp_path / "run"), progress=False, prompt_weights="rates.jsonl", **own,
+    )  # fmt: skip
+    (score,) = evaluate(rates(tiny_folder, **own, accuracy="odd", num_problems=9))
+    assert score["settings"]["temperature"] == config.temperature == 1 and score["num_problems"] == 9
+    found = [json.loads(line) for line in Path("rates.jsonl").read_text().splitlines()]
+    rows = result_of(next(Path("evaluations").iterdir()))[1]
+    right = [sum(completion["correct"] for completion in row["completions"]) for row in rows]
+    assert sum(right) == round(36 * score["accuracy"]) and len(set(right)) > 2
+    assert [row["pass_rate"] for row in found] == [count / 4 for count in right]
+    smoothed = [(count + 0.5) / 5 for count in right]
+    assert [row["weight"] for row in found] == pytest.approx([rate * (1 - rate) for rate in smoothed], abs=1e-6)
+    trainer = GRPOTrainer(config)
+    assert [row["prompt"] for row in found] == trainer.prompts.raw[:9]
+    weights = trainer.prompts.weights
+    assert weights.values[:9].tolist() == [row["weight"] for row in found]
+    assert f"{len(trainer.prompts) - 9} of {len(trainer.prompts)} have no row in the file" in weights.said
+    assert not set(trainer.eval_prompts.texts) & {row["prompt"] for row in found}
+
+
+def test_a_file_of_pass_rates_is_replaced_by_the_same_command_only(tiny_folder, loads):
+    evaluate(rates(tiny_folder))
+    before = Path("rates.jsonl").read_bytes()
+    evaluate(rates(tiny_folder))
+    Path("rates.jsonl").unlink()
+    evaluate(rates(tiny_folder))  # from the completions that are there
+    assert Path("rates.jsonl").read_bytes() == before and len(loads) == 1
+    for changes, content in (({"seed": 1}, before), ({}, b""), ({}, before + b"\n")):
+        Path("rates.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=r"write_pass_rates=rates.jsonl: the file is there .*delete the file"):
+            evaluate(rates(tiny_folder, **changes))
+        assert Path("rates.jsonl").read_bytes() == content and len(loads) == 1
+
+
+def test_pass_rates_of_prompts_of_your_own(tiny_folder):
+    """A prompt that the data have twice has one row; one that is held out has none."""
+    Path("r.py").write_text("def right(prompts, completions, n, **columns):\n    return [float(x == 1) for x in n]\n")
+    chat = [{"role": "user", "content": "3 make 3"}]
+    data = [{"prompt": "1 make 1\n", "n": 0}, {"prompt": "1 make 1\n", "n": 1}, {"prompt_ids": [4, 5], "n": 1}]
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    shutil.copytree(tiny_folder, "chat")
+    tokenizer.save_pretrained("chat")
+    own = {"task": "prompts", "dataset": write(Path("mine.jsonl"), [*data, {"prompt": chat, "n": 0}])}
+    own |= {"rewards": ["r.py:right"], "num_problems": None, "num_samples": 2, "num_held_out": 0}
+    with pytest.raises(ValueError, match=r"write_pass_rates=rates.jsonl: .*none of right is known .*Pass --accuracy"):
+        evaluate(rates("chat", **own))
+    evaluate(rates("chat", **own, accuracy="right"))
+    found = [json.loads(line) for line in Path("rates.jsonl").read_text().splitlines()]
+    assert [(row["samples"], row["pass_rate"]) for row in found] == [(4, 0.5), (2, 1.0), (2, 0.0)]
+    assert [row.get("prompt", row.get("prompt_ids")) for row in found] == ["1 make 1\n", [4, 5], chat]
+    Path("rates.jsonl").unlink()
+    (score,) = evaluate(rates("chat", **own | {"num_held_out": 1}, accuracy="right"))
+    held_out = find_set("prompts", own["dataset"], is_chat=True, num_held_out=1)
+    config = GRPOConfig(model="chat", rewards=own["rewards"])
+    (row,) = load_problems(held_out, config, tokenizer).eval
+    assert score["num_problems"] == 3 - (row["prompt"] == "1 make 1\n")
+    left = [json.loads(line) for line in Path("rates.jsonl").read_text().splitlines()]
+    assert row["prompt"] not in [each.get("prompt") for each in left]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"write_pass_rates": "rates.csv"}, r"^write_pass_rates=rates.csv: JSON lines .*weights.jsonl"),
+        ({"write_pass_rates": "rates.jsonl.gz"}, r"^write_pass_rates=rates.jsonl.gz: JSON lines"),
+        (
+            {"write_pass_rates": "/proc/none/rates.jsonl"},
+            r"^write_pass_rates=/proc/none: nothing can be written there",
+        ),
+        ({"model": ["tiny", "tiny-r1"]}, r"^write_pass_rates=rates.jsonl with 2 models"),
+        (
+            {"temperature": 0, "num_samples": None},
+            r"^write_pass_rates=rates.jsonl with temperature=0: .*--num_samples",
+        ),
+        ({"num_samples": 1}, r"^write_pass_rates=rates.jsonl with num_samples=1: .*several samples"),
+        ({"num_held_out": -1}, r"^num_held_out=-1: need 0 or more"),
+        ({"num_held_out": 257}, r"^num_held_out=257: only 256 .*Pass --num_held_out 256"),
+        ({"task": "math500"}, r"^task='math500': there is no such task"),
+        ({"rewards": ["format"]}, r"none of format is known to be that one"),
+    ],
+    ids=str,
+)
+def test_pass_rates_that_cannot_be_had(tiny_folder, loads, changes, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(rates(tiny_folder), **changes))
+    assert not files() and not loads
+
+
 # The date
 
 

@@ -60,6 +60,11 @@ def is_data_file(name: str) -> bool:
     return format_of(name) is not None
 
 
+def is_compressed(name: str) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return Path(name).suffix.lower().removeprefix(".") in COMPRESSIONS
+
+
 def is_path(name: str) -> bool:
     """Whether a name can only be that of a file or folder, not of a data set on the hub."""
     other = (".txt", ".xlsx", ".xls", ".ods", ".arrow", ".feather", ".pkl", ".yaml", ".yml", ".zip", ".tar")
@@ -272,9 +277,7 @@ def _bounded(source: str, file: IO, max_bytes: int | None) -> Iterator:
         ValueError: a line is longer than MAX_LINE, the file than `max_bytes`, or a compressed file expands enormously.
     """
     size, total = os.path.getsize(source), 0
-    limit = (
-        max(FREE_BYTES, MAX_RATIO * size) if Path(source).suffix.lower().removeprefix(".") in COMPRESSIONS else None
-    )
+    limit = max(FREE_BYTES, MAX_RATIO * size) if is_compressed(source) else None
     for number in itertools.count(1):
         line = file.readline(MAX_LINE + 1)
         if not line:

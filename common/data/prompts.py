@@ -16,10 +16,11 @@ import transformers
 from common.config import RLConfig
 from common.data.encoded import Encoded
 from common.data.encoding import encode
+from common.data.order import PromptOrder
+from common.data.prompt_weights import WeightsFile
 from common.models.chat import check_keeps, render_chat, render_chats
 from common.models.spellings import Spellings, Written
 from common.rollouts import PromptBatch
-from common.seeds import seeded_permutation
 
 PLACE = "{prompt}"  # the placeholder for the prompt in a template
 
@@ -201,15 +202,17 @@ class PromptSet:
         max_prompt_length: in tokens; longer prompts are dropped.
         seed: the run's seed.
         style: what is added to each prompt.
+        weights: how often each prompt comes in an epoch; None: once.
         progress: show a bar, or a line in a file, while a large set is encoded for the first time.
 
     Attributes:
         num_dropped: number of prompts that were too long.
         column_names: the other columns, which rewards get.
+        weights: of the prompts that are short enough; None: all equal.
 
     Raises:
         ValueError: if a prompt is missing or empty, none is short enough, the chat template leaves out what a message
-            says, or a column's name is taken.
+            says, a column's name is taken, or the weights are those of other prompts.
     """
 
     def __init__(
@@ -220,9 +223,9 @@ class PromptSet:
         max_prompt_length: int,
         seed: int,
         style: PromptStyle = AS_IT_IS,
+        weights: WeightsFile | None = None,
         progress: bool = True,
     ) -> None:
-        self.seed = seed
         encoded = _encode(rows, tokenizer, style, progress)
         kept = np.flatnonzero(encoded.lengths <= max_prompt_length)
         self.num_dropped = len(rows) - len(kept)
@@ -240,6 +243,8 @@ class PromptSet:
             )
         self.encoded = encoded.select(kept)
         self._rows, self._kept = rows, kept
+        self.weights = None if weights is None else weights.of(rows, kept)
+        self._order = PromptOrder(len(kept), seed, self.weights and self.weights.values)
 
     @property
     def texts(self) -> Sequence[str]:
@@ -262,6 +267,11 @@ class PromptSet:
         return self.select(0, [], range(len(self))).raw_prompts
 
     @property
+    def rows(self) -> Iterator[dict]:
+        """The rows of all prompts as the data set has them."""
+        return (self._rows[int(index)] for index in self._kept)
+
+    @property
     def columns(self) -> dict[str, list]:
         """All values of the data set's other columns."""
         return self.select(0, [], range(len(self))).columns
@@ -273,6 +283,7 @@ class PromptSet:
         tokenizer: transformers.PreTrainedTokenizerBase,
         config: RLConfig,
         now: datetime | None = None,
+        weights: WeightsFile | None = None,
     ) -> "PromptSet":
         """The prompts of a run, by its max_prompt_length, seed, prompt_file and enable_thinking.
 
@@ -281,12 +292,13 @@ class PromptSet:
             tokenizer: see PromptSet.
             config: the run's settings.
             now: the time that chat templates see; None: the clock.
+            weights: see PromptSet.
 
         Raises:
             ValueError: see PromptSet and PromptStyle.
         """
-        limits = {"max_prompt_length": config.max_prompt_length, "seed": config.seed}
-        return cls(rows, tokenizer, **limits, style=PromptStyle.of(config, now), progress=config.progress)
+        options = {"max_prompt_length": config.max_prompt_length, "seed": config.seed, "progress": config.progress}
+        return cls(rows, tokenizer, **options, style=PromptStyle.of(config, now), weights=weights)
 
     def __len__(self) -> int:
         """Number of prompts that are short enough."""
@@ -297,7 +309,8 @@ class PromptSet:
     ) -> PromptBatch:
         """The prompts that this process samples at `step`.
 
-        Every prompt is used once before any is used again, each epoch in another order; refills have their own orders.
+        Without weights every prompt is used once before any is used again, each epoch in another order; refills have
+        their own orders.
 
         Args:
             step: counted from 1.
@@ -315,9 +328,9 @@ class PromptSet:
         return self.select(step, [refill * num_prompts + row for row in rows], chosen, refill=refill)
 
     def spare(self, step: int, *, num_prompts: int) -> Iterator[int]:
-        """Prompts that may take the place of a step's own, in random order.
+        """Prompts that may take the place of a step's own, in random order; those with more weight tend to come first.
 
-        No one has the tokens of another one, nor of one of the step's own.
+        No one has weight 0, the tokens of another one, or those of one of the step's own.
 
         Args:
             step: counted from 1.
@@ -328,7 +341,7 @@ class PromptSet:
         """
         own = self._chosen(range((step - 1) * num_prompts, step * num_prompts))
         known = {tuple(self.ids[i]) for i in own}
-        for index in seeded_permutation(len(self), self.seed, step, "spare prompts").tolist():
+        for index in self._order.drawn(step, "spare prompts"):
             ids = tuple(self.ids[index])
             if ids not in known:
                 known.add(ids)
@@ -346,9 +359,8 @@ class PromptSet:
         return chosen
 
     def order(self, epoch: int, *, refill: int = 0) -> list[int]:
-        """The order in which an epoch, from 0, uses the prompts; arguments as in `batch`."""
-        name = f"prompts refill {refill}" if refill else "prompts"
-        return seeded_permutation(len(self), self.seed, epoch, name).tolist()
+        """The order in which an epoch, from 0, uses the prompts; with weights some come several times, some not."""
+        return self._order.of_epoch(epoch, f"prompts refill {refill}" if refill else "prompts")
 
     def share(self, *, process: int = 0, num_processes: int = 1) -> PromptBatch:
         """This process's part of all prompts, unshuffled, for evaluation (step 0)."""

@@ -30,6 +30,7 @@ from common.data.prompts import PromptSet
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
+from common.evaluation.pass_rates import PassRates
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
 from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
@@ -70,6 +71,7 @@ MOST_TOKENS = 4096
 
 # Settings that do not change a result. A date acts through the prompts, which are compared themselves.
 _NO_EFFECT = ("output_dir", "trust_remote_code", "vllm_memory_share", "vllm_max_num_seqs", "date", "keep_completions")
+_NO_EFFECT += ("write_pass_rates",)
 
 
 class Evaluation:
@@ -94,7 +96,8 @@ class Evaluation:
         check_sampler(config)
         self.tokenizer = _load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
         is_chat = self.tokenizer.chat_template is not None
-        which = {"is_chat": is_chat, "num_held_out": settings.num_held_out}
+        which = {"num_held_out": settings.num_held_out, "of_training": settings.write_pass_rates is not None}
+        which |= {"is_chat": is_chat}
         found = find_set(settings.task, settings.dataset, settings.dataset_split, **which)
         self.source = replace(source, base=resolve_model(source.base))
         context = _context_length(self.source.base)
@@ -106,6 +109,9 @@ class Evaluation:
         self.prompts = PromptSet.of(_first(self.task.eval, settings.num_problems), self.tokenizer, config, self.now)
         check_vocabulary(self.prompts.encoded, num_tokens(self.source.base))
         functions = self._check_rewards(config, settings.accuracy)
+        self.pass_rates = None
+        if settings.write_pass_rates is not None:
+            self.pass_rates = PassRates(settings.write_pass_rates, self.task.accuracy, functions)
         # vLLM has done its part when a reward model needs the GPU.
         level = 2 if any(isinstance(function, RewardModel) for function in functions.values()) else 0
         longest = int(self.prompts.encoded.lengths.max())
@@ -130,6 +136,8 @@ class Evaluation:
         is_new = self.stored() is None
         if is_new:
             check_folder(self.folder, is_replaced=True)
+        if self.pass_rates is not None:
+            self.pass_rates.check(self.folder, self.prompts)
         sampled = sampling_identity(self.settings, self.prompts.ids)
         self.unfinished = Unfinished(self.folder.with_name(f"{called}-{digest(sampled)}.unfinished.jsonl"), sampled)
         if is_new:
@@ -358,6 +366,8 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
         else:
             evaluation.run()
             logger.info("%s: written to %s", evaluation.model, evaluation.folder)
+        if evaluation.pass_rates is not None:
+            evaluation.pass_rates.write(evaluation.folder, evaluation.prompts)
     scores = [evaluation.stored() for evaluation in evaluations]
     if several:
         names = digest([evaluation.name for evaluation in evaluations])
@@ -450,7 +460,7 @@ def _with_effect(settings: EvaluationSettings) -> dict[str, Any]:
     named = {name: value for name, value in asdict(settings).items() if name not in _NO_EFFECT}
     if settings.num_held_out is None:  # results of whole sets keep the names that they have
         del named["num_held_out"]
-    return named
+    return named | ({} if settings.write_pass_rates is None else {"of_training": True})
 
 
 def _task_name(task: str) -> str:

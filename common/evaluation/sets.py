@@ -26,12 +26,14 @@ class EvaluationSet:
         dataset: hub id or local file; None: problems that the task generates.
         split: of a hub data set.
         num_held_out: number of rows that the task holds out, which are the set; 0: all rows are the set.
+        of_training: the set is what the task trains on instead.
     """
 
     task: str
     dataset: str | None = None
     split: str = "train"
     num_held_out: int = 0
+    of_training: bool = False
 
 
 NAMED_SETS = {
@@ -48,7 +50,13 @@ COUNTDOWN_HELD_OUT = EvaluationSet(
 
 
 def find_set(
-    name: str, dataset: str | None, split: str | None = None, *, is_chat: bool, num_held_out: int | None = None
+    name: str,
+    dataset: str | None,
+    split: str | None = None,
+    *,
+    is_chat: bool,
+    num_held_out: int | None = None,
+    of_training: bool = False,
 ) -> EvaluationSet:
     """The set that the settings `task`, `dataset` and `dataset_split` mean.
 
@@ -59,13 +67,15 @@ def find_set(
         is_chat: the model has a chat template; without one, Countdown problems are generated.
         num_held_out: the set is what training holds out with this num_eval_prompts, and `name` is that of a task of
             training; None: all rows.
+        of_training: with num_held_out, the set is what that training trains on.
 
     Raises:
         ValueError: there is no such set or file, the file cannot be read, or no task has its columns.
     """
     if num_held_out is not None:
         check_task(name)
-        return EvaluationSet(task=name, dataset=dataset, split=split or "train", num_held_out=num_held_out)
+        held_out = {"num_held_out": num_held_out, "of_training": of_training}
+        return EvaluationSet(task=name, dataset=dataset, split=split or "train", **held_out)
     if name == OWN_PROMPTS:
         return EvaluationSet(task=OWN_PROMPTS, dataset=dataset, split=split or "train")
     if name not in NAMED_SETS:
@@ -99,14 +109,18 @@ def load_problems(found: EvaluationSet, config: RLConfig, tokenizer: transformer
         ValueError: the data cannot be read or lack a column.
     """
     names = {"task": found.task, "dataset": found.dataset, "dataset_split": found.split}
-    task = load_task(replace(config, num_eval_prompts=found.num_held_out, **names), tokenizer)
+    try:
+        task = load_task(replace(config, num_eval_prompts=found.num_held_out, **names), tokenizer)
+    except ValueError as error:  # what a run calls num_eval_prompts is num_held_out here
+        raise ValueError(str(error).replace("num_eval_prompts", "num_held_out")) from error
     # If nothing is held out, the set is what the task would train on.
-    return replace(task, eval=task.eval if found.num_held_out else task.train, train=[])
+    is_held_out = found.num_held_out and not found.of_training
+    return replace(task, eval=task.eval if is_held_out else task.train, train=[])
 
 
 def num_left_out(found: EvaluationSet, task: Task) -> int:
     """How many rows of a set the task leaves out: math does with answers to guess, and with those nobody can match."""
-    if found.task != "math" or found.num_held_out:
+    if found.task != "math" or found.num_held_out or found.of_training:
         return 0
     return len(read_rows(found.dataset, found.split, None)) - len(task.eval)
 

@@ -8,6 +8,7 @@ from datetime import date, datetime
 import torch
 
 from common.config import SAMPLERS, RLConfig
+from common.data.files import format_of, is_compressed
 from common.values import as_declared
 
 # Longer than any prompt or completion.
@@ -38,6 +39,9 @@ class EvaluationSettings:
     num_held_out: int | None = None
     """Evaluate the rows that training with this num_eval_prompts holds out; then the task may be any task of training,
     such as hh_rlhf. None: all rows of a set."""
+    write_pass_rates: str | None = None
+    """File for how often each prompt was solved, which training reads as prompt_weights. Then the task is one of
+    training, and the rows are those that training with num_eval_prompts=num_held_out (None: 256) trains on."""
     num_problems: int | None = None
     """Evaluate only the first num_problems; None: all."""
     prompt_file: str | None = None
@@ -63,8 +67,8 @@ class EvaluationSettings:
 
     num_samples: int | None = None
     """Completions per problem; None: 8, or 1 with temperature 0."""
-    temperature: float = 0.6
-    """0 is greedy."""
+    temperature: float | None = None
+    """0 is greedy; None: 0.6, or with write_pass_rates that of training, 1."""
     top_p: float = 1.0
     """Of the most likely tokens, those that have this share of the probability together; 1: all."""
     top_k: int = 0
@@ -125,15 +129,45 @@ class EvaluationSettings:
                 f"num_problems={self.num_problems}: need at least 1 problem, or there is nothing to measure. Pass "
                 "--num_problems 1 or more, or leave it out for all."
             )
-        if self.num_held_out is not None and self.num_held_out < 1:
+        if self.write_pass_rates is not None:
+            self._check_pass_rates()
+        elif self.num_held_out is not None and self.num_held_out < 1:
             raise ValueError(
                 f"num_held_out={self.num_held_out}: need at least 1 row, or there is nothing to measure. Pass the "
                 "num_eval_prompts of the training run, or leave it out for all rows of a set."
             )
         if self.date is not None and not _is_date(self.date):
             raise ValueError(f"date={self.date}: need a day in the form of 2026-11-27. Pass --date with one.")
+        if self.temperature is None:
+            self.temperature = 0.6 if self.write_pass_rates is None else RLConfig.temperature
         if self.num_samples is None:
             self.num_samples = 8 if self.temperature else 1
+
+    def _check_pass_rates(self) -> None:
+        """What can be wrong with settings for a file of pass rates; fills in what training holds out."""
+        file = f"write_pass_rates={self.write_pass_rates}"
+        if format_of(self.write_pass_rates) not in ("jsonl", "ndjson") or is_compressed(self.write_pass_rates):
+            raise ValueError(
+                f"{file}: JSON lines are written, and training knows them by the name of the file. Pass "
+                "--write_pass_rates weights.jsonl."
+            )
+        if len(self.model) > 1:
+            raise ValueError(
+                f"{file} with {len(self.model)} models: the file has the pass rates of one, such as the policy that "
+                "training begins with. Pass --model with that one."
+            )
+        if self.temperature == 0 or (self.num_samples is not None and self.num_samples < 2):
+            given = "temperature=0" if self.temperature == 0 else f"num_samples={self.num_samples}"
+            raise ValueError(
+                f"{file} with {given}: how often a prompt is solved needs several samples of it, as training draws "
+                "them. Pass --num_samples 8 and leave out --temperature."
+            )
+        if self.num_held_out is None:
+            self.num_held_out = RLConfig.num_eval_prompts
+        if self.num_held_out < 0:
+            raise ValueError(
+                f"num_held_out={self.num_held_out}: need 0 or more. Pass the num_eval_prompts of the training run."
+            )
 
 
 def _is_date(text: str) -> bool:

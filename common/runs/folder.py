@@ -59,7 +59,7 @@ _MOST_NAMED = 4
 _BEFORE_THEY_WERE_SETTINGS = {"kl_place": "reward", "kl_estimator": None, "optimizer": "adamw"}
 # Nothing was corrected then, which "auto" is in float32.
 _BEFORE_THEY_WERE_SETTINGS |= {"importance_correction": "auto", "importance_cap": 2.0, "refill_rounds": 0}
-_BEFORE_THEY_WERE_SETTINGS |= {"sampling_lag": 0}
+_BEFORE_THEY_WERE_SETTINGS |= {"sampling_lag": 0, "prompt_weights": None}
 _HEADER = "# Every setting of this run as resolved; --config with this file repeats it."
 
 

@@ -131,9 +131,9 @@ def check_record(folder: Path, record: Record, *, is_new: bool) -> None:
 
 def _changed(stored: Record, record: Record) -> list[tuple[str, str]]:
     """What differs first in each part, and its description."""
-    compared = ["number", "text", "token ids", "columns"]
+    compared = ["number", "text", "token ids", "columns", "weights"]
     if stored.get("version") != VERSION:
-        compared = ["number", "token ids"]
+        compared = ["number", "token ids", "weights"]
     changed = []
     for part in ("training", "held-out"):
         old, new = (side[part] or {} for side in (stored, record))
@@ -166,6 +166,8 @@ def _cause(stored: Record, record: Record, names: set[str]) -> str:
         return "because the tokenizer has changed, or special tokens that chat messages spell were not yet text"
     if names <= {"columns"}:
         return "because the data have changed"
+    if names <= {"weights"}:
+        return "because the file of prompt_weights has changed"
     for name, what in (("chat_template", "the model's chat template"), ("prompt_file", "the text of prompt_file")):
         if stored[name] != record[name]:
             return f"because {what} has changed"
@@ -202,12 +204,13 @@ def _origins(tokenizer: transformers.PreTrainedTokenizerBase, style: PromptStyle
 
 def _digests(prompts: PromptSet) -> dict[str, int | str]:
     """What is compared; the digests of rows were made with their token ids, and are kept with these."""
-    encoded = prompts.encoded
+    encoded, weights = prompts.encoded, prompts.weights
     return {
         "number": len(prompts),
         "text": hashlib.sha256(encoded.text_digests.tobytes()).hexdigest()[:16],
         "token ids": _digest(prompts.ids[_few(prompts)]),
         "columns": hashlib.sha256(encoded.value_digests.tobytes()).hexdigest()[:16],
+        **({} if weights is None else {"weights": hashlib.sha256(weights.values.tobytes()).hexdigest()[:16]}),
     }
 
 
