@@ -1,10 +1,7 @@
 """sampling_lag=1: each step trains on what the policy of one step earlier has drawn, and all else stays as it was."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -24,8 +21,8 @@ from common.signals import ENDING, Stopped
 from common.trainer import OnPolicyTrainer
 from common.update.out_of_memory import StepAgain
 from tests.enumeration import put_weights
+from tests.forked import launch
 from tests.toy import (
-    ROOT,
     algorithms,
     metrics_of,
     samples_of,
@@ -435,15 +432,7 @@ trainer.accelerator.state.destroy_process_group()
 @pytest.mark.slow
 def test_what_two_processes_have_sampled_is_trained_on_by_one_that_goes_on(toy_folder, tmp_path):
     (tmp_path / "run.py").write_text(OF_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(toy_folder), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, [tmp_path / "run.py", toy_folder, tmp_path])
     lagged(toy_folder, tmp_path / "two", save_every=1, mask_truncated=True).train()
     lagged(toy_folder, tmp_path / "one", save_every=1, mask_truncated=True).train()
     lines = [metrics_of(tmp_path / name) for name in ("two", "one")]

@@ -31,6 +31,7 @@ from common.models.files import check_weights_fit
 from common.models.loading import load_policy, num_tokens
 from common.models.saving import save_model
 from common.models.unread import check_unexpected
+from tests import forked
 from tests.architectures import make
 from tests.imports import ROOT
 from tests.test_bad_input import assert_one_message, run_grpo
@@ -392,11 +393,9 @@ def test_code_that_takes_the_place_of_an_architecture_of_transformers_is_refused
 IN_A_PROCESS = """
 import sys
 from pathlib import Path
-import torch
-from tests.test_refused_models import trust_and_train
-trust_and_train(*map(Path, sys.argv[1:]))
+from tests.test_refused_models import {name}
+{name}(*map(Path, sys.argv[1:]))
 """
-EVALUATED_IN_A_PROCESS = IN_A_PROCESS.replace("trust_and_train", "trust_and_evaluate")
 
 
 def trust_and_train(folder: Path, output: Path) -> None:
@@ -434,16 +433,16 @@ def trust_and_evaluate(folder: Path, output: Path) -> None:
     assert (output / "merged" / "modeling_marked.py").is_file()
 
 
-def succeeds(code, *folders):
-    """Code in a process of its own, since the classes that it registers would stay."""
-    command = [sys.executable, "-c", code, *map(str, folders)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+def succeeds(function, folder, output):
+    """A function in a process of its own, since the classes that it registers would stay."""
+    (output / "call.py").write_text(IN_A_PROCESS.format(name=function.__name__))
+    done = forked.run([output / "call.py", folder, output], cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_a_models_own_code_runs_only_if_it_is_trusted(own_code, tmp_path):
-    succeeds(IN_A_PROCESS, own_code, tmp_path)
+    succeeds(trust_and_train, own_code, tmp_path)
 
 
 @pytest.mark.slow
@@ -458,7 +457,7 @@ def test_a_models_own_code_is_evaluated_and_merged_only_if_it_is_trusted(own_cod
         names |= dict.fromkeys(part, file)
     (own_code / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     (own_code / WEIGHTS).unlink()
-    succeeds(EVALUATED_IN_A_PROCESS, own_code, tmp_path)
+    succeeds(trust_and_evaluate, own_code, tmp_path)
 
 
 @pytest.mark.parametrize(("example", "count"), [("sft/sft.py", "prompts"), ("reward_model/reward_model.py", "pairs")])

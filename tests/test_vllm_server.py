@@ -4,7 +4,6 @@ import http.server
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,7 @@ from common.start import start
 from common.trainer import OnPolicyTrainer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.fixtures_server import LENGTHS, Server
+from tests.forked import launch
 from tests.toy import algorithms, metrics_of, toy_config, toy_task, toy_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -114,17 +114,7 @@ def test_two_processes_on_one_server_have_the_metrics_of_one(vllm_server, own_ru
         "trainer.train(); trainer.accelerator.state.destroy_process_group()"
     )
     (tmp_path / "two.py").write_text(script)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(tmp_path / "two.py", vllm_server.model, tmp_path / "run", vllm_server.url),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, [tmp_path / "two.py", vllm_server.model, tmp_path / "run", vllm_server.url])
     compare(metrics_of(tmp_path / "run"), metrics_of(own_run[1]))
 
 
