@@ -32,7 +32,7 @@ class Forked:
     """A process. As a context it is killed at the end.
 
     Args:
-        words: what follows `python`: a script or `-m` and a module, and arguments.
+        words: what follows `python`: a script, `-m` and a module, or `-c` and code; and arguments.
         env: variables beside those of this process.
         cwd: its working directory; None: that of this process.
 
@@ -189,7 +189,14 @@ def serve(fd: int) -> object:
 
 # What a toy run imports when it needs it; with all that these import, 3 seconds of it.
 LATE = ("transformers.models.qwen2.modeling_qwen2", "peft", "pandas", "fsspec", "torch.profiler", "datasets")
-OURS = ("common.start", "common.merge", "common.evaluation.command", "tests.sharded_runs", "tests.sharded_step")
+OURS = (
+    "common.start",
+    "common.merge",
+    "common.evaluation.command",
+    "common.check_model",
+    "tests.sharded_runs",
+    "tests.sharded_step",
+)
 
 
 def _import() -> None:
@@ -227,10 +234,15 @@ def _become(request: dict, fds: list[int]) -> object:
         sys.path[0] = os.getcwd()
         _, main.__spec__, code = runpy._get_module_details(module)
         file, main.__package__ = main.__spec__.origin, main.__spec__.parent
+    elif kind == "-c":
+        text, *words = words
+        sys.path[0], file, code = "", kind, compile(text, "<string>", "exec")
     else:
         file = kind
         sys.path[0] = str(Path(file).parent.resolve())
         code = compile(Path(file).read_bytes(), file, "exec")
-    main.__file__, sys.argv = file, [file, *words]
+    if file != "-c":
+        main.__file__ = file
+    sys.argv = [file, *words]
     leave_while_importing()
     return code

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -466,9 +464,9 @@ def test_examples_say_that_they_run_no_code_of_a_model(own_code, tmp_path, examp
     rows = [{"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"} | row
             for n, row in enumerate(rows)]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(ROOT / "examples" / example), "--model", str(own_code), "--dataset", "rows.jsonl"]
+    command = [ROOT / "examples" / example, "--model", own_code, "--dataset", "rows.jsonl"]
     command += ["--output_dir", "out", f"--num_eval_{count}", "4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run(command, cwd=tmp_path)
     assert done.returncode == 2 and "This example does not run it. Pass another model." in done.stderr, done.stderr
     assert "trust_remote_code" not in done.stderr
 
