@@ -29,7 +29,7 @@ MOST_BYTES = 100_000  # of a request
 
 
 class Forked:
-    """A process. As a context it is killed at the end.
+    """A process in a session of its own. As a context it is killed at the end.
 
     Args:
         words: what follows `python`: a script, `-m` and a module, or `-c` and code; and arguments.
@@ -221,6 +221,7 @@ def _become(request: dict, fds: list[int]) -> object:
     from common.signals import leave_while_importing
 
     end_with_parent()
+    os.setsid()
     for place, fd in enumerate(fds[:2], start=1):
         os.dup2(fd, place)
         os.close(fd)
