@@ -406,7 +406,7 @@ def test_a_killed_command_goes_on_when_it_is_typed_again(model):
             said = re.search(
                 r"completions of (\d+) of 256 problems are kept in \S+-countdown-\w+.unfinished", done.stderr
             )
-            assert int(said[1]) == num_kept() >= kept
+            assert int(said[1]) == num_kept() >= kept - 1  # of the last line a part may have been there
             assert done.stderr.endswith(f"{name}: the same command continues with what is missing\n")
         there = num_kept()
     again, whole = (forked.run([*words, folder]) for folder in ("killed", "whole"))
