@@ -318,7 +318,9 @@ def test_a_script_refuses_it_in_one_line(folder, tmp_path):
 def test_without_a_network_a_hub_id_takes_one_line_and_a_message(tmp_path):
     done = run_grpo(
         *("--model", "nobody/none", "--sampler", "transformers", "--output_dir", str(tmp_path / "run")),
-        before="import httpx; httpx.Client.send = lambda *a, **k: (_ for _ in ()).throw(httpx.ConnectError('no'))",
+        before="import httpx; httpx.Client.send = lambda *a, **k: (_ for _ in ()).throw(httpx.ConnectError('no'))\n"
+        "import huggingface_hub.utils._http as http, types\n"
+        "http.time = types.SimpleNamespace(sleep=lambda seconds: None)",  # it would wait for half a minute in all
         HF_HUB_OFFLINE="0",
         HF_HOME=str(tmp_path / "hub"),
     )

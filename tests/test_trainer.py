@@ -222,12 +222,16 @@ def test_the_best_checkpoint_is_saved_whenever_it_comes_and_survives_rotation(
     assert kept == ["checkpoint-2", latest]
 
 
+# Each step begins with a pause, in which it can be killed on a busy machine too.
 RUN_TOY = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from tests.toy import toy_trainer
 settings = {"num_steps": 6, "eval_every": 2, "save_every": 2, "kl_coef": 0.05, "num_minibatches": 2}
-toy_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **settings, **json.loads(sys.argv[3])).train()
+trainer = toy_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **settings, **json.loads(sys.argv[3]))
+step = trainer.step
+trainer.step = lambda prompts: (time.sleep(0.1), step(prompts))
+trainer.train()
 """
 
 
