@@ -445,26 +445,3 @@ def test_what_two_processes_have_sampled_is_trained_on_by_one_that_goes_on(toy_f
     assert (tmp_path / "1.txt").read_text() == "ConnectionError: nobody answers"
     said = (tmp_path / "0.txt").read_text()
     assert said == "RuntimeError: sampling for step 2 failed in process 1: ConnectionError: nobody answers"
-
-
-@pytest.mark.slow
-def test_on_a_server_a_lag_has_the_metrics_that_it_has_with_an_own_engine(vllm_server, tmp_path):
-    settings = {"eval_every": 2, "save_every": 1, "num_steps": 3}
-    own = {"sampler": "vllm", "vllm_memory_share": 0.05}
-    lagged(vllm_server.model, tmp_path / "own", **own, **settings).train()
-    on_server = {"sampler": "vllm_server", "sampler_url": vllm_server.url}
-    trainer = lagged(vllm_server.model, tmp_path / "server", **on_server, **settings)
-    generate, threads = trainer.policy_sampler.sampler.generate, []
-
-    def noted(*args: object, **request: object) -> list[Completion]:
-        threads.append(threading.current_thread() is not threading.main_thread())
-        return generate(*args, **request)
-
-    trainer.policy_sampler.sampler.generate = noted
-    trainer.train()
-    assert threads == [False, True, True, True, False, False]  # evaluations are waited for
-    lines = [metrics_of(tmp_path / name) for name in ("own", "server")]
-    for one, other in zip(*lines, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            assert other[name] == pytest.approx(value, abs=1e-4), name
