@@ -25,6 +25,13 @@ hypothesis.settings.load_profile("shared machine")
 
 pytest_plugins = ["tests.fixtures_engine", "tests.fixtures_server"]
 ENGINE_FIXTURES = {"vllm_sampler", "make_vllm_sampler", "vllm_server"}
+# Files that take longer than their number of slow tests says, the longest first. With --dist loadfile a worker that
+# begins with one of them when all others are done is waited for.
+LONGEST = (
+    *("test_evaluation_command", "test_vllm_server", "test_compare_algorithms", "test_tensor_parallel"),
+    *("test_pipeline", "test_stopping", "test_models_table", "test_sharded_checkpoints", "test_soak"),
+    *("test_sft_example", "test_sampling", "test_notebooks", "test_lost_process", "test_slurm_example"),
+)
 
 
 def seed_everything() -> None:
@@ -56,7 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if ENGINE_FIXTURES.intersection(item.fixturenames) or has_engine:
             item.add_marker("slow")
     slow = Counter(item.path for item in items if "slow" in item.keywords)
-    items.sort(key=lambda item: -slow[item.path])  # stable: the order within a file stays
+    place = {name: number for number, name in enumerate(LONGEST)}
+    # Stable: the order within a file stays.
+    items.sort(key=lambda item: (place.get(item.path.stem, len(LONGEST)), -slow[item.path]))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,9 +1,6 @@
 """VinePPO: where chunks begin, completions that begin with given tokens, values, and the gradient they lead to."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from itertools import islice, product
 
@@ -17,10 +14,10 @@ from common.sampling.protocol import SamplingSettings, sampling_seed
 from common.sampling.torch_sampler import TransformersSampler
 from tests.enumeration import PROMPT_IDS, Enumeration, FixedSampler, save_four_token_model
 from tests.fixtures_engine import completion_logprobs, untrained_model
+from tests.forked import launch
 from tests.toy import (
     CLIP,
     KL_PLACE,
-    ROOT,
     metrics_of,
     toy_trainer,
     trained_weights,
@@ -454,16 +451,13 @@ def test_two_processes_train_as_one(tiny_folder, tmp_path):
     lines = {}
     for num_processes in (1, 2):
         folder = tmp_path / str(num_processes)
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"),
-            *("VinePPO/vineppo.py", "--preset", "cpu", "--model", str(tiny_folder), "--sampler", "transformers"),
-            *("--output_dir", str(folder), "--num_steps", "2", "--prompts_per_step", "4", "--num_generations", "2"),
+        words = [
+            *("VinePPO/vineppo.py", "--preset", "cpu", "--model", tiny_folder, "--sampler", "transformers"),
+            *("--output_dir", folder, "--num_steps", "2", "--prompts_per_step", "4", "--num_generations", "2"),
             *("--max_completion_length", "24", "--chunk_length", "7", "--eval_every", "0", "--kl_coef", "0.01"),
             *("--task", "countdown", "--use_lora", "false", "--max_prompt_length", "16", "--learning_rate", "3e-4"),
         ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(num_processes, words)
         lines[num_processes] = [
             json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         ]

@@ -1,4 +1,4 @@
-"""Toy runs whose models are spread over processes; test_sharded_checkpoints.py starts it by torchrun.
+"""Toy runs whose models are spread over processes; test_sharded_checkpoints.py starts it in two and three.
 
 Arguments: model folder, folder of the runs, and what to do, in this order: names of functions here.
 """

@@ -1,4 +1,4 @@
-"""Steps of toy runs with shard=full, for each of several cases; test_sharding.py starts it by torchrun.
+"""Steps of toy runs with shard=full, for each of several cases; test_sharding.py starts it.
 
 Arguments: model folder, folder for results, and cases: an algorithm, and names of VARIANTS after commas. One process
 keeps its models whole, so it gives what several must give. FACTS are things that only several processes can show.

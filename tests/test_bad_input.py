@@ -10,6 +10,7 @@ import pytest
 
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from PPO.test_value_model import save_classifier
+from tests import forked
 from tests.toy import algorithms, toy_config, toy_task, toy_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -18,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 def run_grpo(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
     """GRPO/grpo.py as a user starts it, in its folder; `before` is Python that runs first."""
     code = f"{before}\nimport runpy, sys\nsys.argv[0] = 'grpo.py'\nrunpy.run_path('grpo.py', run_name='__main__')"
+    if not environment:
+        return forked.run(["-c", code, *arguments], cwd=ROOT / "GRPO")
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         cwd=ROOT / "GRPO",

@@ -24,6 +24,7 @@ from common.models.positions import check_room
 from common.sampling.comparison import Difference
 from common.sampling.torch_sampler import TransformersSampler
 from common.tasks import Task
+from tests import forked
 from tests.imports import ROOT
 from tests.toy import algorithms
 
@@ -201,8 +202,7 @@ def test_a_kind_that_cannot_be_trained_ends_with_status_2_in_eight_lines(tmp_pat
     else:
         (tmp_path / "config.json").write_text('{"model_type": "nobodyknows", "architectures": ["NobodyKnows"]}')
     build_tokenizer().save_pretrained(tmp_path)
-    words = [sys.executable, "-m", "common.check_model", str(tmp_path), "--sampler", "transformers"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(["-m", "common.check_model", tmp_path, "--sampler", "transformers"], cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: model=") and len(done.stderr.splitlines()) <= 8
 

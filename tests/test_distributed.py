@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.environment import check_launch
+from tests.forked import launch
 from tests.toy import metrics_of, toy_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -21,8 +22,6 @@ CASES = ["0,0", "1,0", "2,0", "2,1", "2,2", "2,3", "2,0,host"]
 
 def on_nodes(count: int) -> list[str]:
     """The words for torchrun's agents on so many nodes, all of them this machine."""
-    if count == 1:
-        return ["--standalone"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -32,18 +31,16 @@ def on_nodes(count: int) -> list[str]:
 @pytest.fixture(scope="module")
 def steps(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict]:
     """What one process, and two processes under an agent each, made of each case."""
-    results = {}
-    for num_nodes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"{num_nodes} nodes")
-        command = [sys.executable, "-m", "torch.distributed.run", *on_nodes(num_nodes), "--nproc_per_node=1"]
-        command += ["-m", "tests.distributed_step", str(tiny_folder), str(folder), *CASES]
-        options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        options["env"] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        agents = [subprocess.Popen(command, **options) for _ in range(num_nodes)]
-        said = [agent.communicate()[0] for agent in agents]
-        assert not any(agent.returncode for agent in agents), "\n".join(said)[-3000:]
-        results |= {(num_nodes, case): torch.load(folder / case / "result.pt") for case in CASES}
-    return results
+    folders = {number: tmp_path_factory.mktemp(f"{number} processes") for number in (1, 2)}
+    words = {number: ["-m", "tests.distributed_step", tiny_folder, folders[number], *CASES] for number in folders}
+    launch(1, words[1])
+    command = [sys.executable, "-m", "torch.distributed.run", *on_nodes(2), "--nproc_per_node=1", *map(str, words[2])]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options["env"] = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    agents = [subprocess.Popen(command, **options) for _ in range(2)]
+    said = [agent.communicate()[0] for agent in agents]
+    assert not any(agent.returncode for agent in agents), "\n".join(said)[-3000:]
+    return {(number, case): torch.load(folders[number] / case / "result.pt") for number in folders for case in CASES}
 
 
 @pytest.mark.slow
@@ -125,14 +122,7 @@ trainer.accelerator.state.destroy_process_group()
 def test_a_process_without_a_held_out_prompt_takes_part_in_evaluations(tiny_folder, tmp_path):
     (tmp_path / "run.py").write_text(ONE_HELD_OUT)
     for count in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        done = subprocess.run(
-            [*command, str(tmp_path / "run.py"), str(tiny_folder), str(tmp_path / str(count))],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(count, [tmp_path / "run.py", tiny_folder, tmp_path / str(count)])
     one, two = (metrics_of(tmp_path / str(count)) for count in (1, 2))
     before = {name: value for name, value in one[0].items() if name.startswith("eval/")}
     assert before["eval/score"] == 1.0 and before.items() <= two[0].items()

@@ -17,6 +17,7 @@ from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from PPO.ppo_trainer import PPOConfig
 from RAFT.raft_trainer import RAFTConfig
 from RLOO.rloo_trainer import RLOOConfig
+from tests import forked
 from tests.toy import algorithms
 from tools.names import PAGE, RULE, tables
 from VinePPO.vineppo_trainer import VinePPOConfig
@@ -245,8 +246,7 @@ def test_the_arguments_of_a_trainer_of_trl_are_answered_with_those_of_ours(given
 def test_a_python_program_ends_with_the_message_and_its_line(tmp_path, line, said):
     script = tmp_path / "mine.py"
     script.write_text(f"from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer\n\ndef main():\n    {line}\n\nmain()\n")
-    environment = os.environ | {"PYTHONPATH": str(PAGE.parent.parent)}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    done = forked.run([script])
     assert done.returncode == 2 and done.stderr.startswith(f"error: {script}, line 6: ") and said in done.stderr
     assert done.stderr.count("\n") < 8
 

@@ -1,10 +1,7 @@
 """sampling_lag=1: each step trains on what the policy of one step earlier has drawn, and all else stays as it was."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -24,8 +21,8 @@ from common.signals import ENDING, Stopped
 from common.trainer import OnPolicyTrainer
 from common.update.out_of_memory import StepAgain
 from tests.enumeration import put_weights
+from tests.forked import launch
 from tests.toy import (
-    ROOT,
     algorithms,
     metrics_of,
     samples_of,
@@ -435,15 +432,7 @@ trainer.accelerator.state.destroy_process_group()
 @pytest.mark.slow
 def test_what_two_processes_have_sampled_is_trained_on_by_one_that_goes_on(toy_folder, tmp_path):
     (tmp_path / "run.py").write_text(OF_TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(toy_folder), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, [tmp_path / "run.py", toy_folder, tmp_path])
     lagged(toy_folder, tmp_path / "two", save_every=1, mask_truncated=True).train()
     lagged(toy_folder, tmp_path / "one", save_every=1, mask_truncated=True).train()
     lines = [metrics_of(tmp_path / name) for name in ("two", "one")]
@@ -456,26 +445,3 @@ def test_what_two_processes_have_sampled_is_trained_on_by_one_that_goes_on(toy_f
     assert (tmp_path / "1.txt").read_text() == "ConnectionError: nobody answers"
     said = (tmp_path / "0.txt").read_text()
     assert said == "RuntimeError: sampling for step 2 failed in process 1: ConnectionError: nobody answers"
-
-
-@pytest.mark.slow
-def test_on_a_server_a_lag_has_the_metrics_that_it_has_with_an_own_engine(vllm_server, tmp_path):
-    settings = {"eval_every": 2, "save_every": 1, "num_steps": 3}
-    own = {"sampler": "vllm", "vllm_memory_share": 0.05}
-    lagged(vllm_server.model, tmp_path / "own", **own, **settings).train()
-    on_server = {"sampler": "vllm_server", "sampler_url": vllm_server.url}
-    trainer = lagged(vllm_server.model, tmp_path / "server", **on_server, **settings)
-    generate, threads = trainer.policy_sampler.sampler.generate, []
-
-    def noted(*args: object, **request: object) -> list[Completion]:
-        threads.append(threading.current_thread() is not threading.main_thread())
-        return generate(*args, **request)
-
-    trainer.policy_sampler.sampler.generate = noted
-    trainer.train()
-    assert threads == [False, True, True, True, False, False]  # evaluations are waited for
-    lines = [metrics_of(tmp_path / name) for name in ("own", "server")]
-    for one, other in zip(*lines, strict=True):
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            assert other[name] == pytest.approx(value, abs=1e-4), name

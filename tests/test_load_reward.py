@@ -9,6 +9,7 @@ import pytest
 
 from common.rewards.choose import make_scorer
 from common.rewards.load import load_reward, source_of
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 FUNCTION = "def {name}(completions, **columns):\n    return [{value}] * len(completions)\n"
@@ -136,13 +137,7 @@ def test_a_module_of_the_scripts_folder_is_found_from_anywhere(tmp_path):
     write(tmp_path / "my_rewards.py", FUNCTION.format(name="f", value=1.0))
     arguments = ["--preset", "none", "--task", "prompts", "--dataset", "no.jsonl", "--sampler", "transformers"]
     arguments += ["--model", "tiny", "--reward", "my_rewards:f", "--reward", "my_rewards:nix"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "GRPO" / "grpo.py"), *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = forked.run([ROOT / "GRPO" / "grpo.py", *arguments], cwd=tmp_path)
     assert done.returncode == 2 and "dataset=no.jsonl: there is no such file" in done.stderr
 
 

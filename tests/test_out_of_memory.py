@@ -3,9 +3,6 @@
 import gc
 import json
 import logging
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from common.mistakes import TooLargeRow
 from common.runs.checkpoints import latest_checkpoint, load_state
 from common.update.out_of_memory import is_out_of_memory, smaller_budget, too_large_row
 from common.update.shared_prompts import tokens_of_pass
+from tests.forked import launch
 from tests.toy import (
     SEVERAL,
     algorithms,
@@ -365,10 +363,6 @@ alone.accelerator.state.destroy_process_group()
 def test_processes_agree_when_memory_of_one_is_short(toy_folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ON_ONE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = [str(toy_folder), str(tmp_path)]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, [script, toy_folder, tmp_path])
     assert (tmp_path / "told-0").exists() and (tmp_path / "told-1").exists()
     assert metrics_of(tmp_path / "forward") == metrics_of(tmp_path / "backward") == metrics_of(tmp_path / "began")

@@ -1,10 +1,7 @@
 """``python -m common.evaluation`` with prompts and rewards of one's own."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +17,9 @@ from common.evaluation.results import table
 from common.evaluation.settings import EvaluationSettings
 from common.runs.measures import mean_interval
 from common.tasks import load_task
+from tests import forked
 from tests.test_evaluation_command import CHAT_TEMPLATE, loads, result_of, sampled, settings, write  # noqa: F401
 from tests.test_reward_model import save_pair_encoder
-from tests.toy import ROOT
 
 ROWS = [{"prompt": f"{a} {a + 1} make", "word": str(a)} for a in range(6)]
 REWARDS = """
@@ -74,13 +71,21 @@ def heads_of(text: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_own_prompts_are_evaluated_with_own_rewards_by_command(tiny_folder):
-    words = ["--model", str(tiny_folder), "--task", "prompts", "--dataset", "mine.jsonl", "--sampler", "transformers"]
+    words = [
+        "-m",
+        "common.evaluation",
+        "--model",
+        tiny_folder,
+        "--task",
+        "prompts",
+        "--dataset",
+        "mine.jsonl",
+        "--sampler",
+        "transformers",
+    ]
     words += ["--num_samples", "4", "--max_completion_length", "24", "--output_dir", "out"]
     words += ["--reward", "mine.py:says", "--reward", "mine.py:length", "-0.5"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "common.evaluation", *words], env=environment, capture_output=True, text=True
-    )
+    done = forked.run(words)
     assert done.returncode == 0, done.stderr
     score, rows = result_of(Path("out"))
     completions = [completion for row in rows for completion in row["completions"]]
@@ -250,9 +255,7 @@ def test_an_edited_module_beside_a_reward_is_another_evaluation_in_a_new_process
     Path("package/deeper/other.py").write_text("")
     said = []
     for argument in (["edit"], []):
-        words = [sys.executable, "-c", EDITED, str(tiny_folder), *argument]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        said += subprocess.run(words, env=environment, capture_output=True, text=True).stdout.splitlines()
+        said += forked.run(["-c", EDITED, tiny_folder, *argument]).stdout.splitlines()
     assert said[0] != said[2] and re.search(r"package/constants.py, which it imports, was edited after", said[1])
 
 

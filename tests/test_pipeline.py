@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from examples.pipeline.pipeline import make_stages, read_settings, run_pipeline
 from examples.pipeline.records import RecordSettings, write_records
 from examples.sft.conversations import read_examples
 from examples.sft.tiny_model import build_tokenizer
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "pipeline"
@@ -71,18 +69,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline that was killed in the middle of RL and then started again."""
     output_dir = tmp_path_factory.mktemp("pipeline") / "out"
     arguments = [*words(QUICK), "--output_dir", str(output_dir)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(FOLDER / "pipeline.py"), *arguments]
-    with open(output_dir.with_name("said"), "wb") as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)
+    command = [FOLDER / "pipeline.py", *arguments]
+    with forked.Forked(command) as process:
         while not list(output_dir.glob("rl-??????/checkpoint-1/trainer_state.json")):
-            assert process.poll() is None, output_dir.with_name("said").read_text()
-            time.sleep(0.01)
+            assert process.poll(0.01) is None, process.stdout + process.stderr
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not list(output_dir.glob("rl-??????/final"))
     before = {path: path.stat().st_mtime_ns for path in (output_dir / folders(arguments)["sft"]).rglob("*")}
-    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    second = forked.run(command)
     assert second.returncode == 0, second.stdout + second.stderr
     output_dir.with_name("said").write_text(second.stdout)
     assert before == {path: path.stat().st_mtime_ns for path in before}

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import re
-import subprocess
 import sys
 import time
 
@@ -28,6 +27,7 @@ from common.memory.tenants import cache_bytes, pinned
 from common.memory.work import Work
 from GRPO.grpo_trainer import GRPOConfig
 from PPO.ppo_trainer import PPOConfig
+from tests import forked
 from tests.imports import ROOT
 from tests.toy import algorithms, toy_trainer, train_until
 from tools import memory_table
@@ -452,12 +452,12 @@ def test_every_script_prints_its_plan_and_loads_nothing(quick, config_folder, tm
 
 @pytest.mark.slow
 def test_a_script_plans_or_refuses_with_its_status(config_folder, tmp_path):
-    words = [sys.executable, ROOT / "GRPO" / "grpo.py", "--task", "countdown", "--model", config_folder, "--plan"]
+    words = [ROOT / "GRPO" / "grpo.py", "--task", "countdown", "--model", config_folder, "--plan"]
     for more, status, said in (
         ([], 0, ""),
         (["--device", "24gb", "--vllm_memory_share", "0.01"], 2, "Pass --vllm_memory_share"),
     ):
-        done = subprocess.run([*words, *more], cwd=tmp_path, capture_output=True, text=True)
+        done = forked.run([*words, *more], cwd=tmp_path)
         assert done.returncode == status and said in done.stderr and "Traceback" not in done.stderr
         assert done.stderr.startswith("error: ") == bool(status) and not list(tmp_path.iterdir())
 

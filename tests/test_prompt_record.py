@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -17,6 +14,7 @@ from transformers import AutoTokenizer
 from common.data.prompts import PromptSet, PromptStyle
 from common.runs.prompt_record import check_record, describe_prompts, time_of_run
 from GRPO.grpo_trainer import GRPOTrainer
+from tests.forked import launch
 from tests.toy import metrics_of, save_toy_policy, toy_config, toy_task
 
 DATED = (
@@ -260,16 +258,7 @@ Path(folder, str(rank)).write_text(said)
 trainer.accelerator.state.destroy_process_group()
 """
     (tmp_path / "start.py").write_text(code)
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "start.py"), str(chat_folder), str(tmp_path)],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, [tmp_path / "start.py", chat_folder, tmp_path])
     said = [(tmp_path / str(rank)).read_text() for rank in (0, 1)]
     assert said[0] == said[1] and said[0].startswith("Today: ")
     assert "the prompts of process 1 are not those of process 0" in said[0]

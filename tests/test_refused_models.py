@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +29,7 @@ from common.models.files import check_weights_fit
 from common.models.loading import load_policy, num_tokens
 from common.models.saving import save_model
 from common.models.unread import check_unexpected
+from tests import forked
 from tests.architectures import make
 from tests.imports import ROOT
 from tests.test_bad_input import assert_one_message, run_grpo
@@ -319,7 +318,9 @@ def test_a_script_refuses_it_in_one_line(folder, tmp_path):
 def test_without_a_network_a_hub_id_takes_one_line_and_a_message(tmp_path):
     done = run_grpo(
         *("--model", "nobody/none", "--sampler", "transformers", "--output_dir", str(tmp_path / "run")),
-        before="import httpx; httpx.Client.send = lambda *a, **k: (_ for _ in ()).throw(httpx.ConnectError('no'))",
+        before="import httpx; httpx.Client.send = lambda *a, **k: (_ for _ in ()).throw(httpx.ConnectError('no'))\n"
+        "import huggingface_hub.utils._http as http, types\n"
+        "http.time = types.SimpleNamespace(sleep=lambda seconds: None)",  # it would wait for half a minute in all
         HF_HUB_OFFLINE="0",
         HF_HOME=str(tmp_path / "hub"),
     )
@@ -392,11 +393,9 @@ def test_code_that_takes_the_place_of_an_architecture_of_transformers_is_refused
 IN_A_PROCESS = """
 import sys
 from pathlib import Path
-import torch
-from tests.test_refused_models import trust_and_train
-trust_and_train(*map(Path, sys.argv[1:]))
+from tests.test_refused_models import {name}
+{name}(*map(Path, sys.argv[1:]))
 """
-EVALUATED_IN_A_PROCESS = IN_A_PROCESS.replace("trust_and_train", "trust_and_evaluate")
 
 
 def trust_and_train(folder: Path, output: Path) -> None:
@@ -434,16 +433,16 @@ def trust_and_evaluate(folder: Path, output: Path) -> None:
     assert (output / "merged" / "modeling_marked.py").is_file()
 
 
-def succeeds(code, *folders):
-    """Code in a process of its own, since the classes that it registers would stay."""
-    command = [sys.executable, "-c", code, *map(str, folders)]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+def succeeds(function, folder, output):
+    """A function in a process of its own, since the classes that it registers would stay."""
+    (output / "call.py").write_text(IN_A_PROCESS.format(name=function.__name__))
+    done = forked.run([output / "call.py", folder, output], cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_a_models_own_code_runs_only_if_it_is_trusted(own_code, tmp_path):
-    succeeds(IN_A_PROCESS, own_code, tmp_path)
+    succeeds(trust_and_train, own_code, tmp_path)
 
 
 @pytest.mark.slow
@@ -458,7 +457,7 @@ def test_a_models_own_code_is_evaluated_and_merged_only_if_it_is_trusted(own_cod
         names |= dict.fromkeys(part, file)
     (own_code / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     (own_code / WEIGHTS).unlink()
-    succeeds(EVALUATED_IN_A_PROCESS, own_code, tmp_path)
+    succeeds(trust_and_evaluate, own_code, tmp_path)
 
 
 @pytest.mark.parametrize(("example", "count"), [("sft/sft.py", "prompts"), ("reward_model/reward_model.py", "pairs")])
@@ -467,9 +466,9 @@ def test_examples_say_that_they_run_no_code_of_a_model(own_code, tmp_path, examp
     rows = [{"chosen": f"\n\nHuman: {n}\n\nAssistant: a", "rejected": f"\n\nHuman: {n}\n\nAssistant: b"} | row
             for n, row in enumerate(rows)]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(ROOT / "examples" / example), "--model", str(own_code), "--dataset", "rows.jsonl"]
+    command = [ROOT / "examples" / example, "--model", own_code, "--dataset", "rows.jsonl"]
     command += ["--output_dir", "out", f"--num_eval_{count}", "4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = forked.run(command, cwd=tmp_path)
     assert done.returncode == 2 and "This example does not run it. Pass another model." in done.stderr, done.stderr
     assert "trust_remote_code" not in done.stderr
 

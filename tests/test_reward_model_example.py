@@ -1,10 +1,8 @@
 """examples/reward_model: a reward model is trained from pairs, ranks held-out ones, and can be used as a reward."""
 
 import json
-import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from examples.reward_model.reward_model import (
     tokenize,
     train_reward_model,
 )
+from tests import forked
 from tests.test_hh_rlhf import RECORDS, needs_records
 
 FOLDER = Path(__file__).parent.parent / "examples" / "reward_model"
@@ -210,13 +209,7 @@ def test_settings_reach_the_training(tmp_path):
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "reward_model.py", *arguments],
-        cwd=FOLDER,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    return forked.run(["reward_model.py", *arguments], cwd=FOLDER)
 
 
 @pytest.mark.slow

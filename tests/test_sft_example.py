@@ -3,10 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import pairwise
@@ -41,6 +37,7 @@ from examples.sft.sft import (
     train_sft,
 )
 from examples.sft.tiny_model import build_tokenizer
+from tests import forked
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "sft" / "sft.py"
 RECORDS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
@@ -330,24 +327,19 @@ def test_a_model_from_a_folder_without_a_chat_template_is_trained_on_plain_promp
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(sums, tmp_path):
     def command(name: str) -> list[str]:
         settings = ["--model", "tiny", "--dataset", sums, *QUICK, "--num_epochs", "2", "--save_every", "8"]
-        return [sys.executable, str(SCRIPT), *settings, "--output_dir", str(tmp_path / name)]
+        return [SCRIPT, *settings, "--output_dir", str(tmp_path / name)]
 
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    process = subprocess.Popen(command("killed"), **quiet)
-    while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with forked.Forked(command("killed")) as process:
+        while not list((tmp_path / "killed").glob("checkpoint-*/trainer_state.json")):
+            assert process.poll(0.02) is None, process.stderr
     assert not (tmp_path / "killed" / "final").exists()
-    subprocess.run(command("whole"), check=True, **quiet)
+    assert forked.run(command("whole")).returncode == 0
     last = latest_checkpoint(tmp_path / "whole")
     assert (last / MANIFEST_FILE).is_file() and find_damage(last, read="") is None
     # A later checkpoint that is cut off counts for nothing, and is written again.
     damaged = shutil.copytree(last, tmp_path / "killed" / last.name)
     os.truncate(damaged / "model.safetensors", 999)
-    subprocess.run(command("killed"), check=True, **quiet)
+    assert forked.run(command("killed")).returncode == 0
     assert find_damage(damaged, read="") is None
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("killed", "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
@@ -469,13 +461,8 @@ def test_a_finished_run_and_another_runs_folder_are_refused(trained, sums, tmp_p
 
 @pytest.mark.slow
 def test_the_script_ends_with_one_message(sums, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "sft.py", "--model", "no/model", "--dataset", sums, "--output_dir", str(tmp_path / "run")],
-        cwd=SCRIPT.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    words = ["sft.py", "--model", "no/model", "--dataset", sums, "--output_dir", tmp_path / "run"]
+    done = forked.run(words, cwd=SCRIPT.parent)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: model='no/model': cannot be loaded" in done.stderr
 

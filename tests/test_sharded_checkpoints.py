@@ -1,9 +1,6 @@
 """Checkpoints of models that are spread over processes: complete or absent, and read by any number of processes."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,25 +13,15 @@ from common.evaluation.settings import EvaluationSettings
 from common.merge import MergeSettings, merge
 from common.runs.checkpoints import find_whole_checkpoint, list_checkpoints, load_state
 from common.runs.parts import PARTS_FOLDER, read_description
+from tests.forked import launch
 from tests.own_copy import use_own_copies
 from tests.sharded_runs import NUM_STEPS, STEP, copy_until, trainer_of
 from tests.toy import metrics_of, save_toy_policy
 
-ROOT = Path(__file__).parent.parent
-
 
 def start(num_processes: int, model: Path, folder: Path, *names: str) -> None:
     """Do this in so many processes, and see that all of them end well."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.sharded_runs", str(model), str(folder), *names],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert not done.returncode, done.stderr[-3000:]
+    launch(num_processes, ["-m", "tests.sharded_runs", model, folder, *names])
 
 
 @pytest.fixture(scope="module")

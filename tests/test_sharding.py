@@ -13,6 +13,7 @@ from torch import nn
 from common.config import RLConfig
 from common.sharding import blocks, check_sharding, describe_sharding
 from PPO.ppo_trainer import PPOConfig
+from tests.forked import launch
 from tests.toy import LORA, algorithms, save_toy_policy
 
 ROOT = Path(__file__).parent.parent
@@ -30,20 +31,8 @@ CASES = [*ONE_STEP, *ALONE, *STEPS, *ROUNDED]
 def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """By number of processes, the folder with the results of all cases."""
     found = {number: tmp_path_factory.mktemp(f"{number} processes") for number in (1, 2)}
-    started = []
     for number, folder in found.items():
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-        command += ["-m", "tests.sharded_step", str(tiny_folder), str(folder), *CASES]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        options = {"cwd": ROOT, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started.append(subprocess.Popen(command, text=True, **options))
-    try:
-        for process in started:
-            said, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, said[-3000:]
-    finally:
-        for process in started:
-            process.terminate()
+        launch(number, ["-m", "tests.sharded_step", tiny_folder, folder, *CASES])
     return found
 
 

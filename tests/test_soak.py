@@ -175,15 +175,20 @@ def test_what_a_run_leaves_behind_is_named_and_ended(tmp_path, monkeypatch):
 # A short soak
 
 
+MORE = ["SIGTERM", "keeper-killed", "full-disk"]
+
+
+# With these seeds, the kill has several checkpoints to be in the middle of, and the disk is full before the end.
 @pytest.mark.slow
-def test_runs_survive_a_short_soak(tmp_path):
-    kinds = ["kill-writing", "SIGTERM", "keeper-killed", "metrics-emptied", "full-disk"]
+@pytest.mark.parametrize(("seed", "more"), [(302, []), pytest.param(2392, MORE, marks=pytest.mark.several)])
+def test_runs_survive_a_short_soak(seed, more, tmp_path):
+    kinds = ["kill-writing", *more[:2], "metrics-emptied", *more[2:]]
     places = ["--folder", str(tmp_path / "runs"), "--write", str(tmp_path / "outcomes.json")]
     drawn = ["--samplers", "transformers", "--processes", "1", "--algorithms", "GRPO", "--kinds", *kinds]
-    # With this seed, the kill has several checkpoints to be in the middle of, and the disk is full before the end.
-    command = [sys.executable, "tools/soak.py", "--seed", "2392", "--events", "5", "--jobs", "2", *places, *drawn]
+    limits = ["--seed", str(seed), "--events", str(len(kinds)), "--jobs", "2"]
+    command = [sys.executable, "tools/soak.py", *limits, *places, *drawn]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        while process.poll() is None and not (tmp_path / "runs/event-4").is_dir():
+        while process.poll() is None and not (tmp_path / f"runs/event-{len(kinds) - 1}").is_dir():
             time.sleep(0.05)
         process.terminate()  # what has begun is finished, and the table printed
         said = process.communicate(timeout=600)[0]

@@ -3,10 +3,7 @@
 import json
 import logging
 import math
-import os
 import re
-import subprocess
-import sys
 from copy import deepcopy
 from dataclasses import replace
 
@@ -22,6 +19,7 @@ from common.mistakes import WrongNumbers
 from common.runs.best import better_checkpoint
 from common.runs.soundness import IMPOSSIBLE, SUSPICIOUS, Soundness
 from common.sampling.torch_sampler import TransformersSampler
+from tests import forked
 from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task, toy_trainer, weights_of
 
 NAN, INF = math.nan, math.inf
@@ -357,16 +355,9 @@ run_script(main)
 @pytest.mark.parametrize("case", ["nan", "other"])
 def test_all_processes_stop_if_the_sampler_of_one_is_wrong(toy_folder, tmp_path, case):
     (tmp_path / "run.py").write_text(ONE_PROCESS_IS_WRONG)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(toy_folder), str(tmp_path / "run"), case],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode and set(re.findall(r"exitcode *: (\d+)", done.stderr)) == {"3"}, done.stderr[-3000:]
-    assert done.stderr.count("error: step 1: log-probs of") == 1 and not (tmp_path / "run" / "metrics.jsonl").exists()
+    done = forked.launch(2, [tmp_path / "run.py", toy_folder, tmp_path / "run", case], timeout=120, status=3)
+    assert "".join(each.stderr for each in done).count("error: step 1: log-probs of") == 1
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -409,9 +400,9 @@ def test_an_evaluation_of_a_broken_model_gives_no_result(toy_folder, tmp_path):
     with torch.no_grad():
         broken.model.norm.weight[0] = NAN
     broken.save_pretrained(tmp_path / "run" / "final")
-    command = [sys.executable, "-m", "common.evaluation", "--model", str(tmp_path / "run" / "final"), "--task"]
+    command = ["-m", "common.evaluation", "--model", tmp_path / "run" / "final", "--task"]
     command += ["countdown", "--sampler", "transformers", "--num_problems", "2", "--num_samples", "1"]
-    command += ["--max_completion_length", "8", "--output_dir", str(tmp_path / "result")]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    command += ["--max_completion_length", "8", "--output_dir", tmp_path / "result"]
+    done = forked.run(command, cwd=ROOT)
     assert done.returncode == 3 and "error: " in done.stderr and "not finite" in done.stderr, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

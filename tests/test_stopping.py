@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from common.runs.stopping import StepLeft, Stopping
 from common.signals import ENDING, Stopped, raise_in_script
 from common.trainer import OnPolicyTrainer
+from tests import forked
 from tests.toy import ROOT, metrics_of, samples_of, save_toy_policy, toy_trainer
 
 SETTINGS = {"num_steps": 4, "eval_every": 2, "save_every": 100, "stop_grace": 1}
@@ -78,6 +79,8 @@ def command_of(model: Path, folder: Path, *event: str, launch: tuple = (), algor
 
 def run(model: Path, folder: Path, *event: str, launch: tuple = (), algorithm: str = "GRPO", **more: object):
     command = command_of(model, folder, *event, launch=launch, algorithm=algorithm, **more.pop("settings", {}))
+    if not launch:
+        return forked.run(command[1:], timeout=200)
     environment = os.environ | ENVIRONMENT | more
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 

@@ -17,7 +17,9 @@ from common.sampling.vllm_group import group_arguments
 from tests.toy import metrics_of, save_toy_policy, toy_config
 
 ROOT = Path(__file__).parent.parent
+SEVERAL = pytest.mark.several
 # Engines and models of each kind of run: refills and evaluations, greedy completions beside others, continuations.
+# What the last two ask for at once is among what the processes sample without a run, too.
 RUNS = {"GRPO": ("1,none", "2,full"), "ReMax": ("1,none", "2,none"), "VinePPO": ("1,none", "2,none")}
 
 
@@ -46,8 +48,16 @@ def launched(policy: Path, folder: Path, processes: int, *arguments: str) -> Pat
 
 @pytest.fixture(scope="module")
 def pair(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    runs = [f"{name},{kind}" for name, kinds in RUNS.items() for kind in kinds]
-    return launched(policy, tmp_path_factory.mktemp("pair"), 2, "1,2", *runs)
+    return launched(policy, tmp_path_factory.mktemp("pair"), 2, "1,2", *runs_of("GRPO"))
+
+
+@pytest.fixture(scope="module")
+def others(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return launched(policy, tmp_path_factory.mktemp("others"), 2, "", *runs_of("ReMax"), *runs_of("VinePPO"))
+
+
+def runs_of(name: str) -> list[str]:
+    return [f"{name},{kind}" for kind in RUNS[name]]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +68,7 @@ def four(policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cases() -> list:
     """Numbers of processes, each of them, and how many share an engine."""
     found = [(n, process, size) for n, size in ((2, 2), (4, 2), (4, 4)) for process in range(n)]
-    return [pytest.param(*each, marks=[pytest.mark.several] if each[0] == 4 else []) for each in found]
+    return [pytest.param(*each, marks=[SEVERAL] if each[0] == 4 else []) for each in found]
 
 
 @pytest.mark.slow
@@ -81,9 +91,10 @@ def test_a_shared_engine_gives_each_process_what_its_own_would(processes, proces
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", RUNS)
-def test_a_run_with_a_shared_engine_has_the_metrics_of_one_without(algorithm, pair):
-    own, shared = (metrics_of(pair / f"{algorithm},{kind}") for kind in RUNS[algorithm])
+@pytest.mark.parametrize("algorithm", ["GRPO", *(pytest.param(name, marks=SEVERAL) for name in ("ReMax", "VinePPO"))])
+def test_a_run_with_a_shared_engine_has_the_metrics_of_one_without(algorithm, request):
+    folder = request.getfixturevalue("pair" if algorithm == "GRPO" else "others")
+    own, shared = (metrics_of(folder / run) for run in runs_of(algorithm))
     assert len(own) == len(shared) > 1
     assert algorithm != "GRPO" or own[-1]["refill/completions"] > 0
     for one, other in zip(own, shared, strict=True):

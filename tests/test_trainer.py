@@ -1,14 +1,11 @@
 """The outer loop: what every run does, whatever the algorithm."""
 
 import json
-import multiprocessing
 import random
 import shutil
 import signal
 import time
 from dataclasses import replace
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +20,7 @@ from common.models.loading import resolve_dtype
 from common.rollouts import Rollouts
 from common.tasks import Task
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
+from tests.forked import Forked
 from tests.toy import (
     algorithms,
     described_by,
@@ -224,47 +222,39 @@ def test_the_best_checkpoint_is_saved_whenever_it_comes_and_survives_rotation(
     assert kept == ["checkpoint-2", latest]
 
 
-def run_toy(model: Path, folder: Path, settings: dict) -> None:
-    """What a process of its own does."""
-    toy_trainer(
-        model, folder, num_steps=6, eval_every=2, save_every=2, kl_coef=0.05, num_minibatches=2, **settings
-    ).train()
-
-
-@pytest.fixture(scope="module")
-def processes() -> BaseContext:
-    """Processes that start with everything imported, since they are forked from one that has."""
-    context = multiprocessing.get_context("forkserver")
-    heavy = ["peft", "transformers.models.auto.modeling_auto", "transformers.models.qwen2.modeling_qwen2"]
-    context.set_forkserver_preload(["tests.toy", *heavy, "matplotlib.figure", "matplotlib.backends.backend_agg"])
-    return context
+# Each step begins with a pause, in which it can be killed on a busy machine too.
+RUN_TOY = """
+import json, sys, time
+from pathlib import Path
+from tests.toy import toy_trainer
+settings = {"num_steps": 6, "eval_every": 2, "save_every": 2, "kl_coef": 0.05, "num_minibatches": 2}
+trainer = toy_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **settings, **json.loads(sys.argv[3]))
+step = trainer.step
+trainer.step = lambda prompts: (time.sleep(0.1), step(prompts))
+trainer.train()
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"use_lora": True, "lora_r": 4}], ids=["full", "lora"])
-def test_a_killed_run_continues_as_if_nothing_had_happened(tiny_folder, tmp_path, processes, settings):
-    def start(folder: Path) -> BaseProcess:
-        process = processes.Process(target=run_toy, args=(tiny_folder, folder, settings))
-        process.start()
-        return process
+def test_a_killed_run_continues_as_if_nothing_had_happened(tiny_folder, tmp_path, settings):
+    def start(folder: Path) -> Forked:
+        return Forked(["-c", RUN_TOY, tiny_folder, folder, json.dumps(settings)])
 
-    whole = start(tmp_path / "whole")
-    for kill_at in (1, 3, 5):
-        # Killed as soon as the line of that step is written: step 1 before any checkpoint, the others after one, and
-        # at an odd step with lines that the continued run must write anew.
-        process = start(tmp_path / "killed")
-        while process.is_alive():
+    with start(tmp_path / "whole") as whole:
+        for kill_at in (1, 3, 5):
+            # Killed as soon as the line of that step is written: step 1 before any checkpoint, the others after one,
+            # and at an odd step with lines that the continued run must write anew.
             path = tmp_path / "killed" / "metrics.jsonl"
-            if path.exists() and f'"step": {kill_at},' in path.read_text():
-                process.kill()
-                break
-            time.sleep(0.005)
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-    last = start(tmp_path / "killed")
-    for process in (whole, last):
-        process.join()
-        assert process.exitcode == 0
+            with start(tmp_path / "killed") as process:
+                while not (path.exists() and f'"step": {kill_at},' in path.read_text()):
+                    assert process.poll(0.005) is None, process.stderr
+                process.send_signal(signal.SIGKILL)
+                assert process.wait().returncode == -signal.SIGKILL
+        with start(tmp_path / "killed") as last:
+            for process in (whole, last):
+                done = process.wait()
+                assert done.returncode == 0, done.stderr
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "whole")
     for name in ("samples.jsonl",):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

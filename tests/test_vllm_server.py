@@ -4,7 +4,6 @@ import http.server
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -32,6 +31,8 @@ from common.start import start
 from common.trainer import OnPolicyTrainer
 from GRPO.grpo_trainer import GRPOConfig, GRPOTrainer
 from tests.fixtures_server import LENGTHS, Server
+from tests.forked import launch
+from tests.test_lag import lagged
 from tests.toy import algorithms, metrics_of, toy_config, toy_task, toy_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -114,18 +115,31 @@ def test_two_processes_on_one_server_have_the_metrics_of_one(vllm_server, own_ru
         "trainer.train(); trainer.accelerator.state.destroy_process_group()"
     )
     (tmp_path / "two.py").write_text(script)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(tmp_path / "two.py", vllm_server.model, tmp_path / "run", vllm_server.url),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(2, [tmp_path / "two.py", vllm_server.model, tmp_path / "run", vllm_server.url])
     compare(metrics_of(tmp_path / "run"), metrics_of(own_run[1]))
+
+
+@pytest.mark.slow
+def test_on_a_server_a_lag_has_the_metrics_that_it_has_with_an_own_engine(vllm_server, tmp_path):
+    settings = {"eval_every": 2, "save_every": 1, "num_steps": 3}
+    own = {"sampler": "vllm", "vllm_memory_share": 0.05}
+    lagged(vllm_server.model, tmp_path / "own", **own, **settings).train()
+    on_server = {"sampler": "vllm_server", "sampler_url": vllm_server.url}
+    trainer = lagged(vllm_server.model, tmp_path / "server", **on_server, **settings)
+    generate, threads = trainer.policy_sampler.sampler.generate, []
+
+    def noted(*args: object, **request: object) -> list[Completion]:
+        threads.append(threading.current_thread() is not threading.main_thread())
+        return generate(*args, **request)
+
+    trainer.policy_sampler.sampler.generate = noted
+    trainer.train()
+    assert threads == [False, True, True, True, False, False]  # evaluations are waited for
+    lines = [metrics_of(tmp_path / name) for name in ("own", "server")]
+    for one, other in zip(*lines, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, abs=1e-4), name
 
 
 def compare(ours: list[dict], theirs: list[dict]) -> None:

@@ -25,6 +25,7 @@ from common.rewards.rules import rule, warmed_up_by
 from common.rewards.secret_variables import is_secret
 from common.rewards.worker import Limits, RuleWorker
 from common.runs.lost_rows import LostRows, judge_evaluation
+from tests.forked import run as run_forked
 from tests.toy import ROOT, algorithms, metrics_of, toy_config, toy_task
 
 SHORT = Limits(seconds=0.2, gigabytes=0.5)
@@ -598,9 +599,8 @@ def test_a_script_ends_with_a_message_and_status_2(tmp_path):
         "import os\nfrom common.rewards.rules import rule\n@rule\ndef dies(completions):\n    os._exit(3)\n"
     )
     settings = "--num_steps 4 --prompts_per_step 2 --num_generations 2 --eval_every 0 --sampler transformers"
-    command = [sys.executable, "grpo.py", *settings.split(), "--reward", f"{tmp_path}/mine.py:dies"]
-    command += ["--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT / "GRPO", capture_output=True, text=True, timeout=200)
+    words = ["grpo.py", *settings.split(), "--reward", f"{tmp_path}/mine.py:dies", "--output_dir", tmp_path / "run"]
+    done = run_forked(words, cwd=ROOT / "GRPO")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     error = done.stderr[done.stderr.index("error: ") :]
     assert "all 4 rows of the rule 'dies' were over a limit, as in step 1" in error and len(error.splitlines()) <= 8

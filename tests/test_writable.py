@@ -3,13 +3,12 @@
 import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from common.runs.writable import check_folder, make_folder
+from tests import forked
 from tests.toy import ROOT
 
 
@@ -106,9 +105,7 @@ def test_a_folder_of_someone_else_is_refused(tmp_path):
 
 def refused(command: list[str], folder: Path) -> list[str]:
     """What a command says that cannot write its folder."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    arguments = [word.format(folder) for word in command]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = forked.run([word.format(folder) for word in command], cwd=ROOT)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr.splitlines()
 
