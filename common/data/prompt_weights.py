@@ -6,7 +6,8 @@ A row of the file names a prompt as the data set has it, so that it holds for an
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,14 +82,14 @@ class WeightsFile:
         self._file = file
         rows = _read(file)
         self._first = naming(self._checked(rows[0], 1))
-        found = [
-            (prompt_digest(self._checked(row, number)), self._weight(row, number)) for number, row in _count(rows)
-        ]
-        digests = np.array([digest for digest, _ in found], np.uint64)
-        weights = np.array([weight for _, weight in found])
+        digests, weights = array("Q"), array("d")
+        for number, row in enumerate(rows, start=1):
+            digests.append(prompt_digest(self._checked(row, number)))
+            weights.append(self._weight(row, number))
+        digests, weights = np.asarray(digests), np.asarray(weights)
         if not weights.any():
             raise ValueError(
-                f"prompt_weights={file}: all {len(found)} weights are 0, so that no prompt would ever come. Give "
+                f"prompt_weights={file}: all {len(weights)} weights are 0, so that no prompt would ever come. Give "
                 "those that should come a weight above 0."
             )
         order = np.argsort(digests, kind="stable")
@@ -134,9 +135,10 @@ class WeightsFile:
     def _describe(self, values: np.ndarray, known: np.ndarray) -> str:
         count = len(values)
         often = values / values.max() * (count / math.fsum(values / values.max()))  # places of each in an epoch
+        least, most = often[often > 0].min(), often.max()
         parts = [
-            f"prompt_weights={self._file}: in {count} places prompts come {often[often > 0].min():.2g} to "
-            f"{often.max():.2g} times on average"
+            f"prompt_weights={self._file}: in an epoch of {count} places a prompt comes {least:.2g} to {most:.2g} "
+            "times on average"
         ]
         if never := int((often == 0).sum()):
             parts.append(f"{never} of {count} never come")
@@ -163,10 +165,6 @@ class WeightsFile:
                 "which says how often the prompt comes in relation to the others. Correct or remove the row."
             )
         return value
-
-
-def _count(rows: Iterable[dict]) -> Iterable[tuple[int, dict]]:
-    return enumerate(rows, start=1)
 
 
 def _read(file: str) -> Sequence[dict]:

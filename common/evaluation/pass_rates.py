@@ -53,7 +53,8 @@ class PassRates:
         """
         if not self._file.exists():
             return
-        if not (folder / SCORE_FILE).is_file() or self._file.read_bytes() != self._content(folder, prompts):
+        is_of_result = self._file.is_file() and (folder / SCORE_FILE).is_file()
+        if not is_of_result or self._file.read_bytes() != self._content(folder, prompts):
             raise ValueError(
                 f"write_pass_rates={self._file}: the file is there and is not the one that this command makes; a run "
                 "may train with it. Pass another name, or delete the file."
