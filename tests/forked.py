@@ -233,6 +233,7 @@ def _become(request: dict, fds: list[int]) -> object:
     if kind == "-m":
         module, *words = words
         sys.path[0] = os.getcwd()
+        sys.modules.pop(module, None)  # it is its own copy, in any process
         _, main.__spec__, code = runpy._get_module_details(module)
         file, main.__package__ = main.__spec__.origin, main.__spec__.parent
     elif kind == "-c":
@@ -246,4 +247,7 @@ def _become(request: dict, fds: list[int]) -> object:
         main.__file__ = file
     sys.argv = [file, *words]
     leave_while_importing()
+    hook = sys.excepthook
+    # Without the line that runs the code, which comes first.
+    sys.excepthook = lambda kind, error, trace: hook(kind, error.with_traceback(trace.tb_next), trace.tb_next)
     return code
