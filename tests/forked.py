@@ -140,15 +140,16 @@ def launch(
         return [each.wait() for each in started]
 
 
+_processes: list[subprocess.Popen] = []  # the one that others are forked from
+
+
 @cache
 def _origin() -> socket.socket:
     """The way to the process that others are forked from, which ends when this one does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     code = f"from tests import forked\nexec(forked.serve({theirs.fileno()}))"
-    words = [sys.executable, "-c", code]
-    subprocess.Popen(
-        words, cwd=ROOT, env=os.environ | ENVIRONMENT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-    )
+    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "stdin": subprocess.DEVNULL}
+    _processes.append(subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], **options))
     theirs.close()
     return ours
 
