@@ -140,15 +140,16 @@ def launch(
         return [each.wait() for each in started]
 
 
+_processes: list[subprocess.Popen] = []  # the one that others are forked from
+
+
 @cache
 def _origin() -> socket.socket:
     """The way to the process that others are forked from, which ends when this one does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     code = f"from tests import forked\nexec(forked.serve({theirs.fileno()}))"
-    words = [sys.executable, "-c", code]
-    subprocess.Popen(
-        words, cwd=ROOT, env=os.environ | ENVIRONMENT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
-    )
+    options = {"cwd": ROOT, "env": os.environ | ENVIRONMENT, "stdin": subprocess.DEVNULL}
+    _processes.append(subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], **options))
     theirs.close()
     return ours
 
@@ -233,6 +234,7 @@ def _become(request: dict, fds: list[int]) -> object:
     if kind == "-m":
         module, *words = words
         sys.path[0] = os.getcwd()
+        sys.modules.pop(module, None)  # it is its own copy, in any process
         _, main.__spec__, code = runpy._get_module_details(module)
         file, main.__package__ = main.__spec__.origin, main.__spec__.parent
     elif kind == "-c":
@@ -246,4 +248,7 @@ def _become(request: dict, fds: list[int]) -> object:
         main.__file__ = file
     sys.argv = [file, *words]
     leave_while_importing()
+    hook = sys.excepthook
+    # Without the line that runs the code, which comes first.
+    sys.excepthook = lambda kind, error, trace: hook(kind, error.with_traceback(trace.tb_next), trace.tb_next)
     return code

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def run_grpo(*arguments: str, before: str = "", **environment: str) -> subprocess.CompletedProcess:
     """GRPO/grpo.py as a user starts it, in its folder; `before` is Python that runs first."""
     code = f"{before}\nimport runpy, sys\nsys.argv[0] = 'grpo.py'\nrunpy.run_path('grpo.py', run_name='__main__')"
-    if not environment:
+    if not before and not environment:  # what comes before, changes what is imported
         return forked.run(["-c", code, *arguments], cwd=ROOT / "GRPO")
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
