@@ -17,7 +17,7 @@ class DistillConfig(ClippedConfig):
     """Settings of distillation, in addition to those of every clipped algorithm."""
 
     teacher: str | None = None
-    """Hub id or folder of the model to learn from, or of a LoRA adapter; it must know the policy's tokens."""
+    """Model to learn from: hub id, folder, run, or LoRA adapter; it must know the policy's tokens."""
     gamma: float = 0.0
     """Discount of what the teacher says of later tokens, in [0, 1]; 0: a token answers for itself alone."""
     reward_coef: float = 0.0
@@ -42,12 +42,15 @@ class DistillTrainer(OnPolicyTrainer):
         config = self.config
         rollouts = self.sample(prompts, num_generations=config.num_generations)  # 1. The student writes.
         rollouts.scores = self.score(rollouts)
-        # 2. A token's reward is log teacher / student, on average minus their KL.
-        rewards = self.token_rewards(rollouts, 0 * rollouts.scores)  # (B, C), the KL to the reference, if any
-        rollouts.old_logprobs = self.logprobs("policy", rollouts)
-        log_ratio = self.logprobs("teacher", rollouts) - rollouts.old_logprobs  # (B, C)
-        self.metrics.add("teacher/kl", -log_ratio.sum(), rollouts.lengths.sum())
-        rollouts.advantages = self.maybe_whiten(judged(rollouts, rewards + log_ratio, config), rollouts)
+        own = rollouts.old_logprobs = self.logprobs("policy", rollouts)
+        rewards = (
+            self.logprobs("teacher", rollouts) - own
+        )  # (B, C) 2. Log teacher / student: on average minus their KL.
+        self.metrics.add("teacher/kl", -rewards.sum(), rollouts.lengths.sum())
+        if config.kl_coef:
+            rollouts.ref_logprobs = self.logprobs("ref", rollouts)
+            rewards = rewards - config.kl_coef * (own - rollouts.ref_logprobs)
+        rollouts.advantages = self.maybe_whiten(judged(rollouts, rewards, config), rollouts)
         self.describe(rollouts, rollouts.advantages)
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)

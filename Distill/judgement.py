@@ -29,10 +29,13 @@ def check_judgement(config: RLConfig) -> None:
 
 
 def judged(rollouts: Rollouts, rewards: Tensor, config: RLConfig) -> Tensor:
-    """The advantage of each token.
+    """The advantage of each token: the rewards from it on, less what the prompt's other completions have on average.
 
-    Its expectation over what the policy samples is, with gamma=1, the gradient of reward_coef x E[score] minus the KL
-    of whole completions to the teacher; with gamma=0, minus that of the KL at each state, where states count as given.
+    advantage_t = sum over s >= t of gamma^(s - t) reward_s - their mean + reward_coef (score - mean of their scores).
+    With gamma=1 it estimates the gradient of reward_coef E[score] - KL(policy || teacher) of whole completions, with
+    gamma=0 that of the KL at each state, where states count as given (huggingface.co/papers/2306.13649, with the
+    reverse KL; huggingface.co/papers/2306.08543, equation 2, for gamma=1). Neither mean depends on the completion
+    itself, so that both estimates are unbiased.
 
     Args:
         rollouts: B scored rows, those of one prompt adjacent.
@@ -42,7 +45,12 @@ def judged(rollouts: Rollouts, rewards: Tensor, config: RLConfig) -> Tensor:
     Returns:
         (B, C) float32, 0 at padding.
     """
-    advantages = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
+    to_go = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
+    if config.num_generations == 1:
+        return to_go
+    sums, lengths = (each.reshape(-1, config.num_generations) for each in (to_go.sum(1), rollouts.lengths))
+    others, tokens = (each.sum(1, keepdim=True) - each for each in (sums, lengths))  # (B / G, G)
+    advantages = to_go - rollouts.spread((others / tokens.clamp(min=1)).reshape(-1))
     if not config.reward_coef:
         return advantages
     return advantages + config.reward_coef * rollouts.spread(leave_one_out(rollouts.scores, config.num_generations))

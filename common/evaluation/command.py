@@ -391,8 +391,7 @@ def _time_of(source: Source) -> datetime | None:
 
 def _load_tokenizer(source: Source, *, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in the adapter's folder, else that of the model."""
-    has_own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
-    name = str(source.adapter) if has_own else source.base
+    name = source.own_tokenizer
     try:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         reason = None if len(tokenizer("0")["input_ids"]) else "it has no tokens"  # transformers makes an empty one

@@ -61,6 +61,12 @@ class Source:
         """Where tokenizer and end tokens are: the adapter's folder if there is one, since it may have its own."""
         return str(self.adapter or self.base)
 
+    @property
+    def own_tokenizer(self) -> str:
+        """Where the tokenizer is: the adapter's folder if that has one, else the base."""
+        has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        return str(self.adapter) if has_own else self.base
+
 
 def find_model(model: str, adapter: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """The complete model, or the base and its adapter, that a name means; checked but not loaded.
@@ -232,7 +238,7 @@ def check_adapter(adapter: Path, base: str) -> None:
             "the folder that peft wrote."
         )
     modules = dict(skeleton(base).named_modules())
-    for name, shape in _shapes_in(adapter).items():
+    for name, shape in shapes_in(adapter).items():
         found = _ADAPTER_TENSOR.fullmatch(name)
         if found is None:
             continue
@@ -247,8 +253,12 @@ def check_adapter(adapter: Path, base: str) -> None:
             )
 
 
-def _shapes_in(adapter: Path) -> dict[str, list[int]]:
-    """Names and shapes of an adapter's tensors."""
+def shapes_in(adapter: Path) -> dict[str, list[int]]:
+    """Names and shapes of an adapter's tensors.
+
+    Raises:
+        ValueError: its file is damaged.
+    """
     file = adapter / ADAPTER_WEIGHTS
     try:
         with safe_open(file, "pt") as tensors:
