@@ -42,15 +42,13 @@ class DistillTrainer(OnPolicyTrainer):
         config = self.config
         rollouts = self.sample(prompts, num_generations=config.num_generations)  # 1. The student writes.
         rollouts.scores = self.score(rollouts)
-        own = rollouts.old_logprobs = self.logprobs("policy", rollouts)
-        rewards = (
-            self.logprobs("teacher", rollouts) - own
-        )  # (B, C) 2. Log teacher / student: on average minus their KL.
-        self.metrics.add("teacher/kl", -rewards.sum(), rollouts.lengths.sum())
+        # 2. A token's reward is log teacher / student, in expectation minus their KL.
+        rollouts.old_logprobs = self.logprobs("policy", rollouts)  # (B, C)
+        log_ratio = self.logprobs("teacher", rollouts) - rollouts.old_logprobs
+        self.metrics.add("teacher/kl", -log_ratio.sum(), rollouts.lengths.sum())
         if config.kl_coef:
             rollouts.ref_logprobs = self.logprobs("ref", rollouts)
-            rewards = rewards - config.kl_coef * (own - rollouts.ref_logprobs)
-        rollouts.advantages = self.maybe_whiten(judged(rollouts, rewards, config), rollouts)
+        rollouts.advantages = self.maybe_whiten(judged(rollouts, log_ratio, config), rollouts)
         self.describe(rollouts, rollouts.advantages)
         rollouts.old_logprobs = self.old_logprobs(rollouts)
         self.update(self.policy, rollouts, self.loss, average_over=config.average_over)

@@ -28,9 +28,10 @@ def check_judgement(config: RLConfig) -> None:
         check_group(config.num_generations, "reward_coef weighs what a score has over the prompt's other completions")
 
 
-def judged(rollouts: Rollouts, rewards: Tensor, config: RLConfig) -> Tensor:
+def judged(rollouts: Rollouts, log_ratio: Tensor, config: RLConfig) -> Tensor:
     """The advantage of each token: the rewards from it on, less what the prompt's other completions have on average.
 
+    reward_t = log teacher_t / policy_t - kl_coef log policy_t / reference_t, where t is a sampled token;
     advantage_t = sum over s >= t of gamma^(s - t) reward_s - their mean + reward_coef (score - mean of their scores).
     With gamma=1 it estimates the gradient of reward_coef E[score] - KL(policy || teacher) of whole completions, with
     gamma=0 that of the KL at each state, where states count as given (huggingface.co/papers/2306.13649, with the
@@ -38,13 +39,17 @@ def judged(rollouts: Rollouts, rewards: Tensor, config: RLConfig) -> Tensor:
     itself, so that both estimates are unbiased.
 
     Args:
-        rollouts: B scored rows, those of one prompt adjacent.
-        rewards: (B, C) float32, log of the teacher's probability of a token over the policy's, 0 at padding.
-        config: gamma, reward_coef and num_generations are read.
+        rollouts: B scored rows, those of one prompt adjacent, with old_logprobs, and with ref_logprobs if kl_coef is
+            above 0.
+        log_ratio: (B, C) float32, log of the teacher's probability of a token over the policy's, 0 at padding.
+        config: gamma, kl_coef, reward_coef and num_generations are read.
 
     Returns:
         (B, C) float32, 0 at padding.
     """
+    rewards = log_ratio
+    if config.kl_coef:
+        rewards = rewards - config.kl_coef * (rollouts.old_logprobs - rollouts.ref_logprobs)
     to_go = rewards_to_go(rewards, rollouts.completion_mask, gamma=config.gamma)
     if config.num_generations == 1:
         return to_go
