@@ -37,21 +37,20 @@ class DistillConfig(ClippedConfig):
 class DistillTrainer(OnPolicyTrainer):
     """Make each token as likely as the teacher does, in texts that the student itself writes."""
 
+    config: DistillConfig
+
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of distillation on this process's prompts."""
-        config = self.config
-        rollouts = self.sample(prompts, num_generations=config.num_generations)  # 1. The student writes.
+        rollouts = self.sample(prompts, num_generations=self.config.num_generations)  # 1. The student writes.
         rollouts.scores = self.score(rollouts)
-        # 2. A token's reward is log teacher / student, in expectation minus their KL.
         rollouts.old_logprobs = self.logprobs("policy", rollouts)  # (B, C)
-        log_ratio = self.logprobs("teacher", rollouts) - rollouts.old_logprobs
+        log_ratio = self.logprobs("teacher", rollouts) - rollouts.old_logprobs  # 2. In expectation minus their KL.
         self.metrics.add("teacher/kl", -log_ratio.sum(), rollouts.lengths.sum())
-        if config.kl_coef:
-            rollouts.ref_logprobs = self.logprobs("ref", rollouts)
-        rollouts.advantages = self.maybe_whiten(judged(rollouts, log_ratio, config), rollouts)
+        rollouts.ref_logprobs = self.logprobs("ref", rollouts) if self.config.kl_coef else None
+        rollouts.advantages = self.maybe_whiten(judged(rollouts, log_ratio, self.config), rollouts)
         self.describe(rollouts, rollouts.advantages)
         rollouts.old_logprobs = self.old_logprobs(rollouts)
-        self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
+        self.update(self.policy, rollouts, self.loss, average_over=self.config.average_over)
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, and (b, C) metrics by name."""

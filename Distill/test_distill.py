@@ -1,4 +1,4 @@
-"""Distillation alone: what is refused as a teacher, by hand what a step makes of its judgement, and that it teaches."""
+"""Distillation alone: by hand what a step makes of a teacher's judgement, and which teachers are refused."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def writes_digits(policy: Path) -> str:
     is_digits = torch.tensor([text.strip().isdigit() for text in texts])
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 200.0
-        head[:, 0] = torch.where(is_digits, 1.2, -0.4)
+        head[:, 0] = torch.where(is_digits, 0.8, -0.3)
     model.config.tie_word_embeddings, model.lm_head.weight = False, head
     temporary = folder.with_name(f"{folder.name} {os.getpid()}")
     model.save_pretrained(temporary)
@@ -216,7 +216,7 @@ REFUSED = {
 def test_what_cannot_teach_is_refused_with_the_setting_that_names_it(toy_folder, tmp_path, case):
     make, message = REFUSED[case]
     teacher = make(tmp_path / "teacher", toy_folder)
-    with pytest.raises(ValueError, match="^teacher=") as error:
+    with pytest.raises(ValueError, match=r"^teacher=") as error:
         distill(toy_folder, tmp_path / "run", teacher=teacher)
     assert message in str(error.value) and "--model " not in str(error.value).replace("another --model.", "")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -195,7 +195,7 @@ def _found(other: OtherModel, config: RLConfig) -> Frozen:
         _refuse_quantized(other.path, config)
         source = find_model(other.path, trust_remote_code=config.trust_remote_code)
         base = skeleton(source.base)
-    check_room(base, config, setting=setting)
+        check_room(base, config, setting=setting)
     frozen = Frozen(other=other, source=source, base=base)
     frozen.check_differs(config)
     return frozen
