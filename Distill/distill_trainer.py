@@ -9,7 +9,7 @@ from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
-from Distill.judgement import check_judgement, judged
+from Distill.judgement import check_judgement, judged, teacher_of
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class DistillConfig(ClippedConfig):
     @property
     def other_models(self) -> tuple[OtherModel, ...]:
         """The teacher."""
-        return (OtherModel(name="teacher", setting="teacher", path=self.teacher, is_trained=False),)
+        return (teacher_of(self),)
 
 
 class DistillTrainer(OnPolicyTrainer):

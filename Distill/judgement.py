@@ -5,7 +5,7 @@ import math
 from torch import Tensor
 
 from common.advantages import leave_one_out, rewards_to_go
-from common.config import RLConfig, check_discount, check_group
+from common.config import OtherModel, RLConfig, check_discount, check_group
 from common.rollouts import Rollouts
 
 
@@ -26,6 +26,16 @@ def check_judgement(config: RLConfig) -> None:
         )
     if config.reward_coef:
         check_group(config.num_generations, "reward_coef weighs what a score has over the prompt's other completions")
+
+
+def teacher_of(config: RLConfig) -> OtherModel:
+    """The teacher, as the pool and the memory plan know it.
+
+    Args:
+        config: teacher and reward_coef are read.
+    """
+    options = {"path": config.teacher, "is_trained": False, "replaces_score": not config.reward_coef}
+    return OtherModel(name="teacher", setting="teacher", **options)
 
 
 def judged(rollouts: Rollouts, log_ratio: Tensor, config: RLConfig) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from Distill.distill_trainer import DistillConfig, DistillTrainer
 from tests.by_hand import assert_advantages, trained_on
-from tests.toy import CLIP, LORA, metrics_of, save_toy_policy, toy_trainer, train_until
+from tests.toy import CLIP, LORA, metrics_of, samples_of, save_toy_policy, toy_config, toy_trainer, train_until
 
 
 def writes_digits(policy: Path) -> str:
@@ -38,6 +38,7 @@ def writes_digits(policy: Path) -> str:
 
 
 TOY_SETTINGS = {"teacher": writes_digits}
+LOGPROBS_ARE_REWARDS = True
 # For each setting of its own: with which others it shows, and changed to what.
 ACTS = CLIP | {
     "teacher": None,  # below
@@ -258,3 +259,24 @@ def test_a_score_needs_completions_to_be_compared_with_and_a_weight_that_is_a_nu
         DistillConfig(reward_coef=float("nan"))
     with pytest.raises(ValueError, match="gamma=2"):
         DistillConfig(gamma=2.0)
+
+
+# Without rewards
+
+
+def test_prompts_are_enough_and_then_nothing_is_called_a_score(toy_folder, tmp_path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{number} make"}) + "\n" for number in range(1, 9)))
+    data = {"task": "prompts", "dataset": str(rows), "num_eval_prompts": 2, "eval_every": 1}
+    config = toy_config(toy_folder, tmp_path / "run", algorithm="Distill", **data)
+    trainer = DistillTrainer(config)
+    trainer.train()
+    for line in metrics_of(tmp_path / "run"):
+        assert not [name for name in line if "score" in name] and ("teacher/kl" in line) is (line["step"] > 0)
+    assert {row["score"] for row in samples_of(tmp_path / "run")} == {None}
+    with pytest.raises(ValueError, match="task='prompts' without rewards"):
+        DistillTrainer(toy_config(toy_folder, tmp_path / "with", algorithm="Distill", reward_coef=1.0, **data))
+    with pytest.raises(ValueError, match="early_stopping_patience=1 without rewards"):
+        DistillTrainer(
+            toy_config(toy_folder, tmp_path / "stop", algorithm="Distill", early_stopping_patience=1, **data)
+        )

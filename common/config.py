@@ -56,6 +56,7 @@ class OtherModel:
         path: hub id or folder of what it is made of; None: the policy's.
         is_trained: False for one that only gives log-probs of the policy's tokens.
         shares_base: with LoRA, it uses the policy's frozen base, with an adapter and a head of its own.
+        replaces_score: what it says of each token is all that is learned, so that completions need no score.
     """
 
     name: str
@@ -63,6 +64,7 @@ class OtherModel:
     path: str | None = None
     is_trained: bool = True
     shares_base: bool = False
+    replaces_score: bool = False
 
 
 @dataclass(kw_only=True)
@@ -301,6 +303,11 @@ class RLConfig:
     def other_models(self) -> tuple[OtherModel, ...]:
         """The models that the algorithm has beside the policy, for the memory plan; most have none."""
         return ()
+
+    @property
+    def needs_score(self) -> bool:
+        """False where another model's judgement takes the place of rewards, which then are only measured."""
+        return not any(other.replaces_score for other in self.other_models)
 
     @property
     def takes_one_step(self) -> bool:

@@ -420,7 +420,8 @@ class OnPolicyTrainer(ABC):
                 lengths are theirs: those of groups that were chosen for their scores would say nothing of the policy.
         """
         own = rollouts if sampled is None else sampled
-        rollout_means(own, num_generations=self.config.num_generations, metrics=self.metrics)
+        options = {"num_generations": self.config.num_generations, "has_score": bool(self.scorer.functions)}
+        rollout_means(own, **options, metrics=self.metrics)
         training_means(rollouts, advantages, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
@@ -614,6 +615,7 @@ class OnPolicyTrainer(ABC):
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             self._lost_rows.add("lenient", self.lenient_scorer.lost if self.lenient_scorer else {})
+            judged["has_score"] = bool(self.scorer.functions)
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
                 self.metrics.add("eval/kl", self._kl(rollouts).sum(), rollouts.lengths.sum())
@@ -652,6 +654,12 @@ class OnPolicyTrainer(ABC):
                 f"early_stopping_patience={self.config.early_stopping_patience}, task={self.config.task}: it has no "
                 "held-out prompts, so nothing is evaluated that could stop the run. Pass "
                 "--early_stopping_patience 0, or data with held-out rows."
+            )
+
+        if self.config.early_stopping_patience and not self.scorer.functions:
+            raise ValueError(
+                f"early_stopping_patience={self.config.early_stopping_patience} without rewards: there is no held-out "
+                "score that could get worse. Pass --early_stopping_patience 0, or --rewards."
             )
 
     def _remarks(self) -> list[str]:

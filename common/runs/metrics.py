@@ -271,7 +271,8 @@ class SignalCheck:
         # Without zero_advantage, no completion is trained on.
         # Where refills replaced some of these groups, zero_advantage is that of what was trained on.
         replaced = metrics.get("refill/filled", 0) > 0
-        is_silent = (self._all_equal(metrics) and not replaced) or metrics.get("zero_advantage", 1) == 1
+        is_equal = self._config.needs_score and self._all_equal(metrics)
+        is_silent = (is_equal and not replaced) or metrics.get("zero_advantage", 1) == 1
         self._in_a_row = self._in_a_row + 1 if is_silent else 0
         if self._in_a_row == self.STEPS:
             self._in_a_row = -math.inf  # once is enough

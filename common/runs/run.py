@@ -337,7 +337,7 @@ class Run:
                 "split": split,
                 "prompt": rollouts.prompts[row],
                 "completion": rollouts.completions[row],
-                "score": float(rollouts.scores[row]),
+                "score": float(rollouts.scores[row]) if parts else None,
                 "parts": {name: float(part[row]) for name, part in parts.items()},
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
