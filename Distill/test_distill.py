@@ -44,7 +44,10 @@ ACTS = CLIP | {
     "teacher": None,  # below
     "gamma": ({}, 1.0),
     "reward_coef": ({}, 3.0),
+    "missing_eos_penalty": ({"reward_coef": 1.0}, 1.0),
 }
+# The teacher takes the reference's place.
+OWN_VALUES = {"kl_coef": 0.0}
 VALUES = {"gamma": [0.0, 1.0, 0.5], "reward_coef": [0.0, 1.0, -0.5]}
 VARIANTS = {"lora": LORA | {"gamma": 1.0, "reward_coef": 0.5}}
 

@@ -59,9 +59,10 @@ def facts(name: str) -> dict:
     """What the tests in an algorithm's folder, `Name/test_name.py`, say about it; empty if there is no such file.
 
     TOY_SETTINGS: settings in which its toy run differs from its defaults; a value may be a function of the folder of
-    the toy policy, which makes what the setting names. VARIANTS: more runs, by name, for every test
-    of whole runs. ACTS: for each of its own settings, other settings with which it acts, and the value to change it
-    to; None if its effect has a test there. LOGPROBS_ARE_REWARDS: its step needs those of the policy that sampled. VALUES: more values of its own settings, for runs with drawn settings.
+    the toy policy, which makes what the setting names. VARIANTS: more runs, by name, for every test of whole runs.
+    ACTS: for each of its own settings, other settings with which it acts, and the value to change it to; None if its
+    effect has a test there. VALUES: more values of its own settings, for runs with drawn settings.
+    LOGPROBS_ARE_REWARDS: its step makes them of the log-probs of the policy that sampled.
     """
     module = f"{name}.test_{name.lower()}"
     return vars(importlib.import_module(module)) if importlib.util.find_spec(module) else {}
