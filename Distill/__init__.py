@@ -1,1 +1,1 @@
-"""Group relative policy optimization."""
+"""On-policy distillation."""

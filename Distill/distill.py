@@ -25,7 +25,7 @@ SETTINGS = DistillConfig(
     prompt_file=None,
     enable_thinking=None,
     # Steps
-    num_steps=500,  # cpu: 60
+    num_steps=500,  # cpu: 20
     prompts_per_step=64,  # cpu: 32
     num_generations=4,  # cpu: 8
     num_minibatches=1,
@@ -37,7 +37,7 @@ SETTINGS = DistillConfig(
     max_completion_length=1024,  # cpu: 240
     max_logprob_diff=None,  # 0.01 in float32, 0.5 in bfloat16; 0: the run goes on with any difference
     # Distillation
-    teacher=None,  # hub id, folder or adapter; there is no default
+    teacher=None,  # hub id, folder, run or LoRA adapter; there is no default
     gamma=0.0,  # 1: a token answers for all that follows it
     reward_coef=0.0,  # weight of the score beside the teacher
     average_over="tokens",
@@ -51,7 +51,7 @@ SETTINGS = DistillConfig(
     mask_truncated=False,
     # Optimizer
     optimizer="adamw",  # adamw_host: all parameters of a large model, with float32 masters in main memory
-    learning_rate=1e-5,  # cpu: 3e-4; ten times that of full training, as usual with LoRA
+    learning_rate=1e-5,  # cpu: 1e-3; ten times that of full training, as usual with LoRA
     lr_scheduler="cosine",
     warmup_steps=10,  # cpu: 2
     min_lr_ratio=0.1,
@@ -105,5 +105,10 @@ SETTINGS = DistillConfig(
 )
 
 
+# What else the preset cpu (common/presets/cpu.yaml) replaces: setting -> (value above, value without a GPU).
+# A teacher says something of every token: fewer and larger steps than rewards allow.
+EMBEDDED = {"num_steps": (500, 20), "learning_rate": (1e-5, 1e-3)}
+
+
 if __name__ == "__main__":
-    start(DistillTrainer, SETTINGS, script=__file__)
+    start(DistillTrainer, SETTINGS, embedded=EMBEDDED, script=__file__)

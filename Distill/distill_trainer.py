@@ -9,7 +9,7 @@ from common.logprobs import token_logprobs
 from common.losses import clipped_policy_loss, importance_ratio
 from common.rollouts import PromptBatch, Rollouts
 from common.trainer import OnPolicyTrainer
-from Distill.judgement import check_judgement, judged
+from Distill.judgement import check_judgement, judged, teacher_of
 
 
 @dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class DistillConfig(ClippedConfig):
     """Settings of distillation, in addition to those of every clipped algorithm."""
 
     teacher: str | None = None
-    """Hub id or folder of the model to learn from, or of a LoRA adapter; it must know the policy's tokens."""
+    """Model to learn from: hub id, folder, run, or LoRA adapter; it must know the policy's tokens."""
     gamma: float = 0.0
     """Discount of what the teacher says of later tokens, in [0, 1]; 0: a token answers for itself alone."""
     reward_coef: float = 0.0
@@ -31,26 +31,26 @@ class DistillConfig(ClippedConfig):
     @property
     def other_models(self) -> tuple[OtherModel, ...]:
         """The teacher."""
-        return (OtherModel(name="teacher", setting="teacher", path=self.teacher, is_trained=False),)
+        return (teacher_of(self),)
 
 
 class DistillTrainer(OnPolicyTrainer):
     """Make each token as likely as the teacher does, in texts that the student itself writes."""
 
+    config: DistillConfig
+
     def step(self, prompts: PromptBatch) -> None:
         """One iteration of distillation on this process's prompts."""
-        config = self.config
-        rollouts = self.sample(prompts, num_generations=config.num_generations)  # 1. The student writes.
+        rollouts = self.sample(prompts, num_generations=self.config.num_generations)  # 1. The student writes.
         rollouts.scores = self.score(rollouts)
-        # 2. A token's reward is log teacher / student, on average minus their KL.
-        rewards = self.token_rewards(rollouts, 0 * rollouts.scores)  # (B, C), the KL to the reference, if any
-        rollouts.old_logprobs = self.logprobs("policy", rollouts)
-        log_ratio = self.logprobs("teacher", rollouts) - rollouts.old_logprobs  # (B, C)
+        rollouts.old_logprobs = self.logprobs("policy", rollouts)  # (B, C)
+        log_ratio = self.logprobs("teacher", rollouts) - rollouts.old_logprobs  # 2. In expectation minus their KL.
         self.metrics.add("teacher/kl", -log_ratio.sum(), rollouts.lengths.sum())
-        rollouts.advantages = self.maybe_whiten(judged(rollouts, rewards + log_ratio, config), rollouts)
+        rollouts.ref_logprobs = self.logprobs("ref", rollouts) if self.config.kl_coef else None
+        rollouts.advantages = self.maybe_whiten(judged(rollouts, log_ratio, self.config), rollouts)
         self.describe(rollouts, rollouts.advantages)
         rollouts.old_logprobs = self.old_logprobs(rollouts)
-        self.update(self.policy, rollouts, self.loss, average_over=config.average_over)
+        self.update(self.policy, rollouts, self.loss, average_over=self.config.average_over)
 
     def loss(self, policy: nn.Module, minibatch: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
         """(b, C) clipped surrogate, and (b, C) metrics by name."""

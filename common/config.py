@@ -56,6 +56,7 @@ class OtherModel:
         path: hub id or folder of what it is made of; None: the policy's.
         is_trained: False for one that only gives log-probs of the policy's tokens.
         shares_base: with LoRA, it uses the policy's frozen base, with an adapter and a head of its own.
+        replaces_score: what it says of each token is all that is learned, so that completions need no score.
     """
 
     name: str
@@ -63,6 +64,7 @@ class OtherModel:
     path: str | None = None
     is_trained: bool = True
     shares_base: bool = False
+    replaces_score: bool = False
 
 
 @dataclass(kw_only=True)
@@ -303,6 +305,11 @@ class RLConfig:
         return ()
 
     @property
+    def needs_score(self) -> bool:
+        """False where another model's judgement takes the place of rewards, which then are only measured."""
+        return not any(other.replaces_score for other in self.other_models)
+
+    @property
     def takes_one_step(self) -> bool:
         """True when each rollout makes one optimizer step."""
         return self.num_minibatches * self.num_update_epochs == 1
@@ -361,6 +368,8 @@ class RLConfig:
             idle["reward_memory_limit"] = "reward_time_limit is 0, which switches both limits off"
         if not self.save_every:
             idle |= dict.fromkeys(("save_total_limit", "save_drop_oldest_first"), "save_every is 0")
+        if not self.needs_score:
+            idle["missing_eos_penalty"] = "the score that it is subtracted from is only measured"
         if self.eval_temperature == 0:
             idle |= dict.fromkeys(("eval_top_p", "eval_top_k"), "eval_temperature is 0: the likeliest token is taken")
         if not (self.eval_every and self.num_eval_prompts):

@@ -28,12 +28,12 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
+from common.frozen import find_frozen
 from common.host import FreedMemory, processes_here
 from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
 from common.memory.show import short, whole
 from common.memory.start import plan_of
-from common.models.frozen import check_differs, check_frozen, frozen_models, load_frozen
 from common.models.loading import (
     compute_dtype,
     end_token_ids,
@@ -144,10 +144,12 @@ class OnPolicyTrainer(ABC):
             check_folder(folder)
         policy = skeleton(config.model)
         self._check_policy(policy)
+        self._frozen = find_frozen(config)
         self.plan = plan_of(
             config,
             policy,
             rewards=reward_models(config, task),
+            frozen={each.other.name: (each.base, each.adapter_sizes) for each in self._frozen},
             processes=self.accelerator.num_processes,
             nodes=max(1, self.accelerator.num_processes // processes_here()),
             with_passes=False,
@@ -155,13 +157,14 @@ class OnPolicyTrainer(ABC):
         settled = self.plan.settled(config)
         self.tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
         self.check_models(policy)
-        for other in frozen_models(config):
-            check_frozen(other, config, self.tokenizer)
+        num_rows = policy.config.get_text_config().vocab_size
+        of_frozen = [line for each in self._frozen for line in each.check_tokens(self.tokenizer, num_rows, config)]
         self.start_time = start_time(folder, config.resume, self.accelerator)
         self._load_data(task or load_task(config, self.tokenizer), settled)
         self.run = Run(config, self.accelerator, algorithm=algorithm, plan=whole(self.plan, config))
         check_folder_is_shared(self.run.folder, self.accelerator)
         self.run.check_model(policy)
+        self.run.check_others({each.label: each.identity() for each in self._frozen})
         record = {"tokenizer": self.tokenizer, "style": PromptStyle.of(config), "now": self.start_time}
         self.run.check_prompts(describe_prompts(self.prompts, self.eval_prompts, **record))
         if self.accelerator.is_main_process:  # loading takes a while from here on
@@ -170,7 +173,7 @@ class OnPolicyTrainer(ABC):
             said += describe_system(self.tokenizer, self.prompts.one_of_each_shape)
             said += describe_unknown(self.prompts.encoded) + describe_spelled(self.prompts.encoded)
             said += [self.prompts.weights.said] if self.prompts.weights else []
-            said += short(self.plan, config)
+            said += of_frozen + short(self.plan, config)
             logger.info("%s", "\n".join([*said, f"loading {config.model} and {config.sampler} ..."]))
 
         self.metrics, self.stopwatch = StepMetrics(), Stopwatch(self.accelerator.device)
@@ -419,7 +422,8 @@ class OnPolicyTrainer(ABC):
                 lengths are theirs: those of groups that were chosen for their scores would say nothing of the policy.
         """
         own = rollouts if sampled is None else sampled
-        rollout_means(own, num_generations=self.config.num_generations, metrics=self.metrics)
+        options = {"num_generations": self.config.num_generations, "has_score": bool(self.scorer.functions)}
+        rollout_means(own, **options, metrics=self.metrics)
         training_means(rollouts, advantages, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
         every = self.config.samples_every
@@ -613,6 +617,7 @@ class OnPolicyTrainer(ABC):
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             self._lost_rows.add("lenient", self.lenient_scorer.lost if self.lenient_scorer else {})
+            judged["has_score"] = bool(self.scorer.functions)
             evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
             if self.config.eval_kl:
                 self.metrics.add("eval/kl", self._kl(rollouts).sum(), rollouts.lengths.sum())
@@ -654,6 +659,12 @@ class OnPolicyTrainer(ABC):
                 "--early_stopping_patience 0, or data with held-out rows."
             )
 
+        if self.config.early_stopping_patience and not self.scorer.functions:
+            raise ValueError(
+                f"early_stopping_patience={self.config.early_stopping_patience} without rewards: there is no held-out "
+                "score that could get worse. Pass --early_stopping_patience 0, or --rewards."
+            )
+
     def _remarks(self) -> list[str]:
         """What the run says of its settings at its start."""
         config = self.config if self._evaluates else replace(self.config, eval_every=0)
@@ -681,10 +692,10 @@ class OnPolicyTrainer(ABC):
             self.models.add_view("ref", of="policy", context=module.disable_adapter)
         elif needs_reference:
             self.models.add("ref", self._share_out(load_reference(path, config, dtype=self.dtype)))
-        for other in frozen_models(config):
-            frozen = self._share_out(load_frozen(other, config, dtype=self.dtype))
-            check_differs(other, frozen, module if self.run.checkpoint is None else None)
-            self.models.add(other.name, frozen)
+        untrained = module if self.run.checkpoint is None else None
+        for each in self._frozen:
+            model = each.load(config, dtype=self.dtype, policy=untrained)
+            self.models.add(each.other.name, self._share_out(model))
         self.scorer.load(self.models, self.start_time)
         tokens = {"tokenizer": self.tokenizer, "end_token_ids": end_token_ids(module, self.tokenizer)}
         self.policy_sampler = PolicySampler(

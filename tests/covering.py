@@ -37,6 +37,7 @@ FIXED = {
         "num_eval_prompts",
         "prompt_file",
         "prompt_weights",
+        "teacher",
         "reward_format",
     ),
     *("enable_thinking", "sampler", "load_in_4bit", "preset", "output_dir", "resume", "push_to_hub", "report_to"),

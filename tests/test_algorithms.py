@@ -342,7 +342,7 @@ def test_the_token_budget_changes_no_weight(toy_folder, tmp_path, name):
         torch.testing.assert_close(other, weights[0], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not facts(name).get("LOGPROBS_ARE_REWARDS")])
 def test_where_the_policy_that_sampled_is_the_one_being_updated_no_pass_is_spent_on_it(toy_folder, tmp_path, name):
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm=name, num_steps=1)
 

@@ -10,10 +10,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from CISPO.cispo_trainer import CISPOTrainer
 from common.losses import clipped_surrogate, importance_ratio, sequence_ratio
 from DAPO.dapo_trainer import DAPOTrainer
+from Distill.distill_trainer import DistillTrainer
 from GRPO.grpo_trainer import GRPOTrainer
 from GSPO.gspo_trainer import GSPOTrainer
 from PPO.ppo_trainer import PPOTrainer
@@ -77,6 +79,54 @@ def test_the_enumeration_is_complete_and_its_policy_has_left_the_reference(world
         assert len(set(some.scores.tolist())) == len(some.ids)
     assert world.kl > 0.1
     assert world.gradient(objective(world)).norm() > 0.1
+
+
+# The gradient of the KL to a teacher: of whole completions, or state by state
+
+
+@pytest.fixture(scope="module")
+def teaching(tmp_path_factory):
+    """The enumeration whose reference is a teacher: another random model over the four tokens."""
+    folder = save_four_token_model(tmp_path_factory.mktemp("teacher"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.weight += 0.3 * torch.randn(model.lm_head.weight.shape, generator=torch.manual_seed(3))
+    model.save_pretrained(folder)
+    return Enumeration(folder, max_length=3)
+
+
+def distilled(world, teaching, folder, **settings):
+    return gradient_of_step(world, DistillTrainer, folder, **TOKENS | {"teacher": str(teaching.folder)} | settings)
+
+
+def kl_to_teacher(world, teaching):
+    """Of whole completions."""
+    return (world.probabilities * (world.logprobs - teaching.ref_logprobs)).sum()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_distillation_expects_the_gradient_of_the_kl_of_completions_or_at_each_state_as_given(
+    world, teaching, tmp_path, size
+):
+    """With one completion there is no baseline, with two the other one's tokens are."""
+    of_states = sum_over_states(world, kl_between(world.policy_logits, teaching.ref_logits))
+    expected = {1.0: world.gradient(kl_to_teacher(world, teaching)), 0.0: world.gradient(of_states)}
+    for gamma, gradient in expected.items():
+        found = distilled(world, teaching, tmp_path / str(gamma), gamma=gamma, num_generations=size)
+        assert difference(found, gradient) < 1e-5
+    assert difference(expected[0.0], expected[1.0]) > 0.1
+
+
+def test_a_score_and_a_kl_to_the_reference_beside_the_teacher_add_their_own_gradients(world, teaching, tmp_path):
+    settings = GROUP | {"gamma": 1.0, "reward_coef": 0.7, "kl_coef": KL_COEF}
+    gradient = distilled(world, teaching, tmp_path, **settings)
+    assert (
+        difference(
+            gradient, world.gradient(kl_to_teacher(world, teaching) - 0.7 * objective(world) + KL_COEF * world.kl)
+        )
+        < 1e-5
+    )
+    assert difference(gradient, world.gradient(kl_to_teacher(world, teaching))) > 0.1
 
 
 # The gradient of E[score], and of E[score] - kl_coef KL with the KL in the reward

@@ -58,9 +58,11 @@ def algorithms() -> dict[str, Algorithm]:
 def facts(name: str) -> dict:
     """What the tests in an algorithm's folder, `Name/test_name.py`, say about it; empty if there is no such file.
 
-    TOY_SETTINGS: settings in which its toy run differs from its defaults. VARIANTS: more runs, by name, for every test
-    of whole runs. ACTS: for each of its own settings, other settings with which it acts, and the value to change it
-    to; None if its effect has a test there. VALUES: more values of its own settings, for runs with drawn settings.
+    TOY_SETTINGS: settings in which its toy run differs from its defaults; a value may be a function of the folder of
+    the toy policy, which makes what the setting names. VARIANTS: more runs, by name, for every test of whole runs.
+    ACTS: for each of its own settings, other settings with which it acts, and the value to change it to; None if its
+    effect has a test there. VALUES: more values of its own settings, for runs with drawn settings.
+    LOGPROBS_ARE_REWARDS: its step makes them of the log-probs of the policy that sampled.
     """
     module = f"{name}.test_{name.lower()}"
     return vars(importlib.import_module(module)) if importlib.util.find_spec(module) else {}
@@ -105,7 +107,9 @@ def toy_config(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **sett
         "samples_every": 1,
         "progress": False,
     }
-    return algorithms()[algorithm].config(**(defaults | facts(algorithm).get("TOY_SETTINGS", {}) | settings))
+    chosen = defaults | facts(algorithm).get("TOY_SETTINGS", {}) | settings
+    made = {name: value(Path(model)) if callable(value) else value for name, value in chosen.items()}
+    return algorithms()[algorithm].config(**made)
 
 
 def toy_trainer(model: Path, output_dir: Path, *, algorithm: str = "GRPO", **settings: object) -> OnPolicyTrainer:

@@ -22,13 +22,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from torch import Tensor
-from transformers.utils import CONFIG_NAME
 
 from common.cli import as_arguments, parse_settings
 from common.config import RLConfig
 from common.data.prompts import PromptSet
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
-from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
+from common.embedded import is_embedded, load_tokenizer, resolve_model, skeleton
 from common.evaluation.identity import reward_digest, sampling_identity, weights_digest
 from common.evaluation.pass_rates import PassRates
 from common.evaluation.results import TABLE_FILE, Score, digest, stored_score, table, write_result
@@ -36,7 +35,7 @@ from common.evaluation.sets import find_set, load_problems, num_left_out
 from common.evaluation.settings import NO_LIMIT, EvaluationSettings, as_run_settings
 from common.evaluation.unfinished import Unfinished
 from common.memory.start import plan_of
-from common.merge import ADAPTER_CONFIG, Source, check_adapter, find_source, is_best_of_run, load
+from common.merge import load
 from common.mistakes import CannotWrite, WrongNumbers, first_line, is_ours
 from common.models.attention import attention_for
 from common.models.configs import model_class, read_config
@@ -49,13 +48,14 @@ from common.rewards.reports import TrainerState
 from common.rewards.reward_model import RewardModel
 from common.rewards.scorer import RewardFunction, Scorer
 from common.rollouts import Completion, Rollouts
-from common.runs.checkpoints import STATE_FILE, write_file
-from common.runs.folder import CONFIG_FILE, versions
+from common.runs.checkpoints import write_file
+from common.runs.folder import versions
 from common.runs.lost_rows import judge_evaluation
 from common.runs.measures import confidence_interval, evaluation_means, judge, judge_leniently, mean_interval
 from common.runs.metrics import StepMetrics, Stopwatch
 from common.runs.progress import LongWork
 from common.runs.prompt_record import time_of_run
+from common.runs.sources import Source, find_model
 from common.runs.writable import check_folder
 from common.sampling.checks import check_sampling
 from common.sampling.policy_sampler import PolicySampler, check_sampler, make_sampler
@@ -354,7 +354,11 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     several = len(settings.model) > 1
     parent = Path(settings.output_dir or DEFAULT_PARENT) if several else None
     if several and settings.date is None:  # one table has one date
-        times = (_time_of(_find_model(model, settings)) for model in settings.model)
+        sources = (
+            find_model(model, settings.adapter, trust_remote_code=settings.trust_remote_code)
+            for model in settings.model
+        )
+        times = map(_time_of, sources)
         time = next((time for time in times if time is not None), datetime.now())
         settings = replace(settings, date=time.isoformat(timespec="seconds"))
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
@@ -386,18 +390,7 @@ def main() -> None:
 
 
 def _find_model(model: str, settings: EvaluationSettings) -> Source:
-    """The complete model, or the base and its adapter, that two names mean; checked but not loaded."""
-    folder, adapter, trust = Path(model), settings.adapter, settings.trust_remote_code
-    parts = (folder / name for name in (CONFIG_FILE, STATE_FILE, ADAPTER_CONFIG))  # of a run, a checkpoint, an adapter
-    is_of_run = any(part.is_file() for part in parts) or is_best_of_run(folder)
-    if adapter is None and ((folder / CONFIG_NAME).is_file() or not is_of_run):
-        check_model(model, trust_remote_code=trust, is_trained=False)
-        return Source(base=model, what=model)
-    source = find_source(model, adapter)
-    check_model(source.base, trust_remote_code=trust, is_trained=False)
-    if source.adapter is not None:
-        check_adapter(source.adapter, source.base)
-    return source
+    return find_model(model, settings.adapter, trust_remote_code=settings.trust_remote_code)
 
 
 def _time_of(source: Source) -> datetime | None:
@@ -408,8 +401,7 @@ def _time_of(source: Source) -> datetime | None:
 
 def _load_tokenizer(source: Source, *, trust_remote_code: bool) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer in the adapter's folder, else that of the model."""
-    has_own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
-    name = str(source.adapter) if has_own else source.base
+    name = source.own_tokenizer
     try:
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         reason = None if len(tokenizer("0")["input_ids"]) else "it has no tokens"  # transformers makes an empty one

@@ -17,8 +17,8 @@ from transformers.utils import CONFIG_NAME
 import common
 from common.data.cache import content_digest
 from common.evaluation.results import digest
-from common.merge import Source
 from common.rewards.load import source_of
+from common.runs.sources import Source
 
 # Settings that act on scores alone.
 _JUDGING = ("rewards", "reward_weights", "reward_format", "reward_time_limit", "reward_memory_limit", "accuracy")

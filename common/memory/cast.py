@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,7 +12,7 @@ import transformers
 from common.config import OtherModel, RLConfig
 from common.memory.cards import Card
 from common.memory.passes import PassSettings
-from common.memory.tenants import Engine, Numbers, Sizes, Tenant, engine, frozen, learner
+from common.memory.tenants import FLOAT32, Engine, Numbers, Sizes, Tenant, engine, frozen, learner
 from common.models.attention import attention_for
 from common.models.configs import model_class, read_config
 from common.models.loading import compute_dtype, trained_dtype
@@ -27,7 +27,7 @@ class Cast:
 
     Attributes:
         policy: the learner.
-        others: reference, value model, reward models.
+        others: reference, value model, models that are not trained, reward models.
         engine: the sampler.
         server: what vLLM's server has on each of its devices, of which it may have several; None: there is none.
         sizes: of the policy.
@@ -60,6 +60,8 @@ class Casting:
         policy: without storage.
         card: the device.
         rewards: hub ids or folders of reward models.
+        frozen: the algorithm's models that are not trained, without storage, by name; and the numbers in each matrix
+            of an adapter on one.
         processes: that train together.
         is_trained: False for an evaluation, which only samples.
     """
@@ -71,9 +73,13 @@ class Casting:
         card: Card,
         *,
         rewards: Sequence[str] = (),
+        frozen: Mapping[str, tuple[transformers.PreTrainedModel, Sequence[int]]] | None = None,
         processes: int = 1,
         is_trained: bool = True,
     ) -> None:
+        self._frozen = {
+            name: (model, Sizes.of(model, config), adapter) for name, (model, adapter) in (frozen or {}).items()
+        }
         self.policy, self.card, self.processes, self.is_trained = policy, card, processes, is_trained
         self.sizes = Sizes.of(policy, config)
         self._of_paths: dict[str, Sizes] = {}
@@ -96,7 +102,7 @@ class Casting:
             dtype=dtype,
             processes=processes,
             spread=spread_over(config, processes),
-            attention=self._attention(config, device, dtype),
+            attention=self._attention_of(self.policy, config.attn_implementation, dtype),
             is_fused=is_cuda,
         )
         policy = learner("policy", self.sizes, config, numbers)
@@ -104,11 +110,10 @@ class Casting:
             policy = frozen("policy", self.sizes, replace(policy.passes, method="full", weights=dtype))
         others = [self._reference(policy, config, numbers)] if config.kl_coef or config.eval_kl else []
         for other in config.other_models:
-            sizes = self._sizes_of(other, config) if other.path else self.sizes
             if not other.is_trained:
-                passes = replace(policy.passes, method="full", weights=dtype)
-                others.append(frozen(other.name, sizes, passes, spread=numbers.spread))
+                others.append(self._not_trained(other.name, policy, numbers))
                 continue
+            sizes = self._sizes_of(other, config) if other.path else self.sizes
             options = {"needs": "policy" if other.shares_base else None, "has_head": False, "may_pack": False}
             others.append(learner(other.name, sizes, config, numbers, **options))
         samples = partial(engine, self.sizes, dtype=dtype, on_cpu=not is_cuda)
@@ -130,9 +135,18 @@ class Casting:
         kept = trained_dtype(config, numbers.dtype)
         return frozen("ref", self.sizes, policy.passes, kept=kept, spread=numbers.spread)
 
-    def _attention(self, config: RLConfig, device: torch.device, dtype: torch.dtype) -> str:
-        asked, cls = config.attn_implementation, type(self.policy)
-        chosen, _ = attention_for(self.policy.config, asked, device, dtype=dtype, cls=cls)
+    def _not_trained(self, name: str, policy: Tenant, numbers: Numbers) -> Tenant:
+        """A model that gives log-probs, in what passes compute in, with the attention that fits it."""
+        model, sizes, adapter = self._frozen[name]
+        attention = self._attention_of(model, "auto", numbers.dtype)
+        passes = replace(policy.passes, method="full", weights=numbers.dtype, attention=attention)
+        tenant = frozen(name, sizes, passes, spread=numbers.spread)
+        matrices = tuple(FLOAT32 * -(-size // numbers.spread) for size in adapter)
+        return replace(tenant, weights=tenant.weights + sum(matrices), home=(*tenant.home, *matrices))
+
+    def _attention_of(self, model: transformers.PreTrainedModel, asked: str, dtype: torch.dtype) -> str:
+        device = torch.device(self.card.kind)
+        chosen, _ = attention_for(model.config, asked, device, dtype=dtype, cls=type(model))
         return "flash" if chosen in FLASH and device.type == "cuda" else chosen
 
     def _sizes_of(self, other: OtherModel, config: RLConfig) -> Sizes:

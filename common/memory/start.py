@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # for type hints whose import would take seconds
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import transformers
@@ -33,6 +33,7 @@ def plan_of(
     policy: transformers.PreTrainedModel,
     *,
     rewards: Sequence[str] = (),
+    frozen: Mapping[str, tuple[transformers.PreTrainedModel, Sequence[int]]] | None = None,
     device: str | None = None,
     processes: int = 1,
     nodes: int = 1,
@@ -45,6 +46,7 @@ def plan_of(
         config: its settings.
         policy: its modules, without storage.
         rewards: hub ids or folders of its reward models.
+        frozen: as for Casting.
         device: a card that is not there, as --device names it; None: that of this process.
         processes: that train together, each on a card of its own.
         nodes: machines that these are on, each with as many, which share its main memory.
@@ -61,7 +63,8 @@ def plan_of(
     _check_bfloat16(config, there)
     host = None if device else host_memory(processes=together).total
     machine = Machine(card=there, host=host, processes=processes, nodes=nodes)
-    casting = Casting(config, policy, there, rewards=rewards, processes=processes, is_trained=is_trained)
+    options = {"rewards": rewards, "frozen": frozen, "processes": processes, "is_trained": is_trained}
+    casting = Casting(config, policy, there, **options)
     cast, work = casting.cast(config), Work(config, processes)
     plan = make_plan(config, cast, machine, work=Work(config, processes, is_counted=False))
     if there.kind == "cpu" and not with_passes and plan.host_peak.on_host < MUCH * machine.host:

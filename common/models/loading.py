@@ -5,6 +5,7 @@ from __future__ import annotations  # for type hints whose import would take sec
 import logging
 from collections.abc import Collection
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,6 +181,26 @@ def load_reference(path: str, config: RLConfig, *, dtype: torch.dtype = torch.fl
         dtype: precision of forward passes.
     """
     return _load(path, config, dtype=trained_dtype(config, dtype)).requires_grad_(False).eval()
+
+
+def load_frozen(
+    path: str, config: RLConfig, *, dtype: torch.dtype, adapter: Path | None = None
+) -> transformers.PreTrainedModel | PeftModel:
+    """Load a model that is not trained and not made of the policy, in `dtype`, which passes read anyway.
+
+    It has the attention that fits it, whatever the policy's is, and is never in 4 bits.
+
+    Args:
+        path: hub id or folder.
+        config: trust_remote_code and shard are read.
+        dtype: precision of forward passes.
+        adapter: folder of a LoRA adapter on top of it, which stays in float32 beside the weights.
+    """
+    plain = replace(config, load_in_4bit=False, attn_implementation="auto")
+    model = _load(path, plain, dtype=dtype)
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    return model.requires_grad_(False).eval()
 
 
 def set_mode(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ def context_length(config: transformers.PreTrainedConfig) -> int | None:
     return setting(config.get_text_config(), "max_position_embeddings")
 
 
-def check_room(model: transformers.PreTrainedModel, config: RLConfig) -> None:
+def check_room(model: transformers.PreTrainedModel, config: RLConfig, *, setting: str = "model") -> None:
     """Refuse lengths for which the model has no positions, or other ones in training than in sampling.
 
     A model with rotary embeddings computes something beyond its context too, but vLLM refuses to; where the embeddings
@@ -30,30 +30,33 @@ def check_room(model: transformers.PreTrainedModel, config: RLConfig) -> None:
     sampled in a short row is then trained in a longer one, at other angles.
 
     Args:
-        model: the policy, without storage.
+        model: the policy, or a model that judges its completions, without storage.
         config: sampler, max_prompt_length and max_completion_length are read.
+        setting: that names the model.
 
     Raises:
         ValueError: names the model's context, or the length up to which its angles stay the same.
     """
     context, needed = context_length(model.config), config.max_prompt_length + config.max_completion_length
-    kinds = _rope_by_type(model.config.get_text_config())
+    kinds, name = _rope_by_type(model.config.get_text_config()), vars(config)[setting]
     for kind, length_name, length in _changes_of_angles(model.config.get_text_config()):
         if needed > length:
             raise ValueError(
                 f"max_prompt_length={config.max_prompt_length} and max_completion_length="
-                f"{config.max_completion_length}: {config.model} has rope_type {kind!r}, so that all angles change "
+                f"{config.max_completion_length}: {name} has rope_type {kind!r}, so that all angles change "
                 f"once a row is longer than {length:,} tokens ({length_name}). Completions grow token by token in "
                 "sampling and are trained as a whole: their log-probs would be those of another model. Pass lengths "
                 f"of {length:,} tokens in total, such as --max_prompt_length "
                 f"{min(config.max_prompt_length, length // 2)} --max_completion_length "
-                f"{min(config.max_completion_length, length // 2)}, or another --model."
+                f"{min(config.max_completion_length, length // 2)}, or another --{setting}."
             )
-    is_refused = not kinds or (config.sampler != "transformers" and set(kinds) == {"default"})
+    # Who is not sampled from would have to judge tokens beyond all that it was trained on.
+    is_judge = setting != "model"
+    is_refused = not kinds or ((config.sampler != "transformers" or is_judge) and set(kinds) == {"default"})
     if context is not None and needed > context and is_refused:
         raise ValueError(
             f"max_prompt_length={config.max_prompt_length} and max_completion_length={config.max_completion_length}: "
-            f"{config.model} has room for {context:,} tokens in total, prompt and completion. Pass smaller ones, such "
+            f"{name} has room for {context:,} tokens in total, prompt and completion. Pass smaller ones, such "
             f"as --max_prompt_length {min(config.max_prompt_length, context // 2)} --max_completion_length "
             f"{min(config.max_completion_length, context // 2)}."
         )

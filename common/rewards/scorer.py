@@ -167,7 +167,8 @@ class Scorer:
             state: how far the run is. None: there is no run; functions get no trainer_state, log_metric, log_extra.
 
         Returns:
-            scores: (B,) float32, the weighted sum of the rewards that are not None; 0 where all are None.
+            scores: (B,) float32, the weighted sum of the rewards that are not None; 0 where all are None, or without
+                any reward.
             parts: for each function (B,) float32, raw; NaN where it returned None.
 
         Raises:
@@ -193,6 +194,8 @@ class Scorer:
             name: torch.tensor(self._numbers(name, answers[name], batch), dtype=torch.float32)
             for name in self.functions
         }
+        if not parts:  # nothing is measured, since a teacher says what is learned
+            return torch.zeros(len(completions)), {}
         if all(part.isnan().all() for part in parts.values()):
             raise ValueError(
                 f"{', '.join(parts)}: every reward is None for all {len(completions)} completions. Need a number for "

@@ -15,7 +15,7 @@ from common.rollouts import Rollouts
 from common.runs.metrics import StepMetrics
 
 
-def rollout_means(rollouts: Rollouts, *, num_generations: int, metrics: StepMetrics) -> None:
+def rollout_means(rollouts: Rollouts, *, num_generations: int, metrics: StepMetrics, has_score: bool = True) -> None:
     """Add this process's part of the means over the completions of a training step's own prompts.
 
     Args:
@@ -24,11 +24,14 @@ def rollout_means(rollouts: Rollouts, *, num_generations: int, metrics: StepMetr
         metrics: gets score, score_min, score_max, length, truncated; equal_scores (where prompts have several
             completions: share of the prompts whose completions all have the same score); and reward/<name>
             (unweighted, over the rows to which that reward applies).
+        has_score: False for a run without rewards, which has none of the metrics of scores.
     """
     rows = len(rollouts)
-    metrics.add("score", rollouts.scores.sum(), rows)
     metrics.add("length", rollouts.lengths.sum(), rows)
     metrics.add("truncated", rollouts.truncated.sum(), rows)
+    if not has_score:
+        return
+    metrics.add("score", rollouts.scores.sum(), rows)
     if rows:
         metrics.add_min("score_min", rollouts.scores.min().item())
         metrics.add_max("score_max", rollouts.scores.max().item())
@@ -95,6 +98,7 @@ def evaluation_means(
     num_samples: int,
     metrics: StepMetrics,
     lenient: Tensor | None = None,
+    has_score: bool = True,
 ) -> None:
     """Add this process's part of the evaluation's means.
 
@@ -107,9 +111,11 @@ def evaluation_means(
             format), eval/lenient_accuracy (share whose answer is right in any form), eval/accuracy (share of correct
             ones) with its square for the confidence interval, and eval/pass@k for k = 2, 4, ... up to num_samples.
         lenient: (B,) bool, from `judge_leniently`; None if the task has no such rule.
+        has_score: False for a run without rewards, which has no eval/score.
     """
     rows = len(rollouts)
-    metrics.add("eval/score", rollouts.scores.sum(), rows)
+    if has_score:
+        metrics.add("eval/score", rollouts.scores.sum(), rows)
     metrics.add("eval/length", rollouts.lengths.sum(), rows)
     metrics.add("eval/truncated", rollouts.truncated.sum(), rows)
     formed = is_one(rollouts.parts, format)

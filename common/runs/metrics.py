@@ -272,7 +272,8 @@ class SignalCheck:
         # Without zero_advantage, no completion is trained on.
         # Where refills replaced some of these groups, zero_advantage is that of what was trained on.
         replaced = metrics.get("refill/filled", 0) > 0
-        is_silent = (self._all_equal(metrics) and not replaced) or metrics.get("zero_advantage", 1) == 1
+        is_equal = self._config.needs_score and self._all_equal(metrics)
+        is_silent = (is_equal and not replaced) or metrics.get("zero_advantage", 1) == 1
         in_vain = metrics.get("refill/left_empty", 0) > 0 and not replaced
         self._silent = self._silent + 1 if is_silent else 0
         self._in_vain = self._in_vain + 1 if in_vain else 0

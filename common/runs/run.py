@@ -116,6 +116,7 @@ class Run:
         self.waiting: dict | None = checkpoints.load_tensors(kept) if kept and kept.is_file() else None
         # The token budget that was found to fit, and the one that it replaces: another one is tried out anew.
         self._budget: dict | None = state.get("token_budget")
+        self._others: dict[str, str] | None = state.get("other_models")
         options = {"keeps_checkpoint": bool(config.save_every), "process_timeout": config.process_timeout}
         self.stopping = Stopping(config.stop_grace, accelerator, **options)
         self._learners: dict[str, tuple[Learner, nn.Module]] = {}
@@ -287,6 +288,25 @@ class Run:
             shapes = {name: parameter.shape for name, parameter in policy.named_parameters()}
             parts.check_same_model(self.checkpoint, checkpoints.POLICY_FOLDER, shapes, self.config.model)
 
+    def check_others(self, identities: dict[str, str]) -> None:
+        """Keep what models are that no checkpoint holds; refuse to continue a run with others.
+
+        Args:
+            identities: by setting and value, what changes when the model's weights do.
+
+        Raises:
+            ValueError: names the model that has changed.
+        """
+        if self.checkpoint is not None and self._others is not None:
+            for label, identity in identities.items():
+                if self._others.get(label, identity) != identity:
+                    raise ValueError(
+                        f"output_dir={self.folder}: {label} is another model than at the run's start: its files have "
+                        "changed. A resumed run continues exactly as the interrupted one would have. Bring the model "
+                        "back, or pass another --output_dir for a new run."
+                    )
+        self._others = identities or None
+
     def count(self, *, episodes: int = 0, tokens: int) -> None:
         """Add what was sampled for training, over all processes.
 
@@ -317,7 +337,7 @@ class Run:
                 "split": split,
                 "prompt": rollouts.prompts[row],
                 "completion": rollouts.completions[row],
-                "score": float(rollouts.scores[row]),
+                "score": float(rollouts.scores[row]) if parts else None,
                 "parts": {name: float(part[row]) for name, part in parts.items()},
                 "length": int(rollouts.lengths[row]),
                 "truncated": bool(rollouts.truncated[row]),
@@ -353,6 +373,8 @@ class Run:
         }
         if self._budget:
             kept["token_budget"] = self._budget
+        if self._others:
+            kept["other_models"] = self._others
         self._saved_as, self._state = step, kept | self._counts | (more or {})
 
     def end_step(self, step: int, metrics: dict[str, float], timings: dict[str, float]) -> None:

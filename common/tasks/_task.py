@@ -165,7 +165,7 @@ def task_scorer(task: Task, config: RLConfig) -> Scorer:
         ValueError: for an unknown reward, or if rewards, weights and accuracy of the task do not belong together.
     """
     names = config.rewards or task.default_rewards
-    if not names and not task.rewards:
+    if not names and not task.rewards and config.needs_score:
         raise ValueError(
             "the task has no rewards, so completions would have no score. Give it some, "
             'Task(rewards={"right": right}), or name them in the settings: rewards=["my_rewards.py:right"].'

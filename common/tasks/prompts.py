@@ -27,7 +27,7 @@ def load(config: RLConfig, tokenizer: transformers.PreTrainedTokenizerBase) -> T
             "task='prompts' without a data set: this task has no prompts of its own. Pass --dataset "
             "with a hub id or a local file that has a column `prompt`."
         )
-    if config.rewards is None:
+    if config.rewards is None and config.needs_score:
         raise ValueError(
             "task='prompts' without rewards: completions need a score, and this task has no rewards of its own. Pass "
             "--rewards with file.py:function or a reward model."

@@ -1,0 +1,261 @@
+"""Models of an algorithm that are not trained, such as a teacher: they give log-probs of the policy's tokens.
+
+One is named as any model is: a hub id, a folder, a run or a checkpoint of one, or a LoRA adapter. It is in the
+precision of forward passes and has the attention that fits it; load_in_4bit is for the policy alone, since rounded
+weights would be another model's opinion. What is wrong with one is said before anything is loaded.
+"""
+
+from __future__ import annotations  # for type hints whose import would take seconds
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers.utils import CONFIG_NAME
+
+from common.config import OtherModel, RLConfig
+from common.embedded import is_embedded, load_tokenizer, resolve_model, skeleton
+from common.logprobs import without_adapter
+from common.models.bases import is_there
+from common.models.configs import read_config, why_quantized
+from common.models.loading import load_frozen
+from common.models.parts import is_spread
+from common.models.positions import check_room
+from common.models.quantization import in_floating_point
+from common.runs.sources import Source, find_model, shapes_in
+from common.sharding import of_all, own_part
+
+# Bytes at the beginning, in the middle and at the end of a file, by which it is known again.
+_SAMPLE = 2**20
+# Files that say what a model computes.
+_WEIGHTS = (".safetensors", ".bin")
+# Tokens that a message names.
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """A model that is not trained, found and not loaded.
+
+    Attributes:
+        other: its name in the pool, and the setting that names it.
+        source: the base, and the adapter on top of it.
+        base: the base, without storage.
+    """
+
+    other: OtherModel
+    source: Source
+    base: transformers.PreTrainedModel
+
+    @property
+    def label(self) -> str:
+        """The setting with its value, for messages."""
+        return f"{self.other.setting}={self.other.path!r}"
+
+    @property
+    def adapter_sizes(self) -> tuple[int, ...]:
+        """Numbers in each matrix of its adapter; none without one."""
+        if self.source.adapter is None:
+            return ()
+        return tuple(torch.Size(shape).numel() for shape in shapes_in(self.source.adapter).values())
+
+    def check_tokens(
+        self, tokenizer: transformers.PreTrainedTokenizerBase, num_tokens: int, config: RLConfig
+    ) -> list[str]:
+        """Refuse a model for which the policy's token ids mean something else.
+
+        The sizes alone do not tell: models of one family fill their embeddings up to different numbers of rows.
+
+        Args:
+            tokenizer: the policy's.
+            num_tokens: rows of the policy's embedding; it can sample all of them.
+            config: trust_remote_code is read.
+
+        Returns:
+            Lines about what differs and is allowed: the end of a text, and the chat template.
+
+        Raises:
+            ValueError: names tokens that differ, or both numbers of rows.
+        """
+        with _named(self.other):
+            own = load_tokenizer(self.source.own_tokenizer, trust_remote_code=config.trust_remote_code)
+        theirs, ours = own.get_vocab(), tokenizer.get_vocab()
+        by_id = {number: token for token, number in theirs.items()}
+        different = sorted(
+            (number, token) for token, number in ours.items() if theirs.get(token) != number and number < num_tokens
+        )
+        if different:
+            named = [
+                f"Token {number} is {token!r} for the policy, and {_or_nothing(by_id.get(number))} for it"
+                for number, token in different[:_MOST_NAMED]
+            ]
+            raise ValueError(
+                f"{self.label}: it has another vocabulary than the policy: of {len(ours):,} tokens {len(different):,} "
+                f"differ. {'; '.join(named)}. It judges the policy's token ids, so each must be the same token in "
+                f"both. Pass --{self.other.setting} with a model of the policy's family, or another --model."
+            )
+        rows = self.base.config.get_text_config().vocab_size
+        if rows < num_tokens:
+            raise ValueError(
+                f"{self.label}: it has {rows:,} tokens, and the policy can sample {num_tokens:,}: it has no log-prob "
+                f"for the others. Pass --{self.other.setting} with a model that has as many, or a smaller --model."
+            )
+        lines = []
+        if own.eos_token != tokenizer.eos_token:
+            lines.append(
+                f"{self.label}: its texts end with {own.eos_token!r}, the policy's with {tokenizer.eos_token!r}: it "
+                "may find it unlikely that the policy ends, and teach it to go on"
+            )
+        if tokenizer.chat_template and own.chat_template != tokenizer.chat_template:
+            lines.append(f"{self.label}: it reads prompts as the policy's chat template writes them, not as its own")
+        return lines
+
+    def identity(self) -> str:
+        """What changes when its weights do, so that a run is continued with the same: a digest of parts of its files.
+
+        A folder may be moved and copied. Of a model on the hub it is the commit.
+        """
+        found = hashlib.sha256()
+        for name in (resolve_model(self.source.base), self.source.adapter):
+            if name is not None and not Path(name).is_dir():
+                cached = try_to_load_from_cache(str(name), CONFIG_NAME)
+                found.update((Path(cached).parent.name if isinstance(cached, str) else str(name)).encode())
+                continue
+            files = [] if name is None else sorted(Path(name).iterdir())
+            for file in files:
+                if file.suffix in _WEIGHTS or file.name == CONFIG_NAME:
+                    found.update(file.name.encode() + _sample(file))
+        return found.hexdigest()
+
+    def load(self, config: RLConfig, *, dtype: torch.dtype, policy: nn.Module | None) -> nn.Module:
+        """Load it on the CPU, or with shard=full each process its own part.
+
+        Args:
+            config: the run's.
+            dtype: precision of forward passes, in which its weights are.
+            policy: which it must not be; None: the policy has been trained since, so that it cannot tell.
+
+        Raises:
+            ValueError: it cannot be loaded, or is the policy itself.
+        """
+        with _named(self.other):
+            model = load_frozen(resolve_model(self.source.base), config, dtype=dtype, adapter=self.source.adapter)
+        if policy is not None:
+            is_same = _is_same(model, policy)
+            if all(of_all(is_same)) if is_spread(config) else is_same:
+                raise self._is_the_policy("every weight is that of the policy")
+        return model
+
+    def check_differs(self, config: RLConfig) -> None:
+        """Refuse the policy itself, as far as names tell.
+
+        Raises:
+            ValueError: says so.
+        """
+        base, model = self.source.base, config.model
+        is_same = base == model or (is_there(base) and is_there(model) and os.path.samefile(base, model))
+        if is_same and self.source.adapter is None:
+            raise self._is_the_policy("both are the same model")
+
+    def _is_the_policy(self, why: str) -> ValueError:
+        return ValueError(
+            f"{self.label}: {why}, so that their log-probs are the same and there is nothing to learn from it. Pass "
+            f"--{self.other.setting} with another model, such as final/ of a run that has trained this one."
+        )
+
+
+def find_frozen(config: RLConfig) -> list[Frozen]:
+    """The algorithm's models that are not trained, checked as far as names, configurations and headers tell.
+
+    Args:
+        config: the run's.
+
+    Raises:
+        ValueError: there is no such model, it is no causal language model in floating point, it has too few positions,
+            or it is the policy itself.
+    """
+    return [_found(other, config) for other in config.other_models if not other.is_trained]
+
+
+def _found(other: OtherModel, config: RLConfig) -> Frozen:
+    setting = other.setting
+    if other.path is None:
+        raise ValueError(
+            f"{setting}=None: the algorithm needs this model, and there is no default for it. Pass --{setting} with a "
+            "hub id, a folder such as final/ of a run, or a LoRA adapter."
+        )
+    with _named(other):
+        _refuse_quantized(other.path, config)
+        source = find_model(other.path, trust_remote_code=config.trust_remote_code)
+        base = skeleton(source.base)
+        check_room(base, config, setting=setting)
+    frozen = Frozen(other=other, source=source, base=base)
+    frozen.check_differs(config)
+    return frozen
+
+
+def _refuse_quantized(path: str, config: RLConfig) -> None:
+    """What is said of a policy is of no use here: nobody trains this one."""
+    if is_embedded(path) or not (Path(path) / CONFIG_NAME).is_file():
+        return
+    reason = why_quantized(read_config(path, trust_remote_code=config.trust_remote_code))
+    if reason is not None:
+        raise ValueError(
+            f"model={path!r}: {reason.partition(':')[0]}: such weights need kernels of their own, and cannot be moved "
+            "and counted as tensors are. Pass the model that it was made from."
+        )
+
+
+@contextmanager
+def _named(other: OtherModel) -> Iterator[None]:
+    """Say of errors about a model which setting names it; most are written for the setting `model`."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error).replace("--model", f"--{other.setting}")
+        text = text.removeprefix(f"model={other.path!r}: ").removeprefix(f"model={other.path}: ")
+        raise ValueError(f"{other.setting}={other.path!r}: {text}") from error
+
+
+def _or_nothing(token: str | None) -> str:
+    return "none" if token is None else repr(token)
+
+
+def _sample(file: Path) -> bytes:
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        parts = [str(size).encode()]
+        for start in (0, size // 2, max(size - _SAMPLE, 0)):
+            content.seek(start)
+            parts.append(content.read(_SAMPLE))
+    return b"".join(parts)
+
+
+@torch.no_grad()
+def _is_same(model: nn.Module, policy: nn.Module) -> bool:
+    """Whether a model computes what the policy does: equal weights, in its own precision, and no adapter adds any."""
+    if any(own_part(each).any() for each in _adapter_ends(model)):
+        return False
+    theirs, ours = _weights(model), _weights(policy)
+    if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in theirs):
+        return False
+    pairs = ((theirs[name], in_floating_point(ours[name])) for name in theirs)
+    return all(torch.equal(mine, own.to(mine)) for mine, own in pairs)
+
+
+def _adapter_ends(model: nn.Module) -> list[torch.Tensor]:
+    """The second matrices of an adapter, which begin at 0."""
+    return [each for name, each in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name]
+
+
+def _weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """This process's part of each weight, adapters left out, by the names that they have without one."""
+    named = without_adapter(model).named_parameters()
+    return {name.replace(".base_layer.", "."): own_part(each) for name, each in named if ".lora_" not in name}
