@@ -99,7 +99,12 @@ def in_words(compared: dict[str, Any]) -> str:
         if pair["told_apart"]:
             found.setdefault(pair["above"], []).append(pair["below"])
     rest = len(pairs) - sum(map(len, found.values()))
-    said = "; ".join(f"{above} is above {', '.join(sorted(below))}" for above, below in found.items())
+    having: dict[str, list[str]] = {}
+    for above, below in found.items():
+        having.setdefault(", ".join(sorted(below)), []).append(above)
+    said = "; ".join(
+        f"{', '.join(above)} {'are' if len(above) > 1 else 'is'} above {below}" for below, above in having.items()
+    )
     if not rest:
         return f"{said}."
     if not found:

@@ -34,8 +34,8 @@ DASHES = ("-", "--", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "p", ">", "*", "h")
 # With more algorithms than this, the lines of single seeds would hide the means.
 MOST_WITH_SEEDS = 4
-# Inches from one name at the ends of lines to the next, and the share of a panel's width that is left for names.
-LINE_OF_TEXT, ROOM_FOR_NAMES = 0.125, 0.25
+# Shares of a panel: from one name at the ends of lines to the next, and the width that is left for them.
+LINE_OF_TEXT, ROOM_FOR_NAMES = 0.042, 0.25
 
 
 def picture(
@@ -48,7 +48,7 @@ def picture(
 
     Few algorithms have a thin line for each seed too. In the panel of KL, the algorithms of the frontier have a ring,
     and a line joins them. If the runs were judged, a second row has a panel for each judge: how much higher it scores
-    the final models than the untrained policy, against their KL; a small dot for each seed, a large one for their mean.
+    final models than the untrained policy, against their KL; a small dot for each seed, a large one for their mean.
 
     Args:
         runs: comparable runs.
@@ -68,7 +68,7 @@ def picture(
     judges = list(judged["judges"]) if judged and having["eval/kl"] else []
     columns, rows = max(len(measured), len(judges)), 2 if judges else 1
     with matplotlib.rc_context(STYLE):
-        size = (4.6 * columns, 3.9 if rows == 1 else 7.2)
+        size = (4.8 * columns, 4.4 if rows == 1 else 8.4)
         figure = Figure(figsize=size, dpi=110, facecolor="white", layout="constrained")
         first = None
         for column, key in enumerate(measured):
@@ -81,7 +81,7 @@ def picture(
                 ends[name] = _draw(axes, evaluations[name], keys, looks[name], faint=len(looks) > MOST_WITH_SEEDS)
             if key == "eval/kl" and len(looks) > 1:
                 _draw_frontier(axes, {name: ends[name] for name in frontier if name in ends})
-            _name_ends(axes, ends, looks, height=3.2)
+            _name_ends(axes, ends, looks)
             first = first or axes
         first.set_title(f"held-out {metric}", loc="left", fontsize=10)
         for column, judge in enumerate(judges):
@@ -90,7 +90,7 @@ def picture(
             who = "the reward of training" if judge == TRAINING else judge
             axes.set_title(f"gain of final models, judged by {one_line(who, 24)}", loc="left", fontsize=10)
             shown = {name: looks[name] for name in having["eval/kl"]}
-            _name_ends(axes, _draw_judged(axes, judged["judges"][judge], own, shown), shown, height=2.8)
+            _name_ends(axes, _draw_judged(axes, judged["judges"][judge], own, shown), shown)
         buffer = io.BytesIO()
         FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
@@ -112,7 +112,8 @@ def _draw(
         for x, y in points.transpose(0, 2, 1):
             axes.plot(x, y, linewidth=0.7, alpha=0.45, **(look | {"marker": None}))
     x, y = points.mean(0).T
-    axes.plot(x, y, linewidth=1.3 if faint else 2.2, markevery=[-1], markersize=5.5, markeredgecolor="white", **look)
+    end = {"markevery": [-1], "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.5}
+    axes.plot(x, y, linewidth=1.3 if faint else 2.2, **end, **look)
     return x[-1], y[-1]
 
 
@@ -120,40 +121,44 @@ def _draw_frontier(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
     """Rings around the algorithms that no other surpasses, and a line through them."""
     if ends:
         x, y = np.array(sorted(ends.values())).T
-        axes.plot(x, y, color=INK, linewidth=0.8, marker="o", markersize=10, markerfacecolor="none")
-        axes.set_title("ringed: the frontier", loc="right", fontsize=8)
+        axes.plot(x, y, color=INK, linewidth=0.8, marker="o", markersize=12, markerfacecolor="none")
+        axes.set_title("ringed: the frontier", loc="left", fontsize=8)
 
 
-def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]], looks: dict[str, dict], *, height: float) -> None:
-    """Write the names on the right, in the order of the ends' heights, each as near to its end as the others allow.
+def _name_ends(axes: Axes, ends: dict[str, tuple[float, float]], looks: dict[str, dict]) -> None:
+    """Write markers and names on the right, in the order of the ends' heights, each as near to its end as may be.
 
     Args:
         axes: whose lines are drawn.
         ends: last point of each.
-        looks: with the colours.
-        height: of the panel in inches.
+        looks: of each.
     """
-    low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
-    axes.set_xlim(left, right + (right - left) * ROOM_FOR_NAMES / (1 - ROOM_FOR_NAMES))
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    axes.set_xticks([tick for tick in axes.get_xticks() if left <= tick <= right])
+    width = (right - left) / (1 - ROOM_FOR_NAMES)
+    axes.set_xlim(left, left + width)
     axes.set_ylim(low, high)
     names = sorted(ends, key=lambda name: ends[name][1])
-    places = _spread([(ends[name][1] - low) / (high - low) for name in names], LINE_OF_TEXT / height)
-    for name, place in zip(names, places, strict=True):
-        at = (right + 0.06 * (right - left), low + place * (high - low))
-        line = {"arrowstyle": "-", "color": looks[name]["color"], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-        axes.annotate(name, ends[name], at, va="center", color=INK, fontsize=8, arrowprops=line, parse_math=False)
+    heights = _spread([(ends[name][1] - low) / (high - low) for name in names], LINE_OF_TEXT)
+    for name, height in zip(names, heights, strict=True):
+        color, at = looks[name]["color"], (right + 0.05 * width, low + height * (high - low))
+        axes.plot(*zip(ends[name], at, strict=True), color=color, linewidth=0.5, alpha=0.6)
+        axes.plot(*at, color=color, marker=looks[name]["marker"], markersize=6, markeredgewidth=0)
+        axes.text(at[0] + 0.02 * width, at[1], name, va="center", fontsize=8, parse_math=False)
 
 
 def _spread(wanted: list[float], gap: float) -> list[float]:
-    """Places that are at least `gap` apart and as near to the wanted ones as that allows, which are sorted.
+    """Places from 0 to 1 at least `gap` apart, as near to the wanted ones as that allows, which are sorted.
 
     Where places meet, they become a block around the mean of what they want.
     """
     blocks: list[tuple[float, int]] = []  # of each: the place of its first one, and how many it holds
-    for place in wanted:
-        first, count = place, 1
-        while blocks and blocks[-1][0] + blocks[-1][1] * gap > first:
+    for first in wanted:
+        count = 1
+        while True:
+            first = max(0.0, min(first, 1 - (count - 1) * gap))
+            if not blocks or blocks[-1][0] + blocks[-1][1] * gap <= first:
+                break
             before, others = blocks.pop()
             first = (before * others + (first - others * gap) * count) / (others + count)
             count += others

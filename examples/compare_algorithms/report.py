@@ -165,9 +165,9 @@ def _counted(results: dict[str, Any]) -> list[str]:
     counts = [int(each) for own in results["algorithms"].values() for each in own["episodes"]["per_seed"]]
     least, most = min(counts), max(counts)
     lines = [
-        f"\nEvery run is trained from {f'{least:,} to ' if least < most else ''}{most:,} completions of its steps' own "
-        "prompts (episodes). What an algorithm samples besides, such as refills, greedy completions, continuations or "
-        "those that values are fitted on, is part of the completions and tokens sampled."
+        f"\nEvery run is trained from {f'{least:,} to ' if least < most else ''}{most:,} completions of its steps' "
+        "own prompts (episodes). What an algorithm samples besides, such as refills, greedy completions, "
+        "continuations or those that values are fitted on, is part of the completions and tokens sampled."
     ]
     if results["teachers"]:
         who = "; ".join(f"{name}: {teacher}" for name, teacher in results["teachers"].items())
