@@ -178,7 +178,13 @@ def _draw_judged(
         seeds = np.array(gain["per_seed"], dtype=float)  # None becomes NaN: no dot
         axes.plot(kls, seeds, markersize=3.5, alpha=0.6, markeredgewidth=0, **dots)
         if gain["mean"] is not None:
-            bars = {"yerr": gain["ci95"], "elinewidth": 1.2, "markersize": 8, "markeredgecolor": "white"}
+            bars = {
+                "yerr": gain["ci95"],
+                "elinewidth": 1.2,
+                "markersize": 8,
+                "markeredgecolor": "white",
+                "markeredgewidth": 0.5,
+            }
             axes.errorbar(kls.mean(), gain["mean"], **bars, **dots)
             means[name] = (kls.mean(), gain["mean"])
     axes.margins(x=0.06)
