@@ -39,8 +39,8 @@ SETTINGS = {
     "learning_rate": 0.1,
     "eval_every": 1,
 }
-# Writes what a run writes, with an accuracy of 0.5 after training; fails where --fail names its seed. As a script does,
-# it checks its settings with --plan.
+# Writes what a run writes, with an accuracy of 0.5 after training; fails where --fail names its seed. With
+# --plan, it only checks its settings.
 SCRIPT = f"""
 import argparse, json, os, pathlib, sys, yaml
 parser = argparse.ArgumentParser()
@@ -240,7 +240,7 @@ def test_a_setting_for_one_algorithm_goes_to_its_runs_alone_and_is_shown(root, t
         "all": ["--preset", "auto", "--task", "math"],
         "for": {"Beta": {"gamma": "0.5"}},
     }
-    assert "gamma" not in (out / "alpha-seed0.log").read_text()
+    assert "--gamma" not in (out / "alpha-seed0.log").read_text()
     assert "--task math --gamma=0.5" in (out / "beta-seed0.log").read_text()
     table = (out / "table.md").read_text()
     assert "Given to one algorithm alone: Beta --gamma=0.5.\n" in table and "* gamma: 0.5 (Beta)" in table
@@ -259,7 +259,7 @@ def test_who_learns_from_a_teacher_is_left_out_without_one_and_may_join_later(ro
     assert shown.startswith("Pupil is left out: it learns from a teacher, and none is given. Pass --teacher")
     assert "[2/2] Beta" in shown and "Pupil (no finished run)" in (tmp_path / "out" / "table.md").read_text()
     assert compare([*out, "--teacher", "tiny"], root) == 0
-    assert "teacher" not in (tmp_path / "out" / "beta-seed0.log").read_text()
+    assert "--teacher" not in (tmp_path / "out" / "beta-seed0.log").read_text()
     assert "--teacher=tiny" in (tmp_path / "out" / "pupil-seed0.log").read_text()
     table = (tmp_path / "out" / "table.md").read_text()
     assert "Not counted are the completions, tokens and seconds of a teacher's own training (Pupil: tiny)." in table
@@ -517,7 +517,7 @@ def test_students_t_by_a_table():
 
 
 def test_two_algorithms_are_compared_by_the_paired_t_test():
-    """Differences 0.1, 0.2 and 0.3: a mean of 0.2, and a standard error of 0.1 / sqrt(3), so t = 3.464 and p = 0.074."""
+    """Differences 0.1, 0.2 and 0.3: a mean of 0.2, a standard error of 0.1 / sqrt(3), so t = 3.464 and p = 0.074."""
     (pair,) = tell_apart({"A": [0.4, 0.3, 0.2], "B": [0.5, 0.5, 0.5]})["pairs"]
     assert (pair["above"], pair["below"]) == ("B", "A") and pair["per_seed"] == pytest.approx([0.1, 0.2, 0.3])
     assert (pair["mean"], pair["ci95"]) == pytest.approx((0.2, 4.303 * 0.1 / 3**0.5))

@@ -184,7 +184,7 @@ def _compared(results: dict[str, Any]) -> list[str]:
         who = ", ".join(f"{name} (with {count} of {num_seeds} seeds)" for name, count in frontier.items())
         lines.append(
             f"\n**Frontier** of held-out {metric} against KL, by the means over seeds, bold above: {who}. No other "
-            f"algorithm has as much {metric} at as little KL."
+            "algorithm is better in one of the two without being worse in the other."
         )
     missing = [name for name, own in algorithms.items() if None in own["kl"]["per_seed"]]
     if missing:
