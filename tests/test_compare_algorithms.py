@@ -435,7 +435,7 @@ def test_the_table_has_each_algorithm_its_seeds_and_what_differs(tmp_path):
     assert (tmp_path / "table.md").read_text() == table
     assert "| Alpha | 0.250 ± 0.000 | 0.500 ± 0.248 |" in table
     assert "| Alpha, seed 2 | 0.250 | 0.600 ± 0.060 |" in table
-    assert "| Beta | 0.250 ± 0.000 | 0.700 ± 0.000 |" in table
+    assert "| **Beta** | 0.250 ± 0.000 | 0.700 ± 0.000 |" in table
     assert "* learning_rate: 0.1 (Alpha); 0.3 (Beta)\n" in table
     assert "* clip_range: 0.2 (Alpha)\n" in table
     assert "num_steps 2" in table and "* num_steps" not in table and "* seed" not in table
@@ -555,7 +555,7 @@ def test_the_table_says_who_is_on_the_frontier_and_who_is_told_apart(tmp_path):
     for seed, noise in enumerate((0.0, 0.01, -0.01)):
         write_run(tmp_path / f"alpha-seed{seed}", rows=two_steps(0.5 + noise))
         write_run(tmp_path / f"beta-seed{seed}", rows=two_steps(0.7 - noise, **{"eval/kl": 0.02}))
-        write_run(tmp_path / f"gamma-seed{seed}", rows=two_steps(0.71, **{"eval/kl": 0.05}))
+        write_run(tmp_path / f"gamma-seed{seed}", rows=two_steps(0.72, **{"eval/kl": 0.05}))
     table = write_report(tmp_path, ["Alpha", "Beta", "Gamma"], known=["Alpha", "Beta", "Gamma"])
     assert "| Alpha |" in table and "| **Beta** |" in table and "| **Gamma** |" in table
     assert "bold above: Beta (with 3 of 3 seeds), Gamma (with 3 of 3 seeds)." in table

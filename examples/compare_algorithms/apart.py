@@ -49,7 +49,7 @@ def tell_apart(values: dict[str, list[float]]) -> dict[str, Any]:
         As JSON: level, and pairs, each with above and below (names), mean, ci95 and per_seed of the differences, p
         (Holm's, of all pairs) and told_apart. Without noise in any difference, p is 1: there is nothing to judge by.
     """
-    names, table = list(values), np.array(list(values.values()), dtype=float).reshape(len(values), -1)
+    names, table = list(values), np.atleast_2d(list(values.values())).astype(float)  # (algorithms, seeds)
     degrees = (table.shape[0] - 1) * (table.shape[1] - 1)
     if degrees < 1:
         return {"level": LEVEL, "pairs": []}
