@@ -278,14 +278,6 @@ def test_a_teacher_that_is_not_there_is_refused_before_any_run(root, pupil, tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_distills_own_script_says_that_there_is_no_such_teacher(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--preset", "cpu", "--teacher", "/nowhere"]
-    refused(lambda: compare(arguments), "Distill with --teacher=/nowhere: teacher='/nowhere'", "no such folder")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_settings_are_found_in_the_scripts_of_this_repository():
     found = {name: written_settings(script) for name, script in find_algorithms(ROOT).items()}
     assert len(found) >= 11 and all(settings["seed"] == 0 for settings in found.values())

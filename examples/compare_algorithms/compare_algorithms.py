@@ -109,7 +109,8 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
             if outcome.run is not None:
                 finished.append(outcome.run)
                 check_equal(finished)  # now, rather than after hours
-            if number % (len(planned) // len(options.seeds)) == 0 and not num_failed:
+            ends_round = number % (len(planned) // len(options.seeds)) == 0
+            if ends_round and number < len(planned) and not num_failed:
                 write_report(options.output_dir, chosen, known=list(found))
     if finished or options.report_only:
         print("\n" + write_report(options.output_dir, chosen, known=list(found)))
