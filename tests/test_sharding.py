@@ -19,7 +19,7 @@ from tests.toy import LORA, algorithms, save_toy_policy
 ROOT = Path(__file__).parent.parent
 
 # See tests/sharded_step.py.
-# An adapter is the same in every algorithm: once with a reference that is the policy without it, once of a value model.
+# An adapter is the same in every algorithm: one with a reference that is the policy without it, one of a value model.
 ONE_STEP = [*algorithms(), "GRPO,lora", "PPO,lora", "GRPO,checkpointing", "PPO,fitted"]
 ALONE = ["GRPO,alone", "GRPO,lora,alone"]
 STEPS = ["GRPO,steps", "GRPO,host_steps", "GRPO,offload_steps"]
