@@ -19,8 +19,8 @@ from tests.toy import LORA, algorithms, save_toy_policy
 ROOT = Path(__file__).parent.parent
 
 # See tests/sharded_step.py.
-ONE_STEP = [name + variant for variant in ("", ",lora") for name in algorithms()]
-ONE_STEP += ["GRPO,checkpointing", "PPO,fitted"]
+# An adapter is the same in every algorithm: one with a reference that is the policy without it, one of a value model.
+ONE_STEP = [*algorithms(), "GRPO,lora", "PPO,lora", "GRPO,checkpointing", "PPO,fitted"]
 ALONE = ["GRPO,alone", "GRPO,lora,alone"]
 STEPS = ["GRPO,steps", "GRPO,host_steps", "GRPO,offload_steps"]
 ROUNDED = ["GRPO,bfloat16", "PPO,host_steps,bfloat16"]

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 from torch import distributed, nn
-from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 from common.config import RLConfig
 from common.sharding import whole
@@ -319,7 +318,9 @@ def _names_of_experts(model: transformers.PreTrainedModel) -> set[str]:
     Remove this when LoraConfig can say that its names are those of the model (peft/utils/
     transformers_weight_conversion.py, _convert_peft_config_moe).
     """
-    # The importing of peft takes a second, also of a run without an adapter, whose memory is planned with and without.
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    # Importing peft takes a second, also in a run without an adapter, of which a memory plan knows the size.
     if model.config.model_type not in {*_MODEL_TO_CONVERSION_PATTERN, "mixtral"}:
         return set()  # peft adds mixtral to those of transformers
     from peft.utils import transformers_weight_conversion as conversion
