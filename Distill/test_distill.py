@@ -1,5 +1,6 @@
 """Distillation alone: by hand what a step makes of a teacher's judgement, and which teachers are refused."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -36,7 +37,8 @@ def writes_digits(policy: Path) -> str:
     temporary = folder.with_name(f"{folder.name} {os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    temporary.rename(folder)
+    with contextlib.suppress(OSError):  # another process of the run has made it meanwhile
+        temporary.rename(folder)
     return str(folder)
 
 
