@@ -1,5 +1,7 @@
 """Distillation alone: by hand what a step makes of a teacher's judgement, and which teachers are refused."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.memory.fit import without_storage
+from common.memory.start import plan_of
 from Distill.distill_trainer import DistillConfig, DistillTrainer
 from tests.by_hand import assert_advantages, trained_on
 from tests.toy import CLIP, LORA, metrics_of, samples_of, save_toy_policy, toy_config, toy_trainer, train_until
@@ -33,7 +37,8 @@ def writes_digits(policy: Path) -> str:
     temporary = folder.with_name(f"{folder.name} {os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    temporary.rename(folder)
+    with contextlib.suppress(OSError):  # another process of the run has made it meanwhile
+        temporary.rename(folder)
     return str(folder)
 
 
@@ -46,8 +51,7 @@ ACTS = CLIP | {
     "reward_coef": ({}, 3.0),
     "missing_eos_penalty": ({"reward_coef": 1.0}, 1.0),
 }
-# The teacher takes the reference's place.
-OWN_VALUES = {"kl_coef": 0.0}
+OWN_VALUES = {"kl_coef": "the teacher takes the reference's place"}
 VALUES = {"gamma": [0.0, 1.0, 0.5], "reward_coef": [0.0, 1.0, -0.5]}
 VARIANTS = {"lora": LORA | {"gamma": 1.0, "reward_coef": 0.5}}
 
@@ -283,3 +287,33 @@ def test_prompts_are_enough_and_then_nothing_is_called_a_score(toy_folder, tmp_p
         DistillTrainer(
             toy_config(toy_folder, tmp_path / "stop", algorithm="Distill", early_stopping_patience=1, **data)
         )
+
+
+# The memory plan
+
+
+def test_the_plan_counts_the_teacher_that_is_loaded_with_its_adapter(toy_folder, tmp_path):
+    adapter = adapter_on(toy_folder, tmp_path / "adapter", 0.3)
+    trainer = distill(toy_folder, tmp_path / "run", teacher=adapter, dtype="bfloat16", offload="always")
+    planned = next(each for each in trainer.plan.cast.others if each.name == "teacher")
+    with trainer.models.use("teacher") as teacher:
+        sizes = [each.numel() * each.element_size() for each in teacher.parameters()]
+    assert planned.weights == sum(sizes) and sorted(planned.home) == sorted(sizes)
+    assert "log-probs, teacher" in [phase.name for phase in trainer.plan.phases]
+
+
+def test_a_teacher_that_does_not_fit_is_refused_by_name_with_what_helps():
+    policy, teacher = without_storage("0.5B"), without_storage("14B")
+    settings = {"model": "small", "teacher": "large", "max_tokens_per_microbatch": "auto", "sampler": "transformers"}
+    config = DistillConfig(**settings, use_lora=True, gradient_checkpointing=True)
+    frozen = {"teacher": (teacher, ())}
+    with pytest.raises(ValueError, match=r"model=small, teacher=large.*pass a smaller --model or --teacher"):
+        plan_of(config, policy, frozen=frozen, device="24gb")
+    spread = dataclasses.replace(config, shard="full")
+    plan = plan_of(spread, policy, frozen=frozen, device="24gb", processes=4)
+    assert plan.fits and phase_of(plan, "log-probs, teacher").device["teacher"] < 9e9
+    assert plan_of(config, policy, frozen=frozen, device="80gb").choices.offload == "never"
+
+
+def phase_of(plan, name: str):
+    return next(each for each in plan.phases if each.name == name)

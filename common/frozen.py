@@ -171,20 +171,21 @@ class Frozen:
         )
 
 
-def find_frozen(config: RLConfig) -> list[Frozen]:
+def find_frozen(config: RLConfig, *, is_planned: bool = False) -> list[Frozen]:
     """The algorithm's models that are not trained, checked as far as names, configurations and headers tell.
 
     Args:
         config: the run's.
+        is_planned: for a plan a configuration is enough, as it is of the policy.
 
     Raises:
         ValueError: there is no such model, it is no causal language model in floating point, it has too few positions,
             or it is the policy itself.
     """
-    return [_found(other, config) for other in config.other_models if not other.is_trained]
+    return [_found(other, config, is_planned) for other in config.other_models if not other.is_trained]
 
 
-def _found(other: OtherModel, config: RLConfig) -> Frozen:
+def _found(other: OtherModel, config: RLConfig, is_planned: bool) -> Frozen:
     setting = other.setting
     if other.path is None:
         raise ValueError(
@@ -193,7 +194,10 @@ def _found(other: OtherModel, config: RLConfig) -> Frozen:
         )
     with _named(other):
         _refuse_quantized(other.path, config)
-        source = find_model(other.path, trust_remote_code=config.trust_remote_code)
+        if is_planned and (Path(other.path) / CONFIG_NAME).is_file():
+            source = Source(base=other.path, what=other.path)
+        else:
+            source = find_model(other.path, trust_remote_code=config.trust_remote_code)
         base = skeleton(source.base)
         check_room(base, config, setting=setting)
     frozen = Frozen(other=other, source=source, base=base)

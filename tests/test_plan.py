@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import shutil
 import sys
 import time
 
@@ -437,6 +438,8 @@ def test_every_script_prints_its_plan_and_loads_nothing(quick, config_folder, tm
     path = ROOT / algorithm / f"{algorithm.lower()}.py"
     words = ["--plan", "--device", "24gb", "--model", config_folder, "--task", "countdown", "--kl_coef", "0.1"]
     words += ["--value_backbone", "own"] if own else []
+    if "teacher" in {field.name for field in dataclasses.fields(algorithms()[algorithm].config)}:
+        words += ["--teacher", shutil.copytree(config_folder, tmp_path.with_name(f"{tmp_path.name} teacher"))]
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
     monkeypatch.chdir(tmp_path)
     script = importlib.import_module(f"{algorithm}.{algorithm.lower()}")

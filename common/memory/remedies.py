@@ -204,7 +204,8 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine, wo
         work: what the plan was made with.
     """
     row = config.max_prompt_length + config.max_completion_length
-    settings = f"model={config.model}"
+    others = [each for each in config.other_models if each.path is not None and not each.is_trained]
+    settings = ", ".join([f"model={config.model}", *(f"{each.setting}={each.path}" for each in others)])
     if casting.is_trained:
         settings += f", max_tokens_per_microbatch={config.max_tokens_per_microbatch}"
     phase = plan.peak if machine.card.kind == "cuda" else plan.host_peak
@@ -215,7 +216,8 @@ def refusal(config: RLConfig, plan: Plan, casting: Casting, machine: Machine, wo
     more = _more_devices(config, casting, machine, work, is_last=found is None)
     if found is None:
         larger = "a machine with more memory" if machine.card.kind == "cpu" else "a larger card"
-        todo = f"No setting that changes memory is enough: pass a smaller --model, or use {larger}."
+        smaller = " or ".join(f"--{name}" for name in ("model", *(each.setting for each in others)))
+        todo = f"No setting that changes memory is enough: pass a smaller {smaller}, or use {larger}."
         return f"{settings}: {plan.problem}.{alone} {todo}{more}"
     change, fitting = found
     change = {name: value for name, value in change.items() if vars(config)[name] != value}
