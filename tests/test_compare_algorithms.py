@@ -6,25 +6,30 @@ Most runs here are those of made-up algorithms, scripts that write a run's files
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
+from common.cli import parse_settings
+from common.evaluation.command import evaluate
+from common.evaluation.settings import EvaluationSettings
 from common.runs.log import read_metrics
 from common.runs.plots import PALETTE
+from examples.compare_algorithms import compare_algorithms
+from examples.compare_algorithms.apart import in_words, on_frontier, seeds_on_frontier, tell_apart, two_sided
 from examples.compare_algorithms.compare_algorithms import compare, find_algorithms
+from examples.compare_algorithms.figure import _spread
+from examples.compare_algorithms.given import written_settings
 from examples.compare_algorithms.intervals import mean_with_interval
 from examples.compare_algorithms.judged import compare_with_untrained, win_rates
 from examples.compare_algorithms.judging import Judging
 from examples.compare_algorithms.processes import Processes, run_environment
 from examples.compare_algorithms.report import write_report
-from examples.compare_algorithms.runs import comparable_runs, read_run
+from examples.compare_algorithms.runs import comparable_runs, must_be_equal, read_run
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
@@ -34,20 +39,26 @@ SETTINGS = {
     "learning_rate": 0.1,
     "eval_every": 1,
 }
-# Writes what a run writes, with an accuracy of 0.5 after training; fails where --fail names its seed.
+# Writes what a run writes, with an accuracy of 0.5 after training; fails where --fail names its seed. With
+# --plan, it only checks its settings.
 SCRIPT = f"""
 import argparse, json, os, pathlib, sys, yaml
 parser = argparse.ArgumentParser()
-for name in ("seed", "output_dir", "preset", "resume", "eval_kl", "fail", "task"):
+for name in ("seed", "output_dir", "preset", "resume", "eval_kl", "fail", "task", "gamma", "teacher"):
     parser.add_argument("--" + name)
+parser.add_argument("--plan", action="store_true")
 options = parser.parse_args()
+if options.teacher == "nowhere":
+    sys.exit("error: teacher='nowhere': there is no such folder")
+if options.plan:
+    sys.exit()
 print("arguments:", *sys.argv[1:], "threads:", os.environ["OMP_NUM_THREADS"])
 if options.fail == options.seed:
     sys.exit("no such luck")
 folder = pathlib.Path(options.output_dir)
 folder.mkdir(exist_ok=True)
 settings = {SETTINGS!r} | {{"seed": int(options.seed), "output_dir": str(folder)}}
-settings |= {{"task": options.task}} if options.task else {{}}
+settings |= {{name: value for name in ("task", "gamma", "teacher") if (value := vars(options)[name])}}
 (folder / "config.yaml").write_text(yaml.safe_dump(settings | OWN))
 rows = [dict(step=step, episodes=8 * step, tokens=80 * step) for step in range(2)]
 for row in rows:
@@ -63,10 +74,20 @@ def root(tmp_path):
     """A repository with the algorithms Alpha and Beta, and folders that are none."""
     for name in ("Alpha", "Beta", "Gamma", "delta"):
         (tmp_path / "root" / name).mkdir(parents=True)
-        (tmp_path / "root" / name / f"{name.lower()}.py").write_text("OWN = {}\n" + SCRIPT)
+        (tmp_path / "root" / name / f"{name.lower()}.py").write_text("SETTINGS = dict(gamma=1.0)\nOWN = {}\n" + SCRIPT)
     for name in ("Alpha", "Beta"):
         (tmp_path / "root" / name / f"{name.lower()}_trainer.py").touch()
     return tmp_path / "root"
+
+
+@pytest.fixture
+def pupil(root):
+    """The script of a further algorithm, Pupil, which learns from a teacher."""
+    (root / "Pupil").mkdir()
+    script = root / "Pupil" / "pupil.py"
+    script.write_text("SETTINGS = dict(gamma=1.0, teacher=None)\nOWN = {}\n" + SCRIPT)
+    (root / "Pupil" / "pupil_trainer.py").touch()
+    return script
 
 
 def write_run(folder, settings=None, rows=()):
@@ -154,9 +175,22 @@ def test_a_run_has_all_cpus_of_this_process_unless_the_user_says_otherwise(monke
     assert run_environment()["OMP_NUM_THREADS"] == "7"
 
 
+class EvaluatesHere(Processes):
+    """Starts scripts as they are, and evaluates in this process, which has loaded what that needs."""
+
+    def run(self, command, log):
+        if "common.evaluation" not in command:
+            return super().run(command, log)
+        evaluate(parse_settings(EvaluationSettings, list(map(str, command[3:]))))
+        return 0
+
+
 @pytest.mark.slow
-def test_grpos_own_script_is_compared_with_itself_and_judged_once(tiny_folder, tmp_path, monkeypatch, capfd):
+def test_grpos_own_script_is_compared_with_itself_and_judged_once(tiny_folder, tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare_algorithms, "Processes", EvaluatesHere)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    caplog.set_level("INFO", "nanorlhf")
     Path("mine.py").write_text("def short(completions):\n    return [-float(len(text)) for text in completions]\n")
     settings = {
         **{"model": tiny_folder, "sampler": "transformers", "max_completion_length": 8, "num_eval_prompts": 4},
@@ -164,28 +198,14 @@ def test_grpos_own_script_is_compared_with_itself_and_judged_once(tiny_folder, t
         **{"task": "countdown", "use_lora": "false", "max_prompt_length": 64},
     }
     passed_on = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-    script = ROOT / "examples" / "compare_algorithms" / "compare_algorithms.py"
-    arguments = [
-        "--algorithms",
-        "grpo",
-        "--seeds",
-        "0",
-        "--preset",
-        "cpu",
-        "--judge",
-        "mine.py:short",
-        "--judge_samples",
-        "2",
-        "--",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, script, *arguments, *passed_on]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    arguments = ["--algorithms", "grpo", "--seeds", "0", "--preset", "cpu", "--judge", "mine.py:short"]
+    arguments += ["--judge_samples", "2", "--", *passed_on]
+    assert compare(arguments) == 0, capfd.readouterr()
     out = tmp_path / "runs" / "compare_algorithms"
-    assert done.returncode == 0, done.stdout + done.stderr + (out / "grpo-seed0.log").read_text()
     results = json.loads((out / "results.json").read_text())
     own = {name: entry["mean"] for name, entry in results["algorithms"]["GRPO"].items()}
     assert results["equal"]["num_steps"] == 2 and results["different"] == {}
+    assert own["episodes"] == own["completions_sampled"] == 2 * 2 * 2
     assert own["tokens_sampled"] == own["tokens_trained"] > 0 and own["kl"] is not None
     assert 0 < own["seconds_per_episode"] < 10
     training, short = results["judged"]["judges"].values()
@@ -197,15 +217,72 @@ def test_grpos_own_script_is_compared_with_itself_and_judged_once(tiny_folder, t
         assert np.shape(lengths) == (results["judged"]["prompts"], results["judged"]["samples"]) == (4, 2)
     assert training["algorithms"]["GRPO"]["wins"]["mean"] is not None
     assert short["untrained"] < 0 and short["algorithms"]["GRPO"]["score"]["mean"] < 0
-    assert "completions are there" in (out / "judged" / "untrained" / "short.log").read_text()
+    assert caplog.text.count("completions are there") == 2  # of the untrained policy, and of the run
     # Nothing is measured again.
     written = {path: path.stat().st_mtime_ns for path in out.rglob("judged/*/*/*")}
     assert len(written) == 2 * 2 * 3
-    assert compare([*arguments, *passed_on]) == 0
+    capfd.readouterr()
+    assert compare(arguments) == 0
     assert re.search(
         r"GRPO, seed 0: finished before, .*; judged in \d+ s: training .*, short -", capfd.readouterr().out
     )
     assert {path: path.stat().st_mtime_ns for path in out.rglob("judged/*/*/*")} == written
+
+
+# Settings for one algorithm, and a teacher
+
+
+def test_a_setting_for_one_algorithm_goes_to_its_runs_alone_and_is_shown(root, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--seeds", "0", "--output_dir", str(out), "--for", "beta", "gamma=0.5", "--", "--task", "math"]
+    assert compare(arguments, root) == 0
+    assert json.loads((out / "arguments.json").read_text()) == {
+        "all": ["--preset", "auto", "--task", "math"],
+        "for": {"Beta": {"gamma": "0.5"}},
+    }
+    assert "--gamma" not in (out / "alpha-seed0.log").read_text()
+    assert "--task math --gamma=0.5" in (out / "beta-seed0.log").read_text()
+    table = (out / "table.md").read_text()
+    assert "Given to one algorithm alone: Beta --gamma=0.5.\n" in table and "* gamma: 0.5 (Beta)" in table
+    # Its runs are finished and would not notice another value; an algorithm that has not run may still get one.
+    changed = ["--seeds", "0", "1", "--output_dir", str(out), "--for", "Beta", "gamma=0.6", "--", "--task", "math"]
+    refused(
+        lambda: compare(changed, root), "Beta with --gamma=0.6", "started with --gamma=0.5", "another --output_dir"
+    )
+    refused(lambda: compare([*changed[:5], *changed[8:]], root), "Beta with no setting of its own")
+
+
+def test_who_learns_from_a_teacher_is_left_out_without_one_and_may_join_later(root, pupil, tmp_path, capfd):
+    out = ["--seeds", "0", "--output_dir", str(tmp_path / "out")]
+    assert compare(out, root) == 0
+    shown = capfd.readouterr().out
+    assert shown.startswith("Pupil is left out: it learns from a teacher, and none is given. Pass --teacher")
+    assert "[2/2] Beta" in shown and "Pupil (no finished run)" in (tmp_path / "out" / "table.md").read_text()
+    assert compare([*out, "--teacher", "tiny"], root) == 0
+    assert "--teacher" not in (tmp_path / "out" / "beta-seed0.log").read_text()
+    assert "--teacher=tiny" in (tmp_path / "out" / "pupil-seed0.log").read_text()
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "Not counted are the completions, tokens and seconds of a teacher's own training (Pupil: tiny)." in table
+    assert "is left out" not in capfd.readouterr().out
+    refused(lambda: compare([*out, "--algorithms", "pupil"], root), "algorithms=Pupil", "--teacher")
+    # As a setting of this algorithm alone, or in the script, it is a teacher too.
+    assert compare([*out, "--algorithms", "Pupil", "--for", "Pupil", "teacher=tiny"], root) == 0
+    assert not (tmp_path / "out" / "pupil-seed1").exists()
+
+
+def test_a_teacher_that_is_not_there_is_refused_before_any_run(root, pupil, tmp_path):
+    out = ["--output_dir", str(tmp_path / "out")]
+    refused(lambda: compare([*out, "--teacher", "nowhere"], root), "Pupil with --teacher=nowhere: teacher='nowhere'")
+    refused(lambda: compare([*out, "--teacher", "x", "--algorithms", "Alpha"], root), "teacher=x", "Alpha", "nobody")
+    refused(lambda: compare([*out, "--teacher", "x", "--report_only"], root), "teacher=x", "starts no run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_found_in_the_scripts_of_this_repository():
+    found = {name: written_settings(script) for name, script in find_algorithms(ROOT).items()}
+    assert len(found) >= 11 and all(settings["seed"] == 0 for settings in found.values())
+    assert [name for name, settings in found.items() if "teacher" in settings] == ["Distill"]
+    assert found["Distill"]["teacher"] is None
 
 
 # What it refuses
@@ -221,6 +298,23 @@ def refused(call, *parts):
 def test_an_unknown_algorithm_is_refused_with_those_that_are_there(root, tmp_path):
     arguments = ["--algorithms", "alpha", "Gamma", "--output_dir", str(tmp_path / "out")]
     refused(lambda: compare(arguments, root), "'Gamma'", "gamma_trainer.py", "Alpha, Beta")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["Gamma", "gamma=1"], ["--for Gamma", "Alpha, Beta"]),
+        (["Beta"], ["--for Beta: without a setting", "NAME=VALUE"]),
+        (["Beta", "gamma"], ["--for Beta gamma:", "--for Beta gamma=VALUE"]),
+        (["Beta", "gama=1"], ["unknown setting 'gama' after --for Beta", "Did you mean gamma?"]),
+        (["Beta", "seed=1"], ["--for Beta seed=1: seed must be equal", "--seeds"]),
+        (["Beta", "num_steps=9"], ["num_steps must be equal in all runs"]),
+        (["Beta", "reward_weights=1"], ["reward_weights must be equal in all runs"]),
+    ],
+)
+def test_a_setting_for_one_algorithm_that_cannot_be_one_is_refused_before_any_run(root, tmp_path, words, parts):
+    refused(lambda: compare(["--output_dir", str(tmp_path / "out"), "--for", *words], root), *parts)
     assert not (tmp_path / "out").exists()
 
 
@@ -245,6 +339,14 @@ def test_algorithms_that_learned_something_else_are_not_compared(tmp_path, setti
     write_run(tmp_path / "beta-seed0", {setting: value}, rows=two_steps())
     refused(lambda: write_report(tmp_path, ["Alpha", "Beta"], known=["Alpha", "Beta"]), "Beta", setting, repr(value))
     assert not (tmp_path / "table.md").exists()
+
+
+def test_a_setting_of_one_algorithm_may_begin_like_those_that_must_be_equal(tmp_path):
+    """Such as the weight that distillation gives the score, reward_coef."""
+    write_run(tmp_path / "alpha-seed0", {"reward_coef": 0.0}, rows=two_steps())
+    write_run(tmp_path / "beta-seed0", rows=two_steps())
+    assert "* reward_coef: 0.0 (Alpha)" in write_report(tmp_path, ["Alpha", "Beta"], known=["Alpha", "Beta"])
+    assert all(map(must_be_equal, ("reward_weights", "reward_format", "dataset", "eval_kl", "prompt_weights")))
 
 
 def test_seeds_of_one_algorithm_have_to_be_equal_in_every_setting(tmp_path):
@@ -289,8 +391,21 @@ def test_the_numbers_of_a_run_by_hand(tmp_path):
             "length": 40.0,
         },
         "seconds_per_episode": 0.3,  # (3 + 7.5 - 4 - 0.5) / 20
+        **{"episodes": 20, "completions_sampled": 20},
         **{"tokens_sampled": 220, "tokens_trained": 200, "peak_gb": 3.0},
     }
+
+
+def test_completions_sampled_are_all_of_them_whatever_for(tmp_path):
+    first, middle, last = two_steps()
+    first |= {"value_init/completions": 8.0}
+    middle |= {"refill/completions": 5.0, "greedy/completions": 2.0, "refill/tokens": 50.0}
+    last |= {"refill/completions": 3.0, "vine/continuations": 12.0}
+    write_run(tmp_path / "alpha-seed0", rows=[first, middle, last])
+    table = write_report(tmp_path, ["Alpha"], known=["Alpha"])
+    numbers = read_run(tmp_path / "alpha-seed0", "Alpha", 0).numbers()
+    assert (numbers["episodes"], numbers["completions_sampled"]) == (20, 20 + 8 + 5 + 2 + 3 + 12)
+    assert "Every run is trained from 20 completions" in table and "| completions sampled |" in table
 
 
 def test_the_interval_over_seeds_by_hand():
@@ -312,7 +427,7 @@ def test_the_table_has_each_algorithm_its_seeds_and_what_differs(tmp_path):
     assert (tmp_path / "table.md").read_text() == table
     assert "| Alpha | 0.250 ± 0.000 | 0.500 ± 0.248 |" in table
     assert "| Alpha, seed 2 | 0.250 | 0.600 ± 0.060 |" in table
-    assert "| Beta | 0.250 ± 0.000 | 0.700 ± 0.000 |" in table
+    assert "| **Beta** | 0.250 ± 0.000 | 0.700 ± 0.000 |" in table
     assert "* learning_rate: 0.1 (Alpha); 0.3 (Beta)\n" in table
     assert "* clip_range: 0.2 (Alpha)\n" in table
     assert "num_steps 2" in table and "* num_steps" not in table and "* seed" not in table
@@ -324,7 +439,7 @@ def test_only_seeds_that_all_have_finished_are_compared_and_the_others_named(tmp
     (tmp_path / "beta-seed0").mkdir()  # interrupted
     runs, left_out = comparable_runs(tmp_path, ["Alpha", "Beta", "Gamma"])
     assert [(run.algorithm, run.seed) for run in runs] == [("Alpha", 1), ("Beta", 1)]
-    assert left_out == ["Gamma (no finished run)", "Alpha, seed 0"]
+    assert left_out == ["Gamma (no finished run)", "seed 0 of all (not finished by Beta)"]
     assert "; ".join(left_out) in write_report(tmp_path, ["Alpha", "Beta", "Gamma"], known=["Alpha", "Beta", "Gamma"])
 
 
@@ -340,8 +455,8 @@ def test_a_task_without_accuracy_and_a_run_without_kl_leave_their_columns_out(tm
 
 def colors_of(path: Path) -> set[str]:
     """The colours of the palette that a picture has, exactly."""
-    present = {to_hex(pixel).upper() for pixel in np.unique(imread(path).reshape(-1, 4), axis=0)}
-    return present.intersection(PALETTE)
+    pixels = (imread(path)[..., :3] * 255).round().astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
+    return {f"#{pixel:06X}" for pixel in np.unique(pixels)}.intersection(PALETTE)
 
 
 @pytest.mark.slow
@@ -352,7 +467,7 @@ def test_the_figure_has_a_line_for_each_algorithm_in_a_colour_that_stays_its_own
     write_report(tmp_path, known, known=known)
     assert colors_of(tmp_path / "comparison.png") == {PALETTE[0], PALETTE[2]}
     height, width, _ = imread(tmp_path / "comparison.png").shape
-    assert width > 3 * height  # three panels
+    assert width > 2.5 * height  # three panels
     write_report(tmp_path, ["Gamma"], known=known)
     assert colors_of(tmp_path / "comparison.png") == {PALETTE[2]}
 
@@ -374,6 +489,104 @@ def test_runs_at_the_same_time_have_cpus_of_their_own(root, tmp_path, monkeypatc
 def test_more_runs_at_once_than_cpus_are_refused(root, tmp_path):
     with pytest.raises(ValueError, match=r"at_once=999: each run needs a CPU"):
         compare(["--output_dir", str(tmp_path / "out"), "--at_once", "999"], root=root)
+
+
+# The frontier, and what seeds tell apart
+
+
+def test_on_the_frontier_nobody_else_has_more_at_less():
+    points = {"good": (0.7, 0.05), "best": (0.8, 0.1), "worse": (0.7, 0.06), "less": (0.6, 0.05), "low": (0.5, 0.01)}
+    assert on_frontier(points) == ["good", "best", "low"]
+    assert on_frontier({"a": (0.7, 0.05), "twin": (0.7, 0.05)}) == ["a", "twin"]
+    by_seed = {"a": [(0.7, 0.1), (0.5, 0.1)], "b": [(0.6, 0.1), (0.4, 0.1)], "c": [(0.1, 0.0), (0.6, 0.0)]}
+    assert seeds_on_frontier(by_seed) == {"a": 1, "c": 2}  # with seed 1, c has more accuracy at less KL than a
+
+
+def test_students_t_by_a_table():
+    for degrees, t, p in [(1, 12.706, 0.05), (2, 4.303, 0.05), (3, 3.182, 0.05), (9, 2.262, 0.05), (20, 3.850, 0.001)]:
+        assert two_sided(t, degrees) == pytest.approx(p, rel=2e-3)
+    assert two_sided(0.0, 5) == 1.0
+
+
+def test_two_algorithms_are_compared_by_the_paired_t_test():
+    """Differences 0.1, 0.2 and 0.3: a mean of 0.2, a standard error of 0.1 / sqrt(3), so t = 3.464 and p = 0.074."""
+    (pair,) = tell_apart({"A": [0.4, 0.3, 0.2], "B": [0.5, 0.5, 0.5]})["pairs"]
+    assert (pair["above"], pair["below"]) == ("B", "A") and pair["per_seed"] == pytest.approx([0.1, 0.2, 0.3])
+    assert (pair["mean"], pair["ci95"]) == pytest.approx((0.2, 4.303 * 0.1 / 3**0.5))
+    assert pair["p"] == pytest.approx(0.0742, abs=1e-4) and not pair["told_apart"]
+    # With a fourth seed, t is 4.9 and p is 0.016.
+    assert in_words(tell_apart({"A": [0.4, 0.3, 0.2, 0.3], "B": [0.5] * 4})) == "B is above A."
+
+
+def test_many_pairs_need_larger_differences_than_one():
+    """The noise is at least the typical one, and Holm's correction multiplies the smallest p by 3 pairs."""
+    values = {"A": [0.50, 0.52, 0.54], "B": [0.51, 0.53, 0.52], "C": [0.60, 0.61, 0.65]}
+    compared = tell_apart(values)
+    # Variances of the differences x 10,000: A and B 3, C and A 1, C and B 7. The median, 3, is on average 0.702 of the
+    # true variance, and counts for C and A; C and B have their own. Each has 2 x 2 degrees of freedom.
+    p = {(pair["above"], pair["below"]): pair["p"] for pair in compared["pairs"]}
+    assert p["C", "A"] == pytest.approx(3 * two_sided(0.1 / (3e-4 / 0.702 / 3) ** 0.5, 4), rel=0.01)
+    assert p["C", "B"] == pytest.approx(2 * two_sided(0.1 / (7e-4 / 3) ** 0.5, 4))
+    assert in_words(compared) == "C is above A, B; the other pair is not told apart."
+
+
+def test_a_pair_whose_own_seeds_disagree_is_not_told_apart():
+    """Nine quiet algorithms make the typical noise small, but B has one good seed alone."""
+    quiet = {f"Q{i}": [0.50, 0.501 + i / 1000, 0.5] for i in range(9)}
+    compared = tell_apart(quiet | {"B": [0.51, 0.52, 0.9]})
+    assert not any(pair["told_apart"] for pair in compared["pairs"] if "B" in (pair["above"], pair["below"]))
+
+
+def test_an_algorithm_that_fails_with_a_seed_hides_no_difference_of_others():
+    good = {"A": [0.60, 0.61, 0.62], "B": [0.605, 0.61, 0.615], "C": [0.75, 0.77, 0.76], "D": [0.76, 0.76, 0.765]}
+    said = in_words(tell_apart(good | {"failing": [0.7, 0.1, 0.7]}))
+    assert said == "D, C are above A, B; the other 6 pairs are not told apart."
+
+
+def test_without_noise_or_seeds_nothing_is_told_apart():
+    (pair,) = tell_apart({"A": [0.4, 0.5], "B": [0.5, 0.6]})["pairs"]  # two seeds that agree by chance
+    assert pair["p"] == 1.0 and not pair["told_apart"]
+    assert tell_apart({"A": [0.4], "B": [0.5]})["pairs"] == [] == tell_apart({"A": [0.4, 0.5]})["pairs"]
+    assert tell_apart({})["pairs"] == []
+
+
+def test_the_table_says_who_is_on_the_frontier_and_who_is_told_apart(tmp_path):
+    for seed, noise in enumerate((0.0, 0.01, -0.01)):
+        write_run(tmp_path / f"alpha-seed{seed}", rows=two_steps(0.5 + noise))
+        write_run(tmp_path / f"beta-seed{seed}", rows=two_steps(0.7 - noise, **{"eval/kl": 0.02}))
+        write_run(tmp_path / f"gamma-seed{seed}", rows=two_steps(0.72, **{"eval/kl": 0.05}))
+    table = write_report(tmp_path, ["Alpha", "Beta", "Gamma"], known=["Alpha", "Beta", "Gamma"])
+    assert "| Alpha |" in table and "| **Beta** |" in table and "| **Gamma** |" in table
+    assert "bold above: Beta (with 3 of 3 seeds), Gamma (with 3 of 3 seeds)." in table
+    assert "* held-out accuracy: Gamma, Beta are above Alpha; the other pair is not told apart." in table
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["frontier"] == {"Beta": 3, "Gamma": 3} and len(results["told_apart"]["accuracy"]["pairs"]) == 3
+
+
+def test_one_seed_tells_nothing_apart_and_one_algorithm_is_not_ranked(tmp_path):
+    for name in ("alpha-seed0", "beta-seed0"):
+        write_run(tmp_path / name, rows=two_steps(0.9 if name == "alpha-seed0" else 0.1))
+    table = write_report(tmp_path, ["Alpha", "Beta"], known=["Alpha", "Beta"])
+    assert "**Told apart**: nothing, by one seed." in table and "Pass more --seeds." in table
+    alone = write_report(tmp_path, ["Alpha"], known=["Alpha", "Beta"])
+    assert "Told apart" not in alone and "Frontier" not in alone and "**Alpha**" not in alone
+
+
+def test_a_run_whose_kl_is_no_number_is_on_no_frontier_and_the_others_are_drawn(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"alpha-seed{seed}", rows=two_steps(0.6 + seed / 10))
+        write_run(tmp_path / f"beta-seed{seed}", rows=two_steps(0.7, **({"eval/kl": None} if seed else {})))
+    table = write_report(tmp_path, ["Alpha", "Beta"], known=["Alpha", "Beta"])
+    assert "bold above: Alpha (with 2 of 2 seeds)." in table
+    assert "Without a KL in some run, so not on a frontier: Beta." in table
+    height, width, _ = imread(tmp_path / "comparison.png").shape
+    assert width > 2.5 * height  # the panel of KL is there
+
+
+def test_names_at_the_ends_of_lines_do_not_overlap():
+    places = _spread([0.5, 0.5, 0.51, 0.9, 0.99, 1.0], 0.1)
+    assert places == pytest.approx([0.4 + 1 / 300, 0.5 + 1 / 300, 0.6 + 1 / 300, 0.8, 0.9, 1.0])
+    assert _spread([0.0, 0.0], 0.1) == [0.0, 0.1]
 
 
 # Judges

@@ -118,6 +118,8 @@ MISTAKES = {
     "GRPO/grpo.py --model not_a_model": "model='not_a_model'",
     "GRPO/grpo.py --model empty": "model='empty'",
     "GRPO/grpo.py --model Qwen/Qwen2.5-0.5B-Instructt --preset none": "Qwen/Qwen2.5-0.5B-Instructt",
+    # the comparison of algorithms relies on it
+    "Distill/distill.py --plan --preset cpu --teacher nowhere": "error: teacher='nowhere'",
     f"GRPO/grpo.py {QUICK} --output_dir file": "output_dir=file: it is a file",
     f"GRPO/grpo.py {QUICK} --output_dir link": "output_dir=link: a link to nowhere",
     f"GRPO/grpo.py {QUICK} --output_dir /proc/x": "output_dir=/proc/x",

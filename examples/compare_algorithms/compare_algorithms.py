@@ -2,12 +2,13 @@
 
 An algorithm is a folder `Name` in the repository's root with `name.py` and `name_trainer.py`. Its script runs as a
 user would start it, one run after another, or N at a time with --at_once N, each on its own CPUs. Arguments after `--`
-go to every run: `-- --num_steps 20 --task hh_rlhf`. With --judge REWARD, as often as needed, rewards that no run was
-trained on score the untrained policy and each final model; if the runs are finished, only that is done.
+go to every run: `-- --num_steps 20 --task hh_rlhf`. --for NAME SETTING=VALUE ... gives settings to one algorithm, and
+--teacher MODEL goes to those that learn from one; without it they are left out. With --judge REWARD, as often as
+needed, rewards that no run was trained on score the untrained policy and each final model; if the runs are finished,
+only that is done.
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -24,17 +25,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run_script
 from common.mistakes import ROOT
-from common.runs.writable import make_folder
+from examples.compare_algorithms.given import (
+    as_words,
+    check_passed_on,
+    keep_arguments,
+    own_settings,
+    try_settings,
+    without_teacher,
+)
 from examples.compare_algorithms.processes import Processes, last_line
 from examples.compare_algorithms.report import write_report
 from examples.compare_algorithms.runs import FinishedRun, check_equal, has_finished, read_run, run_folder
 
 if TYPE_CHECKING:
     from examples.compare_algorithms.judging import Judging
-
-ARGUMENTS_FILE = "arguments.json"
-# Settings that this script sets for each run, or that would make the runs differ.
-RESERVED = ("seed", "output_dir", "preset", "resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,21 @@ class Outcome:
     summary: str
     run: FinishedRun | None = None
     has_failed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run that there is to be.
+
+    Attributes:
+        script: of the algorithm.
+        seed: of the run.
+        settings: arguments of the script besides its seed and folder.
+    """
+
+    script: Path
+    seed: int
+    settings: list[str]
 
 
 def find_algorithms(root: Path) -> dict[str, Path]:
@@ -73,25 +92,25 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
         Exit status: 1 if a run, or judging one, failed.
 
     Raises:
-        ValueError: for an unknown algorithm, a setting that must not be passed on, a folder of another comparison, and
-            runs that cannot be compared.
+        ValueError: for an unknown algorithm or setting, a setting that must not be passed on, a folder of another
+            comparison, and runs that cannot be compared.
     """
     found = find_algorithms(root)
     options, passed_on = _options(arguments)
     chosen = _choose(options.algorithms, found)
-    if not options.report_only:
-        _keep_arguments(options.output_dir, ["--preset", options.preset, *passed_on])
     settings = ["--preset", options.preset, "--eval_kl", "true", *passed_on]
-    planned = [] if options.report_only else [(seed, name) for seed in options.seeds for name in chosen]
+    scripts = {name: found[name] for name in chosen}
+    planned = [] if options.report_only else _plan(scripts, options, passed_on, settings)
     finished, num_failed = [], 0
-    with closing(_run_all([(found[name], seed) for seed, name in planned], options, settings)) as outcomes:
+    with closing(_run_all(planned, options)) as outcomes:
         for number, outcome in enumerate(outcomes, start=1):
             print(f"[{number}/{len(planned)}] {outcome.summary}", flush=True)
             num_failed += outcome.has_failed
             if outcome.run is not None:
                 finished.append(outcome.run)
                 check_equal(finished)  # now, rather than after hours
-            if number % len(chosen) == 0 and not num_failed:
+            ends_round = number % (len(planned) // len(options.seeds)) == 0
+            if ends_round and number < len(planned) and not num_failed:
                 write_report(options.output_dir, chosen, known=list(found))
     if finished or options.report_only:
         print("\n" + write_report(options.output_dir, chosen, known=list(found)))
@@ -99,7 +118,34 @@ def compare(arguments: list[str], root: Path = ROOT) -> int:
     return 1 if num_failed else 0
 
 
-def _run_all(planned: list[tuple[Path, int]], options: argparse.Namespace, settings: list[str]) -> Iterator[Outcome]:
+def _plan(
+    chosen: dict[str, Path], options: argparse.Namespace, passed_on: list[str], settings: list[str]
+) -> list[Planned]:
+    """Which runs there are to be, in their order; what is wrong with settings of one algorithm is said now."""
+    own = own_settings(options, chosen)
+    lacking = without_teacher(chosen, own, passed_on)
+    runs = {name: script for name, script in chosen.items() if name not in lacking}
+    if lacking and (options.algorithms or not runs):
+        raise ValueError(
+            f"algorithms={' '.join(lacking)}: without a teacher there is nothing to learn from, and there is no "
+            "default for it. Pass --teacher with a folder or a hub id, such as the final/ of a run, or leave it out."
+        )
+    for name in lacking:
+        print(f"{name} is left out: it learns from a teacher, and none is given. Pass --teacher to compare it too.")
+    words = {name: as_words(own.get(name, {})) for name in runs}
+    for name, script in runs.items():
+        folders = [run_folder(options.output_dir, name, seed) for seed in options.seeds]
+        if words[name] and not all(map(has_finished, folders)):
+            try_settings(script, settings, words[name])
+    keep_arguments(options.output_dir, ["--preset", options.preset, *passed_on], own, list(runs))
+    return [
+        Planned(script=script, seed=seed, settings=[*settings, *words[name]])
+        for seed in options.seeds
+        for name, script in runs.items()
+    ]
+
+
+def _run_all(planned: list[Planned], options: argparse.Namespace) -> Iterator[Outcome]:
     """Do the planned runs; each worker uses its own part of the CPUs.
 
     Yields:
@@ -110,8 +156,8 @@ def _run_all(planned: list[tuple[Path, int]], options: argparse.Namespace, setti
         cpu_sets.put(cpus[worker :: options.at_once])
     processes, judging = Processes(), _judging(options)
 
-    def run(script: Path, seed: int) -> Outcome:
-        outcome = _run(script, seed, options.output_dir, settings, processes)
+    def run(each: Planned) -> Outcome:
+        outcome = _run(each, options.output_dir, processes)
         if judging is None or outcome.run is None:
             return outcome
         # Here, so that no other run uses the CPUs of this worker meanwhile.
@@ -121,7 +167,7 @@ def _run_all(planned: list[tuple[Path, int]], options: argparse.Namespace, setti
     # CPU affinity belongs to a thread, and the processes that it starts inherit it.
     pool = ThreadPoolExecutor(options.at_once, initializer=lambda: os.sched_setaffinity(0, cpu_sets.get()))
     try:
-        yield from pool.map(run, *zip(*planned, strict=True)) if planned else ()
+        yield from pool.map(run, planned)
     finally:
         # After an interruption no other run may start, and running ones end with this script.
         pool.shutdown(wait=False, cancel_futures=True)
@@ -137,16 +183,16 @@ def _judging(options: argparse.Namespace) -> "Judging | None":
     return Judging(options.output_dir, options.judge, options.judge_samples)
 
 
-def _run(script: Path, seed: int, output_dir: Path, settings: list[str], processes: Processes) -> Outcome:
+def _run(planned: Planned, output_dir: Path, processes: Processes) -> Outcome:
     """Start or continue one run; a finished run is only read."""
-    name = script.parent.name
+    script, seed, name = planned.script, planned.seed, planned.script.parent.name
     folder = run_folder(output_dir, name, seed)
     log = folder.with_name(f"{folder.name}.log")
     how = "finished before"
     if not has_finished(folder):
-        command = [sys.executable, script, "--seed", seed, "--output_dir", folder, "--resume", "auto", *settings]
+        command = [sys.executable, script, "--seed", seed, "--output_dir", folder, "--resume", "auto"]
         start = time.monotonic()
-        status = processes.run(command, log)
+        status = processes.run([*command, *planned.settings], log)
         how = f"{time.monotonic() - start:.0f} s"
         if status or not has_finished(folder):
             reason = f"FAILED with status {status} after {how}, see {log}: {last_line(log)}"
@@ -177,6 +223,19 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         type=int,
         help="completions per held-out prompt for judges (default: the runs' eval_num_samples)",
     )
+    parser.add_argument(
+        "--for",
+        dest="own",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("NAME", "SETTING=VALUE"),
+        help="settings for one algorithm alone, beside those of all after --; may be given for several",
+    )
+    parser.add_argument(
+        "--teacher",
+        help="folder or hub id of a model, for algorithms that learn from one; without it they are left out",
+    )
     parser.add_argument("--report_only", action="store_true", help="redraw table and figure from finished runs")
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, passed_on = parser.parse_args(arguments[:end]), arguments[end + 1 :]
@@ -190,19 +249,18 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
             f"judge={options.judge[0]} with report_only: a report shows what was judged before and judges nothing. "
             "Leave out --report_only to judge finished runs, which are not repeated, or --judge to see what is there."
         )
+    if options.report_only and (options.own or options.teacher is not None):
+        raise ValueError(
+            f"{'teacher' if options.teacher is not None else 'for'}={options.teacher or options.own[0][0]} with "
+            "report_only: a report starts no run that could be given settings. Leave out one of them."
+        )
     num_cpus = len(os.sched_getaffinity(0))
     if not 1 <= options.at_once <= num_cpus:
         raise ValueError(
             f"at_once={options.at_once}: each run needs a CPU for itself to be timed, and there are {num_cpus}. Pass "
             f"--at_once 1 to {num_cpus}."
         )
-    for word in passed_on:
-        setting = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and setting in RESERVED:
-            raise ValueError(
-                f"-- {word}: this script sets {setting} for every run, so that runs can be compared and "
-                "continued. Pass --seeds, --output_dir or --preset before the --."
-            )
+    check_passed_on(passed_on)
     return options, passed_on
 
 
@@ -216,18 +274,6 @@ def _choose(wanted: list[str] | None, found: dict[str, Path]) -> list[str]:
                 f"in the repository's root. Pass --algorithms with some of {', '.join(found)}."
             )
     return sorted({by_lower[name.lower()] for name in wanted or found})
-
-
-def _keep_arguments(output_dir: Path, arguments: list[str]) -> None:
-    """Refuse other arguments in the same folder: finished runs are not repeated, so they would not notice them."""
-    make_folder(output_dir)
-    path = output_dir / ARGUMENTS_FILE
-    if path.exists() and (stored := json.loads(path.read_text(encoding="utf-8"))) != arguments:
-        raise ValueError(
-            f"{' '.join(arguments)}: the runs in {output_dir} were started with {' '.join(stored)}, and only runs "
-            "with equal settings can be compared. Pass the same settings to continue, or another --output_dir."
-        )
-    path.write_text(json.dumps(arguments) + "\n", encoding="utf-8")
 
 
 def main() -> None:

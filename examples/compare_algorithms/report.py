@@ -7,7 +7,9 @@ from typing import Any
 
 from common.runs.checkpoints import write_file
 from common.runs.folder import MAY_CHANGE
+from examples.compare_algorithms.apart import in_words, seeds_on_frontier, tell_apart, typical_interval
 from examples.compare_algorithms.figure import picture
+from examples.compare_algorithms.given import TEACHER, as_words, given_alone
 from examples.compare_algorithms.intervals import mean_with_interval
 from examples.compare_algorithms.judged import TRAINING, compare_with_untrained
 from examples.compare_algorithms.runs import FinishedRun, check_equal, comparable_runs, must_be_equal
@@ -24,6 +26,7 @@ COLUMNS = {
     "length_before": ("length before", ".1f"),
     "length": ("length after", ".1f"),
     "seconds_per_episode": ("s/episode", ".4f"),
+    "completions_sampled": ("completions sampled", ",.0f"),
     "tokens_sampled": ("tokens sampled", ",.0f"),
     "tokens_trained": ("tokens trained on", ",.0f"),
     "peak_gb": ("peak GB", ".2f"),
@@ -48,10 +51,13 @@ def write_report(output_dir: Path, algorithms: list[str], *, known: list[str]) -
     check_equal(runs)
     judged = compare_with_untrained(output_dir, runs)
     results = summarize(runs) | {"judged": judged, "left_out": left_out}
+    results["given_alone"] = {
+        name: settings for name, settings in given_alone(output_dir).items() if name in results["algorithms"]
+    }
     table = table_of(results)
     write_file(output_dir / RESULTS_FILE, (json.dumps(results, indent=1) + "\n").encode())
     write_file(output_dir / TABLE_FILE, table.encode())
-    write_file(output_dir / FIGURE_FILE, picture(runs, sorted(known), judged))
+    write_file(output_dir / FIGURE_FILE, picture(runs, sorted(known), results["frontier"], judged))
     return table
 
 
@@ -60,7 +66,9 @@ def summarize(runs: list[FinishedRun]) -> dict[str, Any]:
 
     Returns:
         seeds, algorithms (for each its columns as in `mean_with_interval`), equal (settings that must be equal in all
-        runs) and different (for each other setting its value by algorithm, for the algorithms that have it).
+        runs), different (for each other setting its value by algorithm, for the algorithms that have it), teachers
+        (of the algorithms that have one), metric (what is compared, accuracy or score), frontier (of the metric
+        against KL, as `seeds_on_frontier`) and told_apart (as `tell_apart`, for the metric and for kl).
     """
     by_algorithm: dict[str, list[FinishedRun]] = defaultdict(list)
     for run in runs:
@@ -81,6 +89,26 @@ def summarize(runs: list[FinishedRun]) -> dict[str, Any]:
         "algorithms": algorithms,
         "equal": {name: runs[0].settings.get(name) for name in names if must_be_equal(name)},
         "different": different,
+        "teachers": {name: own[TEACHER] for name, own in settings.items() if own.get(TEACHER)},
+        **_ranked(algorithms, runs[0].progress()[0]),
+    }
+
+
+def _ranked(algorithms: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Who is on the frontier, and which pairs the seeds tell apart; without those that lack a value with some seed."""
+    measured = {
+        key: {name: own[key]["per_seed"] for name, own in algorithms.items() if None not in own[key]["per_seed"]}
+        for key in (metric, "kl")
+    }
+    points = {
+        name: list(zip(values, measured["kl"][name], strict=True))
+        for name, values in measured[metric].items()
+        if name in measured["kl"]
+    }
+    return {
+        "metric": metric,
+        "frontier": seeds_on_frontier(points),
+        "told_apart": {key: tell_apart(values) for key, values in measured.items()},
     }
 
 
@@ -98,7 +126,8 @@ def table_of(results: dict[str, Any]) -> str:
     }
     means, singles = [], []
     for name, own in algorithms.items():
-        means.append((name, {key: (own[key]["mean"], own[key]["ci95"]) for key in columns}))
+        title = f"**{name}**" if name in results["frontier"] and len(algorithms) > 1 else name
+        means.append((title, {key: (own[key]["mean"], own[key]["ci95"]) for key in columns}))
         for index, seed in enumerate(seeds):
             cells = {key: (own[key]["per_seed"][index], None) for key in columns}
             if "accuracy" in cells:
@@ -106,8 +135,12 @@ def table_of(results: dict[str, Any]) -> str:
             singles.append((f"{name}, seed {seed}", cells))
     equal = ", ".join(f"{name} {_shown(value)}" for name, value in results["equal"].items())
     lines = [
-        f"Mean over seeds {', '.join(map(str, seeds))} ± 95 % confidence interval (Student's t over the seeds):\n",
+        f"Mean over seeds {', '.join(map(str, seeds))} ± 95 % confidence interval (Student's t over the seeds):\n"
+        if len(seeds) > 1
+        else f"Seed {seeds[0]}:\n",
         *_markdown(means, columns),
+        *_counted(results),
+        *(_compared(results) if len(algorithms) > 1 else ()),
         "\nEach seed; ± is the 95 % confidence interval over its held-out prompts:\n",
         *_markdown(singles, columns),
         "\nSeconds are of training, without evaluation and checkpoints; KL is to the untrained policy, on held-out "
@@ -115,13 +148,74 @@ def table_of(results: dict[str, Any]) -> str:
     ]
     if results["judged"]:
         lines += _judged(results["judged"], seeds)
+    if results["given_alone"]:
+        given = (f"{name} {' '.join(as_words(settings))}" for name, settings in results["given_alone"].items())
+        lines.append(f"\nGiven to one algorithm alone: {'; '.join(given)}.")
     lines.append(f"\nEqual in all runs: {equal}.")
     if results["different"]:
         lines.append("\nSettings that differ; an algorithm that is not named has no such setting:\n")
         lines += [_difference(name, values) for name, values in results["different"].items()]
     if results["left_out"]:
-        lines.append(f"\nLeft out, because not all algorithms have finished it: {'; '.join(results['left_out'])}.")
+        lines.append(
+            f"\nLeft out, since only seeds that all have finished are compared: {'; '.join(results['left_out'])}."
+        )
     return "\n".join(lines) + "\n"
+
+
+def _counted(results: dict[str, Any]) -> list[str]:
+    """Which completions were sampled, and which were not counted, in Markdown."""
+    counts = [int(each) for own in results["algorithms"].values() for each in own["episodes"]["per_seed"]]
+    least, most = min(counts), max(counts)
+    lines = [
+        f"\nEvery run is trained from {f'{least:,} to ' if least < most else ''}{most:,} completions of its steps' "
+        "own prompts (episodes). What an algorithm samples besides, such as refills, greedy completions, "
+        "continuations or those that values are fitted on, is part of the completions and tokens sampled."
+    ]
+    if results["teachers"]:
+        who = "; ".join(f"{name}: {teacher}" for name, teacher in results["teachers"].items())
+        lines.append(f"\nNot counted are the completions, tokens and seconds of a teacher's own training ({who}).")
+    return lines
+
+
+def _compared(results: dict[str, Any]) -> list[str]:
+    """The frontier, and what the seeds tell apart, in Markdown."""
+    metric, frontier, algorithms = results["metric"], results["frontier"], results["algorithms"]
+    num_seeds = len(results["seeds"])
+    lines = []
+    if frontier:
+        by_seed = [f"{name} (with {count} of {num_seeds} seeds)" for name, count in frontier.items()]
+        who = ", ".join(by_seed if num_seeds > 1 else frontier)
+        by_means = ", by the means over seeds" if num_seeds > 1 else ""
+        lines.append(
+            f"\n**Frontier** of held-out {metric} against KL{by_means}, bold above: {who}. No other "
+            "algorithm is better in one of the two without being worse in the other."
+        )
+    missing = [name for name, own in algorithms.items() if None in own["kl"]["per_seed"]]
+    if missing:
+        lines.append(f"\nWithout a KL in some run, so not on a frontier: {', '.join(missing)}.")
+    if num_seeds == 1:
+        return [
+            *lines,
+            "\n**Told apart**: nothing, by one seed. A difference between two algorithms may be one between seeds. "
+            "Pass more --seeds.",
+        ]
+    told = {key: compared for key, compared in results["told_apart"].items() if compared["pairs"]}
+    if not told:  # values are missing
+        return lines
+    lines.append(f"\n**Told apart** by {num_seeds} seeds, same seeds and prompts:\n")
+    for key, compared in told.items():
+        title, form = {"kl": ("KL", ".4f")}.get(key, (f"held-out {key}", ".3f"))
+        width = format(typical_interval(compared), form)
+        lines.append(f"* {title}: {in_words(compared)} A pair's interval is typically ± {width}.")
+    num_pairs = max(len(compared["pairs"]) for compared in told.values())
+    lines.append(
+        "\nTold apart means: the pair's own 95 % interval (Student's t over its differences by seed) leaves out 0, "
+        "and the mean difference is significant at 5 % after Holm's correction for all pairs, with the noise of the "
+        f"pair or of a typical one, whichever is larger. Of {num_pairs} pairs without any difference, "
+        f"{0.05 * num_pairs:.1f} on average would pass the first test alone. Not told apart does not mean equal. "
+        "results.json has every pair."
+    )
+    return lines
 
 
 def _judged(judged: dict[str, Any], seeds: list[int]) -> list[str]:

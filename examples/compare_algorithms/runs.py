@@ -3,24 +3,28 @@
 Only seeds that all compared algorithms have finished are used, with equal settings.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from common.config import RLConfig
 from common.runs.checkpoints import FINAL_FOLDER
 from common.runs.folder import CONFIG_FILE, MAY_CHANGE
-from common.runs.log import METRICS_FILE
-from common.runs.plots import Curves
+from common.runs.log import read_metrics
 from common.yaml_files import read_yaml_file
 
-# Two runs are comparable when these settings are equal, and all whose names begin with EQUAL_PREFIXES.
+# Two runs are comparable when these settings are equal, and all that every algorithm has and that begin with
+# EQUAL_PREFIXES.
 EQUAL = (
     *("task", "model", "seed", "num_steps", "prompts_per_step", "num_generations", "num_eval_prompts"),
     *("temperature", "max_prompt_length", "max_completion_length", "early_stopping_patience"),
-    *("prompt_file", "enable_thinking"),
+    *("prompt_file", "prompt_weights", "enable_thinking"),
 )
 EQUAL_PREFIXES = ("dataset", "reward", "eval_")
+OF_ALL = frozenset(field.name for field in fields(RLConfig))
+# Ends of the metrics that count, step by step, what is sampled besides the completions that are trained from.
+ADDITIONAL = ("/completions", "/continuations")
 ABSENT = "no such setting"
 
 
@@ -79,10 +83,16 @@ class FinishedRun:
             "length_before": first.get("eval/length"),
             "length": length,
             "seconds_per_episode": last["seconds"] / last["episodes"],
+            "episodes": last["episodes"],
+            "completions_sampled": last["episodes"] + self._additional(),
             "tokens_sampled": last["tokens"],
             "tokens_trained": sum(row.get("policy/tokens", 0) for row in self.rows),
             "peak_gb": max(row["memory/peak_gb"] for row in self.rows),
         }
+
+    def _additional(self) -> float:
+        """Completions that were sampled for another purpose than to be trained on."""
+        return sum(value or 0 for row in self.rows for name, value in row.items() if name.endswith(ADDITIONAL))
 
 
 def run_folder(output_dir: Path, algorithm: str, seed: int) -> Path:
@@ -98,7 +108,7 @@ def has_finished(folder: Path) -> bool:
 def read_run(folder: Path, algorithm: str, seed: int) -> FinishedRun:
     """Read a run's folder."""
     settings = read_yaml_file(folder / CONFIG_FILE)
-    return FinishedRun(algorithm=algorithm, seed=seed, settings=settings, rows=Curves(folder / METRICS_FILE).rows)
+    return FinishedRun(algorithm=algorithm, seed=seed, settings=settings, rows=read_metrics(folder))
 
 
 def comparable_runs(output_dir: Path, algorithms: list[str]) -> tuple[list[FinishedRun], list[str]]:
@@ -119,17 +129,20 @@ def comparable_runs(output_dir: Path, algorithms: list[str]) -> tuple[list[Finis
         there = "; ".join(f"{name}: {sorted(own) or 'none'}" for name, own in seeds.items())
         raise ValueError(
             f"finished seeds in {output_dir}: {there}. A fair comparison needs a seed that all algorithms have "
-            "finished. Run the same command without --report_only to finish the others."
+            "finished. Run the same command without --report_only to finish the others, or leave out those that have "
+            "not finished: --report_only --algorithms with the rest."
         )
     left_out = [f"{name} (no finished run)" for name, own in seeds.items() if not own]
-    left_out += [f"{name}, seed {seed}" for name, own in seeds.items() for seed in sorted(own - shared)]
+    for seed in sorted(set().union(*seeds.values()) - shared):
+        lacking = [name for name, own in seeds.items() if own and seed not in own]
+        left_out.append(f"seed {seed} of all (not finished by {', '.join(lacking)})")
     pairs = [(name, seed) for name, own in seeds.items() if own for seed in sorted(shared)]
     return [read_run(run_folder(output_dir, name, seed), name, seed) for name, seed in pairs], left_out
 
 
 def must_be_equal(setting: str) -> bool:
     """True for settings that must be equal for a fair comparison of two runs."""
-    return setting in EQUAL or setting.startswith(EQUAL_PREFIXES)
+    return setting in EQUAL or (setting in OF_ALL and setting.startswith(EQUAL_PREFIXES))
 
 
 def check_equal(runs: list[FinishedRun]) -> None:
