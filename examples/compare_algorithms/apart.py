@@ -2,7 +2,7 @@
 
 import math
 from itertools import combinations
-from statistics import mean, median
+from statistics import mean, median, variance
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from examples.compare_algorithms.intervals import mean_with_interval
 
 # Chance of one pair or more that is told apart and does not differ, over all pairs.
 LEVEL = 0.05
-# Sums of squares of accuracies and KLs below this are those of rounding.
+# Variances of accuracies and KLs below this are those of rounding.
 ROUNDING = 1e-18
 
 
@@ -36,11 +36,11 @@ def tell_apart(values: dict[str, list[float]]) -> dict[str, Any]:
     """Compare every two algorithms by their differences seed by seed, since a seed has the same prompts in both.
 
     A pair is told apart if it passes two tests. The 95 % interval of its own differences (Student's t over seeds)
-    leaves out 0. And its difference is significant at 5 % after Holm's correction for all pairs (Scandinavian Journal
-    of Statistics 6, 1979), where the noise of a difference is estimated from all algorithms together: the residual
-    variance of algorithms x seeds, with (algorithms - 1) x (seeds - 1) degrees of freedom. Two or four of those that a
-    pair has alone would leave nothing of any size significant among many pairs. With two algorithms both tests are
-    the paired t test.
+    leaves out 0. And its mean difference is significant at 5 % after Holm's correction for all pairs (Scandinavian
+    Journal of Statistics 6, 1979), in a t test with (algorithms - 1) x (seeds - 1) degrees of freedom. Its variance is
+    the pair's own or that of a typical pair, whichever is larger. The typical one is a median over pairs, so that an
+    algorithm that fails with a seed hides only its own differences. The few seeds of a pair alone would leave nothing
+    significant among many pairs. With two algorithms both tests are the paired t test.
 
     Args:
         values: for each algorithm one value per seed, seeds in the same order.
@@ -53,21 +53,28 @@ def tell_apart(values: dict[str, list[float]]) -> dict[str, Any]:
     degrees = (table.shape[0] - 1) * (table.shape[1] - 1)
     if degrees < 1:
         return {"level": LEVEL, "pairs": []}
-    residuals = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
-    variance = (residuals**2).sum() / degrees
-    error = math.sqrt(2 * variance / table.shape[1])
     pairs = []
     for above, below in combinations(range(len(names)), 2):
         if table[above].mean() < table[below].mean():
             above, below = below, above
         difference = mean_with_interval([float(each) for each in table[above] - table[below]])
-        p = two_sided(difference["mean"] / error, degrees) if variance > ROUNDING else 1.0
-        pairs.append({"above": names[above], "below": names[below], **difference, "p": p})
+        pairs.append({"above": names[above], "below": names[below], **difference})
+    own = [variance(pair["per_seed"]) for pair in pairs]
+    typical = median(own) / (_median_of_variances(table.shape[1] - 1) if len(pairs) > 1 else 1)
+    for pair, variance_of_pair in zip(pairs, own, strict=True):
+        noise = max(variance_of_pair, typical)
+        t = pair["mean"] / math.sqrt(noise / table.shape[1]) if noise > ROUNDING else 0.0
+        pair["p"] = two_sided(t, degrees)
     largest = 0.0
     for rank, pair in enumerate(sorted(pairs, key=lambda pair: pair["p"])):
         pair["p"] = largest = max(largest, min(1.0, (len(pairs) - rank) * pair["p"]))
         pair["told_apart"] = largest < LEVEL and pair["mean"] > pair["ci95"]
     return {"level": LEVEL, "pairs": pairs}
+
+
+def _median_of_variances(degrees: int) -> float:
+    """The median of an estimated variance over the true one (Wilson and Hilferty's approximation of chi-squared)."""
+    return (1 - 2 / (9 * degrees)) ** 3
 
 
 def two_sided(t: float, degrees: int) -> float:
@@ -84,7 +91,7 @@ def two_sided(t: float, degrees: int) -> float:
         total += term
         term *= cosine**2 * (k + 1) / (k + 2)
     inside = math.sin(angle) * total
-    return 1 - (inside if degrees % 2 == 0 else 2 / math.pi * (angle + inside))
+    return max(0.0, 1 - (inside if degrees % 2 == 0 else 2 / math.pi * (angle + inside)))
 
 
 def in_words(compared: dict[str, Any]) -> str:

@@ -135,7 +135,9 @@ def table_of(results: dict[str, Any]) -> str:
             singles.append((f"{name}, seed {seed}", cells))
     equal = ", ".join(f"{name} {_shown(value)}" for name, value in results["equal"].items())
     lines = [
-        f"Mean over seeds {', '.join(map(str, seeds))} ± 95 % confidence interval (Student's t over the seeds):\n",
+        f"Mean over seeds {', '.join(map(str, seeds))} ± 95 % confidence interval (Student's t over the seeds):\n"
+        if len(seeds) > 1
+        else f"Seed {seeds[0]}:\n",
         *_markdown(means, columns),
         *_counted(results),
         *(_compared(results) if len(algorithms) > 1 else ()),
@@ -181,9 +183,11 @@ def _compared(results: dict[str, Any]) -> list[str]:
     num_seeds = len(results["seeds"])
     lines = []
     if frontier:
-        who = ", ".join(f"{name} (with {count} of {num_seeds} seeds)" for name, count in frontier.items())
+        by_seed = [f"{name} (with {count} of {num_seeds} seeds)" for name, count in frontier.items()]
+        who = ", ".join(by_seed if num_seeds > 1 else frontier)
+        by_means = ", by the means over seeds" if num_seeds > 1 else ""
         lines.append(
-            f"\n**Frontier** of held-out {metric} against KL, by the means over seeds, bold above: {who}. No other "
+            f"\n**Frontier** of held-out {metric} against KL{by_means}, bold above: {who}. No other "
             "algorithm is better in one of the two without being worse in the other."
         )
     missing = [name for name, own in algorithms.items() if None in own["kl"]["per_seed"]]
@@ -206,9 +210,10 @@ def _compared(results: dict[str, Any]) -> list[str]:
     num_pairs = max(len(compared["pairs"]) for compared in told.values())
     lines.append(
         "\nTold apart means: the pair's own 95 % interval (Student's t over its differences by seed) leaves out 0, "
-        "and the difference is significant at 5 % after Holm's correction for all pairs, with a noise estimated from "
-        f"all algorithms. Of {num_pairs} pairs without any difference, {0.05 * num_pairs:.1f} on average would pass "
-        "the first test alone. Not told apart does not mean equal. results.json has every pair."
+        "and the mean difference is significant at 5 % after Holm's correction for all pairs, with the noise of the "
+        f"pair or of a typical one, whichever is larger. Of {num_pairs} pairs without any difference, "
+        f"{0.05 * num_pairs:.1f} on average would pass the first test alone. Not told apart does not mean equal. "
+        "results.json has every pair."
     )
     return lines
 
