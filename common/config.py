@@ -368,8 +368,6 @@ class RLConfig:
             idle["reward_memory_limit"] = "reward_time_limit is 0, which switches both limits off"
         if not self.save_every:
             idle |= dict.fromkeys(("save_total_limit", "save_drop_oldest_first"), "save_every is 0")
-        if not self.needs_score:
-            idle["missing_eos_penalty"] = "the score that it is subtracted from is only measured"
         if self.eval_temperature == 0:
             idle |= dict.fromkeys(("eval_top_p", "eval_top_k"), "eval_temperature is 0: the likeliest token is taken")
         if not (self.eval_every and self.num_eval_prompts):
