@@ -8,6 +8,7 @@ weights would be another model's opinion. What is wrong with one is said before 
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from common.config import OtherModel, RLConfig
 from common.embedded import is_embedded, load_tokenizer, resolve_model, skeleton
 from common.logprobs import without_adapter
 from common.models.bases import is_there
-from common.models.configs import read_config, why_quantized
+from common.models.configs import ADAPTER_CONFIG, read_config, why_quantized
 from common.models.loading import load_frozen
 from common.models.parts import is_spread
 from common.models.positions import check_room
@@ -132,6 +133,8 @@ class Frozen:
             for file in files:
                 if file.suffix in _WEIGHTS or file.name == CONFIG_NAME:
                     found.update(file.name.encode() + _sample(file))
+                elif file.name == ADAPTER_CONFIG:
+                    found.update(_without_base(file))
         return found.hexdigest()
 
     def load(self, config: RLConfig, *, dtype: torch.dtype, policy: nn.Module | None) -> nn.Module:
@@ -230,6 +233,13 @@ def _named(other: OtherModel) -> Iterator[None]:
 
 def _or_nothing(token: str | None) -> str:
     return "none" if token is None else repr(token)
+
+
+def _without_base(file: Path) -> bytes:
+    """An adapter's settings, such as the scale of its weights, without the place where its base lies."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("base_model_name_or_path", None)
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def _sample(file: Path) -> bytes:
