@@ -29,7 +29,6 @@ from common.models.configs import ADAPTER_CONFIG, read_config, why_quantized
 from common.models.loading import load_frozen
 from common.models.parts import is_spread
 from common.models.positions import check_room
-from common.models.quantization import in_floating_point
 from common.runs.sources import Source, find_model, shapes_in
 from common.sharding import of_all, own_part
 
@@ -254,14 +253,16 @@ def _sample(file: Path) -> bytes:
 
 @torch.no_grad()
 def _is_same(model: nn.Module, policy: nn.Module) -> bool:
-    """Whether a model computes what the policy does: equal weights, in its own precision, and no adapter adds any."""
+    """Whether a model computes what the policy does: equal weights, in its own precision, and no adapter adds any.
+
+    A policy in 4 bits is rounded, and so another model; its packed weights have shapes of their own.
+    """
     if any(own_part(each).any() for each in _adapter_ends(model)):
         return False
     theirs, ours = _weights(model), _weights(policy)
     if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in theirs):
         return False
-    pairs = ((theirs[name], in_floating_point(ours[name])) for name in theirs)
-    return all(torch.equal(mine, own.to(mine)) for mine, own in pairs)
+    return all(torch.equal(mine, ours[name].to(mine)) for name, mine in theirs.items())
 
 
 def _adapter_ends(model: nn.Module) -> list[torch.Tensor]:
