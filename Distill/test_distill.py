@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.frozen import find_frozen
 from common.memory.fit import without_storage
 from common.memory.start import plan_of
 from Distill.distill_trainer import DistillConfig, DistillTrainer
@@ -254,6 +255,22 @@ def test_a_continued_run_has_the_teacher_of_its_start(toy_folder, tmp_path):
     whole = distill(toy_folder, tmp_path / "whole", num_steps=3, **settings)
     whole.train()
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+def test_an_adapter_is_another_teacher_if_its_scale_has_changed_and_not_if_its_base_has_moved(toy_folder, tmp_path):
+    adapter = adapter_on(toy_folder, tmp_path / "adapter", 0.3)
+    config = toy_config(toy_folder, tmp_path / "run", algorithm="Distill", teacher=adapter)
+
+    def identity(**changed):
+        file = Path(adapter, "adapter_config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+        (teacher,) = find_frozen(config)
+        return teacher.identity()
+
+    moved = shutil.copytree(toy_folder, tmp_path / "moved")
+    at_start = identity()
+    assert identity(base_model_name_or_path=str(moved)) == at_start
+    assert identity(lora_alpha=64) != at_start
 
 
 # Settings

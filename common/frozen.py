@@ -8,6 +8,7 @@ weights would be another model's opinion. What is wrong with one is said before 
 from __future__ import annotations  # for type hints whose import would take seconds
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,10 @@ from common.config import OtherModel, RLConfig
 from common.embedded import is_embedded, load_tokenizer, resolve_model, skeleton
 from common.logprobs import without_adapter
 from common.models.bases import is_there
-from common.models.configs import read_config, why_quantized
+from common.models.configs import ADAPTER_CONFIG, read_config, why_quantized
 from common.models.loading import load_frozen
 from common.models.parts import is_spread
 from common.models.positions import check_room
-from common.models.quantization import in_floating_point
 from common.runs.sources import Source, find_model, shapes_in
 from common.sharding import of_all, own_part
 
@@ -132,6 +132,8 @@ class Frozen:
             for file in files:
                 if file.suffix in _WEIGHTS or file.name == CONFIG_NAME:
                     found.update(file.name.encode() + _sample(file))
+                elif file.name == ADAPTER_CONFIG:
+                    found.update(_without_base(file))
         return found.hexdigest()
 
     def load(self, config: RLConfig, *, dtype: torch.dtype, policy: nn.Module | None) -> nn.Module:
@@ -232,6 +234,13 @@ def _or_nothing(token: str | None) -> str:
     return "none" if token is None else repr(token)
 
 
+def _without_base(file: Path) -> bytes:
+    """An adapter's settings, such as the scale of its weights, without the place where its base lies."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("base_model_name_or_path", None)
+    return json.dumps(settings, sort_keys=True).encode()
+
+
 def _sample(file: Path) -> bytes:
     size = file.stat().st_size
     with file.open("rb") as content:
@@ -244,14 +253,16 @@ def _sample(file: Path) -> bytes:
 
 @torch.no_grad()
 def _is_same(model: nn.Module, policy: nn.Module) -> bool:
-    """Whether a model computes what the policy does: equal weights, in its own precision, and no adapter adds any."""
+    """Whether a model computes what the policy does: equal weights, in its own precision, and no adapter adds any.
+
+    A policy in 4 bits is rounded, and so another model; its packed weights have shapes of their own.
+    """
     if any(own_part(each).any() for each in _adapter_ends(model)):
         return False
     theirs, ours = _weights(model), _weights(policy)
     if theirs.keys() != ours.keys() or any(theirs[name].shape != ours[name].shape for name in theirs):
         return False
-    pairs = ((theirs[name], in_floating_point(ours[name])) for name in theirs)
-    return all(torch.equal(mine, own.to(mine)) for mine, own in pairs)
+    return all(torch.equal(mine, ours[name].to(mine)) for name, mine in theirs.items())
 
 
 def _adapter_ends(model: nn.Module) -> list[torch.Tensor]:

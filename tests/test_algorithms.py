@@ -71,7 +71,7 @@ def busy_run(toy_folder, tmp_path_factory):
 
 
 def test_the_algorithms_are_found():
-    known = {"GRPO", "PPO", "RLOO", "ReMax", "RAFT", "Reinforce", "VinePPO", "GSPO", "CISPO", "DAPO"}
+    known = {"GRPO", "PPO", "RLOO", "ReMax", "RAFT", "Reinforce", "VinePPO", "GSPO", "CISPO", "DAPO", "Distill"}
     assert known <= set(NAMES)
 
 

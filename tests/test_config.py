@@ -87,7 +87,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, fragments):
     [
         ({"num_generations": 1}, ["num_generations=1", "at least 2", "--num_generations 8"]),
         ({"clip_range": 0.0}, ["clip_range=0.0", "--clip_range"]),
-        ({"clip_range": 1.0}, ["clip_range=1.0"]),
+        ({"clip_range": 1.01}, ["clip_range=1.01", "(0, 1]"]),
         ({"clip_range": NAN}, ["clip_range=nan"]),
         ({"clip_range_high": 0.0}, ["clip_range_high=0.0", "above 0"]),
         ({"clip_range_high": NAN}, ["clip_range_high=nan"]),

@@ -354,11 +354,7 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     several = len(settings.model) > 1
     parent = Path(settings.output_dir or DEFAULT_PARENT) if several else None
     if several and settings.date is None:  # one table has one date
-        sources = (
-            find_model(model, settings.adapter, trust_remote_code=settings.trust_remote_code)
-            for model in settings.model
-        )
-        times = map(_time_of, sources)
+        times = (_time_of(_find_model(model, settings)) for model in settings.model)
         time = next((time for time in times if time is not None), datetime.now())
         settings = replace(settings, date=time.isoformat(timespec="seconds"))
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
@@ -390,6 +386,7 @@ def main() -> None:
 
 
 def _find_model(model: str, settings: EvaluationSettings) -> Source:
+    """What a model's name and that of an adapter mean; checked but not loaded."""
     return find_model(model, settings.adapter, trust_remote_code=settings.trust_remote_code)
 
 

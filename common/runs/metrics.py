@@ -283,7 +283,7 @@ class SignalCheck:
         elif self._in_vain >= self.STEPS and "in vain" not in self._said:
             self._say(
                 "no group of equal scores could be replaced by that of another prompt. The steps went on with these "
-                "groups, which teach nothing",
+                "groups, whose scores teach nothing",
                 metrics,
                 step,
             )

@@ -44,7 +44,7 @@ _SHARED_AXES = {"A": (1, 1), "B": (0, 0), "embedding_A": (1, 0), "embedding_B": 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What the merged model is made of.
+    """What a model is made of.
 
     Attributes:
         base: hub id or folder of a complete model.

@@ -39,8 +39,9 @@ def tell_apart(values: dict[str, list[float]]) -> dict[str, Any]:
     leaves out 0. And its mean difference is significant at 5 % after Holm's correction for all pairs (Scandinavian
     Journal of Statistics 6, 1979), in a t test with (algorithms - 1) x (seeds - 1) degrees of freedom. Its variance is
     the pair's own or that of a typical pair, whichever is larger. The typical one is a median over pairs, so that an
-    algorithm that fails with a seed hides only its own differences. The few seeds of a pair alone would leave nothing
-    significant among many pairs. With two algorithms both tests are the paired t test.
+    algorithm that fails with a seed hides only its own differences. Where algorithms vary equally, a false pair is
+    rarer than 5 %; among few that vary far more than most it is not (README.md). The few seeds of a pair alone would
+    leave nothing significant among many pairs. With two algorithms both tests are the paired t test.
 
     Args:
         values: for each algorithm one value per seed, seeds in the same order.
