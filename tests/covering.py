@@ -37,7 +37,6 @@ FIXED = {
         "num_eval_prompts",
         "prompt_file",
         "prompt_weights",
-        "teacher",
         "reward_format",
     ),
     *("enable_thinking", "sampler", "load_in_4bit", "preset", "output_dir", "resume", "push_to_hub", "report_to"),
@@ -119,7 +118,9 @@ def values_of(name: str) -> dict[str, list]:
         assert default is not MISSING
         if setting in own.get("VALUES", {}):
             values[setting] = own["VALUES"][setting]
-        elif setting not in SHARED and setting not in FIXED:
+        elif (
+            setting not in SHARED and setting not in FIXED and not callable(default)
+        ):  # a function names what it makes
             how = own["ACTS"][setting]
             values[setting] = [default, not default if how is None else how[1]]
     return values

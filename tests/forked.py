@@ -247,6 +247,9 @@ def _become(request: dict, fds: list[int]) -> object:
     if file != "-c":
         main.__file__ = file
     sys.argv = [file, *words]
+    # Whoever runs the tests may ignore them, as nohup and a shell's background do.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     leave_while_importing()
     hook = sys.excepthook
     # Without the line that runs the code, which comes first.

@@ -213,7 +213,7 @@ def test_every_recipe_takes_every_algorithm(recipe, algorithm):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--algorithm", "grpo"], r"algorithm=grpo: no such folder. .*GRPO, PPO"),
+        (["--algorithm", "grpo"], r"algorithm=grpo: no such folder. .*GRPO, GSPO, PPO"),
         (["--rl.learning_rat", "1"], "unknown setting 'learning_rat'"),
         (["--rl.num_generations", "1"], "num_generations=1"),
         (["--sft.batch", "1"], "unknown setting 'batch'"),
