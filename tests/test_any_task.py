@@ -10,7 +10,7 @@ import pytest
 from common.cli import parse_config
 from common.embedded.policy import build_tokenizer
 from tests.test_reward_model import save_decoder
-from tests.toy import algorithms, metrics_of, save_toy_policy
+from tests.toy import algorithms, facts, metrics_of, save_toy_policy
 
 ROWS = {
     "countdown": [{"nums": [a, 2, 3], "target": a + 5} for a in range(1, 9)],
@@ -53,7 +53,7 @@ def arguments(folder: Path, task: str, output_dir: Path) -> list[str]:
         *("--preset", "none", "--task", task, "--dataset", str(folder / f"{task}.jsonl.gz")),
         *("--model", str(folder / "policy"), "--output_dir", str(output_dir), "--sampler", "transformers"),
         *("--num_steps", "1", "--prompts_per_step", "2", "--num_generations", "2", "--num_eval_prompts", "2"),
-        *("--max_prompt_length", "4096", "--max_completion_length", "6", "--eval_every", "1", "--save_every", "0"),
+        *("--max_prompt_length", "500", "--max_completion_length", "6", "--eval_every", "1", "--save_every", "0"),
         *("--use_lora", "false", "--progress", "false", "--kl_coef", "0.01"),
         *rewards.get(task, []),
     ]
@@ -66,6 +66,8 @@ def test_any_algorithm_trains_on_any_task(folder, tmp_path, name, task):
     args = arguments(folder, task, tmp_path / "run")
     if name == "PPO":
         args += ["--value_backbone", "own", "--value_init_prompts", "5", "--value_init_epochs", "1"]
+    made = {setting: make for setting, make in facts(name).get("TOY_SETTINGS", {}).items() if callable(make)}
+    args += [word for setting, make in made.items() for word in (f"--{setting}", make(folder / "policy"))]
     algorithm = algorithms()[name]
     settings = vars(importlib.import_module(f"{name}.{name.lower()}"))["SETTINGS"]
     algorithm.trainer(parse_config(settings, args=args)).train()
