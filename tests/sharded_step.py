@@ -30,6 +30,7 @@ from common.sharding import as_forward, blocks, is_part, shard, whole
 from common.trainer import OnPolicyTrainer
 from common.update.learner import Learner
 from common.update.optimizers import HostAdamW
+from Distill.test_distill import adapter_on
 from PPO.test_ppo import FITTED
 from tests.toy import LORA, learners_of, toy_config, toy_trainer, updates_of
 
@@ -37,6 +38,14 @@ from tests.toy import LORA, learners_of, toy_config, toy_trainer, updates_of
 RATE = 300.0
 STEP = {"dtype": "float32", "kl_coef": 0.1, "num_minibatches": 2, "max_grad_norm": 0.5, "num_steps": 1}
 SEVERAL = STEP | {"num_steps": 6, "learning_rate": 1e-4, "num_minibatches": 1, "num_update_epochs": 2}
+
+
+def teaching_adapter(policy: Path) -> str:
+    """An adapter of the policy's base, which the run in one process has made before that in two begins."""
+    folder = policy.with_name(f"{policy.name} teaching adapter")
+    return str(folder) if folder.is_dir() else adapter_on(policy, folder, 10.0)
+
+
 # Settings beside STEP. Without a name that ends in "steps", a step goes down the gradient, to show it.
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": LORA,
@@ -47,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "offload_steps": SEVERAL | {"offload": "always"},
     "checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16"},
+    "adapter": {"teacher": teaching_adapter},
     "fitted": FITTED | {"value_init_learning_rate": 1e-3, "offload": "always"},
 }
 

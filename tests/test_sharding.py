@@ -19,8 +19,9 @@ from tests.toy import LORA, algorithms, save_toy_policy
 ROOT = Path(__file__).parent.parent
 
 # See tests/sharded_step.py.
-# An adapter is the same in every algorithm: one with a reference that is the policy without it, one of a value model.
-ONE_STEP = [*algorithms(), "GRPO,lora", "PPO,lora", "GRPO,checkpointing", "PPO,fitted"]
+# An adapter is the same in every algorithm: one with a reference that is the policy without it, one of a value model,
+# and one that is not trained.
+ONE_STEP = [*algorithms(), "GRPO,lora", "PPO,lora", "Distill,adapter", "GRPO,checkpointing", "PPO,fitted"]
 ALONE = ["GRPO,alone", "GRPO,lora,alone"]
 STEPS = ["GRPO,steps", "GRPO,host_steps", "GRPO,offload_steps"]
 ROUNDED = ["GRPO,bfloat16", "PPO,host_steps,bfloat16"]
