@@ -275,6 +275,9 @@ def test_a_teacher_that_is_not_there_is_refused_before_any_run(root, pupil, tmp_
     refused(lambda: compare([*out, "--teacher", "nowhere"], root), "Pupil with --teacher=nowhere: teacher='nowhere'")
     refused(lambda: compare([*out, "--teacher", "x", "--algorithms", "Alpha"], root), "teacher=x", "Alpha", "nobody")
     refused(lambda: compare([*out, "--teacher", "x", "--report_only"], root), "teacher=x", "starts no run")
+    refused(lambda: compare([*out, "--teacher", "", "--report_only"], root), "teacher= with", "starts no run")
+    refused(lambda: compare([*out, "--num_steps", "2"], root), "--num_steps 2: no option", "after --,", "--for GSPO")
+    refused(lambda: compare([*out, "--for", "Alpha", "--clip_range", "1"], root), "--clip_range 1: no option")
     assert not (tmp_path / "out").exists()
 
 
