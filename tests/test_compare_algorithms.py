@@ -373,6 +373,9 @@ def test_runs_without_evaluations_are_refused(tmp_path):
 def test_a_report_on_nothing_is_refused(root, tmp_path):
     (tmp_path / "alpha-seed0.bak" / "final").mkdir(parents=True)  # a copy that somebody keeps is no run
     refused(lambda: compare(["--report_only", "--output_dir", str(tmp_path)], root), "Alpha: none; Beta: none")
+    (tmp_path / "alpha-seed-1" / "final").mkdir(parents=True)
+    (tmp_path / "beta-seed2" / "final").mkdir(parents=True)
+    refused(lambda: compare(["--report_only", "--output_dir", str(tmp_path)], root), "Alpha: [-1]; Beta: [2]")
 
 
 # What it says
