@@ -300,6 +300,8 @@ def test_prompts_are_enough_and_then_nothing_is_called_a_score(toy_folder, tmp_p
     assert {row["score"] for row in samples_of(tmp_path / "run")} == {None}
     with pytest.raises(ValueError, match="task='prompts' without rewards"):
         DistillTrainer(toy_config(toy_folder, tmp_path / "with", algorithm="Distill", reward_coef=1.0, **data))
+    with pytest.raises(ValueError, match=r"missing_eos_penalty=1.0 without rewards"):
+        DistillTrainer(toy_config(toy_folder, tmp_path / "end", algorithm="Distill", missing_eos_penalty=1.0, **data))
     with pytest.raises(ValueError, match="early_stopping_patience=1 without rewards"):
         DistillTrainer(
             toy_config(toy_folder, tmp_path / "stop", algorithm="Distill", early_stopping_patience=1, **data)

@@ -665,6 +665,12 @@ class OnPolicyTrainer(ABC):
                 "score that could get worse. Pass --early_stopping_patience 0, or --rewards."
             )
 
+        if self.config.missing_eos_penalty and not self.scorer.functions:
+            raise ValueError(
+                f"missing_eos_penalty={self.config.missing_eos_penalty} without rewards: it is taken from scores, and "
+                "there are none. Pass --missing_eos_penalty 0, or --rewards."
+            )
+
     def _remarks(self) -> list[str]:
         """What the run says of its settings at its start."""
         config = self.config if self._evaluates else replace(self.config, eval_every=0)

@@ -275,6 +275,9 @@ def test_a_teacher_that_is_not_there_is_refused_before_any_run(root, pupil, tmp_
     refused(lambda: compare([*out, "--teacher", "nowhere"], root), "Pupil with --teacher=nowhere: teacher='nowhere'")
     refused(lambda: compare([*out, "--teacher", "x", "--algorithms", "Alpha"], root), "teacher=x", "Alpha", "nobody")
     refused(lambda: compare([*out, "--teacher", "x", "--report_only"], root), "teacher=x", "starts no run")
+    refused(lambda: compare([*out, "--teacher", "", "--report_only"], root), "teacher= with", "starts no run")
+    refused(lambda: compare([*out, "--num_steps", "2"], root), "--num_steps 2: no option", "after --,", "--for GSPO")
+    refused(lambda: compare([*out, "--for", "Alpha", "--clip_range", "1"], root), "--clip_range 1: no option")
     assert not (tmp_path / "out").exists()
 
 
@@ -368,7 +371,11 @@ def test_runs_without_evaluations_are_refused(tmp_path):
 
 
 def test_a_report_on_nothing_is_refused(root, tmp_path):
+    (tmp_path / "alpha-seed0.bak" / "final").mkdir(parents=True)  # a copy that somebody keeps is no run
     refused(lambda: compare(["--report_only", "--output_dir", str(tmp_path)], root), "Alpha: none; Beta: none")
+    (tmp_path / "alpha-seed-1" / "final").mkdir(parents=True)
+    (tmp_path / "beta-seed2" / "final").mkdir(parents=True)
+    refused(lambda: compare(["--report_only", "--output_dir", str(tmp_path)], root), "Alpha: [-1]; Beta: [2]")
 
 
 # What it says

@@ -825,6 +825,11 @@ def test_a_file_of_pass_rates_is_replaced_by_the_same_command_only(tiny_folder, 
         assert Path("rates.jsonl").read_bytes() == content and len(loads) == 1
 
 
+def test_pass_rates_make_the_folder_of_their_file(tiny_folder):
+    evaluate(rates(tiny_folder, write_pass_rates="new/below/rates.jsonl"))
+    assert Path("new/below/rates.jsonl").read_bytes()
+
+
 def test_pass_rates_of_prompts_of_your_own(tiny_folder):
     """A prompt that the data have twice has one row; one that is held out has none."""
     Path("r.py").write_text("def right(prompts, completions, n, **columns):\n    return [float(x == 1) for x in n]\n")

@@ -173,14 +173,14 @@ def test_a_prompt_without_a_row_has_the_mean_weight_of_the_others(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (rows_of(1, 0, -0.5), r"row 3 has weight=-0.5; need a number, 0 or more"),
+        (rows_of(1, 0, -0.5), r"row 3 has weight=-0.5; need a finite number, 0 or more"),
         (rows_of(math.nan), r"row 1 has weight=nan"),
         (rows_of(1, math.inf), r"row 2 has weight=inf"),
-        (rows_of(10**400), r"row 1 has weight=1000.*; need a number"),
+        (rows_of(10**400), r"row 1 has weight=1000.*; need a finite number"),
         (rows_of("much"), r"row 1 has weight='much'"),
         (rows_of(True), r"row 1 has weight=True"),
         (rows_of(1, None), r"row 2 has weight=None"),
-        ([{"prompt": "a"}], r"row 1 has weight=None"),
+        ([{"prompt": "a", " weight": 1}], r"row 1 has no `weight`, only prompt,  weight;"),
         ([{"weight": 1}], r"row 1 names no prompt; need `prompt`"),
         ([*rows_of(1), {"prompt": "", "weight": 1}], r"row 2 names no prompt"),
         ([*rows_of(1, 2, 3), *rows_of(1, 2.5)], r"rows 2 and 5 give one prompt the weights 2 and 2.5; .*one of the"),

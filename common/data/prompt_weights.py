@@ -155,14 +155,19 @@ class WeightsFile:
         return row
 
     def _weight(self, row: dict, number: int) -> float:
-        weight, value = row.get("weight"), math.nan
+        if "weight" not in row:
+            raise ValueError(
+                f"prompt_weights={self._file}: row {number} has no `weight`, only {', '.join(row)}; it says how often "
+                "the prompt comes in relation to the others. Give the row one, or correct the name."
+            )
+        weight, value = row["weight"], math.nan
         if isinstance(weight, int | float | str) and not isinstance(weight, bool):  # the cells of a CSV file are text
             with suppress(ValueError, OverflowError):
                 value = float(weight)
         if not 0 <= value < math.inf:
             raise ValueError(
-                f"prompt_weights={self._file}: row {number} has weight={weight!r:.80}; need a number, 0 or more, "
-                "which says how often the prompt comes in relation to the others. Correct or remove the row."
+                f"prompt_weights={self._file}: row {number} has weight={weight!r:.80}; need a finite number, 0 "
+                "or more, which says how often the prompt comes in relation to the others. Correct or remove the row."
             )
         return value
 

@@ -14,7 +14,7 @@ from common.data.prompts import PromptSet
 from common.evaluation.results import OUTPUTS_FILE, SCORE_FILE
 from common.runs.checkpoints import write_file
 from common.runs.log import json_line
-from common.runs.writable import check_folder
+from common.runs.writable import check_folder, make_folder
 
 logger = logging.getLogger("nanorlhf")
 
@@ -61,12 +61,13 @@ class PassRates:
             )
 
     def write(self, folder: Path, prompts: PromptSet) -> None:
-        """Write the file of a result.
+        """Write the file of a result, and make its folder.
 
         Args:
             folder: of the result.
             prompts: of the evaluation.
         """
+        make_folder(self._file.parent, setting="write_pass_rates")
         write_file(self._file, self._content(folder, prompts))
         logger.info("pass rates: %s", self._file)
 

@@ -238,7 +238,13 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--report_only", action="store_true", help="redraw table and figure from finished runs")
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    options, passed_on = parser.parse_args(arguments[:end]), arguments[end + 1 :]
+    (options, unknown), passed_on = parser.parse_known_args(arguments[:end]), arguments[end + 1 :]
+    if unknown:
+        raise ValueError(
+            f"{' '.join(unknown)}: no option of this script. Settings of every run stand after --, as in -- "
+            "--num_steps 20; those of one algorithm after --for, as in --for GSPO clip_range=0.2. --help lists the "
+            "options."
+        )
     if options.judge_samples is not None and (options.judge_samples < 1 or not options.judge):
         raise ValueError(
             f"judge_samples={options.judge_samples}{'' if options.judge else ' without a judge'}: it is the number of "
@@ -251,7 +257,7 @@ def _options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if options.report_only and (options.own or options.teacher is not None):
         raise ValueError(
-            f"{'teacher' if options.teacher is not None else 'for'}={options.teacher or options.own[0][0]} with "
+            f"{f'for={options.own[0][0]}' if options.teacher is None else f'teacher={options.teacher}'} with "
             "report_only: a report starts no run that could be given settings. Leave out one of them."
         )
     num_cpus = len(os.sched_getaffinity(0))

@@ -122,8 +122,11 @@ def comparable_runs(output_dir: Path, algorithms: list[str]) -> tuple[list[Finis
     """
     seeds: dict[str, set[int]] = {}
     for name in algorithms:
-        folders = [path for path in output_dir.glob(f"{name.lower()}-seed*") if has_finished(path)]
-        seeds[name] = {int(path.name.rpartition("-seed")[2]) for path in folders}
+        after = [path.name.rpartition("-seed")[2] for path in output_dir.glob(f"{name.lower()}-seed*")]
+        numbers = {
+            int(seed) for seed in after if seed.removeprefix("-").isdecimal()
+        }  # others are copies, such as grpo-seed0.bak
+        seeds[name] = {seed for seed in numbers if has_finished(run_folder(output_dir, name, seed))}
     shared = set.intersection(*(own for own in seeds.values() if own)) if any(seeds.values()) else set()
     if not shared:
         there = "; ".join(f"{name}: {sorted(own) or 'none'}" for name, own in seeds.items())
