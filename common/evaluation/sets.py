@@ -73,6 +73,12 @@ def find_set(
         ValueError: there is no such set or file, the file cannot be read, or no task has its columns.
     """
     if num_held_out is not None:
+        if name in NAMED_SETS and name != NAMED_SETS[name].task:
+            option = "write_pass_rates" if of_training else "num_held_out"
+            raise ValueError(
+                f"task={name} with {option}: it is a set for evaluation, of which nothing is trained on or held out. "
+                f"Pass --task {NAMED_SETS[name].task}, the task of training, or leave out --{option}."
+            )
         check_task(name)
         held_out = {"num_held_out": num_held_out, "of_training": of_training}
         return EvaluationSet(task=name, dataset=dataset, split=split or "train", **held_out)
