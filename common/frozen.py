@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers.utils import CONFIG_NAME
 
 from common.config import OtherModel, RLConfig
+from common.data.cache import sample_digest
 from common.embedded import is_embedded, load_tokenizer, resolve_model, skeleton
 from common.logprobs import without_adapter
 from common.models.bases import is_there
@@ -29,11 +29,11 @@ from common.models.configs import ADAPTER_CONFIG, read_config, why_quantized
 from common.models.loading import load_frozen
 from common.models.parts import is_spread
 from common.models.positions import check_room
-from common.runs.sources import Source, find_model, shapes_in
+from common.runs.sources import Source, commit_on_hub, find_model, shapes_in
 from common.sharding import of_all, own_part
 
-# Bytes at the beginning, in the middle and at the end of a file, by which it is known again.
-_SAMPLE = 2**20
+# Parts of a file by which it is known again: its beginning, its middle and its end.
+_SAMPLES = {"sample_bytes": 2**20, "num_samples": 3}
 # Files that say what a model computes.
 _WEIGHTS = (".safetensors", ".bin")
 # Tokens that a message names.
@@ -125,13 +125,12 @@ class Frozen:
         found = hashlib.sha256()
         for name in (resolve_model(self.source.base), self.source.adapter):
             if name is not None and not Path(name).is_dir():
-                cached = try_to_load_from_cache(str(name), CONFIG_NAME)
-                found.update((Path(cached).parent.name if isinstance(cached, str) else str(name)).encode())
+                found.update((commit_on_hub(str(name)) or str(name)).encode())
                 continue
             files = [] if name is None else sorted(Path(name).iterdir())
             for file in files:
                 if file.suffix in _WEIGHTS or file.name == CONFIG_NAME:
-                    found.update(file.name.encode() + _sample(file))
+                    found.update(f"{file.name} {sample_digest(file, **_SAMPLES)}".encode())
                 elif file.name == ADAPTER_CONFIG:
                     found.update(_without_base(file))
         return found.hexdigest()
@@ -187,6 +186,11 @@ def find_frozen(config: RLConfig, *, is_planned: bool = False) -> list[Frozen]:
     return [_found(other, config, is_planned) for other in config.other_models if not other.is_trained]
 
 
+def for_plan(found: list[Frozen]) -> dict[str, tuple[transformers.PreTrainedModel, tuple[int, ...]]]:
+    """What a memory plan takes of them, by name: see Casting."""
+    return {each.other.name: (each.base, each.adapter_sizes) for each in found}
+
+
 def _found(other: OtherModel, config: RLConfig, is_planned: bool) -> Frozen:
     setting = other.setting
     if other.path is None:
@@ -239,16 +243,6 @@ def _without_base(file: Path) -> bytes:
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings.pop("base_model_name_or_path", None)
     return json.dumps(settings, sort_keys=True).encode()
-
-
-def _sample(file: Path) -> bytes:
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        parts = [str(size).encode()]
-        for start in (0, size // 2, max(size - _SAMPLE, 0)):
-            content.seek(start)
-            parts.append(content.read(_SAMPLE))
-    return b"".join(parts)
 
 
 @torch.no_grad()

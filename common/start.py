@@ -8,7 +8,7 @@ from typing import Any
 from common.cli import PlanRequest, origins_in, parse_config, run_script, take_plan, take_serve
 from common.config import RLConfig
 from common.embedded import is_embedded, skeleton
-from common.frozen import find_frozen
+from common.frozen import find_frozen, for_plan
 from common.memory import show
 from common.memory.start import plan_of
 from common.mistakes import UnlikeProcesses
@@ -75,7 +75,7 @@ def print_plan(config: RLConfig, request: PlanRequest) -> None:
     devices = {"device": request.device, "processes": request.processes, "nodes": request.nodes}
     policy = skeleton(config.model)
     check_engines(config, policy, request.processes)
-    frozen = {each.other.name: (each.base, each.adapter_sizes) for each in find_frozen(config, is_planned=True)}
+    frozen = for_plan(find_frozen(config, is_planned=True))
     plan = plan_of(config, policy, rewards=reward_models(config), frozen=frozen, **devices)
     if os.environ.get("RANK", "0") == "0":  # the others would print the same
         print(*map(printable, show.whole(plan, config)), sep="\n", flush=True)

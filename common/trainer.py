@@ -28,7 +28,7 @@ from common.data.prompts import PromptSet, PromptStyle
 from common.data.vocabulary import check_vocabulary, describe_spelled, describe_unknown
 from common.embedded import check_model, is_embedded, load_tokenizer, resolve_model, skeleton
 from common.environment import check_launch
-from common.frozen import find_frozen
+from common.frozen import find_frozen, for_plan
 from common.host import FreedMemory, processes_here
 from common.logprobs import token_logprobs, without_adapter
 from common.losses import chosen_correction, importance_weights, kl_estimate
@@ -149,7 +149,7 @@ class OnPolicyTrainer(ABC):
             config,
             policy,
             rewards=reward_models(config, task),
-            frozen={each.other.name: (each.base, each.adapter_sizes) for each in self._frozen},
+            frozen=for_plan(self._frozen),
             processes=self.accelerator.num_processes,
             nodes=max(1, self.accelerator.num_processes // processes_here()),
             with_passes=False,
@@ -422,7 +422,7 @@ class OnPolicyTrainer(ABC):
                 lengths are theirs: those of groups that were chosen for their scores would say nothing of the policy.
         """
         own = rollouts if sampled is None else sampled
-        options = {"num_generations": self.config.num_generations, "has_score": bool(self.scorer.functions)}
+        options = {"num_generations": self.config.num_generations, "has_score": self._has_score}
         rollout_means(own, **options, metrics=self.metrics)
         training_means(rollouts, advantages, metrics=self.metrics)
         self.metrics.add("lr", self.policy.rate(self.current_step), 1)
@@ -617,8 +617,8 @@ class OnPolicyTrainer(ABC):
             rollouts.scores = self._rewards(rollouts, self.current_step, prefix="eval/logged")
             judged = self.judged_by | {"lenient": judge_leniently(rollouts, self.lenient_scorer)}
             self._lost_rows.add("lenient", self.lenient_scorer.lost if self.lenient_scorer else {})
-            judged["has_score"] = bool(self.scorer.functions)
-            evaluation_means(rollouts, **judged, num_samples=num_samples, metrics=self.metrics)
+            options = {"num_samples": num_samples, "has_score": self._has_score}
+            evaluation_means(rollouts, **judged, **options, metrics=self.metrics)
             if self.config.eval_kl:
                 self.metrics.add("eval/kl", self._kl(rollouts).sum(), rollouts.lengths.sum())
         self.run.add_samples(self.current_step, "eval", rollouts, rollouts.parts)
@@ -646,6 +646,7 @@ class OnPolicyTrainer(ABC):
         if self.eval_prompts:
             self.scorer.check_columns(self.eval_prompts.column_names, "the held-out part")
         self._check_evaluation()
+        self._check_scores()
 
     @property
     def _evaluates(self) -> bool:
@@ -659,13 +660,21 @@ class OnPolicyTrainer(ABC):
                 "--early_stopping_patience 0, or data with held-out rows."
             )
 
-        if self.config.early_stopping_patience and not self.scorer.functions:
+    @property
+    def _has_score(self) -> bool:
+        """False for prompts without rewards, which a teacher is enough for."""
+        return bool(self.scorer.functions)
+
+    def _check_scores(self) -> None:
+        """Refuse settings that act on scores where there are none."""
+        if self._has_score:
+            return
+        if self.config.early_stopping_patience:
             raise ValueError(
                 f"early_stopping_patience={self.config.early_stopping_patience} without rewards: there is no held-out "
                 "score that could get worse. Pass --early_stopping_patience 0, or --rewards."
             )
-
-        if self.config.missing_eos_penalty and not self.scorer.functions:
+        if self.config.missing_eos_penalty:
             raise ValueError(
                 f"missing_eos_penalty={self.config.missing_eos_penalty} without rewards: it is taken from scores, and "
                 "there are none. Pass --missing_eos_penalty 0, or --rewards."

@@ -8,11 +8,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from common.evaluation.command import _find_model
-from common.evaluation.settings import EvaluationSettings
 from common.merge import MergeSettings, merge
 from common.runs.checkpoints import find_whole_checkpoint, list_checkpoints, load_state
 from common.runs.parts import PARTS_FOLDER, read_description
+from common.runs.sources import find_model
 from tests.forked import launch
 from tests.own_copy import use_own_copies
 from tests.sharded_runs import NUM_STEPS, STEP, copy_until, trainer_of
@@ -99,10 +98,9 @@ def test_the_policy_of_a_checkpoint_is_loaded_as_any_and_merged_into_the_final_m
     merge(MergeSettings(model=str(checkpoint), output=str(tmp_path / "merged")))
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (final / name).read_bytes(), name
-    settings = EvaluationSettings(model=[str(checkpoint)], task="countdown")
-    assert _find_model(str(checkpoint), settings).base == str(checkpoint / "policy")
+    assert find_model(str(checkpoint)).base == str(checkpoint / "policy")
     (tmp_path / "best").symlink_to(checkpoint / "policy")
-    assert _find_model(str(tmp_path / "best"), settings).base == str(tmp_path / "best")
+    assert find_model(str(tmp_path / "best")).base == str(tmp_path / "best")
 
 
 @pytest.mark.slow

@@ -175,18 +175,18 @@ def _is_intact(folder: Path, by_content: bool) -> bool:
 
 def _digests(folder: Path, by_content: bool) -> dict[str, str]:
     files = sorted(path for path in folder.iterdir() if path.name != DIGESTS)
-    return {path.name: (content_digest if by_content else _sample_digest)(path) for path in files}
+    return {path.name: (content_digest if by_content else sample_digest)(path) for path in files}
 
 
-def _sample_digest(path: Path) -> str:
-    """The size of a file, and a digest of up to _NUM_SAMPLES parts of it, the first and the last among them."""
+def sample_digest(path: Path, *, sample_bytes: int = _SAMPLE_BYTES, num_samples: int = _NUM_SAMPLES) -> str:
+    """The size of a file, and a digest of up to num_samples parts of it, the first and the last among them."""
     size, digest = path.stat().st_size, hashlib.sha256()
-    last = max(0, size - _SAMPLE_BYTES)
-    count = min(_NUM_SAMPLES, 1 + -(-last // _SAMPLE_BYTES))
+    last = max(0, size - sample_bytes)
+    count = min(num_samples, 1 + -(-last // sample_bytes))
     with open(path, "rb", buffering=0) as file:
         for number in range(count):
             file.seek(last * number // max(1, count - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+            digest.update(file.read(sample_bytes))
     return f"{size} {digest.hexdigest()[:16]}"
 
 

@@ -91,7 +91,7 @@ class Evaluation:
 
     def __init__(self, settings: EvaluationSettings, parent: Path | None = None) -> None:
         (self.model,) = settings.model
-        source = _find_model(self.model, settings)
+        source = find_model(self.model, settings.adapter, trust_remote_code=settings.trust_remote_code)
         config = as_run_settings(settings, source.base)
         check_sampler(config)
         self.tokenizer = _load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
@@ -354,7 +354,8 @@ def evaluate(settings: EvaluationSettings) -> list[Score]:
     several = len(settings.model) > 1
     parent = Path(settings.output_dir or DEFAULT_PARENT) if several else None
     if several and settings.date is None:  # one table has one date
-        times = (_time_of(_find_model(model, settings)) for model in settings.model)
+        given = {"adapter": settings.adapter, "trust_remote_code": settings.trust_remote_code}
+        times = (_time_of(find_model(model, **given)) for model in settings.model)
         time = next((time for time in times if time is not None), datetime.now())
         settings = replace(settings, date=time.isoformat(timespec="seconds"))
     evaluations = [Evaluation(replace(settings, model=[model]), parent) for model in settings.model]
@@ -383,11 +384,6 @@ def main() -> None:
 
 
 # Models
-
-
-def _find_model(model: str, settings: EvaluationSettings) -> Source:
-    """What a model's name and that of an adapter mean; checked but not loaded."""
-    return find_model(model, settings.adapter, trust_remote_code=settings.trust_remote_code)
 
 
 def _time_of(source: Source) -> datetime | None:

@@ -11,14 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-from transformers.utils import CONFIG_NAME
-
 import common
 from common.data.cache import content_digest
 from common.evaluation.results import digest
 from common.rewards.load import source_of
-from common.runs.sources import Source
+from common.runs.sources import Source, commit_on_hub
 
 # Settings that act on scores alone.
 _JUDGING = ("rewards", "reward_weights", "reward_format", "reward_time_limit", "reward_memory_limit", "accuracy")
@@ -44,10 +41,7 @@ def sampling_identity(settings: dict[str, Any], prompts: Sequence[list[int]]) ->
 def weights_digest(source: Source) -> str:
     """A digest that changes with the weights: commit on the hub, or sizes and times of the files in a folder."""
     folders = [Path(name) for name in (source.base, source.adapter) if name is not None]
-    commit = None
-    if not folders[0].is_dir():
-        cached = try_to_load_from_cache(str(folders.pop(0)), CONFIG_NAME)
-        commit = Path(cached).parent.name if isinstance(cached, str) else None
+    commit = None if folders[0].is_dir() else commit_on_hub(str(folders.pop(0)))
     files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     return digest(commit, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -66,6 +67,12 @@ class Source:
         """Where the tokenizer is: the adapter's folder if that has one, else the base."""
         has_own = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
         return str(self.adapter) if has_own else self.base
+
+
+def commit_on_hub(model: str) -> str | None:
+    """The commit of a hub id's model in the cache; None if it is not there."""
+    cached = try_to_load_from_cache(model, CONFIG_NAME)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def find_model(model: str, adapter: str | None = None, *, trust_remote_code: bool = False) -> Source:

@@ -183,7 +183,7 @@ def keep_arguments(output_dir: Path, every: list[str], own: Own, running: list[s
             f"{' '.join(every)}: the runs in {output_dir} were started with {' '.join(stored['all'])}, and only runs "
             "with equal settings can be compared. Pass the same settings to continue, or another --output_dir."
         )
-    kept = given_alone(output_dir)
+    kept = dict(stored["for"]) if stored else {}
     for name in running:
         before, now = (as_words(each.get(name, {})) for each in (kept, own))
         has_begun = any(path.is_dir() for path in output_dir.glob(f"{name.lower()}-seed*"))
@@ -193,9 +193,9 @@ def keep_arguments(output_dir: Path, every: list[str], own: Own, running: list[s
                 f"{' '.join(before) or 'none'}, and all of them need the same. Pass the same --for and --teacher to "
                 "continue, or another --output_dir."
             )
-        kept = {other: settings for other, settings in kept.items() if other != name} | (
-            {name: own[name]} if name in own else {}
-        )
+        kept.pop(name, None)
+        if name in own:
+            kept[name] = own[name]
     content = {"all": every, "for": dict(sorted(kept.items()))}
     (output_dir / ARGUMENTS_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
