@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from CISPO.cispo_trainer import CISPOConfig
-from common.advantages import group_relative
-from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_on
+from tests.by_hand import WITH_KL, assert_compared_in_groups, trained_on
 from tests.toy import CLIP, SEVERAL, toy_trainer
 
 # For each setting of its own: with which others it shows, and changed to what.
@@ -19,11 +18,7 @@ OWN_VALUES = {
 
 def test_cispo_compares_score_less_kl_in_its_group(toy_folder, tmp_path):
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="CISPO", **WITH_KL)
-    rollouts = trained_on(trainer)
-    totals = torch.tensor([sum(rewards) for rewards in rewards_by_hand(rollouts, trainer.config)])
-    expected = group_relative(totals, 4)
-    lengths = rollouts.lengths.tolist()
-    assert_advantages(rollouts, [[float(a)] * n for a, n in zip(expected, lengths, strict=True)])
+    assert_compared_in_groups(trained_on(trainer), trainer.config)
 
 
 @pytest.fixture

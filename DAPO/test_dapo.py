@@ -6,10 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.advantages import group_relative
 from DAPO.dapo_trainer import DAPOConfig
 from DAPO.overlong import overlong_penalty
-from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_on
+from tests.by_hand import WITH_KL, assert_compared_in_groups, trained_on
 from tests.toy import CLIP, algorithms, described_by, metrics_of, toy_config, toy_task, toy_trainer
 
 # For each setting of its own: with which others it shows, and changed to what.
@@ -55,10 +54,7 @@ def test_dapo_compares_score_less_penalty_less_kl_in_its_group(toy_folder, tmp_p
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="DAPO", overlong_buffer=8, **WITH_KL)
     rollouts = trained_on(trainer)
     penalties = [max(length - 4, 0) / 8 for length in rollouts.lengths.tolist()]
-    totals = [sum(rewards) for rewards in rewards_by_hand(rollouts, trainer.config)]
-    expected = group_relative(torch.tensor(totals) - torch.tensor(penalties), 4)
-    lengths = rollouts.lengths.tolist()
-    assert_advantages(rollouts, [[float(a)] * n for a, n in zip(expected, lengths, strict=True)])
+    assert_compared_in_groups(rollouts, trainer.config, penalties)
     line = metrics_of(tmp_path / "run")[-1]
     assert line["overlong/penalty"] == pytest.approx(sum(penalties) / 16, abs=1e-6)
     assert 0 < line["overlong/penalty"] < 1

@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from common.advantages import group_relative
 from common.losses import sequence_ratio
 from GSPO.gspo_trainer import GSPOConfig
-from tests.by_hand import WITH_KL, assert_advantages, rewards_by_hand, trained_on
+from tests.by_hand import WITH_KL, assert_compared_in_groups, trained_on
 from tests.toy import CLIP, SEVERAL, toy_trainer
 
 # For each setting of its own: with which others it shows, and changed to what.
@@ -19,11 +18,7 @@ OWN_VALUES = {"num_minibatches": "on one, no ratio is off 1, which is what GSPO 
 
 def test_gspo_compares_score_less_kl_in_its_group(toy_folder, tmp_path):
     trainer = toy_trainer(toy_folder, tmp_path / "run", algorithm="GSPO", **WITH_KL)
-    rollouts = trained_on(trainer)
-    totals = torch.tensor([sum(rewards) for rewards in rewards_by_hand(rollouts, trainer.config)])
-    expected = group_relative(totals, 4)
-    lengths = rollouts.lengths.tolist()
-    assert_advantages(rollouts, [[float(a)] * n for a, n in zip(expected, lengths, strict=True)])
+    assert_compared_in_groups(trained_on(trainer), trainer.config)
 
 
 def test_the_ratio_of_a_completion_is_the_geometric_mean_of_its_tokens():

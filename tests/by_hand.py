@@ -2,6 +2,7 @@
 
 import torch
 
+from common.advantages import group_relative
 from common.rollouts import Rollouts
 from tests.toy import updates_of
 
@@ -40,3 +41,13 @@ def assert_advantages(rollouts: Rollouts, expected: list[list[float]]) -> None:
         ours = rollouts.advantages[row]
         torch.testing.assert_close(ours[: len(values)], torch.tensor(values), atol=2e-5, rtol=1e-4)
         assert not ours[len(values) :].any()
+
+
+def assert_compared_in_groups(rollouts: Rollouts, config, penalties: list[float] | None = None) -> None:
+    """Every token has what its completion's score, less its KL and a penalty, is in its group of four."""
+    totals = torch.tensor([sum(rewards) for rewards in rewards_by_hand(rollouts, config)])
+    if penalties is not None:
+        totals = totals - torch.tensor(penalties)
+    lengths = rollouts.lengths.tolist()
+    expected = group_relative(totals, 4)
+    assert_advantages(rollouts, [[float(a)] * n for a, n in zip(expected, lengths, strict=True)])
